@@ -1,0 +1,68 @@
+"""Every default with its unit. Who needs to know what happens unconfigured reads this file."""
+
+from __future__ import annotations
+
+#: The queue of a step or run that names none. dagster-celery's name, so that tags keep working.
+DEFAULT_QUEUE = "dagster"
+
+#: Priority of a step that names none, and what a run adds to its steps' when it names none.
+DEFAULT_STEP_PRIORITY = 5
+DEFAULT_RUN_PRIORITY = 0
+
+#: The range that run priority + step priority is clamped to. Ten is what RabbitMQ advises as the
+#: largest useful ``x-max-priority``, and what dagster-celery declares.
+MIN_PRIORITY = 0
+MAX_PRIORITY = 10
+
+#: Prefix of every key and physical queue of ours, so that nothing collides with a Celery queue of
+#: the same name on the same server.
+KEY_PREFIX = "dagster-taskiq"
+
+#: How long a claim holds without renewal. A dead worker is noticed after at most this time.
+LEASE_SECONDS = 30.0
+
+#: The shortest lease that a loaded machine can be expected to renew in time.
+MIN_LEASE_SECONDS = 1.0
+
+#: A lease is renewed every sixth of its length, so that five renewals may fail without effect.
+RENEWALS_PER_LEASE = 6
+
+#: Share of the lease after which a worker that cannot renew interrupts its own steps, so that
+#: their clean-up code still runs ...
+INTERRUPT_AFTER_LEASE_SHARE = 4 / 6
+
+#: ... and share after which the guard kills them. It must be below 1, since at 1 others may judge.
+KILL_AFTER_LEASE_SHARE = 5 / 6
+
+#: Time between SIGTERM and SIGKILL for a cancelled step.
+CANCEL_GRACE_SECONDS = 30.0
+
+#: How long the backend keeps a result that nobody has read. The event log is the record.
+RESULT_EXPIRES_SECONDS = 24 * 3600
+
+#: How long the record of a run's tasks outlives the last sign of its execution loop. A message
+#: redelivered within this time is recognised as an old one.
+RUN_RECORD_EXPIRES_SECONDS = 7 * 24 * 3600
+
+#: How often the execution loop compares what it waits for with what broker and backend know.
+RECONCILE_SECONDS = 3.0
+
+#: How long a task may sit in a queue that no worker listens on before the run's log says so.
+UNSERVED_QUEUE_SECONDS = 5.0
+
+#: A worker that took a message and has not claimed it within this time is held to be dead.
+IN_HAND_SECONDS = 15.0
+
+#: How often a worker tells the backend that it lives, and how long that holds.
+HEARTBEAT_SECONDS = 5.0
+WORKER_EXPIRES_SECONDS = 30.0
+
+#: How long to try to reach a server before the error is reported.
+CONNECT_TIMEOUT_SECONDS = 5.0
+
+#: How long a drained worker waits for its running steps before it cancels them.
+DRAIN_TIMEOUT_SECONDS = 3600.0
+
+#: Name of the environment variables that configure what the YAML leaves out.
+BROKER_URL_VARIABLE = "DAGSTER_TASKIQ_BROKER_URL"
+BACKEND_URL_VARIABLE = "DAGSTER_TASKIQ_BACKEND_URL"

@@ -1,0 +1,190 @@
+"""The envelope: what a worker must know of a task before it opens it.
+
+A task is one Taskiq message whose only arguments are ``header`` (this module) and ``payload``
+(Dagster's packed arguments, which only a child process unpacks). Everything is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from taskiq.message import TaskiqMessage
+
+from dagster_taskiq.defaults import MAX_PRIORITY, MIN_LEASE_SECONDS, MIN_PRIORITY
+from dagster_taskiq.errors import MalformedTaskError
+
+#: Raised when the meaning of the header changes; a worker refuses what it does not know.
+PROTOCOL = 1
+
+#: Namespace of our task ids, made once with ``uuid4``.
+_TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
+
+#: Labels of ours; any other one could change how Taskiq treats the message, so it is refused.
+_LABELS = frozenset({"queue_name", "priority"})
+
+
+class TaskName(str, Enum):
+    """The kinds of task, under dagster-celery's names."""
+
+    EXECUTE_PLAN = "execute_plan"
+    EXECUTE_JOB = "execute_job"
+    RESUME_JOB = "resume_job"
+
+
+class QueueKind(str, Enum):
+    """Steps and runs wait in separate physical queues, so that runs never starve their steps."""
+
+    STEPS = "steps"
+    RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """One task as it travels.
+
+    Attributes:
+        task_id: derived from what the task is (see ``step_task_id``), never random.
+        name: what to do.
+        run_id: the Dagster run.
+        step_key: the step, or None for a whole run.
+        attempt: of the step, from 1; for a run how often it was resumed, from 0.
+        queue: the queue as people name it.
+        priority: 0..10, higher first.
+        lease_seconds: how long a claim on it holds without renewal.
+        cancel_grace_seconds: time between SIGTERM and SIGKILL when it is cancelled.
+        epoch: the backend's epoch at the time it was sent.
+        payload: Dagster's packed arguments.
+    """
+
+    task_id: str
+    name: TaskName
+    run_id: str
+    step_key: str | None
+    attempt: int
+    queue: str
+    priority: int
+    lease_seconds: float
+    cancel_grace_seconds: float
+    epoch: str
+    payload: Mapping[str, Any]
+
+    @property
+    def kind(self) -> QueueKind:
+        """Which of its queue's two physical queues it waits in."""
+        return QueueKind.STEPS if self.name is TaskName.EXECUTE_PLAN else QueueKind.RUNS
+
+    def header(self) -> dict[str, Any]:
+        """Everything but the payload, ready for JSON."""
+        header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
+        return {**header, "name": self.name.value, "protocol": PROTOCOL}
+
+    def to_message(self, physical_queue: str) -> TaskiqMessage:
+        """The Taskiq message to send to a physical queue."""
+        labels = {"queue_name": physical_queue, "priority": self.priority}
+        return TaskiqMessage(
+            task_id=self.task_id,
+            task_name=self.name.value,
+            labels=labels,
+            labels_types=None,
+            args=[],
+            kwargs={"header": self.header(), "payload": dict(self.payload)},
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Envelope:
+        """The envelope of a raw message as a broker delivers it.
+
+        Raises:
+            MalformedTaskError: the bytes are not JSON, no Taskiq message, or not a task of ours.
+        """
+        try:
+            message = TaskiqMessage.model_validate(json.loads(data))
+        except ValueError:  # includes JSON, Unicode and pydantic errors
+            raise MalformedTaskError("it is not a Taskiq message in JSON") from None
+        unknown = set(message.labels) - _LABELS
+        if unknown or message.labels_types:
+            raise MalformedTaskError(f"it has labels that no task of ours has: {sorted(unknown)}")
+        if message.args or set(message.kwargs) != {"header", "payload"}:
+            raise MalformedTaskError("its arguments are not 'header' and 'payload'")
+        envelope = cls.from_header(message.kwargs["header"], message.kwargs["payload"])
+        if (envelope.task_id, envelope.name.value) != (message.task_id, message.task_name):
+            raise MalformedTaskError("its header and its message name different tasks")
+        return envelope
+
+    @classmethod
+    def from_header(cls, header: Any, payload: Any) -> Envelope:
+        """The envelope from decoded JSON.
+
+        Raises:
+            MalformedTaskError: a field is missing, of the wrong type or out of its range.
+        """
+        if not isinstance(header, dict) or not isinstance(payload, dict):
+            raise MalformedTaskError("its header or payload is not a mapping")
+        if header.get("protocol") != PROTOCOL:
+            raise MalformedTaskError(
+                f"it speaks version {header.get('protocol')!r} of the protocol, this worker "
+                f"version {PROTOCOL}: run the same dagster-taskiq on both sides"
+            )
+        try:
+            return cls(
+                task_id=str(uuid.UUID(_text(header, "task_id"))),
+                name=TaskName(_text(header, "name")),
+                run_id=_text(header, "run_id"),
+                step_key=None if header["step_key"] is None else _text(header, "step_key"),
+                attempt=_number(header, "attempt", int, 0, 2**31),
+                queue=_text(header, "queue"),
+                priority=_number(header, "priority", int, MIN_PRIORITY, MAX_PRIORITY),
+                lease_seconds=_number(header, "lease_seconds", float, MIN_LEASE_SECONDS, 86400),
+                cancel_grace_seconds=_number(header, "cancel_grace_seconds", float, 0, 86400),
+                epoch=_text(header, "epoch"),
+                payload=payload,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MalformedTaskError(f"its header is not that of a task: {error}") from None
+
+
+def asdict_shallow(envelope: Envelope) -> dict[str, Any]:
+    """The fields by name, without the deep copy of the payload that ``asdict`` makes."""
+    return {name: getattr(envelope, name) for name in Envelope.__dataclass_fields__}
+
+
+def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
+    """The id of one attempt of a step: the same for whoever computes it, different for any other.
+
+    Args:
+        attempt: from 1.
+    """
+    return str(uuid.uuid5(_TASK_ID_NAMESPACE, f"step\0{run_id}\0{step_key}\0{attempt}"))
+
+
+def run_task_id(run_id: str, resume_number: int) -> str:
+    """The id of a run's execution; ``resume_number`` is 0 for the first."""
+    return str(uuid.uuid5(_TASK_ID_NAMESPACE, f"run\0{run_id}\0{resume_number}"))
+
+
+def physical_queue(key_prefix: str, kind: QueueKind, queue: str) -> str:
+    """The name of a queue on the server, which people never see."""
+    return f"{key_prefix}.{kind.value}.{queue}"
+
+
+def _text(header: Mapping[str, Any], key: str) -> str:
+    value = header[key]
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{key} must be a text that is not empty")
+    return value
+
+
+def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:
+    value = header[key]
+    allowed: tuple[type, ...] = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        raise TypeError(f"{key} must be a number")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{key} must lie between {low} and {high}")
+    return kind(value)

@@ -1,0 +1,76 @@
+"""Every error that the package raises on purpose, in one tree.
+
+    DagsterTaskiqError
+    ├── ConfigError              a setting, tag, YAML file or URL that cannot be used
+    │   └── TagError             a tag of a step or run
+    ├── ServerError              a broker or backend, with its address
+    │   ├── UnreachableServerError
+    │   └── RefusedByServerError     wrong password, no permission, wrong kind of queue
+    ├── EmbeddedServerError      the embedded server cannot be started
+    ├── MalformedTaskError       a message that is no task of ours
+    ├── MalformedResultError     a result that cannot be decoded
+    ├── SupersededLoopError      a newer execution loop of the same run has taken over
+    └── SlotError                a worker's child process did not become ready
+
+Messages are for the reader at 3 a.m.: what failed, where, what to do; never a password.
+"""
+
+from __future__ import annotations
+
+
+class DagsterTaskiqError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(DagsterTaskiqError):
+    """A setting cannot be used; the message names it and what is allowed."""
+
+
+class TagError(ConfigError):
+    """A tag's value cannot be used."""
+
+    def __init__(self, tag: str, value: str, expected: str) -> None:
+        super().__init__(f"Tag {tag!r} has the value {value!r}, expected {expected}.")
+        self.tag = tag
+        self.value = value
+
+
+class ServerError(DagsterTaskiqError):
+    """A broker or backend did not do what it was asked.
+
+    Args:
+        address: the server's URL without its password.
+        message: what went wrong and what to do.
+    """
+
+    def __init__(self, address: str, message: str) -> None:
+        super().__init__(message)
+        self.address = address
+
+
+class UnreachableServerError(ServerError):
+    """Nothing answers at the address, or not in time."""
+
+
+class RefusedByServerError(ServerError):
+    """The server answered, and refused: credentials, permissions, or a conflicting declaration."""
+
+
+class EmbeddedServerError(DagsterTaskiqError):
+    """The embedded server cannot be started or did not come up."""
+
+
+class MalformedTaskError(DagsterTaskiqError):
+    """A message is not a task of ours, or of a version that this worker does not know."""
+
+
+class MalformedResultError(DagsterTaskiqError):
+    """A stored result cannot be decoded."""
+
+
+class SupersededLoopError(DagsterTaskiqError):
+    """Another execution loop of the same run, started later, has taken over."""
+
+
+class SlotError(DagsterTaskiqError):
+    """A child process did not become ready; the message has the reason it gave."""

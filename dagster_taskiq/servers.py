@@ -1,0 +1,127 @@
+"""Servers: which kind a URL names, how it is reached, and how it is shown without its password."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from dataclasses import dataclass
+from urllib.parse import urlsplit, urlunsplit
+
+from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
+from dagster_taskiq.errors import ConfigError
+
+AMQP_SCHEMES = ("amqp", "amqps", "pyamqp")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How a ``rediss://`` or ``amqps://`` server is verified; by default by the system's CAs.
+
+    Attributes:
+        ca_file: PEM file of the authorities to trust instead of the system's.
+        cert_file, key_file: PEM files of the certificate that we show.
+        verify: whether the server's certificate and host name are checked.
+    """
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    verify: bool = True
+
+    def context(self) -> ssl.SSLContext:
+        """The same as Python's TLS library takes it.
+
+        Raises:
+            ConfigError: a file is missing or is no certificate.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.ca_file)
+            if self.cert_file:
+                context.load_cert_chain(self.cert_file, self.key_file)
+        except OSError as error:
+            files = ", ".join(filter(None, (self.ca_file, self.cert_file, self.key_file)))
+            raise ConfigError(f"Cannot load the TLS files {files}: {error}.") from None
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What it takes to reach a broker or backend.
+
+    Attributes:
+        url: with its password; never log it, log ``address``.
+        key_prefix: start of the name of every key and physical queue of ours.
+        connect_timeout_seconds: after which a server that does not answer is unreachable.
+        heartbeat_seconds: of an AMQP connection; None is the server's own.
+        tls: for ``rediss://`` and ``amqps://``.
+    """
+
+    url: str
+    key_prefix: str = KEY_PREFIX
+    connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
+    heartbeat_seconds: int | None = None
+    tls: Tls = Tls()
+
+    @property
+    def address(self) -> str:
+        """The URL without its password."""
+        return redact(self.url)
+
+    def __repr__(self) -> str:
+        return f"ServerOptions({self.address!r}, key_prefix={self.key_prefix!r})"
+
+
+_PASSWORD_IN_TEXT = re.compile(r"(?P<head>\b[a-z][a-z0-9+.-]*://[^\s:@/]*):[^\s@]+@", re.IGNORECASE)
+_PASSWORD_IN_QUERY = re.compile(r"(?P<head>[?&](?:password|passwd)=)[^&\s]+", re.IGNORECASE)
+
+
+def scheme_of(url: str) -> str:
+    """The URL's scheme in lower case.
+
+    Raises:
+        ConfigError: the text is no URL, or of a scheme that neither broker nor backend speaks.
+    """
+    scheme = url.partition("://")[0].lower() if "://" in url else ""
+    if scheme in AMQP_SCHEMES or scheme in REDIS_SCHEMES:
+        return scheme
+    known = ", ".join(f"{name}://" for name in (*AMQP_SCHEMES, *REDIS_SCHEMES))
+    raise ConfigError(f"Cannot use {redact(url)!r} as a server: its URL must start with {known}.")
+
+
+def is_amqp(url: str) -> bool:
+    """Whether the URL names a RabbitMQ server."""
+    return scheme_of(url) in AMQP_SCHEMES
+
+
+def is_redis(url: str) -> bool:
+    """Whether the URL names a Redis or Valkey server."""
+    return scheme_of(url) in REDIS_SCHEMES
+
+
+def normalize_amqp(url: str) -> str:
+    """The URL as aio-pika reads it.
+
+    dagster-celery's ``pyamqp`` is ``amqp`` by another name, and both of Celery's ways to say the
+    default virtual host, no path and the path ``//``, become the one that aio-pika knows.
+    """
+    parts = urlsplit(url)
+    scheme = "amqp" if parts.scheme.lower() == "pyamqp" else parts.scheme.lower()
+    path = "/" if parts.path == "//" else parts.path
+    netloc = parts.netloc
+    if "@" in netloc and ":" not in netloc.rpartition("@")[0]:
+        # kombu takes a missing password for "guest" as the default one
+        user, _, host = netloc.rpartition("@")
+        netloc = f"{user}:guest@{host}" if user == "guest" else netloc
+    # urlunsplit would drop the "//" of a host-less URL, which no AMQP URL is
+    return urlunsplit((scheme, netloc, path, parts.query, parts.fragment))
+
+
+def redact(text: str) -> str:
+    """The text with the password of every URL in it replaced by ``***``."""
+    text = _PASSWORD_IN_TEXT.sub(r"\g<head>:***@", text)
+    return _PASSWORD_IN_QUERY.sub(r"\g<head>***", text)
