@@ -1,5 +1,10 @@
-"""Run Dagster steps and runs on Taskiq workers."""
+"""Run Dagster steps and runs on Taskiq workers: see ``taskiq_executor``."""
 
+from dagster_shared.libraries import DagsterLibraryRegistry
+
+from dagster_taskiq.executor import taskiq_executor
 from dagster_taskiq.version import __version__
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "taskiq_executor"]
+
+DagsterLibraryRegistry.register("dagster-taskiq", __version__, is_dagster_package=False)

@@ -1,0 +1,187 @@
+"""Every private name of Dagster that this package uses, in one place.
+
+A release of Dagster that moves or changes one of them breaks this file and no other. Names are
+re-exported as they are where that serves; where Dagster offers an awkward shape, a function here
+gives it a plain one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import DagsterEvent, DagsterInstance
+from dagster._config import process_config, resolve_to_config_type
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
+from dagster._core.events import DagsterEventType, EngineEventData
+from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
+from dagster._core.execution.context.system import (
+    PlanOrchestrationContext,
+    StepOrchestrationContext,
+)
+from dagster._core.execution.plan.active import ActiveExecution
+from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
+from dagster._core.execution.plan.objects import StepFailureData
+from dagster._core.execution.plan.plan import ExecutionPlan
+from dagster._core.execution.plan.state import KnownExecutionState
+from dagster._core.execution.plan.step import ExecutionStep
+from dagster._core.execution.retries import RetryMode
+from dagster._core.execution.tags import get_tag_concurrency_limits_config
+from dagster._core.instance import InstanceRef
+from dagster._core.storage.dagster_run import DagsterRunStatus
+from dagster._grpc.types import ExecuteStepArgs
+from dagster._serdes import deserialize_value, pack_value, serialize_value, unpack_value
+from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
+from dagster._utils.interrupts import capture_interrupts
+
+__all__ = [
+    "ActiveExecution",
+    "DagsterEventType",
+    "DagsterExecutionInterruptedError",
+    "DagsterRunStatus",
+    "DagsterSubprocessError",
+    "EngineEventData",
+    "ExecuteStepArgs",
+    "ExecutionPlan",
+    "ExecutionStep",
+    "InstanceConcurrencyContext",
+    "InstanceRef",
+    "KnownExecutionState",
+    "PlanOrchestrationContext",
+    "ReconstructableJob",
+    "RetryMode",
+    "SerializableErrorInfo",
+    "StepOrchestrationContext",
+    "capture_interrupts",
+    "create_execution_plan",
+    "cut_known_state",
+    "deserialize_event",
+    "deserialize_instance_ref",
+    "error_info",
+    "events_of_attempt",
+    "execute_plan_iterator",
+    "fail_step",
+    "is_end_of_attempt",
+    "is_in_flight",
+    "multiple_process_executor_requirements",
+    "pack_value",
+    "plain_error",
+    "process_schema",
+    "seconds_to_next_ready",
+    "serialize_value",
+    "tag_concurrency_limits_field",
+    "unpack_value",
+]
+
+tag_concurrency_limits_field = get_tag_concurrency_limits_config
+
+
+def process_schema(schema: Mapping[str, Any], value: object) -> tuple[Any, list[str]]:
+    """Check a value against a Dagster config schema and resolve its ``env:`` parts.
+
+    Returns:
+        the resolved value, or None, and what is wrong with it, a sentence each.
+    """
+    result = process_config(resolve_to_config_type(dict(schema)), value)
+    return result.value, [error.message for error in result.errors or []]
+
+
+def error_info() -> SerializableErrorInfo:
+    """The exception that is being handled, as Dagster stores it."""
+    return serializable_error_info_from_exc_info(sys.exc_info())
+
+
+def deserialize_event(text: str) -> DagsterEvent:
+    """An event from its serialized form.
+
+    Raises:
+        ValueError or Dagster's DeserializationError: the text is no event.
+    """
+    return deserialize_value(text, DagsterEvent)
+
+
+def is_in_flight(active: ActiveExecution, step_key: str) -> bool:
+    """Whether the step was handed out for execution and has not reached an end."""
+    return step_key in active._in_flight
+
+
+def seconds_to_next_ready(active: ActiveExecution) -> float | None:
+    """Time until a delayed retry is due or a pool may be asked again; None when none waits.
+
+    ``ActiveExecution.sleep_interval`` is not used: for pools it can say 0 during a long wait.
+    """
+    now = time.time()
+    times = list(active._waiting_to_retry.values())
+    concurrency = active._instance_concurrency_context
+    if concurrency is not None and concurrency.has_pending_claims():
+        times += concurrency._pending_timeouts.values()
+    return max(0.0, min(times) - now) if times else None
+
+
+def cut_known_state(active: ActiveExecution, step: ExecutionStep) -> KnownExecutionState:
+    """What one step reads of the known state, so that a message does not grow with the plan.
+
+    ``ready_outputs`` is read for the step's own upstream outputs only, and of the attempts only
+    its own count; dynamic mappings stay whole, since the plan is built from them.
+    """
+    state = active.get_known_state()
+    upstream = {
+        handle
+        for step_input in step.step_inputs
+        for handle in step_input.get_step_output_handle_dependencies()
+    }
+    attempts = state.previous_retry_attempts
+    return state._replace(
+        ready_outputs=state.ready_outputs & upstream,
+        previous_retry_attempts={step.key: attempts[step.key]} if step.key in attempts else {},
+    )
+
+
+def events_of_attempt(
+    instance: DagsterInstance, run_id: str, step_key: str, attempt: int
+) -> list[DagsterEvent]:
+    """The events in Dagster's log of one attempt of a step, in their order.
+
+    Args:
+        instance: that the run belongs to.
+        run_id: the run.
+        step_key: the step.
+        attempt: counted from 1 within this run: what follows the step's ``attempt - 1``-th
+            STEP_UP_FOR_RETRY.
+    """
+    events = []
+    retries = 0
+    for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
+        event = entry.dagster_event
+        if event is None or event.step_key != step_key:
+            continue
+        if retries == attempt - 1:
+            events.append(event)
+        retries += event.is_step_up_for_retry
+    return events
+
+
+def is_end_of_attempt(event: DagsterEvent) -> bool:
+    """Whether the event says how an attempt of a step ended."""
+    return event.is_step_success or event.is_step_failure or event.is_step_up_for_retry
+
+
+def fail_step(step_context: StepOrchestrationContext, error: SerializableErrorInfo) -> DagsterEvent:
+    """Log that a step failed, without asking its retry policy."""
+    return DagsterEvent.step_failure_event(
+        step_context, StepFailureData(error=error, user_failure_data=None)
+    )
+
+
+def plain_error(message: str, error_class: str) -> SerializableErrorInfo:
+    """An error without a traceback, for where a sentence serves."""
+    return SerializableErrorInfo(message=message, stack=[], cls_name=error_class)
+
+
+def deserialize_instance_ref(text: str) -> InstanceRef:
+    """An instance's reference from its serialized form."""
+    return deserialize_value(text, InstanceRef)

@@ -1,0 +1,31 @@
+"""The backend: results, claims, mailboxes, control, the list of workers, the epoch."""
+
+from __future__ import annotations
+
+from dagster_taskiq.backend.base import (
+    Backend,
+    Claim,
+    ClaimAnswer,
+    Renewal,
+    TaskReport,
+    TaskState,
+    WorkerRecord,
+)
+from dagster_taskiq.backend.redis import RedisBackend
+from dagster_taskiq.servers import ServerOptions
+
+__all__ = [
+    "Backend",
+    "Claim",
+    "ClaimAnswer",
+    "Renewal",
+    "TaskReport",
+    "TaskState",
+    "WorkerRecord",
+    "open_backend",
+]
+
+
+def open_backend(options: ServerOptions) -> Backend:
+    """The backend for a URL; not yet connected, ``startup`` does that."""
+    return RedisBackend(options)

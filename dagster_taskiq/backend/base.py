@@ -1,0 +1,262 @@
+"""What a backend must do, in three roles: for the execution loop, for workers, for control.
+
+The backend is the one place that decides who may run a task. A task's life in it:
+
+    (nothing) --claim--> claimed --complete--> done          the result is stored with the claim
+        |                   |                                 held, checked and written at once
+        |                   '--lease ends--> (expired) --condemn--> lost
+        |                                        '------reopen----> (nothing)
+        '--cancel--> cancelled
+
+``done``, ``lost`` and ``cancelled`` are tombstones: a second delivery finds them and is dropped.
+They live in the record of the run. Every operation is atomic and may be repeated after an answer
+that was lost.
+
+The epoch is the identity of the server's present life. It changes when the server restarted, was
+flushed or failed over, and then nothing that is missing proves anything: a task sent in an older
+epoch cannot be claimed, live workers re-assert their claims, and the loop waits one lease before
+it judges.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dagster_taskiq.results import Place
+
+
+class ClaimAnswer(str, Enum):
+    """What came of an attempt to claim a task."""
+
+    #: The task is ours until the lease ends.
+    GRANTED = "granted"
+    #: Another worker holds it, or held it until its lease ended: the loop will judge.
+    CLAIMED = "claimed"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    #: It was sent in an older life of the backend: the loop will send it again if need be.
+    STALE = "stale"
+    #: No execution loop of its run is alive.
+    RUN_GONE = "run-gone"
+
+
+class TaskState(str, Enum):
+    """What the backend knows of a task."""
+
+    UNKNOWN = "unknown"
+    CLAIMED = "claimed"
+    #: Claimed, but the lease ended without a result.
+    EXPIRED = "expired"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A worker's exclusive right to execute one task.
+
+    Attributes:
+        token: distinguishes this claim from every other one on the task.
+        lease_seconds: how long it holds without renewal.
+        epoch: of the backend when it was granted.
+    """
+
+    run_id: str
+    task_id: str
+    token: str
+    lease_seconds: float
+    epoch: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """The answer to one claim's renewal.
+
+    Attributes:
+        is_held: whether the claim still is ours.
+        cancel_reason: why the task should stop; None if it should not.
+        is_run_alive: whether an execution loop of its run is alive.
+        is_resumable: whether a run whose loop died may get another one.
+        epoch: of the backend, now.
+    """
+
+    is_held: bool
+    cancel_reason: str | None
+    is_run_alive: bool
+    is_resumable: bool
+    epoch: str
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What the backend knows of one task: its state and, while it is claimed, where it runs."""
+
+    state: TaskState
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """A worker as it describes itself in its heartbeats.
+
+    Attributes:
+        worker_id: unique to one life of the worker.
+        name: ``name@host``, what people know it by.
+        queues: that it listens on, as people name them.
+        slots, busy_slots: how many steps it can and does run.
+        state: ``running`` or ``draining``.
+        started_at: seconds since the epoch.
+    """
+
+    worker_id: str
+    name: str
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    slots: int
+    busy_slots: int
+    state: str
+    started_at: float
+    version: str
+
+
+class RunBackend(ABC):
+    """The execution loop's side."""
+
+    @abstractmethod
+    async def open_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str:
+        """Make this loop the one live loop of the run.
+
+        Args:
+            generation: how often the run was resumed; a lower one than the run has seen, or an
+                equal one while another loop lives, is refused.
+
+        Returns:
+            the epoch.
+
+        Raises:
+            SupersededLoopError: refused.
+        """
+
+    @abstractmethod
+    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+        """Say that the loop lives; the epoch, or None when another loop has taken over."""
+
+    @abstractmethod
+    async def close_run(self, run_id: str, *, token: str) -> None:
+        """The loop is over: no task of the run can be claimed any more."""
+
+    @abstractmethod
+    async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
+        """The results that arrived, by task id, as soon as there is one; empty after the timeout."""
+
+    @abstractmethod
+    async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:
+        """Those of the results that are stored."""
+
+    @abstractmethod
+    async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
+        """Delete results that have been read and acted on."""
+
+    @abstractmethod
+    async def inspect(
+        self, run_id: str, task_ids: Sequence[str]
+    ) -> tuple[str, dict[str, TaskReport]]:
+        """The epoch, and what is known of each task, in one round trip."""
+
+    @abstractmethod
+    async def cancel(
+        self, run_id: str, task_ids: Sequence[str], *, reason: str
+    ) -> dict[str, TaskState]:
+        """Stop tasks: unclaimed ones become cancelled, holders of claimed ones are told.
+
+        Returns:
+            the state of each when it was told: CANCELLED means that it never started and never
+            will, CLAIMED that its worker will report.
+        """
+
+    @abstractmethod
+    async def condemn(self, run_id: str, task_id: str) -> bool:
+        """Declare an expired or vanished task lost; False when it is claimed or done after all."""
+
+    @abstractmethod
+    async def reopen(self, run_id: str, task_id: str) -> bool:
+        """Let an expired task be claimed again; False when it is claimed, done or cancelled."""
+
+
+class ClaimBackend(ABC):
+    """The worker's side."""
+
+    @abstractmethod
+    async def claim(self, claim: Claim, *, needs_live_run: bool) -> ClaimAnswer:
+        """Claim a task; the same claim may be repeated."""
+
+    @abstractmethod
+    async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
+        """Extend the leases of all claims in one round trip, in their order."""
+
+    @abstractmethod
+    async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
+        """Store the result, wake the loop and end the claim, if the claim is held.
+
+        Returns:
+            False when the claim was not ours any more; nothing was stored then.
+        """
+
+    @abstractmethod
+    async def abandon(self, claim: Claim) -> None:
+        """Give a claim back before the task has started, so that another worker can take it."""
+
+
+class ControlBackend(ABC):
+    """The list of workers, and messages to them."""
+
+    @abstractmethod
+    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+        """Say that the worker lives."""
+
+    @abstractmethod
+    async def goodbye(self, worker_id: str) -> None:
+        """Remove the worker from the list."""
+
+    @abstractmethod
+    async def workers(self) -> list[WorkerRecord]:
+        """The live workers, by name."""
+
+    @abstractmethod
+    async def send_control(self, worker_id: str, message: Mapping[str, Any]) -> None:
+        """Put a message into the worker's control mailbox."""
+
+    @abstractmethod
+    async def wait_for_control(
+        self, worker_id: str, timeout_seconds: float
+    ) -> list[dict[str, Any]]:
+        """The messages that arrived, as soon as there is one; empty after the timeout."""
+
+
+class Backend(RunBackend, ClaimBackend, ControlBackend):
+    """All three roles, on one server.
+
+    Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
+    the password, from every method.
+    """
+
+    #: URL without its password, for messages and logs.
+    address: str
+
+    @abstractmethod
+    async def startup(self) -> None:
+        """Reach the server, or raise within the connect timeout."""
+
+    @abstractmethod
+    async def shutdown(self) -> None:
+        """Close the connections."""

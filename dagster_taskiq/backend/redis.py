@@ -1,0 +1,360 @@
+"""The backend on Redis or Valkey.
+
+Keys, all under the prefix: ``epoch``; for a run its record ``run:<id>``, the lease of its loop
+``run:<id>:loop`` and the mailbox ``run:<id>:mailbox``; for a task ``claim:<id>`` and
+``result:<id>``; for a worker ``worker:<id>`` and its mailbox ``control:<id>``, with all of them
+in ``workers``. What must happen at once is in ``redis_scripts``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from redis.asyncio import Redis
+
+from dagster_taskiq.backend import redis_scripts as scripts
+from dagster_taskiq.backend.base import (
+    Backend,
+    Claim,
+    ClaimAnswer,
+    Renewal,
+    TaskReport,
+    TaskState,
+    WorkerRecord,
+)
+from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.redis_client import open_redis, server_errors
+from dagster_taskiq.results import Place
+from dagster_taskiq.servers import ServerOptions
+
+#: How many tasks one script looks at: it holds up every other client of the server meanwhile.
+_BATCH = 500
+
+#: A control message that no worker has taken by then is for a worker that is gone.
+_CONTROL_EXPIRES_SECONDS = 600
+
+#: The longest a blocking command may wait, and what its connection allows for the answer.
+_LONGEST_WAIT_SECONDS = 20.0
+_BLOCKING_TIMEOUT_SECONDS = 30.0
+
+
+class RedisBackend(Backend):
+    """See ``Backend``; ``options`` say how to reach the server."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.address = options.address
+        self._prefix = options.key_prefix + ":"
+        self._redis = open_redis(options, timeout_seconds=options.connect_timeout_seconds)
+        # a connection that waits for a message must not time out before the wait is over
+        self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
+        self._runs: dict[str, tuple[int, bool]] = {}
+
+    async def startup(self) -> None:
+        """Reach the server."""
+        with server_errors(self.address):
+            await self._redis.ping()
+
+    async def shutdown(self) -> None:
+        """Close the connections."""
+        await self._redis.aclose()
+        await self._blocking.aclose()
+
+    # --- the execution loop's side ---
+
+    async def open_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str:
+        """See ``RunBackend``."""
+        self._runs[run_id] = (generation, is_resumable)
+        answer = await self._run_script(scripts.OPEN_RUN, run_id, token, lease_seconds)
+        if answer[0] is None:
+            raise SupersededLoopError(
+                f"Run {run_id} is executed by another process (resume number {answer[1]}): "
+                "this one, started before, stops."
+            )
+        return _text(answer[0])
+
+    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+        """See ``RunBackend``."""
+        answer = await self._run_script(scripts.RENEW_RUN, run_id, token, lease_seconds)
+        return None if answer is None else _text(answer)
+
+    async def _run_script(self, script: str, run_id: str, token: str, lease_seconds: float) -> Any:
+        generation, is_resumable = self._runs[run_id]
+        return await self._script(
+            script,
+            [self._epoch_key, self._record(run_id), self._loop(run_id)],
+            [
+                _fresh(),
+                generation,
+                token,
+                int(is_resumable),
+                _milliseconds(lease_seconds),
+                RUN_RECORD_EXPIRES_SECONDS,
+            ],
+        )
+
+    async def close_run(self, run_id: str, *, token: str) -> None:
+        """See ``RunBackend``."""
+        keys = [self._record(run_id), self._loop(run_id), self._mailbox(run_id)]
+        await self._script(scripts.CLOSE_RUN, keys, [token])
+        self._runs.pop(run_id, None)
+
+    async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
+        """See ``RunBackend``."""
+        mailbox = self._mailbox(run_id)
+        task_id = await self._wait_on(mailbox, timeout_seconds)
+        if task_id is None:
+            return {}
+        found = await self._script(scripts.COLLECT, [mailbox], [_BATCH, self._key("result:")])
+        results = {_text(found[i]): found[i + 1] for i in range(0, len(found), 2)}
+        results |= await self.read_results(run_id, [_text(task_id)])
+        return results
+
+    async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:
+        """See ``RunBackend``."""
+        found: dict[str, bytes] = {}
+        for batch in _batches(task_ids):
+            with server_errors(self.address):
+                values = await self._redis.mget([self._key("result:", task) for task in batch])
+            found |= {task: value for task, value in zip(batch, values, strict=True) if value}
+        return found
+
+    async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
+        """See ``RunBackend``."""
+        for batch in _batches(task_ids):
+            with server_errors(self.address):
+                await self._redis.unlink(*[self._key("result:", task) for task in batch])
+
+    async def inspect(
+        self, run_id: str, task_ids: Sequence[str]
+    ) -> tuple[str, dict[str, TaskReport]]:
+        """See ``RunBackend``."""
+        keys = [self._epoch_key, self._record(run_id)]
+        epoch = ""
+        reports: dict[str, TaskReport] = {}
+        for batch in _batches(task_ids) or [[]]:
+            arguments = [_fresh(), self._key("claim:"), *batch]
+            first, *rest = await self._script(scripts.INSPECT, keys, arguments)
+            epoch = _text(first)
+            for task, state, place in zip(batch, rest[::2], rest[1::2], strict=True):
+                where = Place.from_dict(json.loads(place)) if place else None
+                reports[task] = TaskReport(TaskState(_text(state)), where)
+        return epoch, reports
+
+    async def cancel(
+        self, run_id: str, task_ids: Sequence[str], *, reason: str
+    ) -> dict[str, TaskState]:
+        """See ``RunBackend``."""
+        states: dict[str, TaskState] = {}
+        for batch in _batches(task_ids):
+            claims, mailboxes = self._key("claim:"), self._key("control:")
+            arguments = [reason, claims, mailboxes, _CONTROL_EXPIRES_SECONDS, *batch]
+            answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
+            states |= {t: TaskState(_text(s)) for t, s in zip(batch, answer, strict=True)}
+        return states
+
+    async def condemn(self, run_id: str, task_id: str) -> bool:
+        """See ``RunBackend``."""
+        return bool(await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), [task_id]))
+
+    async def reopen(self, run_id: str, task_id: str) -> bool:
+        """See ``RunBackend``."""
+        return bool(await self._script(scripts.REOPEN, self._task_keys(run_id, task_id), [task_id]))
+
+    # --- the worker's side ---
+
+    async def claim(self, claim: Claim, *, needs_live_run: bool) -> ClaimAnswer:
+        """See ``ClaimBackend``."""
+        answer = await self._script(
+            scripts.CLAIM,
+            [
+                self._epoch_key,
+                self._record(claim.run_id),
+                self._loop(claim.run_id),
+                self._key("claim:", claim.task_id),
+                self._key("result:", claim.task_id),
+            ],
+            [*_claim_arguments(claim), int(needs_live_run)],
+        )
+        return ClaimAnswer(_text(answer[0]))
+
+    async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
+        """See ``ClaimBackend``."""
+        with server_errors(self.address):
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for claim in claims:
+                    keys = [
+                        self._epoch_key,
+                        self._record(claim.run_id),
+                        self._loop(claim.run_id),
+                        self._key("claim:", claim.task_id),
+                    ]
+                    pipeline.eval(scripts.RENEW, len(keys), *keys, *_claim_arguments(claim))
+                answers = await pipeline.execute()
+        return [
+            Renewal(
+                is_held=bool(held),
+                cancel_reason=_text(reason) or None,
+                is_run_alive=bool(alive),
+                is_resumable=bool(resumable),
+                epoch=_text(epoch),
+            )
+            for held, reason, alive, resumable, epoch in answers
+        ]
+
+    async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
+        """See ``ClaimBackend``."""
+        answer = await self._script(
+            scripts.COMPLETE,
+            [
+                self._epoch_key,
+                self._record(claim.run_id),
+                self._key("claim:", claim.task_id),
+                self._key("result:", claim.task_id),
+                self._mailbox(claim.run_id),
+            ],
+            [
+                _fresh(),
+                claim.task_id,
+                claim.epoch,
+                claim.token,
+                result,
+                max(1, int(expires_seconds)),
+                RUN_RECORD_EXPIRES_SECONDS,
+            ],
+        )
+        return bool(answer)
+
+    async def abandon(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        keys = [self._record(claim.run_id), self._key("claim:", claim.task_id)]
+        await self._script(scripts.ABANDON, keys, [claim.task_id, claim.token])
+
+    # --- the list of workers, and messages to them ---
+
+    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+        """See ``ControlBackend``."""
+        expires_ms = _milliseconds(expires_seconds)
+        with server_errors(self.address):
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                key = self._key("worker:", record.worker_id)
+                pipeline.set(key, json.dumps(asdict(record)), px=expires_ms)
+                pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
+                await pipeline.execute()
+
+    async def goodbye(self, worker_id: str) -> None:
+        """See ``ControlBackend``."""
+        with server_errors(self.address):
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.zrem(self._workers_key, worker_id)
+                pipeline.unlink(self._key("worker:", worker_id), self._key("control:", worker_id))
+                await pipeline.execute()
+
+    async def workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        with server_errors(self.address):
+            # records expire by themselves; the set only says which to look for, so hosts whose
+            # clocks differ do no harm if what is old is dropped late
+            await self._redis.zremrangebyscore(self._workers_key, 0, time.time() - 3600)
+            ids = [_text(item) for item in await self._redis.zrange(self._workers_key, 0, -1)]
+            if not ids:
+                return []
+            values = await self._redis.mget([self._key("worker:", item) for item in ids])
+        records = [json.loads(value) for value in values if value]
+        return sorted(
+            (WorkerRecord(**{**item, "queues": tuple(item["queues"])}) for item in records),
+            key=lambda record: record.name,
+        )
+
+    async def send_control(self, worker_id: str, message: Mapping[str, Any]) -> None:
+        """See ``ControlBackend``."""
+        mailbox = self._key("control:", worker_id)
+        with server_errors(self.address):
+            async with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.rpush(mailbox, json.dumps(message))
+                pipeline.expire(mailbox, _CONTROL_EXPIRES_SECONDS)
+                await pipeline.execute()
+
+    async def wait_for_control(
+        self, worker_id: str, timeout_seconds: float
+    ) -> list[dict[str, Any]]:
+        """See ``ControlBackend``."""
+        mailbox = self._key("control:", worker_id)
+        first = await self._wait_on(mailbox, timeout_seconds)
+        if first is None:
+            return []
+        with server_errors(self.address):
+            rest: Any = await self._redis.lpop(mailbox, _BATCH)
+        return [json.loads(item) for item in [first, *(rest or [])]]
+
+    # --- keys and calls ---
+
+    def _key(self, *parts: str) -> str:
+        return self._prefix + "".join(parts)
+
+    @property
+    def _epoch_key(self) -> str:
+        return self._key("epoch")
+
+    @property
+    def _workers_key(self) -> str:
+        return self._key("workers")
+
+    def _record(self, run_id: str) -> str:
+        return self._key("run:", run_id)
+
+    def _loop(self, run_id: str) -> str:
+        return self._key("run:", run_id, ":loop")
+
+    def _mailbox(self, run_id: str) -> str:
+        return self._key("run:", run_id, ":mailbox")
+
+    def _task_keys(self, run_id: str, task_id: str) -> list[str]:
+        return [self._record(run_id), self._key("claim:", task_id), self._key("result:", task_id)]
+
+    async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        with server_errors(self.address):
+            return await self._redis.register_script(script)(keys=list(keys), args=list(arguments))
+
+    async def _wait_on(self, mailbox: str, timeout_seconds: float) -> bytes | None:
+        client: Redis = self._blocking
+        with server_errors(self.address):
+            answer: Any = await client.blpop(
+                [mailbox], timeout=min(timeout_seconds, _LONGEST_WAIT_SECONDS)
+            )
+        return None if answer is None else answer[1]
+
+
+def _claim_arguments(claim: Claim) -> list[Any]:
+    return [
+        _fresh(),
+        claim.task_id,
+        claim.epoch,
+        claim.token,
+        json.dumps(asdict(claim.place)),
+        _milliseconds(claim.lease_seconds),
+        RUN_RECORD_EXPIRES_SECONDS,
+    ]
+
+
+def _fresh() -> str:
+    return uuid.uuid4().hex
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _batches(items: Sequence[str]) -> list[Sequence[str]]:
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]

@@ -1,0 +1,229 @@
+"""The Redis backend's Lua scripts: each is one atomic step of a task's life (see ``base``).
+
+Every script starts with ``epoch``, which notices in the same atomic step whether the server is
+still in the life that the caller knows: the key vanishes with a flush, and the server's own run id
+changes with a restart (perhaps from an older snapshot) or a fail-over to a replica.
+
+States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``, ``cancelled``,
+``lost``. Field ``c:<task id>`` is the reason of a cancel that the task's worker was told.
+"""
+
+from __future__ import annotations
+
+_PRELUDE = """
+-- the epoch's id; `fresh` becomes it when this is a new life of the server
+local function epoch(key, fresh)
+  local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  local known = redis.call('HMGET', key, 'id', 'server')
+  if known[1] and known[2] == server then return known[1] end
+  redis.call('HSET', key, 'id', fresh, 'server', server)
+  return fresh
+end
+"""
+
+#: KEYS epoch, record, loop. ARGV fresh epoch, generation, token, resumable, lease ms, expiry s.
+#: Returns {epoch} or {false, live generation}.
+OPEN_RUN = (
+    _PRELUDE
+    + """
+local now = epoch(KEYS[1], ARGV[1])
+local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1')
+local live = redis.call('GET', KEYS[3])
+if tonumber(ARGV[2]) < generation
+    or (tonumber(ARGV[2]) == generation and live and live ~= ARGV[3]) then
+  return {false, generation}
+end
+redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'resumable', ARGV[4])
+redis.call('EXPIRE', KEYS[2], ARGV[6])
+redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[5])
+return {now}
+"""
+)
+
+#: KEYS epoch, record, loop. ARGV fresh epoch, generation, token, resumable, lease ms, expiry s.
+#: Returns the epoch, or false when another loop has taken over.
+RENEW_RUN = (
+    _PRELUDE
+    + """
+local now = epoch(KEYS[1], ARGV[1])
+local live = redis.call('GET', KEYS[3])
+local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1')
+if generation > tonumber(ARGV[2]) or (live and live ~= ARGV[3]) then return false end
+-- a record that a flush took with it is written again
+redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'resumable', ARGV[4])
+redis.call('EXPIRE', KEYS[2], ARGV[6])
+redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[5])
+return now
+"""
+)
+
+#: KEYS record, loop, mailbox. ARGV token.
+CLOSE_RUN = """
+if redis.call('GET', KEYS[2]) == ARGV[1] then
+  redis.call('DEL', KEYS[2], KEYS[3])
+  redis.call('HSET', KEYS[1], 'resumable', '0')
+end
+return 1
+"""
+
+#: KEYS epoch, record, loop, claim, result. ARGV fresh epoch, task, epoch of the task, token,
+#: place, lease ms, record expiry s, needs a live run. Returns {answer, epoch}.
+CLAIM = (
+    _PRELUDE
+    + """
+local now = epoch(KEYS[1], ARGV[1])
+local holder = redis.call('HGET', KEYS[4], 'token')
+if holder then
+  if holder == ARGV[4] then return {'granted', now} end
+  return {'claimed', now}
+end
+local state = redis.call('HGET', KEYS[2], 't:' .. ARGV[2])
+if state then return {string.match(state, '^%a+'), now} end
+if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
+if ARGV[3] ~= now then return {'stale', now} end
+if ARGV[8] == '1' and redis.call('EXISTS', KEYS[3]) == 0 then return {'run-gone', now} end
+redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
+redis.call('PEXPIRE', KEYS[4], ARGV[6])
+redis.call('HSET', KEYS[2], 't:' .. ARGV[2], 'claimed')
+redis.call('EXPIRE', KEYS[2], ARGV[7])
+return {'granted', now}
+"""
+)
+
+#: KEYS epoch, record, loop, claim. ARGV fresh epoch, task, epoch of the claim, token, place,
+#: lease ms, record expiry s. Returns {held, cancel reason or '', loop alive, resumable, epoch}.
+RENEW = (
+    _PRELUDE
+    + """
+local now = epoch(KEYS[1], ARGV[1])
+local field = 't:' .. ARGV[2]
+local held = redis.call('HGET', KEYS[4], 'token') == ARGV[4]
+if not held and now ~= ARGV[3] and redis.call('EXISTS', KEYS[4]) == 0 then
+  -- a new life of the server, which may have forgotten the claim: assert it again
+  local state = redis.call('HGET', KEYS[2], field)
+  held = not state or state == 'claimed'
+end
+if held then
+  redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
+  redis.call('PEXPIRE', KEYS[4], ARGV[6])
+  redis.call('HSET', KEYS[2], field, 'claimed')
+  redis.call('EXPIRE', KEYS[2], ARGV[7])
+end
+return {held and 1 or 0,
+  redis.call('HGET', KEYS[2], 'c:' .. ARGV[2]) or '',
+  redis.call('EXISTS', KEYS[3]),
+  redis.call('HGET', KEYS[2], 'resumable') == '1' and 1 or 0,
+  now}
+"""
+)
+
+#: KEYS epoch, record, claim, result, mailbox. ARGV fresh epoch, task, epoch of the claim, token,
+#: result, result expiry s, record expiry s. Returns 1, or 0 when the claim is not held.
+COMPLETE = (
+    _PRELUDE
+    + """
+local now = epoch(KEYS[1], ARGV[1])
+local field = 't:' .. ARGV[2]
+local state = redis.call('HGET', KEYS[2], field)
+if state == 'done:' .. ARGV[4] then return 1 end
+local holder = redis.call('HGET', KEYS[3], 'token')
+if holder ~= ARGV[4] then
+  local forgotten = not holder and now ~= ARGV[3] and (not state or state == 'claimed')
+  if not forgotten then return 0 end
+end
+redis.call('SET', KEYS[4], ARGV[5], 'EX', ARGV[6])
+redis.call('HSET', KEYS[2], field, 'done:' .. ARGV[4])
+redis.call('HDEL', KEYS[2], 'c:' .. ARGV[2])
+redis.call('EXPIRE', KEYS[2], ARGV[7])
+redis.call('DEL', KEYS[3])
+redis.call('RPUSH', KEYS[5], ARGV[2])
+redis.call('EXPIRE', KEYS[5], ARGV[7])
+return 1
+"""
+)
+
+#: KEYS record, claim. ARGV task, token.
+ABANDON = """
+if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then
+  redis.call('DEL', KEYS[2])
+  redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
+end
+return 1
+"""
+
+#: KEYS mailbox. ARGV most, prefix of the results' keys. Returns {task, result, ...}.
+COLLECT = """
+local found = {}
+for _, task in ipairs(redis.call('LPOP', KEYS[1], ARGV[1]) or {}) do
+  local result = redis.call('GET', ARGV[2] .. task)
+  if result then
+    found[#found + 1] = task
+    found[#found + 1] = result
+  end
+end
+return found
+"""
+
+#: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, tasks ...
+#: Returns {epoch, state, place or '', ...}.
+INSPECT = (
+    _PRELUDE
+    + """
+local answer = {epoch(KEYS[1], ARGV[1])}
+for index = 3, #ARGV do
+  local state = redis.call('HGET', KEYS[2], 't:' .. ARGV[index])
+  local place = redis.call('HGET', ARGV[2] .. ARGV[index], 'place')
+  state = state and string.match(state, '^%a+') or 'unknown'
+  if place then
+    state = 'claimed'
+  elseif state == 'claimed' then
+    state = 'expired'
+  end
+  answer[#answer + 1] = state
+  answer[#answer + 1] = place or ''
+end
+return answer
+"""
+)
+
+#: KEYS record. ARGV reason, prefix of the claims' keys, prefix of the control mailboxes' keys,
+#: mailbox expiry s, tasks ... Returns the state of each.
+CANCEL = """
+local answer = {}
+for index = 5, #ARGV do
+  local task = ARGV[index]
+  local state = redis.call('HGET', KEYS[1], 't:' .. task)
+  local place = redis.call('HGET', ARGV[2] .. task, 'place')
+  if state and string.match(state, '^done') then
+    answer[#answer + 1] = 'done'
+  elseif place then
+    redis.call('HSET', KEYS[1], 'c:' .. task, ARGV[1])
+    local mailbox = ARGV[3] .. cjson.decode(place).worker_id
+    redis.call('RPUSH', mailbox, cjson.encode({kind = 'cancel', task_id = task, reason = ARGV[1]}))
+    redis.call('EXPIRE', mailbox, ARGV[4])
+    answer[#answer + 1] = 'claimed'
+  else
+    redis.call('HSET', KEYS[1], 't:' .. task, 'cancelled')
+    answer[#answer + 1] = state == 'claimed' and 'expired' or 'cancelled'
+  end
+end
+return answer
+"""
+
+#: KEYS record, claim, result. ARGV task. Returns 1, or 0 when there is a claim or a result.
+CONDEMN = """
+local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
+if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and string.match(state, '^done')) then
+  return 0
+end
+redis.call('HSET', KEYS[1], 't:' .. ARGV[1], 'lost')
+return 1
+"""
+
+#: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled.
+REOPEN = """
+local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
+if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and state ~= 'claimed') then return 0 end
+redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
+return 1
+"""

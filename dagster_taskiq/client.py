@@ -1,0 +1,300 @@
+"""The execution loop's way to the workers: broker and backend on one event-loop thread.
+
+Two background tasks keep a run going while its loop computes or waits: ``collect`` takes results
+out of the run's mailbox and wakes the loop, ``keep-alive`` renews the lease that says that the run
+has a living loop (without it no step of the run is claimed any more).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+
+from dagster_taskiq.backend import Backend, TaskState, open_backend
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.defaults import RENEWALS_PER_LEASE
+from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.errors import MalformedResultError, ServerError, SupersededLoopError
+from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.waker import Waker
+
+logger = logging.getLogger(__name__)
+
+#: How long one wait for results lasts before it is begun anew.
+_WAIT_SECONDS = 15.0
+
+#: Pause between two tries to reach a server that is away.
+_RETRY_SECONDS = 0.5
+
+_NOWHERE = Place(worker="unknown", worker_id="", host="unknown", pid=0, slot=0)
+
+
+class Client(Dispatcher):
+    """Carries the steps of one run through a broker.
+
+    Args:
+        broker, backend: how to reach the servers.
+        run_id: the run.
+        generation: how often the run was resumed.
+        is_resumable: whether another loop may take over when this one dies.
+        lease_seconds: of the run's own lease and of the claims on its tasks.
+        cancel_grace_seconds: see ``Envelope``.
+
+    Raises:
+        ServerError: a server cannot be reached or refuses; nothing is left open then.
+        SupersededLoopError: another loop of the run is alive, or a later one was.
+    """
+
+    def __init__(
+        self,
+        *,
+        broker: ServerOptions,
+        backend: ServerOptions,
+        run_id: str,
+        generation: int,
+        is_resumable: bool,
+        lease_seconds: float,
+        cancel_grace_seconds: float,
+    ) -> None:
+        self._run_id = run_id
+        self._lease_seconds = lease_seconds
+        self._cancel_grace_seconds = cancel_grace_seconds
+        self._key_prefix = broker.key_prefix
+        self._token = uuid.uuid4().hex
+        self._epoch = ""
+        self._steady_since = 0.0
+        self._is_superseded = False
+        self._arrived: queue.SimpleQueue[tuple[str, TaskResult]] = queue.SimpleQueue()
+        self._waker = Waker()
+        self._thread = LoopThread("dagster-taskiq-client")
+        try:
+            self._broker, self._backend = self._thread.call(
+                self._connect(broker, backend, generation, is_resumable)
+            )
+        except BaseException:
+            self._thread.stop()
+            self._waker.close()
+            raise
+        # a loop that takes over from another has not watched the claims yet
+        self._steady_since = time.monotonic() if generation else -lease_seconds
+        self._background = [
+            self._thread.spawn(self._collect(), "collect"),
+            self._thread.spawn(self._keep_alive(), "keep-alive"),
+        ]
+
+    async def _connect(
+        self, broker: ServerOptions, backend: ServerOptions, generation: int, is_resumable: bool
+    ) -> tuple[TaskBroker, Backend]:
+        task_broker, state = open_broker(broker), open_backend(backend)
+        try:
+            await state.startup()
+            self._epoch = await state.open_run(
+                self._run_id,
+                generation=generation,
+                token=self._token,
+                is_resumable=is_resumable,
+                lease_seconds=self._lease_seconds,
+            )
+            await task_broker.startup()
+        except BaseException:
+            await task_broker.shutdown()
+            await state.shutdown()
+            raise
+        return task_broker, state
+
+    # --- background ---
+
+    async def _collect(self) -> None:
+        while True:
+            try:
+                found = await self._backend.wait_for_results(self._run_id, _WAIT_SECONDS)
+            except ServerError as error:
+                await self._note_outage(error)
+                continue
+            self._deliver(found)
+
+    def _deliver(self, found: Mapping[str, bytes]) -> None:
+        for task_id, data in found.items():
+            self._arrived.put((task_id, _decode(task_id, data)))
+        if found:
+            self._waker.wake()
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_seconds / RENEWALS_PER_LEASE)
+            try:
+                epoch = await self._backend.renew_run(
+                    self._run_id, token=self._token, lease_seconds=self._lease_seconds
+                )
+            except ServerError as error:
+                await self._note_outage(error)
+                continue
+            if epoch is None:
+                self._is_superseded = True
+                self._waker.wake()
+                return
+            self._note_epoch(epoch)
+
+    async def _note_outage(self, error: ServerError) -> None:
+        now = time.monotonic()
+        if now - self._steady_since > _RETRY_SECONDS * 2:
+            logger.warning("Run %s: %s Trying again.", self._run_id, error)
+        self._steady_since = now
+        await asyncio.sleep(_RETRY_SECONDS)
+
+    def _note_epoch(self, epoch: str) -> None:
+        if epoch != self._epoch:
+            logger.warning(
+                "Run %s: %s was restarted or emptied; what is missing there is judged after "
+                "%g seconds.",
+                self._run_id,
+                self._backend.address,
+                self._lease_seconds,
+            )
+            self._epoch = epoch
+            self._steady_since = time.monotonic()
+
+    # --- the loop's calls ---
+
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        """See ``Dispatcher``."""
+        messages = []
+        for task in tasks:
+            message = self._envelope(task).to_message(self._physical_queue(task))
+            messages.append(self._broker.formatter.dumps(message))
+        self._thread.call(self._broker.kick_many(messages))
+
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        """See ``Dispatcher``."""
+        if self._arrived.empty():
+            self._waker.wait(timeout_seconds)
+        if self._is_superseded:
+            raise SupersededLoopError(
+                f"Run {self._run_id} has been taken over by another process: this one stops."
+            )
+        results = []
+        while not self._arrived.empty():
+            results.append(self._arrived.get())
+        return results
+
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        """See ``Dispatcher``."""
+        self._thread.call(self._backend.forget_results(self._run_id, list(task_ids)))
+
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        """See ``Dispatcher``."""
+        found = self._thread.call(self._backend.read_results(self._run_id, task_ids))
+        return [(task_id, _decode(task_id, data)) for task_id, data in found.items()]
+
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        """See ``Dispatcher``."""
+        return self._thread.call(self._inspect(tasks))
+
+    async def _inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        epoch, reports = await self._backend.inspect(self._run_id, [t.task_id for t in tasks])
+        self._note_epoch(epoch)
+        waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
+        served = await self._served_queues() if waiting else frozenset()
+        return Inspection(
+            is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
+            reports=reports,
+            absent=frozenset(await self._absent(waiting)),
+            unserved_queues=frozenset(t.queue for t in waiting) - served,
+            served_queues=served,
+        )
+
+    async def _served_queues(self) -> frozenset[str]:
+        workers = await self._backend.workers()
+        return frozenset(name for worker in workers if worker.slots for name in worker.queues)
+
+    async def _absent(self, tasks: Sequence[StepTask]) -> set[str]:
+        by_queue: dict[str, list[str]] = {}
+        for task in tasks:
+            by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
+        absent: set[str] = set()
+        for name, task_ids in by_queue.items():
+            absent |= await self._broker.absent(name, task_ids)
+        return absent
+
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        """See ``Dispatcher``."""
+        return self._thread.call(self._cancel(tasks, reason))
+
+    async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        task_ids = [task.task_id for task in tasks]
+        # first the tombstones: from then on nobody can claim what is still queued
+        states = await self._backend.cancel(self._run_id, task_ids, reason=reason)
+        by_queue: dict[str, list[str]] = {}
+        for task in tasks:
+            if states[task.task_id] is TaskState.CANCELLED:
+                by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
+        for name, ids in by_queue.items():
+            await self._broker.withdraw(name, ids)
+        return states
+
+    def condemn(self, task_id: str) -> bool:
+        """See ``Dispatcher``."""
+        return self._thread.call(self._backend.condemn(self._run_id, task_id))
+
+    def reopen(self, task_id: str) -> bool:
+        """See ``Dispatcher``."""
+        return self._thread.call(self._backend.reopen(self._run_id, task_id))
+
+    def close(self, *, leave_running: bool = False) -> None:
+        """See ``Dispatcher``."""
+        try:
+            self._thread.call(self._disconnect(leave_running))
+        finally:
+            self._thread.stop()
+            self._waker.close()
+
+    async def _disconnect(self, leave_running: bool) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        try:
+            if not leave_running:
+                await self._backend.close_run(self._run_id, token=self._token)
+        except ServerError as error:
+            # its lease runs out by itself, which says the same a little later
+            logger.warning("Run %s: cannot say that it is over: %s", self._run_id, error)
+        await self._broker.shutdown()
+        await self._backend.shutdown()
+
+    # --- messages ---
+
+    def _envelope(self, task: StepTask) -> Envelope:
+        return Envelope(
+            task_id=task.task_id,
+            name=TaskName.EXECUTE_PLAN,
+            run_id=self._run_id,
+            step_key=task.step_key,
+            attempt=task.attempt,
+            queue=task.queue,
+            priority=task.priority,
+            lease_seconds=self._lease_seconds,
+            cancel_grace_seconds=self._cancel_grace_seconds,
+            epoch=self._epoch,
+            payload=task.payload,
+        )
+
+    def _physical_queue(self, task: StepTask) -> str:
+        return physical_queue(self._key_prefix, QueueKind.STEPS, task.queue)
+
+
+def _decode(task_id: str, data: bytes) -> TaskResult:
+    try:
+        return TaskResult.from_bytes(data)
+    except MalformedResultError as error:
+        return TaskResult(
+            Outcome.ERROR, _NOWHERE, reason=f"The result of task {task_id} cannot be read: {error}."
+        )
+
+

@@ -1,0 +1,420 @@
+"""Settings: what executor, launcher and workers are configured with, checked once, then frozen.
+
+One schema serves them all, so that the YAML of a run and the YAML of its workers are the same
+text. ``config_source`` holds what Celery's users know under Celery's names. Each key is a field of
+``ConfigSource``; any other is answered: one of Celery's that means nothing here with a warning, a
+misspelt one with an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dagster import (
+    Array,
+    Field,
+    IntSource,
+    Noneable,
+    Permissive,
+    ScalarUnion,
+    Selector,
+    StringSource,
+)
+
+from dagster_taskiq import defaults
+from dagster_taskiq._dagster import process_schema, tag_concurrency_limits_field
+from dagster_taskiq.celery_names import CELERY_SETTINGS
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, scheme_of
+
+_SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
+
+#: The part of the schema that executor, launcher and workers share.
+CONNECTION_SCHEMA: dict[str, Field] = {
+    "broker": Field(
+        Noneable(StringSource),
+        is_required=False,
+        description=(
+            "URL of the broker: amqp://, amqps://, redis://, rediss:// or unix://. Default: "
+            f"${defaults.BROKER_URL_VARIABLE}, else the embedded server of this DAGSTER_HOME."
+        ),
+    ),
+    "backend": Field(
+        Noneable(StringSource),
+        is_required=False,
+        description=(
+            "URL of the Redis or Valkey that keeps results and claims. Default: "
+            f"${defaults.BACKEND_URL_VARIABLE}, else the broker's own server when that is Redis."
+        ),
+    ),
+    "include": Field(
+        Array(StringSource),
+        is_required=False,
+        description="Modules that every worker imports before it takes a task.",
+    ),
+    "config_source": Field(
+        Noneable(Permissive()),
+        is_required=False,
+        description="More settings, under Celery's names; see the README's table.",
+    ),
+    "default_queue": Field(
+        Noneable(StringSource),
+        is_required=False,
+        description=f"Queue of what names none. Default: '{defaults.DEFAULT_QUEUE}'.",
+    ),
+    "lease_seconds": Field(
+        _SECONDS,
+        is_required=False,
+        default_value=defaults.LEASE_SECONDS,
+        description="After how long without a sign of life a worker's task counts as lost.",
+    ),
+    "cancel_grace_seconds": Field(
+        _SECONDS,
+        is_required=False,
+        default_value=defaults.CANCEL_GRACE_SECONDS,
+        description="Time that a cancelled step has for its clean-up before it is killed.",
+    ),
+}
+
+EXECUTOR_SCHEMA: dict[str, Field] = {
+    **CONNECTION_SCHEMA,
+    "retries": Field(
+        Selector({"enabled": {}, "disabled": {}, "deferred": {}, "env": str}),
+        is_required=False,
+        default_value={"enabled": {}},
+        description="Whether steps are retried. By default they are.",
+    ),
+    "max_concurrent": Field(
+        Noneable(IntSource),
+        is_required=False,
+        description="How many steps of one run may be queued or running at once. Default: all.",
+    ),
+    "tag_concurrency_limits": tag_concurrency_limits_field(),
+}
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """The settings of ``config_source``; the names are Celery's, but for ``key_prefix``.
+
+    Attributes:
+        task_default_priority: of a step without a priority tag.
+        task_default_queue: of what names none, when ``default_queue`` is not given.
+        task_always_eager: run the steps in the calling process, for tests without a broker.
+        result_expires: seconds that an unread result is kept.
+        broker_connection_timeout: seconds until a server that does not answer is unreachable.
+        broker_heartbeat: seconds between the heartbeats of an AMQP connection.
+        broker_use_ssl, redis_backend_use_ssl: TLS options of broker and backend.
+        worker_concurrency: slots of a worker.
+        worker_max_tasks_per_child: tasks after which a slot's child process is replaced.
+        worker_max_memory_per_child: KiB of memory above which it is replaced.
+        key_prefix: start of the name of every key and queue on the servers.
+    """
+
+    task_default_priority: int = defaults.DEFAULT_STEP_PRIORITY
+    task_default_queue: str | None = None
+    task_always_eager: bool = False
+    result_expires: float = defaults.RESULT_EXPIRES_SECONDS
+    broker_connection_timeout: float = defaults.CONNECT_TIMEOUT_SECONDS
+    broker_heartbeat: int | None = None
+    broker_use_ssl: Tls = Tls()
+    redis_backend_use_ssl: Tls = Tls()
+    worker_concurrency: int | None = None
+    worker_max_tasks_per_child: int | None = None
+    worker_max_memory_per_child: int | None = None
+    key_prefix: str = defaults.KEY_PREFIX
+
+    @classmethod
+    def from_mapping(cls, source: Mapping[str, Any]) -> ConfigSource:
+        """Check every key and value.
+
+        Raises:
+            ConfigError: a key is misspelt or a value of the wrong type.
+        """
+        values = {}
+        for key, raw in source.items():
+            if key in _CONFIG_SOURCE_PARSERS:
+                values[key] = _CONFIG_SOURCE_PARSERS[key](f"config_source.{key}", _from_env(raw))
+            else:
+                _answer_unknown_key(key)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole configuration of an executor, a launcher or a worker; see the schema's texts.
+
+    ``broker_url`` None means the embedded server, ``backend_url`` None the broker's own server.
+    """
+
+    broker_url: str | None = field(default=None, repr=False)
+    backend_url: str | None = field(default=None, repr=False)
+    include: tuple[str, ...] = ()
+    source: ConfigSource = field(default_factory=ConfigSource)
+    default_queue: str = defaults.DEFAULT_QUEUE
+    retries: str = "enabled"
+    max_concurrent: int | None = None
+    tag_concurrency_limits: tuple[Mapping[str, Any], ...] = ()
+    lease_seconds: float = defaults.LEASE_SECONDS
+    cancel_grace_seconds: float = defaults.CANCEL_GRACE_SECONDS
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+        """Settings from a value of the schema, as Dagster hands it over or ``load_yaml`` reads it.
+
+        Raises:
+            ConfigError: something in it cannot be used; the message names it.
+        """
+        source = ConfigSource.from_mapping(_mapping("config_source", config.get("config_source")))
+        broker_url = config.get("broker") or os.getenv(defaults.BROKER_URL_VARIABLE) or None
+        settings = cls(
+            broker_url=broker_url,
+            backend_url=_backend_url(broker_url, config.get("backend"), source),
+            include=tuple(config.get("include") or ()),
+            source=source,
+            default_queue=(
+                config.get("default_queue") or source.task_default_queue or defaults.DEFAULT_QUEUE
+            ),
+            retries=_retries(config.get("retries") or {"enabled": {}}),
+            max_concurrent=config.get("max_concurrent"),
+            tag_concurrency_limits=tuple(config.get("tag_concurrency_limits") or ()),
+            lease_seconds=_seconds(config, "lease_seconds", defaults.LEASE_SECONDS),
+            cancel_grace_seconds=_seconds(
+                config, "cancel_grace_seconds", defaults.CANCEL_GRACE_SECONDS
+            ),
+        )
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that its type allows and its meaning does not."""
+        if self.broker_url is not None:
+            scheme_of(self.broker_url)
+        if self.lease_seconds < defaults.MIN_LEASE_SECONDS:
+            raise ConfigError(
+                f"lease_seconds is {self.lease_seconds:g}, it must be at least "
+                f"{defaults.MIN_LEASE_SECONDS:g}: a shorter lease is lost by a busy machine."
+            )
+        if self.cancel_grace_seconds < 0:
+            raise ConfigError("cancel_grace_seconds must not be negative.")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise ConfigError(f"max_concurrent is {self.max_concurrent}, it must be at least 1.")
+
+    def server_options(self, url: str, tls: Tls) -> ServerOptions:
+        """How to reach one of the servers with these settings."""
+        return ServerOptions(
+            url=url,
+            key_prefix=self.source.key_prefix,
+            connect_timeout_seconds=self.source.broker_connection_timeout,
+            heartbeat_seconds=self.source.broker_heartbeat,
+            tls=tls,
+        )
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The ``execution: config:`` of a YAML file, checked against the executor's schema.
+
+    dagster-celery's files work as they are, with the legacy ``execution: celery:`` too.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has an option that does not exist.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the settings file {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"The settings file {path} is not YAML: {reason}.") from None
+    document = _mapping(str(path), document)
+    execution = _mapping(f"{path}: execution", document.get("execution"))
+    config = execution.get("config") or execution.get("celery") or {}
+    return check_config(_mapping(f"{path}: execution.config", config), where=str(path))
+
+
+def check_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A value of the executor's schema with its ``env:`` parts resolved and its defaults set.
+
+    Args:
+        where: what to name in an error: a file or an argument.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    value, problems = process_schema(EXECUTOR_SCHEMA, config)
+    if problems:
+        hints = "".join(_hint(key, EXECUTOR_SCHEMA) for key in config if key not in EXECUTOR_SCHEMA)
+        raise ConfigError(f"{where}: {' '.join(problems)}{hints}")
+    return dict(value)
+
+
+def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:
+    if backend is not None and backend.startswith("rpc"):
+        warnings.warn(
+            "backend 'rpc://' keeps no state that outlives a connection, so "
+            f"{defaults.BACKEND_URL_VARIABLE} is used instead.",
+            stacklevel=2,
+        )
+        backend = None
+    backend = backend or os.getenv(defaults.BACKEND_URL_VARIABLE) or None
+    if backend is None:
+        if broker_url is None or is_redis(broker_url) or source.task_always_eager:
+            return None
+        raise ConfigError(
+            "RabbitMQ alone cannot keep results and claims: set 'backend' or "
+            f"{defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or Valkey."
+        )
+    if is_amqp(backend):
+        raise ConfigError(
+            "backend must be a Redis or Valkey (redis://, rediss:// or unix://), not RabbitMQ."
+        )
+    return backend
+
+
+def _retries(config: Mapping[str, Any]) -> str:
+    choice = next(iter(config), "enabled")
+    if choice == "env":
+        choice = _variable(config["env"])
+    if choice not in ("enabled", "disabled", "deferred"):
+        raise ConfigError(f"retries is {choice!r}, expected enabled, disabled or deferred.")
+    return choice
+
+
+def _seconds(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key)
+    return default if value is None else _number(key, _from_env(value))
+
+
+def _from_env(value: Any) -> Any:
+    """The value, or what the environment variable says that it names as ``{env: NAME}``."""
+    if isinstance(value, Mapping) and set(value) == {"env"}:
+        return _variable(value["env"])
+    return value
+
+
+def _variable(name: Any) -> str:
+    value = os.getenv(str(name))
+    if value is None:
+        raise ConfigError(f"The environment variable {name} is not set, but the settings use it.")
+    return value
+
+
+def _answer_unknown_key(key: str) -> None:
+    if key in CELERY_SETTINGS:
+        warnings.warn(
+            f"config_source.{key} is a setting of Celery that means nothing here; it is ignored.",
+            stacklevel=2,
+        )
+        return
+    raise ConfigError(
+        f"config_source has no setting {key!r}.{_hint(key, _CONFIG_SOURCE_PARSERS)}"
+    )
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else f" Known are: {', '.join(known)}."
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be a mapping, not a {type(value).__name__}.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}, expected a number.") from None
+
+
+def _positive_number(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if number <= 0:
+        raise ConfigError(f"{name} is {value!r}, it must be greater than 0.")
+    return number
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return int(str(value))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} is {value!r}, expected an integer.") from None
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    number = _integer(name, value)
+    if number < 1:
+        raise ConfigError(f"{name} is {value!r}, it must be at least 1.")
+    return number
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() in ("true", "1", "yes", "false", "0", "no"):
+        return str(value).lower() in ("true", "1", "yes")
+    raise ConfigError(f"{name} is {value!r}, expected true or false.")
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise ConfigError(f"{name} is {value!r}, expected a text that is not empty.")
+
+
+#: Keys of ``broker_use_ssl`` in kombu's two spellings, and the field of ``Tls`` each one sets.
+_TLS_KEYS = {
+    "ca_certs": "ca_file",
+    "ssl_ca_certs": "ca_file",
+    "certfile": "cert_file",
+    "ssl_certfile": "cert_file",
+    "keyfile": "key_file",
+    "ssl_keyfile": "key_file",
+    "cert_reqs": "verify",
+    "ssl_cert_reqs": "verify",
+}
+
+
+def _tls(name: str, value: Any) -> Tls:
+    if value is None or isinstance(value, bool):
+        return Tls()
+    values: dict[str, Any] = {}
+    for key, raw in _mapping(name, value).items():
+        if key not in _TLS_KEYS:
+            raise ConfigError(f"{name} has no option {key!r}.{_hint(key, _TLS_KEYS)}")
+        text = _text(f"{name}.{key}", str(_from_env(raw)))
+        # ssl.CERT_NONE is 0; kombu takes its name too
+        is_verified = text.upper() not in ("0", "NONE", "CERT_NONE")
+        values[_TLS_KEYS[key]] = is_verified if _TLS_KEYS[key] == "verify" else text
+    return Tls(**values)
+
+
+_CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {
+    "task_default_priority": _integer,
+    "task_default_queue": _text,
+    "task_always_eager": _boolean,
+    "result_expires": _positive_number,
+    "broker_connection_timeout": _positive_number,
+    "broker_heartbeat": _positive_integer,
+    "broker_use_ssl": _tls,
+    "redis_backend_use_ssl": _tls,
+    "worker_concurrency": _positive_integer,
+    "worker_max_tasks_per_child": _positive_integer,
+    "worker_max_memory_per_child": _positive_integer,
+    "key_prefix": _text,
+}
+if set(_CONFIG_SOURCE_PARSERS) != {item.name for item in fields(ConfigSource)}:
+    raise AssertionError("each field of ConfigSource has one parser")

@@ -1,0 +1,52 @@
+"""Which servers the settings mean, here and now."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagster_taskiq.config import Settings
+from dagster_taskiq.defaults import BROKER_URL_VARIABLE
+from dagster_taskiq.embedded import use_embedded_server
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.servers import ServerOptions, Tls
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The broker and the backend, which may be the same server."""
+
+    broker: ServerOptions
+    backend: ServerOptions
+
+
+def find_servers(settings: Settings) -> Servers:
+    """The servers of the settings; starts the embedded one where they name none.
+
+    Raises:
+        ConfigError: no broker is configured and there is no DAGSTER_HOME to keep one in.
+        EmbeddedServerError: the embedded server cannot be started.
+    """
+    source = settings.source
+    if settings.broker_url is None:
+        url = use_embedded_server(_dagster_home())
+        broker = settings.server_options(url, Tls())
+    else:
+        broker = settings.server_options(settings.broker_url, source.broker_use_ssl)
+    if settings.backend_url is None:
+        return Servers(broker, broker)
+    return Servers(
+        broker, settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
+    )
+
+
+def _dagster_home() -> Path:
+    home = os.getenv("DAGSTER_HOME")
+    if not home:
+        raise ConfigError(
+            "No broker is configured, and the embedded server needs a DAGSTER_HOME to live in: "
+            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a RabbitMQ "
+            "or Redis."
+        )
+    return Path(home).expanduser().resolve()

@@ -1,0 +1,538 @@
+"""The execution loop: it turns an execution plan into tasks, and their results into events.
+
+One round: take results, let ``ActiveExecution`` decide what became ready, send that, and sleep
+until a result, a signal, a delayed retry or the next reconciliation. Results wake the loop by
+push; the reconciliation every few seconds compares what it waits for with what broker and backend
+know, and so heals a wake-up that was lost, finds workers that died, and sends again what vanished.
+
+It knows Dagster and a ``Dispatcher``, and nothing of how messages travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dagster import DagsterEvent
+
+from dagster_taskiq._dagster import (
+    ActiveExecution,
+    DagsterExecutionInterruptedError,
+    DagsterRunStatus,
+    EngineEventData,
+    ExecutionPlan,
+    ExecutionStep,
+    InstanceConcurrencyContext,
+    PlanOrchestrationContext,
+    SerializableErrorInfo,
+    cut_known_state,
+    deserialize_event,
+    events_of_attempt,
+    fail_step,
+    is_end_of_attempt,
+    is_in_flight,
+    plain_error,
+    seconds_to_next_ready,
+    unpack_value,
+)
+from dagster_taskiq.backend.base import TaskState
+from dagster_taskiq.config import Settings
+from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS, UNSERVED_QUEUE_SECONDS
+from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.envelope import step_task_id
+from dagster_taskiq.errors import ConfigError, UnreachableServerError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
+
+#: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
+#: time between the two as the wait in the queue.
+QUEUE_WAIT_MARKER = "taskiq_queue_wait"
+
+#: Pause before a server that was away is tried again.
+_RETRY_SECONDS = 1.0
+
+#: Builds a step's packed arguments.
+MakePayload = Callable[[ExecutionStep, Any], Mapping[str, Any]]
+
+
+def core_execution_loop(
+    context: PlanOrchestrationContext,
+    plan: ExecutionPlan,
+    settings: Settings,
+    open_dispatcher: Callable[[], Dispatcher],
+    make_payload: MakePayload,
+) -> Iterator[DagsterEvent]:
+    """Execute a plan's steps on workers.
+
+    Args:
+        context: of the run.
+        plan: the steps.
+        settings: default queue and priority, and the limits of the run.
+        open_dispatcher: called when there is a step to execute.
+        make_payload: builds the packed arguments of a step from it and its known state.
+
+    Yields:
+        the steps' events, which their workers have logged, and the loop's own, which it logs.
+    """
+    if not plan.step_keys_to_execute:
+        return
+    _check_outputs_are_shared(plan)
+    _warn_of_misleading_priorities(context, plan)
+
+    def priority_of(step: ExecutionStep) -> int:
+        run_tags = context.dagster_run.tags
+        return task_priority(step.tags, run_tags, settings.source.task_default_priority)
+
+    with (
+        InstanceConcurrencyContext(context.instance, context.dagster_run) as concurrency,
+        ActiveExecution(
+            plan,
+            retry_mode=context.executor.retries,
+            sort_key_fn=lambda step: -priority_of(step),
+            max_concurrent=settings.max_concurrent,
+            tag_concurrency_limits=[dict(limit) for limit in settings.tag_concurrency_limits],
+            instance_concurrency_context=concurrency,
+        ) as active,
+    ):
+        dispatcher = open_dispatcher()
+        loop = _Loop(context, active, concurrency, dispatcher, settings, make_payload, priority_of)
+        try:
+            yield from loop.run()
+        except BaseException:
+            # also when Dagster closes this generator: nothing may run on unwatched
+            loop.cancel_everything("The execution loop of the run has failed")
+            raise
+        finally:
+            dispatcher.close(leave_running=loop.leaves_steps_running)
+
+
+@dataclass
+class _Flight:
+    """A task that was sent and has not come back.
+
+    Attributes:
+        sent_at: monotonic seconds; of the last time it was sent.
+        place: where it was last seen running.
+        absent_since: since when neither broker nor backend know it.
+        is_reported_unserved: whether the log says that nobody listens on its queue.
+    """
+
+    task: StepTask
+    step: ExecutionStep
+    sent_at: float
+    place: Place | None = None
+    absent_since: float | None = None
+    is_reported_unserved: bool = False
+
+
+class _Loop:
+    def __init__(
+        self,
+        context: PlanOrchestrationContext,
+        active: ActiveExecution,
+        concurrency: InstanceConcurrencyContext,
+        dispatcher: Dispatcher,
+        settings: Settings,
+        make_payload: MakePayload,
+        priority_of: Callable[[ExecutionStep], int],
+    ) -> None:
+        self._context = context
+        self._active = active
+        self._concurrency = concurrency
+        self._dispatcher = dispatcher
+        self._settings = settings
+        self._make_payload = make_payload
+        self._priority_of = priority_of
+        self._first_attempts: dict[str, int] = {}
+        self._flights: dict[str, _Flight] = {}
+        self._unsent: list[StepTask] = []
+        self._to_cancel: list[StepTask] = []
+        self._handled: list[str] = []
+        self._is_stopping = False
+        self._stop_deadline = float("inf")
+        self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
+        self._retry_at: float | None = None
+        self.leaves_steps_running = False
+
+    # --- the rounds ---
+
+    def run(self) -> Iterator[DagsterEvent]:
+        while self._flights or not (self._active.is_complete or self._is_stopping):
+            if self._active.check_for_interrupts():
+                yield from self._interrupt()
+                if self.leaves_steps_running:
+                    break
+            yield from self._send_cancels()
+            yield from self._active.plan_events_iterator(self._context)
+            if not self._is_stopping:
+                yield from self._take_ready_steps()
+                yield from self._active.concurrency_event_iterator(self._context)
+            yield from self._send()
+            if self._flights or not self._active.is_complete:
+                yield from self._receive(self._dispatcher.wait(self._seconds_to_wait()))
+            yield from self._reconcile()
+        self._acknowledge()
+        if self._is_stopping:
+            raise DagsterExecutionInterruptedError("The run was interrupted while steps were left.")
+
+    def _seconds_to_wait(self) -> float:
+        now = time.monotonic()
+        times = [self._reconcile_at - now]
+        ready = seconds_to_next_ready(self._active)
+        if ready is not None and not self._is_stopping:
+            # a pool that is asked at the very moment it says would be asked a hair too early
+            times.append(max(ready, 0.01))
+        if self._retry_at is not None:
+            times.append(self._retry_at - now)
+        return max(0.0, min(times))
+
+    # --- sending ---
+
+    def _take_ready_steps(self) -> Iterator[DagsterEvent]:
+        for step in self._active.get_steps_to_execute():
+            task = self._task_for(step)
+            yield DagsterEvent.engine_event(
+                self._context.for_step(step),
+                f'Sending step "{step.key}" to queue "{task.queue}".',
+                EngineEventData(
+                    metadata={
+                        "queue": task.queue,
+                        "priority": task.priority,
+                        "attempt": task.attempt,
+                        "task id": task.task_id,
+                    },
+                    marker_start=QUEUE_WAIT_MARKER,
+                ),
+            )
+            self._flights[task.task_id] = _Flight(task, step, sent_at=time.monotonic())
+            self._unsent.append(task)
+
+    def _task_for(self, step: ExecutionStep) -> StepTask:
+        attempt = self._active.retry_state.get_attempt_count(step.key) + 1
+        self._first_attempts.setdefault(step.key, attempt)
+        return StepTask(
+            task_id=step_task_id(self._context.run_id, step.key, attempt),
+            step_key=step.key,
+            attempt=attempt,
+            queue=step_queue(
+                step.tags, self._context.dagster_run.tags, self._settings.default_queue
+            ),
+            priority=self._priority_of(step),
+            payload=self._make_payload(step, cut_known_state(self._active, step)),
+        )
+
+    def _send(self) -> Iterator[DagsterEvent]:
+        if not self._unsent:
+            return
+        try:
+            self._dispatcher.submit(self._unsent)
+        except UnreachableServerError as error:
+            yield from self._note_outage(error)
+            return
+        for task in self._unsent:
+            self._flights[task.task_id].sent_at = time.monotonic()
+        self._unsent = []
+        self._retry_at = None
+
+    def _note_outage(self, error: UnreachableServerError) -> Iterator[DagsterEvent]:
+        if self._retry_at is None:
+            yield DagsterEvent.engine_event(
+                self._context, f"{error} The run goes on when it is back.", EngineEventData()
+            )
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+
+    # --- receiving ---
+
+    def _receive(self, results: Sequence[tuple[str, TaskResult]]) -> Iterator[DagsterEvent]:
+        for task_id, result in results:
+            flight = self._flights.pop(task_id, None)
+            if flight is None:
+                continue  # a second copy of what the reconciliation has fetched, or of a lost one
+            self._handled.append(task_id)
+            yield from self._finish(flight, result)
+        if results:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if not self._handled:
+            return
+        try:
+            self._dispatcher.acknowledge(self._handled)
+        except UnreachableServerError:
+            return  # they expire by themselves; nothing waits for this
+        self._handled = []
+
+    def _finish(self, flight: _Flight, result: TaskResult) -> Iterator[DagsterEvent]:
+        """Feed what came of an attempt to ``ActiveExecution``, so that it is in flight no more."""
+        events = [deserialize_event(text) for text in result.events]
+        if result.outcome is Outcome.DIED:
+            # what the child logged before it died; its result has no events
+            events = self._logged_events(flight)
+        resource_error = None
+        for event in events:
+            yield event
+            if event.step_key == flight.step.key:
+                self._active.handle_event(event)
+                if event.is_resource_init_failure:
+                    resource_error = event.engine_event_data.error
+        if is_in_flight(self._active, flight.step.key):
+            error = resource_error or _error_of(flight, result)
+            yield from self._fail(flight, error, may_retry=not result.is_cancelled)
+
+    def _fail(
+        self, flight: _Flight, error: SerializableErrorInfo, *, may_retry: bool
+    ) -> Iterator[DagsterEvent]:
+        """Log the end of an attempt that did not log one itself."""
+        step_context = self._context.for_step(flight.step)
+        if may_retry and not self._is_stopping:
+            event = self._context.executor.log_failure_or_retry_event_after_error(
+                step_context, error, self._active.get_known_state()
+            )
+        else:
+            event = fail_step(step_context, error)
+        yield event
+        self._active.handle_event(event)
+
+    def _logged_events(self, flight: _Flight) -> list[DagsterEvent]:
+        """The attempt's events in Dagster's log that ``ActiveExecution`` has to know."""
+        first = self._first_attempts[flight.step.key]
+        return [
+            event
+            for event in events_of_attempt(
+                self._context.instance,
+                self._context.run_id,
+                flight.step.key,
+                flight.task.attempt - first + 1,
+            )
+            if is_end_of_attempt(event) or event.is_successful_output
+        ]
+
+    def _has_started(self, flight: _Flight) -> bool:
+        """Whether a worker has logged anything of this attempt."""
+        first = self._first_attempts[flight.step.key]
+        events = events_of_attempt(
+            self._context.instance,
+            self._context.run_id,
+            flight.step.key,
+            flight.task.attempt - first + 1,
+        )
+        return any(
+            not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
+            for event in events
+        )
+
+    # --- reconciliation ---
+
+    def _reconcile(self) -> Iterator[DagsterEvent]:
+        now = time.monotonic()
+        if now < self._reconcile_at:
+            return
+        self._reconcile_at = now + RECONCILE_SECONDS
+        unsent = {task.task_id for task in self._unsent}
+        flights = [flight for key, flight in self._flights.items() if key not in unsent]
+        if not flights:
+            return
+        try:
+            inspection = self._dispatcher.inspect([flight.task for flight in flights])
+            yield from self._receive(self._fetch_done(inspection))
+            for flight in flights:
+                if flight.task.task_id in self._flights:
+                    yield from self._compare(flight, inspection)
+        except UnreachableServerError as error:
+            yield from self._note_outage(error)
+            if now > self._stop_deadline:
+                yield from self._give_up_waiting()
+
+    def _fetch_done(self, inspection: Inspection) -> list[tuple[str, TaskResult]]:
+        done = [key for key, report in inspection.reports.items() if report.state is TaskState.DONE]
+        return self._dispatcher.fetch(done) if done else []
+
+    def _compare(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+        """Act on what broker and backend know of one task."""
+        report = inspection.reports[flight.task.task_id]
+        if report.state is TaskState.UNKNOWN:
+            yield from self._look_after_waiting(flight, inspection)
+            return
+        flight.absent_since = None
+        if report.state is TaskState.CLAIMED:
+            flight.place = report.place
+        elif report.state is TaskState.DONE or inspection.is_conclusive:
+            # done, but the result is gone: the log has what came of it
+            yield from self._judge(flight)
+
+    def _look_after_waiting(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+        now = time.monotonic()
+        if flight.task.task_id not in inspection.absent:
+            flight.absent_since = None
+        elif flight.absent_since is None:
+            flight.absent_since = now
+        elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
+            yield from self._judge(flight)
+            return
+        is_unserved = flight.task.queue in inspection.unserved_queues
+        if not is_unserved:
+            flight.is_reported_unserved = False
+        elif not flight.is_reported_unserved and now - flight.sent_at > UNSERVED_QUEUE_SECONDS:
+            flight.is_reported_unserved = True
+            served = ", ".join(sorted(inspection.served_queues)) or "none"
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'No worker listens on queue "{flight.task.queue}"; the step waits there. '
+                f"Queues with workers: {served}.",
+                EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
+            )
+
+    def _judge(self, flight: _Flight) -> Iterator[DagsterEvent]:
+        """Decide over a task that nobody works on any more and that has no result.
+
+        What Dagster's log says of the attempt decides: its end counts as its result, a start
+        without an end makes it a failure, and one that never started is sent again.
+        """
+        task_id = flight.task.task_id
+        ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
+        if not ended and not self._has_started(flight) and not self._is_stopping:
+            if self._dispatcher.reopen(task_id):
+                yield from self._send_again(flight)
+            return
+        if not self._dispatcher.condemn(task_id) and not ended:
+            return  # it is claimed or has its result after all
+        del self._flights[task_id]
+        lost = TaskResult(
+            Outcome.DIED,
+            flight.place or Place("unknown", "", "unknown", 0, 0),
+            reason="The worker is gone: its lease on this attempt ended without a result.",
+        )
+        yield from self._finish(flight, lost)
+
+    def _send_again(self, flight: _Flight) -> Iterator[DagsterEvent]:
+        yield DagsterEvent.engine_event(
+            self._context.for_step(flight.step),
+            f'Sending step "{flight.step.key}" to queue "{flight.task.queue}" again: its task '
+            "disappeared before a worker had started it.",
+            EngineEventData(metadata={"task id": flight.task.task_id}),
+        )
+        flight.absent_since = None
+        flight.sent_at = time.monotonic()
+        self._unsent.append(flight.task)
+
+    # --- stopping ---
+
+    def _interrupt(self) -> Iterator[DagsterEvent]:
+        """A signal asks this process to end: stop the steps, unless another loop takes over."""
+        instance, run_id = self._context.instance, self._context.run_id
+        run = instance.get_run_by_id(run_id)
+        is_cancelled = run is not None and run.status is DagsterRunStatus.CANCELING
+        self._active.mark_interrupted()
+        self._is_stopping = True
+        steps = [flight.step.key for flight in self._flights.values()]
+        if not is_cancelled and instance.run_will_resume(run_id):
+            self.leaves_steps_running = True
+            yield DagsterEvent.engine_event(
+                self._context,
+                "Received a termination signal; the steps go on, since the run will be resumed.",
+                EngineEventData.interrupted(steps),
+            )
+            return
+        yield DagsterEvent.engine_event(
+            self._context,
+            "Received a termination signal; stopping the steps on their workers.",
+            EngineEventData.interrupted(steps),
+        )
+        self._begin_stop()
+
+    def _begin_stop(self) -> None:
+        unsent = {task.task_id for task in self._unsent}
+        for task_id in unsent:
+            self._drop(self._flights[task_id])
+        self._unsent = []
+        self._to_cancel = [flight.task for flight in self._flights.values()]
+        self._stop_deadline = (
+            time.monotonic() + self._settings.lease_seconds + self._settings.cancel_grace_seconds
+        )
+
+    def _send_cancels(self) -> Iterator[DagsterEvent]:
+        if not self._to_cancel:
+            return
+        try:
+            states = self._dispatcher.cancel(self._to_cancel, "The run was terminated")
+        except UnreachableServerError as error:
+            yield from self._note_outage(error)
+            return
+        for task in self._to_cancel:
+            flight = self._flights.get(task.task_id)
+            if flight is not None and states[task.task_id] is TaskState.CANCELLED:
+                self._drop(flight)
+                yield DagsterEvent.engine_event(
+                    self._context.for_step(flight.step),
+                    f'Withdrew step "{flight.step.key}" from queue "{task.queue}" before a worker '
+                    "had started it.",
+                    EngineEventData(marker_end=QUEUE_WAIT_MARKER),
+                )
+        self._to_cancel = []
+        self._retry_at = None
+
+    def _drop(self, flight: _Flight) -> None:
+        """Forget a task that is known not to run."""
+        del self._flights[flight.task.task_id]
+        self._concurrency.free_step(flight.step.key)
+
+    def _give_up_waiting(self) -> Iterator[DagsterEvent]:
+        """The servers are away for so long that every worker has stopped its steps by itself."""
+        yield DagsterEvent.engine_event(
+            self._context,
+            "The servers have been away for longer than a lease: the workers have stopped the "
+            "run's steps, though none could say so.",
+            EngineEventData.interrupted([flight.step.key for flight in self._flights.values()]),
+        )
+        for flight in list(self._flights.values()):
+            self._drop(flight)
+
+    def cancel_everything(self, reason: str) -> None:
+        """Tell the workers to stop, without waiting; for when the loop itself has failed."""
+        if self.leaves_steps_running or not self._flights:
+            return
+        try:
+            self._dispatcher.cancel([flight.task for flight in self._flights.values()], reason)
+        except UnreachableServerError as error:
+            self._context.log.warning(
+                f"{error} The run's steps could not be told to stop; they do when its lease ends."
+            )
+
+
+def _check_outputs_are_shared(plan: ExecutionPlan) -> None:
+    if not plan.artifacts_persisted:
+        raise ConfigError(
+            "Steps on workers cannot pass values in memory: an IO manager of this job keeps them "
+            "in the process that made them. Use one that every worker can read: the default "
+            "filesystem one on a shared disk, S3, GCS, ..."
+        )
+
+
+def _warn_of_misleading_priorities(
+    context: PlanOrchestrationContext, plan: ExecutionPlan
+) -> None:
+    keys = [
+        key
+        for key in plan.step_keys_to_execute
+        if has_misleading_priority(plan.get_step_by_key(key).tags)
+    ]
+    if keys:
+        context.log.warning(
+            "These steps have the tag dagster/priority, which does not count here, and no "
+            f"dagster-taskiq/priority: {', '.join(keys)}. Set both where both are meant."
+        )
+
+
+def _error_of(flight: _Flight, result: TaskResult) -> SerializableErrorInfo:
+    """Why an attempt without an end of its own failed, for the step's page in the UI."""
+    if result.error is not None:
+        return unpack_value(result.error, as_type=SerializableErrorInfo)
+    reason = result.reason or "It ended without saying whether it had succeeded."
+    place = result.place
+    return plain_error(
+        f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
+        f"{place.slot}, pid {place.pid}): {reason}",
+        "StepLost" if result.outcome is Outcome.DIED else "StepError",
+    )

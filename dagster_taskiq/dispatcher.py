@@ -1,0 +1,108 @@
+"""What the execution loop asks of whoever carries its steps to workers.
+
+``Client`` carries them through a broker, ``EagerDispatcher`` runs them in the calling process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.results import TaskResult
+
+
+@dataclass(frozen=True)
+class StepTask:
+    """One attempt of a step, ready to be sent.
+
+    Attributes:
+        task_id: see ``envelope.step_task_id``.
+        attempt: from 1.
+        queue: as people name it.
+        priority: 0..10, higher first.
+        payload: Dagster's packed arguments.
+    """
+
+    task_id: str
+    step_key: str
+    attempt: int
+    queue: str
+    priority: int
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What broker and backend know of tasks in flight.
+
+    Attributes:
+        is_conclusive: whether a missing claim proves that nobody works on the task: the backend
+            has been reachable and in the same epoch for a full lease.
+        reports: by task id.
+        absent: ids of unclaimed tasks that the broker does not hold either.
+        unserved_queues: queues of unclaimed tasks that no worker listens on.
+        served_queues: those that workers do listen on.
+    """
+
+    is_conclusive: bool
+    reports: Mapping[str, TaskReport]
+    absent: frozenset[str] = frozenset()
+    unserved_queues: frozenset[str] = frozenset()
+    served_queues: frozenset[str] = field(default_factory=frozenset)
+
+
+class Dispatcher(ABC):
+    """Carries the steps of one run; used from one thread.
+
+    Errors: ``UnreachableServerError`` from every method but ``wait`` and ``close``, after which
+    the call may be repeated; ``RefusedByServerError`` where repeating is of no use.
+    """
+
+    @abstractmethod
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        """Send tasks, in this order; sending one twice does no harm."""
+
+    @abstractmethod
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        """The results that arrived, with their task ids.
+
+        Returns as soon as there is one, when a signal arrives, or after the timeout.
+
+        Raises:
+            SupersededLoopError: another loop of the run has taken over.
+        """
+
+    @abstractmethod
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        """The results of these tasks have been acted on, they need not be kept."""
+
+    @abstractmethod
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        """Compare what is awaited with what broker and backend know."""
+
+    @abstractmethod
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        """Results whose arrival was not noticed."""
+
+    @abstractmethod
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        """Stop tasks; see ``RunBackend.cancel``."""
+
+    @abstractmethod
+    def condemn(self, task_id: str) -> bool:
+        """See ``RunBackend.condemn``."""
+
+    @abstractmethod
+    def reopen(self, task_id: str) -> bool:
+        """See ``RunBackend.reopen``."""
+
+    @abstractmethod
+    def close(self, *, leave_running: bool = False) -> None:
+        """The loop is over.
+
+        Args:
+            leave_running: the run will be resumed by another loop, so its steps go on.
+        """

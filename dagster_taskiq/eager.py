@@ -1,0 +1,71 @@
+"""``task_always_eager``: steps run in the calling process, through the same task code."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+
+from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.results import Place, TaskResult
+from dagster_taskiq.tasks import execute_plan
+from dagster_taskiq.waker import Waker
+
+
+class EagerDispatcher(Dispatcher):
+    """Runs one step at each ``wait``, the one of the highest priority first."""
+
+    def __init__(self) -> None:
+        host = socket.gethostname()
+        self._place = Place(f"eager@{host}", "eager", host, os.getpid(), 0)
+        self._waiting: deque[StepTask] = deque()
+        self._waker = Waker()
+
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        """See ``Dispatcher``."""
+        self._waiting.extend(tasks)
+        self._waiting = deque(sorted(self._waiting, key=lambda task: -task.priority))
+
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        """Run the next step, if one waits."""
+        if not self._waiting:
+            self._waker.wait(timeout_seconds)
+            return []
+        task = self._waiting.popleft()
+        # what would not survive the way to a worker must not work here
+        payload = json.loads(json.dumps(task.payload))
+        result = execute_plan(payload, self._place, task.queue)
+        return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
+
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        """Nothing is kept."""
+
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        """What is here waits; nothing can be lost."""
+        reports = {task.task_id: TaskReport(TaskState.UNKNOWN) for task in tasks}
+        return Inspection(is_conclusive=False, reports=reports)
+
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        """Nothing arrives unnoticed."""
+        return []
+
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        """Forget what waits."""
+        self._waiting.clear()
+        return {task.task_id: TaskState.CANCELLED for task in tasks}
+
+    def condemn(self, task_id: str) -> bool:
+        """Nothing can be lost."""
+        return False
+
+    def reopen(self, task_id: str) -> bool:
+        """Nothing can be lost."""
+        return False
+
+    def close(self, *, leave_running: bool = False) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+        self._waker.close()

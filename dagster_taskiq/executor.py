@@ -1,0 +1,140 @@
+"""``taskiq_executor``: Dagster's plug-in point for the steps of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dagster import DagsterEvent, DagsterInstance, Executor, InitExecutorContext, executor
+
+from dagster_taskiq._dagster import (
+    ExecuteStepArgs,
+    ExecutionPlan,
+    ExecutionStep,
+    KnownExecutionState,
+    PlanOrchestrationContext,
+    RetryMode,
+    multiple_process_executor_requirements,
+    pack_value,
+)
+from dagster_taskiq.client import Client
+from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
+from dagster_taskiq.connections import find_servers
+from dagster_taskiq.core_execution_loop import core_execution_loop
+from dagster_taskiq.dispatcher import Dispatcher
+from dagster_taskiq.eager import EagerDispatcher
+from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY
+
+
+@executor(
+    name="taskiq",
+    config_schema=EXECUTOR_SCHEMA,
+    requirements=multiple_process_executor_requirements(),
+)
+def taskiq_executor(init_context: InitExecutorContext) -> TaskiqExecutor:
+    """Execute each step of a run on a Taskiq worker.
+
+    Set it as a job's executor, start workers with ``dagster-taskiq worker start``, and the job's
+    steps run on them, in the queues and with the priorities that their tags ask for:
+
+    .. code-block:: python
+
+        from dagster import job
+        from dagster_taskiq import taskiq_executor
+
+        @job(executor_def=taskiq_executor)
+        def my_job(): ...
+
+    Without any configuration run and workers meet at an embedded server of their DAGSTER_HOME.
+    Otherwise give the run and its workers the same settings:
+
+    .. code-block:: yaml
+
+        execution:
+          config:
+            broker: amqp://user:password@rabbitmq:5672//
+            backend: redis://redis:6379/0
+            max_concurrent: 20
+
+    ``broker``, ``backend``, ``include``, ``config_source`` and ``retries`` have dagster-celery's
+    names and meaning; ``default_queue``, ``max_concurrent``, ``tag_concurrency_limits``,
+    ``lease_seconds`` and ``cancel_grace_seconds`` are described where the schema lists them.
+
+    Steps exchange their values through IO managers, so those must keep them where every worker
+    can read them: a shared file system, S3, GCS, ...
+    """
+    return TaskiqExecutor(Settings.from_config(init_context.executor_config))
+
+
+class TaskiqExecutor(Executor):
+    """Hands a plan to the execution loop; see ``taskiq_executor``."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._retries = RetryMode(settings.retries)
+
+    @property
+    def retries(self) -> RetryMode:
+        """Whether steps are retried."""
+        return self._retries
+
+    def execute(
+        self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
+    ) -> Iterator[DagsterEvent]:
+        """Execute the plan's steps on workers; yields their events."""
+
+        def open_dispatcher() -> Dispatcher:
+            return _open_dispatcher(self._settings, plan_context)
+
+        def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
+            return _payload(plan_context, step, known_state)
+
+        return core_execution_loop(
+            plan_context, execution_plan, self._settings, open_dispatcher, make_payload
+        )
+
+
+def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> Dispatcher:
+    if settings.source.task_always_eager:
+        return EagerDispatcher()
+    servers = find_servers(settings)
+    instance, run_id = context.instance, context.run_id
+    return Client(
+        broker=servers.broker,
+        backend=servers.backend,
+        run_id=run_id,
+        generation=instance.count_resume_run_attempts(run_id),
+        is_resumable=instance.run_will_resume(run_id),
+        lease_seconds=settings.lease_seconds,
+        cancel_grace_seconds=settings.cancel_grace_seconds,
+    )
+
+
+def _payload(
+    context: PlanOrchestrationContext, step: ExecutionStep, known_state: KnownExecutionState
+) -> Mapping[str, Any]:
+    job = context.reconstructable_job
+    args = ExecuteStepArgs(
+        job_origin=job.get_python_origin(),
+        run_id=context.run_id,
+        step_keys_to_execute=[step.key],
+        instance_ref=None if _is_own_instance(context.instance) else context.instance.get_ref(),
+        retry_mode=context.executor.retries.for_inner_plan(),
+        known_state=known_state,
+        print_serialized_events=False,
+    )
+    return {ARGS_KEY: pack_value(args), EXECUTABLE_KEY: job.to_dict()}
+
+
+def _is_own_instance(instance: DagsterInstance) -> bool:
+    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
+
+    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
+    instance is another one than DAGSTER_HOME's: that of a test, for example.
+    """
+    home = os.getenv("DAGSTER_HOME")
+    if not home or not instance.is_persistent:
+        return False
+    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()

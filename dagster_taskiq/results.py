@@ -1,0 +1,97 @@
+"""The result of a task: what a worker stores and the execution loop reads, as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+from dagster_taskiq.errors import MalformedResultError
+
+
+class Outcome(str, Enum):
+    """How a task ended, as its worker saw it."""
+
+    #: The child process ran the task to its end; what came of it is in the events.
+    FINISHED = "finished"
+    #: The child process could not run the task: code that does not load, no such run, ...
+    ERROR = "error"
+    #: The child process is gone, with an exit code or by a signal.
+    DIED = "died"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task runs, for people.
+
+    Attributes:
+        worker: ``name@host``, as in every listing.
+        worker_id: unique to one life of the worker, for control messages.
+        host: of the worker.
+        pid: of the child process.
+        slot: the number of the worker's slot.
+    """
+
+    worker: str
+    worker_id: str
+    host: str
+    pid: int
+    slot: int
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Place:
+        """Raises MalformedResultError for what is no place."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise MalformedResultError(f"it does not say where it ran: {error}") from None
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task came to.
+
+    Attributes:
+        outcome: see ``Outcome``.
+        place: who ran it.
+        events: Dagster's events of the step, serialized, in their order.
+        error: Dagster's packed ``SerializableErrorInfo``, for ``Outcome.ERROR``.
+        reason: a sentence for people: of a death, of a cancel.
+        exit_code: of a child process that died or of a run; negative is a signal's number.
+        is_cancelled: whether it was told to stop before it ended.
+    """
+
+    outcome: Outcome
+    place: Place
+    events: tuple[str, ...] = ()
+    error: dict[str, Any] | None = None
+    reason: str = ""
+    exit_code: int | None = None
+    is_cancelled: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """JSON."""
+        return json.dumps({**asdict(self), "outcome": self.outcome.value}).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TaskResult:
+        """The result that ``to_bytes`` wrote.
+
+        Raises:
+            MalformedResultError: it is none.
+        """
+        try:
+            values = json.loads(data)
+            events = tuple(values.pop("events"))
+            if not all(isinstance(event, str) for event in events):
+                raise TypeError("an event is no text")
+            return cls(
+                outcome=Outcome(values.pop("outcome")),
+                place=Place.from_dict(values.pop("place")),
+                events=events,
+                **values,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MalformedResultError(f"it is not a result of ours: {error!r}") from None

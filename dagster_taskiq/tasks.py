@@ -1,0 +1,160 @@
+"""What a child process does with a task: load the code, execute the step, return its events.
+
+Runs in the main thread of its process, where Dagster can be interrupted and may redirect the
+process's output. What is costly to make and the same for many steps is kept between them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from dagster import DagsterEvent, DagsterInstance, DagsterRun
+
+from dagster_taskiq._dagster import (
+    DagsterExecutionInterruptedError,
+    DagsterRunStatus,
+    EngineEventData,
+    ExecuteStepArgs,
+    ReconstructableJob,
+    capture_interrupts,
+    create_execution_plan,
+    deserialize_instance_ref,
+    error_info,
+    execute_plan_iterator,
+    pack_value,
+    serialize_value,
+    unpack_value,
+)
+from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
+from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+
+#: Keys of a step's payload.
+ARGS_KEY = "execute_step_args_packed"
+EXECUTABLE_KEY = "executable_dict"
+
+
+class StepRefusedError(DagsterTaskiqError):
+    """The step must not or cannot be executed here; the message says why."""
+
+
+def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+    """Execute one step.
+
+    Args:
+        payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
+        place: where this is, for the step's events.
+        queue: that the step was taken from.
+
+    Returns:
+        the events of the step, also when it failed or was interrupted, since Dagster reports
+        both as events; an error only where the step could not be brought to run.
+    """
+    events: list[str] = []
+    with capture_interrupts():
+        try:
+            args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+            for event in _step_events(args, payload[EXECUTABLE_KEY], place, queue):
+                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            return TaskResult(
+                Outcome.FINISHED,
+                place,
+                tuple(events),
+                reason="It was interrupted before it had started.",
+                is_cancelled=True,
+            )
+        except StepRefusedError as refusal:
+            return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
+        except Exception:  # noqa: BLE001 - whatever user code raises at import is the step's failure
+            return TaskResult(Outcome.ERROR, place, tuple(events), error=pack_value(error_info()))
+    return TaskResult(Outcome.FINISHED, place, tuple(events))
+
+
+def _step_events(
+    args: ExecuteStepArgs, executable: Mapping[str, Any], place: Place, queue: str
+) -> Any:
+    instance = _instance(args)
+    run = _live_run(instance, args.run_id)
+    (step_key,) = args.step_keys_to_execute or ()
+    location = run.remote_job_origin.location_name if run.remote_job_origin else None
+    instance.inject_env_vars(location)
+    job = ReconstructableJob.from_dict(dict(executable))
+    plan = create_execution_plan(
+        job,
+        run.run_config,
+        step_keys_to_execute=[step_key],
+        known_state=args.known_state,
+        repository_load_data=job.repository.repository_load_data,
+    )
+    yield _report_start(instance, run, step_key, place, queue)
+    yield from execute_plan_iterator(
+        execution_plan=plan,
+        job=job,
+        dagster_run=run,
+        instance=instance,
+        retry_mode=args.retry_mode,
+        run_config=run.run_config,
+    )
+
+
+def _report_start(
+    instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, queue: str
+) -> DagsterEvent:
+    return instance.report_engine_event(
+        f'Executing step "{step_key}" on worker {place.worker}.',
+        run,
+        EngineEventData(
+            metadata={
+                "worker": place.worker,
+                "host": place.host,
+                "pid": str(os.getpid()),
+                "slot": place.slot,
+                "queue": queue,
+            },
+            marker_end=QUEUE_WAIT_MARKER,
+        ),
+        step_key=step_key,
+    )
+
+
+def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+    run = instance.get_run_by_id(run_id)
+    if run is None:
+        raise StepRefusedError(
+            f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
+            "worker needs the same dagster.yaml and storage as the run."
+        )
+    if run.is_finished or run.status is DagsterRunStatus.CANCELING:
+        raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
+    return run
+
+
+def _describe(instance: DagsterInstance) -> str:
+    home = os.getenv("DAGSTER_HOME")
+    return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
+
+
+def _instance(args: ExecuteStepArgs) -> DagsterInstance:
+    """The instance of the message, or this process's own where it was sent by reference."""
+    if args.instance_ref is not None:
+        return _instance_of(serialize_value(args.instance_ref))
+    return _own_instance()
+
+
+@lru_cache(maxsize=4)
+def _instance_of(serialized_ref: str) -> DagsterInstance:
+    return DagsterInstance.from_ref(deserialize_instance_ref(serialized_ref))
+
+
+@lru_cache(maxsize=1)
+def _own_instance() -> DagsterInstance:
+    if not os.getenv("DAGSTER_HOME"):
+        raise StepRefusedError(
+            "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "
+            "dagster.yaml that the run uses, and start the worker again."
+        )
+    return DagsterInstance.get()

@@ -1,0 +1,104 @@
+"""Arguments of ``celery worker`` that teams pass after ``--``, read for what they mean here."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dagster_taskiq.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CeleryArguments:
+    """What of Celery's command line has a meaning here; None or empty where it was not given."""
+
+    name: str | None
+    queues: tuple[str, ...]
+    include: tuple[str, ...]
+    concurrency: int | None
+    log_level: str | None
+    max_tasks_per_child: int | None
+    max_memory_per_child: int | None
+
+
+#: Options of ``celery worker`` (5.6) that mean nothing here, and whether each takes a value.
+_MEANINGLESS = {
+    "--autoscale": True,
+    "--detach": False,
+    "--executable": True,
+    "--gid": True,
+    "--heartbeat-interval": True,
+    "--logfile": True,
+    "--optimization": True,
+    "--pidfile": True,
+    "--pool": True,
+    "--prefetch-multiplier": True,
+    "--purge": False,
+    "--scheduler": True,
+    "--schedule-filename": True,
+    "--soft-time-limit": True,
+    "--statedb": True,
+    "--task-events": False,
+    "--time-limit": True,
+    "--uid": True,
+    "--umask": True,
+    "--without-gossip": False,
+    "--without-heartbeat": False,
+    "--without-mingle": False,
+    "--disable-prefetch": False,
+    "--exclude-queues": True,
+    "--beat": False,
+    "-B": False,
+    "-E": False,
+    "-O": True,
+    "-P": True,
+    "-X": True,
+    "-s": True,
+    "-S": True,
+    "-f": True,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(f"Cannot read the Celery arguments after --: {message}.")
+
+
+def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
+    """Read what follows ``--``; warns of each argument that means nothing here.
+
+    Raises:
+        ConfigError: an argument is none of Celery's, or its value is of the wrong type.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-n", "--hostname")
+    parser.add_argument("-Q", "--queues", action="append", default=[])
+    parser.add_argument("-I", "--include", action="append", default=[])
+    parser.add_argument("-c", "--concurrency", type=int)
+    parser.add_argument("-l", "--loglevel")
+    parser.add_argument("--max-tasks-per-child", type=int)
+    parser.add_argument("--max-memory-per-child", type=int)
+    for option, takes_value in _MEANINGLESS.items():
+        action = "store" if takes_value else "store_true"
+        parser.add_argument(option, action=action, dest=option)
+    values, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ConfigError(f"Not an argument of a Celery worker: {' '.join(unknown)}.")
+    for option in _MEANINGLESS:
+        if getattr(values, option):
+            warnings.warn(f"Celery's {option} means nothing here; it is ignored.", stacklevel=2)
+    return CeleryArguments(
+        name=values.hostname.partition("@")[0] if values.hostname else None,
+        queues=_split(values.queues),
+        include=_split(values.include),
+        concurrency=values.concurrency,
+        log_level=values.loglevel,
+        max_tasks_per_child=values.max_tasks_per_child,
+        max_memory_per_child=values.max_memory_per_child,
+    )
+
+
+def _split(values: list[str]) -> tuple[str, ...]:
+    return tuple(item.strip() for value in values for item in value.split(",") if item.strip())

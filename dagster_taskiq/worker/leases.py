@@ -1,0 +1,172 @@
+"""The lease keeper: it renews the worker's claims, and stops what may not go on.
+
+A task may not go on when it is to be cancelled, when its run has no loop any more, or when its
+lease cannot be renewed. In the last case the keeper interrupts it after two thirds of the lease,
+so that its clean-up code can run, and the guard, which the keeper tells of every renewal, kills it
+after five sixths: before the lease has ended for everybody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from dagster_taskiq.backend import Backend, Claim, Renewal
+from dagster_taskiq.defaults import (
+    INTERRUPT_AFTER_LEASE_SHARE,
+    KILL_AFTER_LEASE_SHARE,
+    LEASE_SECONDS,
+    RENEWALS_PER_LEASE,
+)
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.worker.guard import clock
+from dagster_taskiq.worker.guard_client import GuardClient
+
+logger = logging.getLogger(__name__)
+
+
+class StopReason(str, Enum):
+    """Why a running task is stopped, as its page in the UI says it."""
+
+    CANCELLED = "it was cancelled"
+    RUN_GONE = "the process of its run is gone"
+    LEASE_LOST = "its worker could not renew its lease on it"
+    WORKER_STOPS = "its worker was told to stop"
+
+
+@dataclass
+class Lease:
+    """One claim being kept.
+
+    Attributes:
+        claim: the claim.
+        group: the process group of the child that executes it.
+        renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
+        on_stop: called once, when the task may not go on.
+        stop_reason: why it was stopped, if it was.
+        is_lost: whether the backend has said that the claim is not ours any more.
+    """
+
+    claim: Claim
+    group: int
+    renewed_at: float
+    on_stop: Callable[[], None]
+    stop_reason: StopReason | None = None
+    is_lost: bool = False
+
+    @property
+    def ends_at(self) -> float:
+        """When others may think that the task is lost."""
+        return self.renewed_at + self.claim.lease_seconds
+
+
+class LeaseKeeper:
+    """Keeps the claims of one worker; ``run`` is its background task."""
+
+    def __init__(self, backend: Backend, guard: GuardClient) -> None:
+        self._backend = backend
+        self._guard = guard
+        self._leases: dict[str, Lease] = {}
+        self._epoch = ""
+        self._epoch_since = 0.0
+        self._is_away = False
+
+    def keep(self, lease: Lease) -> None:
+        """Renew a claim from now on."""
+        self._leases[lease.claim.token] = lease
+        self.guard_group(lease, lease.group)
+
+    def guard_group(self, lease: Lease, group: int) -> None:
+        """The task is executed by this process group (after all, if its first child died)."""
+        lease.group = group
+        deadline = lease.renewed_at + lease.claim.lease_seconds * KILL_AFTER_LEASE_SHARE
+        self._guard.set_deadline(group, deadline)
+
+    def release(self, lease: Lease) -> None:
+        """The claim needs no renewal any more; its child may live."""
+        self._leases.pop(lease.claim.token, None)
+        self._guard.lift_deadline(lease.group)
+
+    def find(self, task_id: str) -> Lease | None:
+        """The lease on a task, if this worker holds it."""
+        return next((it for it in self._leases.values() if it.claim.task_id == task_id), None)
+
+    async def run(self) -> None:
+        """Renew until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval_seconds())
+            if self._leases:
+                await self._renew_all(list(self._leases.values()))
+
+    def _interval_seconds(self) -> float:
+        shortest = min((it.claim.lease_seconds for it in self._leases.values()), default=None)
+        if shortest is None:
+            # nothing to renew: look again as soon as the shortest usual lease would need it
+            shortest = min(LEASE_SECONDS, 3.0)
+        return shortest / RENEWALS_PER_LEASE
+
+    async def _renew_all(self, leases: list[Lease]) -> None:
+        sent_at = clock()
+        try:
+            renewals = await self._backend.renew([lease.claim for lease in leases])
+        except ServerError as error:
+            if not self._is_away:
+                logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
+            self._is_away = True
+            self._stop_overdue(leases)
+            return
+        if self._is_away:
+            logger.info("%s is back; the leases are renewed.", self._backend.address)
+        self._is_away = False
+        for lease, renewal in zip(leases, renewals, strict=True):
+            self._note_epoch(renewal.epoch, sent_at)
+            self._apply(lease, renewal, sent_at)
+
+    def _note_epoch(self, epoch: str, now: float) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._epoch_since = epoch, now
+
+    def _apply(self, lease: Lease, renewal: Renewal, sent_at: float) -> None:
+        if not renewal.is_held:
+            lease.is_lost = True
+            self.stop(lease, StopReason.LEASE_LOST)
+            return
+        lease.renewed_at = sent_at
+        if lease.claim.token in self._leases:
+            self.guard_group(lease, lease.group)
+        if renewal.cancel_reason is not None:
+            self.stop(lease, StopReason.CANCELLED)
+        elif not renewal.is_run_alive and not renewal.is_resumable and self._is_steady(lease):
+            self.stop(lease, StopReason.RUN_GONE)
+
+    def _is_steady(self, lease: Lease) -> bool:
+        """Whether the run's loop has had the time to say, in this epoch, that it lives."""
+        return (
+            self._epoch == lease.claim.epoch
+            or clock() - self._epoch_since >= lease.claim.lease_seconds
+        )
+
+    def _stop_overdue(self, leases: list[Lease]) -> None:
+        for lease in leases:
+            overdue = clock() - lease.renewed_at
+            if overdue >= lease.claim.lease_seconds * INTERRUPT_AFTER_LEASE_SHARE:
+                self.stop(lease, StopReason.LEASE_LOST)
+
+    def stop(self, lease: Lease, reason: StopReason) -> None:
+        """Stop a task, once."""
+        if lease.stop_reason is not None or lease.claim.token not in self._leases:
+            return
+        lease.stop_reason = reason
+        logger.warning("Stopping task %s: %s.", lease.claim.task_id, reason.value)
+        lease.on_stop()
+
+    def stop_all(self, reason: StopReason) -> None:
+        """Stop every task."""
+        for lease in list(self._leases.values()):
+            self.stop(lease, reason)
+
+    def __len__(self) -> int:
+        return len(self._leases)

@@ -1,0 +1,57 @@
+"""Taskiq's receiver, with every delivery settled."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from taskiq import AckableMessage
+from taskiq.acks import AcknowledgeType
+from taskiq.receiver import Receiver
+
+from dagster_taskiq.brokers import Delivery, TaskBroker
+from dagster_taskiq.errors import ServerError
+
+logger = logging.getLogger(__name__)
+
+#: Pause before a task that could not be claimed goes back to its queue, so that a worker that
+#: cannot reach the backend does not take and return it as fast as it can.
+RELEASE_PAUSE_SECONDS = 1.0
+
+
+class SettlingReceiver(Receiver):
+    """Takes a message when a slot is free; what its task does not ack goes back to the queue.
+
+    Args:
+        broker: with its tasks registered.
+        slots: how many messages may be in work at once.
+    """
+
+    def __init__(self, broker: TaskBroker, slots: int) -> None:
+        super().__init__(
+            broker,
+            validate_params=False,  # the envelope has been checked, and payloads can be large
+            max_async_tasks=slots,
+            max_prefetch=0,
+            run_startup=False,
+            ack_type=AcknowledgeType.MANUAL,
+        )
+
+    async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
+        """Run one message's task, then settle the message if the task has not."""
+        assert isinstance(message, Delivery)
+        try:
+            await super().callback(message, raise_err)
+        except Exception:
+            # a middleware or Taskiq itself failed before our task function was called
+            logger.exception("A message could not be handed to its task; it goes back.")
+        finally:
+            if not message.settled:
+                await asyncio.sleep(RELEASE_PAUSE_SECONDS)
+                await self._release(message)
+
+    async def _release(self, delivery: Delivery) -> None:
+        try:
+            await delivery.release()
+        except ServerError as error:
+            logger.warning("Could not give a message back: %s The server will do it.", error)

@@ -1,0 +1,264 @@
+"""A slot: one warm child process, which executes one task at a time.
+
+The child is replaced between tasks: after so many of them, above so much memory, after a cancel
+(which may leave something behind), and when it died. Whoever takes a slot calls ``prepare`` first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from os import kill
+from typing import Any
+
+from dagster_taskiq.errors import SlotError
+from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.child import ChildOptions, child_main
+from dagster_taskiq.worker.guard import kill_group
+from dagster_taskiq.worker.guard_client import GuardClient
+
+logger = logging.getLogger(__name__)
+
+#: What every child finds already imported. User code is not among it: a fresh child must run what
+#: stands on disk now, and a broken module must break one child only.
+_PRELOAD = ["__main__", "dagster", "dagster_taskiq.worker.child"]
+
+#: How long a child may take to import the user's modules.
+_READY_TIMEOUT_SECONDS = 300.0
+
+#: How long the exit code of a child that hung up may be on its way.
+_EXIT_TIMEOUT_SECONDS = 5.0
+
+#: A child that dies before it has begun to execute is replaced and the task given to the new one,
+#: so often.
+_STARTS_PER_TASK = 3
+
+
+@dataclass(frozen=True)
+class ChildDied:
+    """The child ended while it had a task.
+
+    Attributes:
+        exit_code: negative for the number of the signal that ended it.
+        pid: it had.
+    """
+
+    exit_code: int
+    pid: int
+
+    def __str__(self) -> str:
+        if self.exit_code < 0:
+            try:
+                name = signal.Signals(-self.exit_code).name
+            except ValueError:
+                name = f"signal {-self.exit_code}"
+            return f"its process was killed by {name}"
+        return f"its process ended with exit code {self.exit_code}"
+
+
+def fork_server() -> ForkServerContext:
+    """The context that forks children from a process with everything preloaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+class Slot:
+    """One slot of a worker.
+
+    Args:
+        context: see ``fork_server``.
+        guard: is told of every child.
+        options: for the child.
+        max_tasks: after which the child is replaced; 0 is never.
+        max_memory_kib: above which it is replaced; 0 is never.
+    """
+
+    def __init__(
+        self,
+        context: ForkServerContext,
+        guard: GuardClient,
+        options: ChildOptions,
+        *,
+        max_tasks: int = 0,
+        max_memory_kib: int = 0,
+    ) -> None:
+        self.number = options.slot
+        self._context = context
+        self._guard = guard
+        self._options = options
+        self._max_tasks = max_tasks
+        self._max_memory_kib = max_memory_kib
+        self._process: ForkServerProcess | None = None
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._exited: asyncio.Future[int] | None = None
+        self._tasks_done = 0
+        self._must_replace = False
+
+    @property
+    def pid(self) -> int:
+        """Of the child, which is also its process group's; 0 when there is none."""
+        return self._process.pid or 0 if self._process else 0
+
+    async def prepare(self) -> None:
+        """Have a child that is ready for a task.
+
+        Raises:
+            SlotError: the child could not import the user's modules, or did not come up.
+        """
+        if self._process is not None and not self._is_spent():
+            return
+        await self.stop()
+        await self._start()
+
+    def _is_spent(self) -> bool:
+        assert self._exited is not None
+        return self._must_replace or self._exited.done()
+
+    async def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # the standard library keeps the fork server's state behind a lock and may wait for it
+        process = self._context.Process(
+            target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
+        )
+        try:
+            await asyncio.to_thread(process.start)
+        except (OSError, EOFError) as error:
+            ours.close()
+            raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error
+        finally:
+            theirs.close()
+        assert process.pid is not None
+        self._guard.watch(process.pid)
+        self._process = process
+        self._exited = self._watch_exit(process)
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._tasks_done = 0
+        self._must_replace = False
+        answer = await self._next_message(_READY_TIMEOUT_SECONDS)
+        if isinstance(answer, ChildDied) or answer["kind"] != "ready":
+            reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
+            await self.stop()
+            raise SlotError(f"slot {self.number}: {reason}")
+
+    def _watch_exit(self, process: ForkServerProcess) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        exited: asyncio.Future[int] = loop.create_future()
+        pid = process.pid or 0
+
+        def note() -> None:
+            loop.remove_reader(process.sentinel)
+            process.join()
+            # at once, while the number cannot yet be that of another group: what it had started
+            kill_group(pid)
+            self._guard.forget(pid)
+            exited.set_result(process.exitcode or 0)
+
+        loop.add_reader(process.sentinel, note)
+        return exited
+
+    async def run(
+        self, task: dict[str, Any], on_child: Callable[[int], None]
+    ) -> dict[str, Any] | ChildDied:
+        """Execute a task; the child's answer, or how it died.
+
+        Args:
+            task: what ``child`` reads.
+            on_child: called with the child's process group before it is given the task.
+
+        Raises:
+            SlotError: the child died before it had begun, and no other one comes up.
+        """
+        for last in range(_STARTS_PER_TASK - 1, -1, -1):
+            await self.prepare()
+            on_child(self.pid)
+            answer = await self._send(task)
+            if isinstance(answer, dict):
+                break
+            if not last:
+                return answer
+            logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
+        answer = await self._next_message(None)
+        self._tasks_done += 1
+        if isinstance(answer, ChildDied):
+            return answer
+        self._note_use(answer)
+        return answer
+
+    async def _send(self, task: dict[str, Any]) -> dict[str, Any] | ChildDied:
+        assert self._writer is not None
+        self._writer.write(frames.encode(task))
+        try:
+            await self._writer.drain()
+        except ConnectionError:
+            pass  # it is gone; reading says how
+        return await self._next_message(None)
+
+    def _note_use(self, answer: dict[str, Any]) -> None:
+        if self._max_tasks and self._tasks_done >= self._max_tasks:
+            self._must_replace = True
+        if self._max_memory_kib and answer["resident_kib"] > self._max_memory_kib:
+            self._must_replace = True
+
+    async def _next_message(self, timeout_seconds: float | None) -> dict[str, Any] | ChildDied:
+        """The child's next message, or its death."""
+        assert self._reader is not None
+        assert self._exited is not None
+        reading = asyncio.ensure_future(frames.read(self._reader))
+        try:
+            # a grandchild that inherited the socket would hide the child's end, so watch both
+            await asyncio.wait(
+                {reading, self._exited},
+                timeout=timeout_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if self._exited.done() and not reading.done():
+                # it may have died with its last message still in the socket
+                await asyncio.wait({reading}, timeout=0.1)
+            if reading.done() and reading.exception() is None:
+                return reading.result()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        return await self._death()
+
+    async def _death(self) -> ChildDied:
+        assert self._exited is not None
+        pid = self.pid
+        if not self._exited.done():
+            await asyncio.wait({self._exited}, timeout=_EXIT_TIMEOUT_SECONDS)
+        if not self._exited.done():
+            logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
+            kill_group(pid)
+        return ChildDied(await self._exited, pid)
+
+    def interrupt(self) -> None:
+        """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
+        self._must_replace = True
+        if self._exited is not None and not self._exited.done():
+            kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the child and everything it has started."""
+        self._must_replace = True
+        if self._exited is not None and not self._exited.done():
+            kill_group(self.pid)
+
+    async def stop(self) -> None:
+        """Kill the child and everything it has started, and wait for its end."""
+        if self._process is None:
+            return
+        assert self._exited is not None
+        self.kill()
+        await self._exited
+        if self._writer is not None:
+            self._writer.close()
+        self._process.close()
+        self._process = self._reader = self._writer = self._exited = None
