@@ -19,10 +19,7 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
 from dagster._core.events import DagsterEventType, EngineEventData
 from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
-from dagster._core.execution.context.system import (
-    PlanOrchestrationContext,
-    StepOrchestrationContext,
-)
+from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 from dagster._core.execution.plan.objects import StepFailureData
@@ -35,8 +32,9 @@ from dagster._core.instance import InstanceRef
 from dagster._core.storage.dagster_run import DagsterRunStatus
 from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import deserialize_value, pack_value, serialize_value, unpack_value
-from dagster._utils.error import SerializableErrorInfo, serializable_error_info_from_exc_info
+from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts
+from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
     "ActiveExecution",
@@ -55,7 +53,6 @@ __all__ = [
     "ReconstructableJob",
     "RetryMode",
     "SerializableErrorInfo",
-    "StepOrchestrationContext",
     "capture_interrupts",
     "create_execution_plan",
     "cut_known_state",
@@ -86,7 +83,7 @@ def process_schema(schema: Mapping[str, Any], value: object) -> tuple[Any, list[
     Returns:
         the resolved value, or None, and what is wrong with it, a sentence each.
     """
-    result = process_config(resolve_to_config_type(dict(schema)), value)
+    result = process_config(resolve_to_config_type(dict(schema)), value)  # type: ignore[arg-type]
     return result.value, [error.message for error in result.errors or []]
 
 
@@ -170,10 +167,11 @@ def is_end_of_attempt(event: DagsterEvent) -> bool:
     return event.is_step_success or event.is_step_failure or event.is_step_up_for_retry
 
 
-def fail_step(step_context: StepOrchestrationContext, error: SerializableErrorInfo) -> DagsterEvent:
+def fail_step(step_context: IStepContext, error: SerializableErrorInfo) -> DagsterEvent:
     """Log that a step failed, without asking its retry policy."""
     return DagsterEvent.step_failure_event(
-        step_context, StepFailureData(error=error, user_failure_data=None)
+        step_context,
+        StepFailureData(error=error, user_failure_data=None),
     )
 
 

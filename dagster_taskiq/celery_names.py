@@ -1,4 +1,4 @@
-"""The names of Celery's settings (of 5.6), so that one in a team's YAML is told from a misspelling."""
+"""The names of Celery's settings (5.6), to tell one in a team's YAML from a misspelling."""
 
 from __future__ import annotations
 

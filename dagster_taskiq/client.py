@@ -296,5 +296,3 @@ def _decode(task_id: str, data: bytes) -> TaskResult:
         return TaskResult(
             Outcome.ERROR, _NOWHERE, reason=f"The result of task {task_id} cannot be read: {error}."
         )
-
-

@@ -96,7 +96,7 @@ EXECUTOR_SCHEMA: dict[str, Field] = {
         is_required=False,
         description="How many steps of one run may be queued or running at once. Default: all.",
     ),
-    "tag_concurrency_limits": tag_concurrency_limits_field(),
+    "tag_concurrency_limits": tag_concurrency_limits_field(),  # type: ignore[no-untyped-call]
 }
 
 
@@ -313,9 +313,7 @@ def _answer_unknown_key(key: str) -> None:
             stacklevel=2,
         )
         return
-    raise ConfigError(
-        f"config_source has no setting {key!r}.{_hint(key, _CONFIG_SOURCE_PARSERS)}"
-    )
+    raise ConfigError(f"config_source has no setting {key!r}.{_hint(key, _CONFIG_SOURCE_PARSERS)}")
 
 
 def _hint(key: str, known: Mapping[str, Any]) -> str:

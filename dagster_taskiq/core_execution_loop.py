@@ -160,7 +160,7 @@ class _Loop:
 
     def run(self) -> Iterator[DagsterEvent]:
         while self._flights or not (self._active.is_complete or self._is_stopping):
-            if self._active.check_for_interrupts():
+            if self._active.check_for_interrupts() and not self._is_stopping:
                 yield from self._interrupt()
                 if self.leaves_steps_running:
                     break
@@ -362,7 +362,9 @@ class _Loop:
             # done, but the result is gone: the log has what came of it
             yield from self._judge(flight)
 
-    def _look_after_waiting(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+    def _look_after_waiting(
+        self, flight: _Flight, inspection: Inspection
+    ) -> Iterator[DagsterEvent]:
         now = time.monotonic()
         if flight.task.task_id not in inspection.absent:
             flight.absent_since = None
@@ -497,7 +499,7 @@ class _Loop:
             self._dispatcher.cancel([flight.task for flight in self._flights.values()], reason)
         except UnreachableServerError as error:
             self._context.log.warning(
-                f"{error} The run's steps could not be told to stop; they do when its lease ends."
+                "%s The run's steps could not be told to stop; they do when its lease ends.", error
             )
 
 
@@ -510,18 +512,17 @@ def _check_outputs_are_shared(plan: ExecutionPlan) -> None:
         )
 
 
-def _warn_of_misleading_priorities(
-    context: PlanOrchestrationContext, plan: ExecutionPlan
-) -> None:
+def _warn_of_misleading_priorities(context: PlanOrchestrationContext, plan: ExecutionPlan) -> None:
     keys = [
         key
         for key in plan.step_keys_to_execute
-        if has_misleading_priority(plan.get_step_by_key(key).tags)
+        if has_misleading_priority(plan.get_step_by_key(key).tags or {})
     ]
     if keys:
         context.log.warning(
             "These steps have the tag dagster/priority, which does not count here, and no "
-            f"dagster-taskiq/priority: {', '.join(keys)}. Set both where both are meant."
+            "dagster-taskiq/priority: %s. Set both where both are meant.",
+            ", ".join(keys),
         )
 
 

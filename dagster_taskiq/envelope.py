@@ -181,9 +181,9 @@ def _text(header: Mapping[str, Any], key: str) -> str:
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:
-    value = header[key]
-    allowed: tuple[type, ...] = (int,) if kind is int else (int, float)
-    if isinstance(value, bool) or not isinstance(value, allowed):
+    value: Any = header[key]
+    is_number = isinstance(value, int if kind is int else (int, float))
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{key} must be a number")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{key} must lie between {low} and {high}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,7 @@ def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> D
 
 def _payload(
     context: PlanOrchestrationContext, step: ExecutionStep, known_state: KnownExecutionState
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     job = context.reconstructable_job
     args = ExecuteStepArgs(
         job_origin=job.get_python_origin(),

@@ -63,7 +63,9 @@ def server_errors(address: str) -> Iterator[None]:
             address, f"{address} refuses the credentials: {redact(str(error))}. Check the URL."
         ) from error
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-        raise UnreachableServerError(address, f"Cannot reach {address}: {_sentence(error)}.") from error
+        raise UnreachableServerError(
+            address, f"Cannot reach {address}: {_sentence(error)}."
+        ) from error
     except exceptions.RedisError as error:
         raise _refusal(address, error) from error
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -65,11 +66,10 @@ class TaskResult:
     outcome: Outcome
     place: Place
     events: tuple[str, ...] = ()
-    error: dict[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
     reason: str = ""
     exit_code: int | None = None
     is_cancelled: bool = False
-    timings: dict[str, float] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """JSON."""

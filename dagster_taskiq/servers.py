@@ -14,7 +14,6 @@ AMQP_SCHEMES = ("amqp", "amqps", "pyamqp")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
-
 @dataclass(frozen=True)
 class Tls:
     """How a ``rediss://`` or ``amqps://`` server is verified; by default by the system's CAs.

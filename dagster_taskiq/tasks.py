@@ -69,7 +69,7 @@ def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskRe
             )
         except StepRefusedError as refusal:
             return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
-        except Exception:  # noqa: BLE001 - whatever user code raises at import is the step's failure
+        except Exception:
             return TaskResult(Outcome.ERROR, place, tuple(events), error=pack_value(error_info()))
     return TaskResult(Outcome.FINISHED, place, tuple(events))
 

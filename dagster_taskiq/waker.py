@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import threading
-from types import TracebackType
 
 
 class Waker:
@@ -24,17 +23,6 @@ class Waker:
         self._previous_fd: int | None = None
         if threading.current_thread() is threading.main_thread():
             self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-
-    def __enter__(self) -> Waker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def wake(self) -> None:
         """End the present wait, or the next one; from any thread."""

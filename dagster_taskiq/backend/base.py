@@ -157,7 +157,7 @@ class RunBackend(ABC):
 
     @abstractmethod
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
-        """The results that arrived, by task id, as soon as there is one; empty after the timeout."""
+        """The results that arrived, by task id: as soon as there is one, or after the timeout."""
 
     @abstractmethod
     async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:

@@ -122,7 +122,7 @@ class RedisBackend(Backend):
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
             with server_errors(self.address):
-                values = await self._redis.mget([self._key("result:", task) for task in batch])
+                values: Any = await self._redis.mget([self._key("result:", task) for task in batch])
             found |= {task: value for task, value in zip(batch, values, strict=True) if value}
         return found
 
@@ -162,7 +162,9 @@ class RedisBackend(Backend):
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
-        return bool(await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), [task_id]))
+        return bool(
+            await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), [task_id])
+        )
 
     async def reopen(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
@@ -263,10 +265,11 @@ class RedisBackend(Backend):
             # records expire by themselves; the set only says which to look for, so hosts whose
             # clocks differ do no harm if what is old is dropped late
             await self._redis.zremrangebyscore(self._workers_key, 0, time.time() - 3600)
-            ids = [_text(item) for item in await self._redis.zrange(self._workers_key, 0, -1)]
+            members: Any = await self._redis.zrange(self._workers_key, 0, -1)
+            ids = [_text(item) for item in members]
             if not ids:
                 return []
-            values = await self._redis.mget([self._key("worker:", item) for item in ids])
+            values: Any = await self._redis.mget([self._key("worker:", item) for item in ids])
         records = [json.loads(value) for value in values if value]
         return sorted(
             (WorkerRecord(**{**item, "queues": tuple(item["queues"])}) for item in records),

@@ -6,17 +6,28 @@ and which can say more about a queue than Taskiq's own can.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from abc import abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
-from taskiq.utils import maybe_awaitable
 
-from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
+from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError
 
 logger = logging.getLogger(__name__)
+
+#: Pauses between two tries of a listener to reach a lost server: the first, and the longest.
+FIRST_RETRY_SECONDS = 0.1
+LONGEST_RETRY_SECONDS = 2.0
+
+#: How many bytes of messages are sent in one go. One round trip for a usual fan-out, and still
+#: little enough to get through within the time that a server has for its answer.
+MAX_BATCH_BYTES = 4 * 2**20
 
 
 class Delivery(AckableMessage):
@@ -26,21 +37,42 @@ class Delivery(AckableMessage):
     queue that it was taken from. Whichever succeeds first settles it; later calls do nothing.
     """
 
+    ack: Callable[[], Awaitable[None]]
     release: Callable[[], Awaitable[None]]
     settled: bool = False
 
-    def model_post_init(self, context: Any, /) -> None:
+    def model_post_init(self, _context: Any, /) -> None:
         """Let the first of the two actions settle the delivery."""
-        self.ack = self._settling(self.ack)
-        self.release = self._settling(self.release)
+        turn = asyncio.Lock()  # both at once would be an error to RabbitMQ, which closes on it
+        self.ack = self._settling(self.ack, turn)
+        self.release = self._settling(self.release, turn)
 
-    def _settling(self, action: Callable[[], Awaitable[None] | None]) -> Callable[[], Any]:
+    def _settling(
+        self, action: Callable[[], Awaitable[None]], turn: asyncio.Lock
+    ) -> Callable[[], Awaitable[None]]:
         async def settle() -> None:
-            if not self.settled:
-                await maybe_awaitable(action())
-                self.settled = True
+            async with turn:
+                if not self.settled:
+                    await action()
+                    self.settled = True
 
         return settle
+
+
+class Listener(ABC):
+    """One consumer's view of its queues: what a broker implements for ``TaskBroker.listen``.
+
+    Both methods raise ``ServerError`` when the server is away; they are called again until it is
+    back.
+    """
+
+    @abstractmethod
+    async def look(self) -> Delivery | None:
+        """Take the next message if there is one; never cancelled halfway."""
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Return when another look may find something; leaves nothing behind when cancelled."""
 
 
 class TaskBroker(AsyncBroker):
@@ -67,6 +99,9 @@ class TaskBroker(AsyncBroker):
     #: URL without its password, for messages and logs.
     address: str
 
+    #: The physical queues to listen on.
+    queues: Sequence[str]
+
     #: Called with the bytes of each message before it is handed on; raises ``MalformedTaskError``
     #: for what is no task of ours, which is then acked, counted and dropped here, since Taskiq's
     #: receiver would neither ack it nor give its place free.
@@ -75,11 +110,20 @@ class TaskBroker(AsyncBroker):
     #: How many messages ``admit`` has refused.
     refused_count: int = 0
 
+    _is_shut_down: bool = False
+
+    async def shutdown(self) -> None:
+        """Close the connections; listeners end. What is unsettled goes back to its queue."""
+        self._is_shut_down = True
+        await super().shutdown()
+
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """A ``Delivery`` of one of the queues, each time the consumer asks."""
-        async for delivery in self.deliveries():
-            if await self._is_admitted(delivery):
-                yield delivery
+        # aclosing, since a generator that is closed does not close the one it iterates over
+        async with aclosing(self.deliveries()) as deliveries:
+            async for delivery in deliveries:
+                if await self._is_admitted(delivery):
+                    yield delivery
 
     async def _is_admitted(self, delivery: Delivery) -> bool:
         try:
@@ -87,14 +131,37 @@ class TaskBroker(AsyncBroker):
                 self.admit(delivery.data)
         except MalformedTaskError as error:
             self.refused_count += 1
-            logger.error("Refused a message from %s: %s.", self.address, error)  # noqa: TRY400
-            await maybe_awaitable(delivery.ack())
+            logger.error("Refused a message from %s: %s.", self.address, error)
+            with suppress(ServerError):  # it comes again, and is refused again
+                await delivery.ack()
             return False
         return True
 
+    async def deliveries(self) -> AsyncGenerator[Delivery, None]:
+        """Every message of the queues, one at a time, through outages; see ``listen``.
+
+        Raises:
+            ConfigError: the broker has no queues to listen on.
+        """
+        if not self.queues:
+            raise ConfigError(f"The broker at {self.address} was opened without queues, to send.")
+        listener, outage = self.listener(), Outage(self.address)
+        while not self._is_shut_down:
+            try:
+                delivery = await _uninterrupted(listener.look())
+                if delivery is None:
+                    await listener.wait()
+                outage.over()  # not after the look alone: the wait may be what is refused
+            except ServerError as error:
+                if not self._is_shut_down:
+                    await asyncio.sleep(outage.pause_seconds(error))
+                continue
+            if delivery is not None:
+                yield delivery
+
     @abstractmethod
-    def deliveries(self) -> AsyncGenerator[Delivery, None]:
-        """The implementation's source of messages; see ``listen``."""
+    def listener(self) -> Listener:
+        """A new listener to the broker's queues."""
 
     @abstractmethod
     async def kick_many(self, messages: Sequence[BrokerMessage]) -> None:
@@ -121,3 +188,83 @@ class TaskBroker(AsyncBroker):
     @abstractmethod
     async def depth(self, queue: str) -> int:
         """How many tasks wait in a physical queue; 0 for one that does not exist."""
+
+
+class Outage:
+    """Tells the log once that a server is lost and once that it is back."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._since: float | None = None
+        self._pause_seconds = FIRST_RETRY_SECONDS
+
+    def pause_seconds(self, error: ServerError) -> float:
+        """Note a failed try; how long to wait before the next one."""
+        if self._since is None:
+            self._since = time.monotonic()
+            self._pause_seconds = FIRST_RETRY_SECONDS
+            logger.warning("%s Listening goes on when it is back.", error)
+        else:
+            self._pause_seconds = min(2 * self._pause_seconds, LONGEST_RETRY_SECONDS)
+        return self._pause_seconds
+
+    def over(self) -> None:
+        """Note that the server answers."""
+        if self._since is not None:
+            seconds = time.monotonic() - self._since
+            logger.warning("Listening to %s again after %.1f s.", self._address, seconds)
+            self._since = None
+
+
+async def _uninterrupted(look: Awaitable[Delivery | None]) -> Delivery | None:
+    """Take a message, or when cancelled, none: one that the server has handed out is given back.
+
+    Taskiq cancels the pending read when it stops; the task that was just being taken would wait
+    for ``IN_HAND_SECONDS``.
+    """
+    task = asyncio.ensure_future(look)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(ServerError):
+            delivery = await task
+            if delivery is not None:
+                await delivery.release()
+        raise
+
+
+def queue_of(message: BrokerMessage) -> str:
+    """The physical queue that a message goes to.
+
+    Raises:
+        ConfigError: it names none.
+    """
+    queue = message.labels.get("queue_name")
+    if not queue:
+        raise ConfigError(
+            f"Task {message.task_id} cannot be sent: its label queue_name is missing."
+        )
+    return str(queue)
+
+
+def priority_of(message: BrokerMessage) -> int:
+    """The priority of a message, 0..10; that of a step that names none where it has none."""
+    try:
+        priority = int(message.labels.get("priority", DEFAULT_STEP_PRIORITY))
+    except (TypeError, ValueError):
+        priority = DEFAULT_STEP_PRIORITY
+    return max(MIN_PRIORITY, min(MAX_PRIORITY, priority))
+
+
+def batches(messages: Sequence[BrokerMessage]) -> Iterator[list[BrokerMessage]]:
+    """The messages in their order, in lists of at most ``MAX_BATCH_BYTES`` or of one message."""
+    batch: list[BrokerMessage] = []
+    size = 0
+    for message in messages:
+        size += len(message.message)
+        if batch and size > MAX_BATCH_BYTES:
+            yield batch
+            batch, size = [], len(message.message)
+        batch.append(message)
+    if batch:
+        yield batch

@@ -65,7 +65,7 @@ def _import_modules(modules: tuple[str, ...]) -> str:
     for module in modules:
         try:
             importlib.import_module(module)
-        except BaseException as error:  # noqa: BLE001 - a module may raise anything, even SystemExit
+        except BaseException as error:
             traceback.print_exc()
             return f"the module {module!r} cannot be imported: {type(error).__name__}: {error}"
     return ""

@@ -214,8 +214,9 @@ class Slot:
         reading = asyncio.ensure_future(frames.read(self._reader))
         try:
             # a grandchild that inherited the socket would hide the child's end, so watch both
+            either: set[asyncio.Future[Any]] = {reading, self._exited}
             await asyncio.wait(
-                {reading, self._exited},
+                either,
                 timeout=timeout_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )

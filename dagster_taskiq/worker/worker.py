@@ -347,7 +347,7 @@ class Worker:
                 )
             except ServerError as error:
                 if clock() >= lease.ends_at:
-                    logger.error(  # noqa: TRY400
+                    logger.error(
                         "The result of task %s is lost with its lease: %s",
                         lease.claim.task_id,
                         error,

@@ -1,0 +1,512 @@
+"""The broker on RabbitMQ.
+
+Classic durable queues with ten priorities, read by pull: a listener that is asked for a message
+gets one from its queues in turn. Only where all of them are empty does it consume, with a
+prefetch of one, and stops at the first message, giving back what else came. A consumer that went
+on would hoard, since our acks, sent at the claim, free its prefetch while the task still runs.
+
+The connection is our own affair and not aio-pika's "robust" one, which would restore consumers
+that we have meant to be gone. A lost connection is opened anew by the next call that needs it.
+What it had delivered is then RabbitMQ's again: an ``ack`` raises, since the message will come
+once more, and a ``release`` has nothing left to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aio_pika
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractConnection,
+    AbstractIncomingMessage,
+    AbstractQueue,
+)
+from aiormq import exceptions
+from taskiq import AsyncBroker, BrokerMessage
+from taskiq_aio_pika import AioPikaBroker
+
+from dagster_taskiq.brokers.base import (
+    Delivery,
+    Listener,
+    TaskBroker,
+    batches,
+    priority_of,
+    queue_of,
+)
+from dagster_taskiq.defaults import MAX_PRIORITY
+from dagster_taskiq.errors import (
+    ConfigError,
+    RefusedByServerError,
+    ServerError,
+    UnreachableServerError,
+)
+from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact
+
+#: How long an idle listener consumes before it looks into its queues all the same: a queue may
+#: have been deleted and made anew, or the connection be dead without a word.
+SLOW_LOOK_SECONDS = 10.0
+
+#: How many messages may be on their way to RabbitMQ unconfirmed.
+_UNCONFIRMED = 500
+
+#: What every queue of ours is; RabbitMQ refuses one that is there already and is not.
+_QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
+
+_T = TypeVar("_T")
+
+
+class AmqpTaskBroker(TaskBroker, AioPikaBroker):
+    """Queues with priority on RabbitMQ; see ``TaskBroker``.
+
+    RabbitMQ cannot look into a queue: ``withdraw`` takes nothing out, and ``absent`` knows only
+    empty queues. A task may come twice, which its claim is there for: it is sent again when the
+    confirmation was lost, and RabbitMQ does not confirm an ``ack`` at all, so one on a connection
+    that is just breaking returns and is lost.
+
+    Args:
+        options: how to reach the server.
+        queues: the physical queues to listen on; none for a sender.
+
+    Raises:
+        ConfigError: the URL cannot be read.
+    """
+
+    def __init__(self, options: ServerOptions, queues: Sequence[str] = ()) -> None:
+        self.address = options.address
+        self.options = options
+        self.queues = tuple(queues)
+        try:
+            url = normalize_amqp(options.url)
+            urlsplit(url).port  # noqa: B018  # raises for what is no number
+            super().__init__(url)
+        except ValueError as error:
+            raise ConfigError(f"Cannot use {self.address} as a server: {error}") from None
+        self._timeout_seconds = options.connect_timeout_seconds
+        self._current: _Connection | None = None
+        self._connecting = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def startup(self) -> None:
+        """Reach the server, and make the queues to listen on.
+
+        Raises:
+            ServerError: it is away or refuses; raised within the connect timeout.
+            ConfigError: a TLS file cannot be loaded.
+        """
+
+        async def declare(connection: _Connection) -> None:
+            for queue in self.queues:
+                await connection.declare(queue)
+
+        await self.run(declare)
+        self._is_shut_down = False
+        # not super(), which would make exchanges and a queue for dead letters
+        await AsyncBroker.startup(self)
+
+    async def shutdown(self) -> None:
+        """Close the connection; RabbitMQ takes back what was not settled."""
+        await super().shutdown()
+        self._drop(self._current)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=self._timeout_seconds)
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Send one message; see ``TaskBroker``."""
+        await self.kick_many([message])
+
+    async def kick_many(self, messages: Sequence[BrokerMessage]) -> None:
+        """Send several messages; returns when RabbitMQ has confirmed them."""
+        for batch in batches(messages):
+            for first in range(0, len(batch), _UNCONFIRMED):
+                await self._send(batch[first : first + _UNCONFIRMED])
+
+    async def _send(self, messages: Sequence[BrokerMessage]) -> None:
+        await self.run(lambda connection: connection.publish(messages))
+
+    async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
+        """Nothing: RabbitMQ cannot take a message out of the middle of a queue."""
+        return set()
+
+    async def absent(self, queue: str, task_ids: Collection[str]) -> set[str]:
+        """All the tasks where none waits in the queue, otherwise none; see ``TaskBroker``."""
+        return set() if await self.depth(queue) else set(task_ids)
+
+    async def depth(self, queue: str) -> int:
+        """How many tasks wait in a queue; 0 for one that does not exist."""
+        return await self.run(lambda connection: connection.depth(queue))
+
+    def listener(self) -> Listener:
+        """See ``TaskBroker``."""
+        return _AmqpListener(self)
+
+    async def run(self, action: Callable[[_Connection], Awaitable[_T]]) -> _T:
+        """Do something with a live connection, again with a new one where it turns out dead.
+
+        Every call to the server goes through here or ``guard``.
+
+        Raises:
+            UnreachableServerError: it was not done within the connect timeout.
+            RefusedByServerError: the server refused.
+        """
+
+        async def attempts() -> _T:
+            connection = await self._connection()
+            try:
+                return await action(connection)
+            except (exceptions.AMQPChannelError, exceptions.DeliveryError):
+                raise  # the server's answer
+            except (exceptions.AMQPError, OSError, RuntimeError):
+                return await action(await self._connection())
+
+        return await self.guard(attempts())
+
+    async def guard(self, operation: Awaitable[_T]) -> _T:
+        """Wait for an operation for a limited time; where aio-pika's errors become ours.
+
+        It is not cancelled when the caller is: a call that is cancelled halfway closes its
+        channel, and with it all that this channel has delivered.
+        """
+        task = asyncio.ensure_future(operation)
+        task.add_done_callback(_retrieve)
+        # not wait_for, which would wait for the end of what it cancels
+        await asyncio.wait({task}, timeout=self._timeout_seconds)
+        if not task.done():
+            task.cancel()
+            self._drop(self._current)
+            raise UnreachableServerError(
+                self.address,
+                f"{self.address} did not answer within {self._timeout_seconds:g} s. (A RabbitMQ "
+                "that is short of memory or disk space takes no messages.)",
+            )
+        with _server_errors(self.address):
+            return task.result()
+
+    async def _connection(self) -> _Connection:
+        async with self._connecting:
+            if self._current is None or not self._current.is_alive:
+                self._drop(self._current)
+                self._current = await _connect(self.options)
+            return self._current
+
+    def _drop(self, connection: _Connection | None) -> None:
+        """Forget a connection and close it behind the back, since a dead one takes its time."""
+        if connection is not None:
+            self._current = None
+            task = asyncio.ensure_future(connection.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+class _Connection:
+    """A connection with its channels, and what was done on it once."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        self._is_lost = False
+        connection.close_callbacks.add(self._lose)
+        self._declared: set[str] = set()
+        self._sending: AbstractChannel | None = None
+        self._asking: AbstractChannel | None = None
+        self._turn = asyncio.Lock()
+
+    @property
+    def is_alive(self) -> bool:
+        # aio-pika's own is_closed stays False when the other side went away
+        return not self._is_lost and self._connection.connected.is_set()
+
+    def _lose(self, *_: Any) -> None:
+        self._is_lost = True
+
+    async def close(self) -> None:
+        with suppress(exceptions.AMQPError, OSError, RuntimeError):
+            await self._connection.close()
+
+    async def channel(self) -> AbstractChannel:
+        """A new channel."""
+        # aio-pika's default would take a message that no queue took for sent
+        channel = self._connection.channel(on_return_raises=True)
+        await channel.initialize()
+        return channel
+
+    async def declare(self, queue: str, *, again: bool = False) -> None:
+        """Make a queue unless this connection has done so already."""
+        async with self._turn:
+            if again or queue not in self._declared:
+                channel = await self._asking_channel()
+                await channel.declare_queue(queue, durable=True, arguments=_QUEUE_ARGUMENTS)
+                self._declared.add(queue)
+
+    async def depth(self, queue: str) -> int:
+        """How many messages wait in a queue."""
+        async with self._turn:
+            channel = await self._asking_channel()
+            try:
+                found = await channel.declare_queue(queue, passive=True)
+            except exceptions.ChannelNotFoundEntity:
+                self._declared.discard(queue)
+                return 0
+            return found.declaration_result.message_count or 0
+
+    async def publish(self, messages: Sequence[BrokerMessage]) -> None:
+        """Send messages in their order, and wait until all are confirmed."""
+        unroutable = await self._publish(messages)
+        if unroutable:  # somebody has deleted the queue since we made it
+            self._declared.difference_update(queue_of(message) for message in unroutable)
+            if await self._publish(unroutable):
+                raise exceptions.ChannelNotFoundEntity("the queue is deleted again and again")
+
+    async def _publish(self, messages: Sequence[BrokerMessage]) -> list[BrokerMessage]:
+        """Send messages; returns those that no queue took."""
+        for queue in {queue_of(message): None for message in messages}:
+            await self.declare(queue)
+        async with self._turn:
+            if self._sending is None or self._sending.is_closed:
+                self._sending = await self.channel()
+        exchange = self._sending.default_exchange
+        # they keep their order: each starts in its turn and waits in turn for the channel
+        results = await asyncio.gather(
+            *(
+                exchange.publish(_to_amqp(message), routing_key=queue_of(message), mandatory=True)
+                for message in messages
+            ),
+            return_exceptions=True,
+        )
+        unroutable = []
+        for message, result in zip(messages, results, strict=True):
+            if isinstance(result, exceptions.PublishError):
+                unroutable.append(message)
+            elif isinstance(result, BaseException):
+                raise result
+        return unroutable
+
+    async def _asking_channel(self) -> AbstractChannel:
+        """The channel for declarations; a refused one closes it, so nothing else is done there."""
+        if self._asking is None or self._asking.is_closed:
+            self._asking = await self.channel()
+        return self._asking
+
+
+class _AmqpListener(Listener):
+    """Looks at its queues in turn, on a channel of its own."""
+
+    def __init__(self, broker: AmqpTaskBroker) -> None:
+        self._broker = broker
+        self._connection: _Connection | None = None
+        self._channel: AbstractChannel | None = None
+        self._queues: list[AbstractQueue] = []
+        self._arrived: AbstractIncomingMessage | None = None
+
+    async def look(self) -> Delivery | None:
+        message, self._arrived = self._arrived, None
+        if message is None:
+            message = await self._broker.run(self._get)
+        return None if message is None else self._delivery(message)
+
+    async def _get(self, connection: _Connection) -> AbstractIncomingMessage | None:
+        # a connection that was given up may still take a while to close its channels
+        if self._connection is not connection or self._is_closed:
+            await self._open(connection)
+        for _ in self._queues:
+            queue = self._queues.pop(0)  # whatever it has, it is the others' turn then
+            self._queues.append(queue)
+            message = await queue.get(fail=False)
+            if message is not None:
+                return message
+        return None
+
+    @property
+    def _is_closed(self) -> bool:
+        return self._channel is None or self._channel.is_closed
+
+    async def _open(self, connection: _Connection) -> None:
+        for name in self._broker.queues:
+            await connection.declare(name, again=True)  # it may be gone, which closed our channel
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=1)
+        names = [queue.name for queue in self._queues] or self._broker.queues
+        self._queues = [await channel.get_queue(name, ensure=False) for name in names]
+        self._connection, self._channel = connection, channel
+
+    async def wait(self) -> None:
+        """Consume until the first message comes, which the next ``look`` returns."""
+        idle = _Consumption(self._queues)
+        task = asyncio.ensure_future(self._consume(idle))
+        try:
+            self._arrived = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            idle.end()
+            with suppress(ServerError):
+                message = await task
+                if message is not None:
+                    await self._delivery(message).release()
+            raise
+
+    async def _consume(self, idle: _Consumption) -> AbstractIncomingMessage | None:
+        if self._channel is None or self._channel.is_closed:
+            return None
+        self._channel.close_callbacks.add(idle.end)
+        try:
+            await self._broker.guard(idle.start())
+            await idle.ended(SLOW_LOOK_SECONDS)
+            await self._broker.guard(idle.stop())
+        finally:
+            self._channel.close_callbacks.discard(idle.end)
+        return idle.first
+
+    def _delivery(self, message: AbstractIncomingMessage) -> Delivery:
+        async def ack() -> None:
+            try:
+                await self._broker.guard(message.ack())
+            except UnreachableServerError as error:
+                raise UnreachableServerError(
+                    error.address, f"{error} The task was not acked and will be delivered again."
+                ) from error
+
+        async def release() -> None:
+            with suppress(UnreachableServerError):  # RabbitMQ has taken it back already
+                await self._broker.guard(message.reject(requeue=True))
+
+        return Delivery(data=message.body, ack=ack, release=release)
+
+
+class _Consumption:
+    """Consumers on several queues that between them are to take one message."""
+
+    def __init__(self, queues: Sequence[AbstractQueue]) -> None:
+        self.first: AbstractIncomingMessage | None = None
+        self._queues = queues
+        self._tags: list[tuple[AbstractQueue, str]] = []
+        self._surplus: list[AbstractIncomingMessage] = []
+        self._is_stopped = False
+        self._end = asyncio.Event()
+
+    async def start(self) -> None:
+        for queue in self._queues:
+            if not self._end.is_set():
+                self._tags.append((queue, await queue.consume(self._receive)))
+
+    async def ended(self, timeout_seconds: float) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._end.wait(), timeout_seconds)
+
+    def end(self, *_: Any) -> None:
+        self._end.set()
+
+    async def stop(self) -> None:
+        """Cancel the consumers, then give back the surplus.
+
+        In this order, since a message that goes back to a queue that we consume returns at once.
+        """
+        for queue, tag in self._tags:
+            await queue.cancel(tag)
+        self._is_stopped = True
+        for message in self._surplus:
+            await message.reject(requeue=True)
+
+    async def _receive(self, message: AbstractIncomingMessage) -> None:
+        if self._is_stopped:  # aio-pika calls back in a task, which may come after the cancel
+            await message.reject(requeue=True)
+        elif self.first is None:
+            self.first = message
+        else:
+            self._surplus.append(message)
+        self._end.set()
+
+
+def _to_amqp(message: BrokerMessage) -> aio_pika.Message:
+    return aio_pika.Message(
+        message.message,
+        content_type="application/json",
+        # not the message id, which aiormq takes for unique among what is on its way
+        correlation_id=message.task_id,
+        type=message.task_name,
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        priority=priority_of(message),
+    )
+
+
+async def _connect(options: ServerOptions) -> _Connection:
+    arguments: dict[str, Any] = {}
+    if options.heartbeat_seconds is not None:
+        arguments["heartbeat"] = options.heartbeat_seconds
+    url = normalize_amqp(options.url)
+    if url.startswith("amqps://"):
+        arguments["ssl_context"] = options.tls.context()
+    with _our_error_is_enough():
+        try:
+            connection = await aio_pika.connect(url, **arguments)
+        except exceptions.InvalidFrameError as error:
+            # what aiormq makes of RabbitMQ's refusal to open a virtual host
+            raise exceptions.ConnectionNotAllowed(
+                "its virtual host does not exist, or the user has no access to it"
+            ) from error
+    return _Connection(connection)
+
+
+_is_connecting = ContextVar("_is_connecting", default=False)
+
+
+@contextmanager
+def _our_error_is_enough() -> Iterator[None]:
+    """Keep aiormq from logging an error for each try to connect; an outage has many."""
+    token = _is_connecting.set(True)
+    try:
+        yield
+    finally:
+        _is_connecting.reset(token)
+
+
+def _is_no_failed_try(record: logging.LogRecord) -> bool:
+    is_about_a_try = str(record.msg).startswith("error when creating transport")
+    return not (is_about_a_try and _is_connecting.get())
+
+
+logging.getLogger("aiormq.connection").addFilter(_is_no_failed_try)
+
+
+@contextmanager
+def _server_errors(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (
+        exceptions.AuthenticationError,
+        exceptions.ProbableAuthenticationError,
+        exceptions.ConnectionNotAllowed,
+        exceptions.AMQPChannelError,
+        exceptions.DeliveryError,
+    ) as error:
+        raise RefusedByServerError(address, _refusal(address, error)) from error
+    except (exceptions.AMQPError, OSError, RuntimeError) as error:
+        text = redact(str(error)).rstrip(".") or "the connection was lost"
+        raise UnreachableServerError(address, f"Cannot reach {address}: {text}.") from error
+    except asyncio.CancelledError as error:
+        # not ours: aiormq ends the calls on a lost connection in this way
+        text = f"Cannot reach {address}: the connection was lost."
+        raise UnreachableServerError(address, text) from error
+
+
+def _refusal(address: str, error: exceptions.AMQPError) -> str:
+    text = redact(str(error)).rstrip(".")
+    if isinstance(error, exceptions.ChannelPreconditionFailed) and "inequivalent" in text:
+        return (
+            f"{address} has a queue of that name which is of another kind: {text}. Delete it while "
+            f"it is empty, or set another key_prefix; it must be durable with {_QUEUE_ARGUMENTS}."
+        )
+    if isinstance(error, exceptions.ChannelAccessRefused):
+        return f"{address} refuses access: {text}. Give the user configure, write and read rights."
+    if isinstance(error, exceptions.AMQPConnectionError):
+        return f"{address} refuses the connection: {text}. Check the URL."
+    return f"{address} refused: {text}."
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    """Look at the error of a task that nobody may be waiting for any more."""
+    if not task.cancelled():
+        task.exception()
