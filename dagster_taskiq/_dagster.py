@@ -84,7 +84,12 @@ def process_schema(schema: Mapping[str, Any], value: object) -> tuple[Any, list[
         the resolved value, or None, and what is wrong with it, a sentence each.
     """
     result = process_config(resolve_to_config_type(dict(schema)), value)  # type: ignore[arg-type]
-    return result.value, [error.message for error in result.errors or []]
+    return result.value, [_first_paragraph(error.message) for error in result.errors or []]
+
+
+def _first_paragraph(message: str) -> str:
+    """In one line: what follows an error of post-processing is a traceback through Dagster."""
+    return " ".join(message.partition("\n\nStack Trace:")[0].split())
 
 
 def error_info() -> SerializableErrorInfo:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.config import Settings, check_config, load_yaml
-from dagster_taskiq.connections import Servers, find_servers
+from dagster_taskiq.connections import Servers, find_running_backend, find_servers
 from dagster_taskiq.defaults import DEFAULT_QUEUE, DRAIN_TIMEOUT_SECONDS
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 from dagster_taskiq.version import __version__
@@ -98,6 +98,7 @@ def worker() -> None:
     default=DRAIN_TIMEOUT_SECONDS,
     help="Seconds that running steps may take when the worker is told to stop. Default: 3600.",
 )
+@click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
 @say_errors
 def worker_start(
@@ -112,6 +113,7 @@ def worker_start(
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
     drain_timeout: float,
+    ready_fd: int | None,
     celery_arguments: tuple[str, ...],
 ) -> None:
     """Start a worker. Celery's own arguments may follow after --."""
@@ -146,11 +148,16 @@ def worker_start(
         result_expires_seconds=source.result_expires,
     )
     _configure_logging(options.log_level)
-    sys.exit(asyncio.run(_run_worker(find_servers(settings), options)))
+    sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
 
 
-async def _run_worker(servers: Servers, options: WorkerOptions) -> int:
-    this = Worker(servers, options)
+async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
+    def say_ready() -> None:
+        if ready_fd is not None:
+            os.write(ready_fd, b"r")
+            os.close(ready_fd)
+
+    this = Worker(servers, options, say_ready)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, this.drain)
@@ -196,15 +203,24 @@ def _start_in_background(name: str) -> None:
         arguments[2:2] = ["--name", name]
     home = Path(os.getenv("DAGSTER_HOME") or ".").expanduser()
     log = home / "dagster_taskiq" / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    reader, writer = os.pipe()
+    arguments[2:2] = ["--ready-fd", str(writer)]
     with log.open("ab") as output:
+        log.chmod(0o600)
         process = subprocess.Popen(
             [sys.executable, "-m", "dagster_taskiq", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            pass_fds=[writer],
             start_new_session=True,
         )
+    os.close(writer)
+    if not os.read(reader, 1):  # it has ended without a word
+        lines = log.read_text(encoding="utf8", errors="replace").splitlines()
+        reason = lines[-1].removeprefix("Error: ") if lines else "it said nothing"
+        raise DagsterTaskiqError(f"The worker did not start: {reason} (log: {log})")
     click.echo(f"Started worker {name}@{socket.gethostname()}, pid {process.pid}, log {log}")
 
 
@@ -213,7 +229,7 @@ def _start_in_background(name: str) -> None:
 @say_errors
 def worker_list(config_yaml: str | None) -> None:
     """List the running workers, on all hosts."""
-    records = asyncio.run(_with_backend(_settings(config_yaml), Backend.workers))
+    records = asyncio.run(_with_backend(_settings(config_yaml), lambda it: it.workers()))
     if not records:
         click.echo("No worker is running.")
         return
@@ -260,7 +276,10 @@ def _is_named(record: WorkerRecord, name: str) -> bool:
 
 
 async def _with_backend(settings: Settings, use: Callable[[Backend], Any]) -> Any:
-    backend = open_backend(find_servers(settings).backend)
+    options = find_running_backend(settings)
+    if options is None:
+        return []  # nobody uses the embedded server, so there is no worker either
+    backend = open_backend(options)
     try:
         await backend.startup()
         return await use(backend)

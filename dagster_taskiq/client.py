@@ -293,6 +293,6 @@ def _decode(task_id: str, data: bytes) -> TaskResult:
     try:
         return TaskResult.from_bytes(data)
     except MalformedResultError as error:
-        return TaskResult(
-            Outcome.ERROR, _NOWHERE, reason=f"The result of task {task_id} cannot be read: {error}."
-        )
+        # as after a death, Dagster's log says what came of the step
+        reason = f"The result of task {task_id} cannot be read: {error}."
+        return TaskResult(Outcome.DIED, _NOWHERE, reason=reason)

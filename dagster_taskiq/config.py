@@ -9,6 +9,7 @@ misspelt one with an error that names the nearest right one.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from dagster_taskiq import defaults
 from dagster_taskiq._dagster import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.celery_names import CELERY_SETTINGS
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, scheme_of
+from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, redact, scheme_of
 
 _SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
 
@@ -204,6 +205,9 @@ class Settings:
             )
         if self.cancel_grace_seconds < 0:
             raise ConfigError("cancel_grace_seconds must not be negative.")
+        for name in ("lease_seconds", "cancel_grace_seconds"):
+            if getattr(self, name) > defaults.LONGEST_SECONDS:
+                raise ConfigError(f"{name} must be at most {defaults.LONGEST_SECONDS:g}.")
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent is {self.max_concurrent}, it must be at least 1.")
 
@@ -231,7 +235,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"Cannot read the settings file {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+        reason = redact(" ".join(str(error).split()))  # it quotes the line
         raise ConfigError(f"The settings file {path} is not YAML: {reason}.") from None
     document = _mapping(str(path), document)
     execution = _mapping(f"{path}: execution", document.get("execution"))
@@ -248,18 +252,31 @@ def check_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ConfigError: in one line.
     """
+    _check_keys(where, config)
     value, problems = process_schema(EXECUTOR_SCHEMA, config)
     if problems:
         hints = "".join(_hint(key, EXECUTOR_SCHEMA) for key in config if key not in EXECUTOR_SCHEMA)
-        raise ConfigError(f"{where}: {' '.join(problems)}{hints}")
+        raise ConfigError(redact(f"{where}: {' '.join(problems)}{hints}"))
     return dict(value)
+
+
+def _check_keys(where: str, value: Any) -> None:
+    """Refuse keys that YAML reads as numbers, dates, ...: Dagster fails at them."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: the key {key!r} is no text; quote it.")
+            _check_keys(where, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_keys(where, inner)
 
 
 def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:
     if backend is not None and backend.startswith("rpc"):
         warnings.warn(
             "backend 'rpc://' keeps no state that outlives a connection, so "
-            f"{defaults.BACKEND_URL_VARIABLE} is used instead.",
+            f"{defaults.BACKEND_URL_VARIABLE} or a Redis broker's own server is used instead.",
             stacklevel=2,
         )
         backend = None
@@ -331,9 +348,12 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} is {value!r}, expected a number.") from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} is {value!r}, expected a number.")
+    return number
 
 
 def _positive_number(name: str, value: Any) -> float:

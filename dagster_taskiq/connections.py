@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
-from dagster_taskiq.embedded import use_embedded_server
+from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import ServerOptions, Tls
 
@@ -39,6 +39,18 @@ def find_servers(settings: Settings) -> Servers:
     return Servers(
         broker, settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
     )
+
+
+def find_running_backend(settings: Settings) -> ServerOptions | None:
+    """The backend of the settings, to look at; None where it is an embedded one that rests.
+
+    Raises:
+        ConfigError: see ``find_servers``.
+    """
+    if settings.broker_url is not None or settings.backend_url is not None:
+        return find_servers(settings).backend
+    url = find_embedded_server(_dagster_home())
+    return settings.server_options(url, Tls()) if url else None
 
 
 def _dagster_home() -> Path:

@@ -42,7 +42,7 @@ from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS, UNSERVED_QUEUE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
-from dagster_taskiq.errors import ConfigError, UnreachableServerError
+from dagster_taskiq.errors import ConfigError, SupersededLoopError, UnreachableServerError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
 
@@ -100,9 +100,12 @@ def core_execution_loop(
         loop = _Loop(context, active, concurrency, dispatcher, settings, make_payload, priority_of)
         try:
             yield from loop.run()
+        except SupersededLoopError:
+            loop.leaves_steps_running = True
+            raise
         except BaseException:
             # also when Dagster closes this generator: nothing may run on unwatched
-            loop.cancel_everything("The execution loop of the run has failed")
+            loop.stop_everything()
             raise
         finally:
             dispatcher.close(leave_running=loop.leaves_steps_running)
@@ -153,7 +156,7 @@ class _Loop:
         self._is_stopping = False
         self._stop_deadline = float("inf")
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
-        self._retry_at: float | None = None
+        self._is_server_away = False
         self.leaves_steps_running = False
 
     # --- the rounds ---
@@ -184,8 +187,8 @@ class _Loop:
         if ready is not None and not self._is_stopping:
             # a pool that is asked at the very moment it says would be asked a hair too early
             times.append(max(ready, 0.01))
-        if self._retry_at is not None:
-            times.append(self._retry_at - now)
+        if self._unsent or self._to_cancel:
+            times.append(_RETRY_SECONDS)
         return max(0.0, min(times))
 
     # --- sending ---
@@ -234,14 +237,14 @@ class _Loop:
         for task in self._unsent:
             self._flights[task.task_id].sent_at = time.monotonic()
         self._unsent = []
-        self._retry_at = None
+        self._is_server_away = False
 
     def _note_outage(self, error: UnreachableServerError) -> Iterator[DagsterEvent]:
-        if self._retry_at is None:
+        if not self._is_server_away:
             yield DagsterEvent.engine_event(
                 self._context, f"{error} The run goes on when it is back.", EngineEventData()
             )
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._is_server_away = True
 
     # --- receiving ---
 
@@ -336,6 +339,7 @@ class _Loop:
             return
         try:
             inspection = self._dispatcher.inspect([flight.task for flight in flights])
+            self._is_server_away = False
             yield from self._receive(self._fetch_done(inspection))
             for flight in flights:
                 if flight.task.task_id in self._flights:
@@ -360,7 +364,7 @@ class _Loop:
             flight.place = report.place
         elif report.state is TaskState.DONE or inspection.is_conclusive:
             # done, but the result is gone: the log has what came of it
-            yield from self._judge(flight)
+            yield from self._judge(flight, report.state)
 
     def _look_after_waiting(
         self, flight: _Flight, inspection: Inspection
@@ -371,7 +375,7 @@ class _Loop:
         elif flight.absent_since is None:
             flight.absent_since = now
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
-            yield from self._judge(flight)
+            yield from self._judge(flight, TaskState.UNKNOWN)
             return
         is_unserved = flight.task.queue in inspection.unserved_queues
         if not is_unserved:
@@ -386,7 +390,7 @@ class _Loop:
                 EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
             )
 
-    def _judge(self, flight: _Flight) -> Iterator[DagsterEvent]:
+    def _judge(self, flight: _Flight, state: TaskState) -> Iterator[DagsterEvent]:
         """Decide over a task that nobody works on any more and that has no result.
 
         What Dagster's log says of the attempt decides: its end counts as its result, a start
@@ -394,11 +398,13 @@ class _Loop:
         """
         task_id = flight.task.task_id
         ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
-        if not ended and not self._has_started(flight) and not self._is_stopping:
+        may_reopen = state in (TaskState.UNKNOWN, TaskState.EXPIRED) and not self._is_stopping
+        if may_reopen and not ended and not self._has_started(flight):
             if self._dispatcher.reopen(task_id):
                 yield from self._send_again(flight)
             return
-        if not self._dispatcher.condemn(task_id) and not ended:
+        is_over = ended or state is TaskState.DONE
+        if not self._dispatcher.condemn(task_id) and not is_over:
             return  # it is claimed or has its result after all
         del self._flights[task_id]
         lost = TaskResult(
@@ -473,7 +479,7 @@ class _Loop:
                     EngineEventData(marker_end=QUEUE_WAIT_MARKER),
                 )
         self._to_cancel = []
-        self._retry_at = None
+        self._is_server_away = False
 
     def _drop(self, flight: _Flight) -> None:
         """Forget a task that is known not to run."""
@@ -491,15 +497,27 @@ class _Loop:
         for flight in list(self._flights.values()):
             self._drop(flight)
 
-    def cancel_everything(self, reason: str) -> None:
-        """Tell the workers to stop, without waiting; for when the loop itself has failed."""
+    def stop_everything(self) -> None:
+        """Stop the steps and wait for the word, without yielding: the loop itself has failed.
+
+        What the steps did is in Dagster's log; the pool slots that they held are freed.
+        """
         if self.leaves_steps_running or not self._flights:
             return
+        self._is_stopping = True
+        self._begin_stop()
         try:
-            self._dispatcher.cancel([flight.task for flight in self._flights.values()], reason)
-        except UnreachableServerError as error:
-            self._context.log.warning(
-                "%s The run's steps could not be told to stop; they do when its lease ends.", error
+            while self._flights:
+                for _ in self._send_cancels():
+                    pass
+                for _ in self._receive(self._dispatcher.wait(self._seconds_to_wait())):
+                    pass
+                for _ in self._reconcile():
+                    pass
+        except Exception:
+            # the error that brought us here is the one to be raised
+            self._context.log.exception(
+                "The run's steps could not be stopped; they stop when its lease ends."
             )
 
 

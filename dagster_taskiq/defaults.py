@@ -24,6 +24,9 @@ LEASE_SECONDS = 30.0
 #: The shortest lease that a loaded machine can be expected to renew in time.
 MIN_LEASE_SECONDS = 1.0
 
+#: The longest lease and the longest grace period: a worker refuses a task that asks for more.
+LONGEST_SECONDS = 24 * 3600.0
+
 #: A lease is renewed every sixth of its length, so that five renewals may fail without effect.
 RENEWALS_PER_LEASE = 6
 

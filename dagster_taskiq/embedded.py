@@ -26,6 +26,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import quote
@@ -37,6 +38,9 @@ from dagster_taskiq.errors import EmbeddedServerError
 #: How long a server may take to answer, and a keeper to stop an earlier one. Reading a large
 #: append-only file does not count.
 START_SECONDS = 20.0
+
+#: How many keepers to start in one call: one that gives up says why, but one may also be killed.
+MAX_STARTS = 3
 
 #: How often to look whether it answers.
 LOOK_SECONDS = 0.005
@@ -192,16 +196,16 @@ def _ensure_running(directory: Path, path: Path) -> None:
 
     The caller is a user already, so that no keeper can be about to stop the server.
     """
-    started = False
+    starts = 0
     deadline = time.monotonic() + START_SECONDS
     while True:
         keeper_lock = _locked(directory / "keeper.lock", fcntl.LOCK_EX)
         if keeper_lock is not None:
             try:
-                if started:  # our keeper has given up
+                if starts == MAX_STARTS:
                     raise EmbeddedServerError(_why_not_started(directory))
                 _start_keeper(directory, keeper_lock)
-                started = True
+                starts += 1
             finally:
                 os.close(keeper_lock)
         answer = _ask(path)
@@ -224,6 +228,9 @@ def _start_keeper(directory: Path, keeper_lock: int) -> None:
         raise EmbeddedServerError(f"There is no server to embed. {_WAYS_OUT}")
     options = [part for name, value in SERVER_OPTIONS.items() for part in (f"--{name}", value)]
     keeper = [sys.executable, "-I", "-S", "-W", "ignore", embedded_keeper.__file__]
+    # what may still answer there is the server of an earlier keeper, which this one will end
+    with suppress(FileNotFoundError):
+        (directory / embedded_keeper.SOCKET).replace(directory / embedded_keeper.EARLIER_SOCKET)
     log = directory / "server.log"
     if log.exists():
         log.replace(log.with_suffix(".log.old"))

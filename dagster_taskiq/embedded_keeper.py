@@ -26,6 +26,9 @@ import time
 
 SOCKET = "server.sock"
 
+#: Where whoever starts a keeper moves the socket that an earlier one's server has left.
+EARLIER_SOCKET = "earlier.sock"
+
 #: How long a server may take to write its data and stop before it is killed.
 STOP_SECONDS = 10.0
 
@@ -112,9 +115,13 @@ def start_server(command: list[str]) -> int:
     """
     lock = lock_of_server()
     parent = os.getpid()
+    # until the child has no handler of ours left, which would swallow an early order to stop
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if pid == 0:
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             die_with(parent)
             os.set_inheritable(lock, True)
             os.execv(command[0], command)  # noqa: S606
@@ -122,6 +129,7 @@ def start_server(command: list[str]) -> int:
             say(f"cannot start {command[0]}: {error}")
         finally:
             os._exit(127)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.close(lock)
     return pid
 
@@ -148,11 +156,11 @@ def take(lock: int) -> bool:
 
 
 def ask_to_stop() -> None:
-    """Tell the server behind the socket to write its data and end; nothing if there is none."""
+    """Tell the server of an earlier keeper to write its data and end, if there is one."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(1)
         try:
-            connection.connect(SOCKET)
+            connection.connect(EARLIER_SOCKET)
             connection.sendall(b"SHUTDOWN\r\n")
             connection.recv(100)
         except OSError:
@@ -224,8 +232,9 @@ def main(lock: int, command: list[str]) -> int:
         say(f"{type(error).__name__}: {error}")
         return 1
     finally:
-        if os.path.lexists(SOCKET):
-            os.unlink(SOCKET)  # noqa: PTH108 - of a killed server; pathlib costs 5 ms
+        for name in (SOCKET, EARLIER_SOCKET):  # of killed servers
+            if os.path.lexists(name):
+                os.unlink(name)  # noqa: PTH108 - pathlib costs 5 ms
 
 
 if __name__ == "__main__":

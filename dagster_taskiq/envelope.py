@@ -7,7 +7,6 @@ A task is one Taskiq message whose only arguments are ``header`` (this module) a
 from __future__ import annotations
 
 import json
-import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,12 @@ from typing import Any
 
 from taskiq.message import TaskiqMessage
 
-from dagster_taskiq.defaults import MAX_PRIORITY, MIN_LEASE_SECONDS, MIN_PRIORITY
+from dagster_taskiq.defaults import (
+    LONGEST_SECONDS,
+    MAX_PRIORITY,
+    MIN_LEASE_SECONDS,
+    MIN_PRIORITY,
+)
 from dagster_taskiq.errors import MalformedTaskError
 
 #: Raised when the meaning of the header changes; a worker refuses what it does not know.
@@ -105,7 +109,7 @@ class Envelope:
         """
         try:
             message = TaskiqMessage.model_validate(json.loads(data))
-        except ValueError:  # includes JSON, Unicode and pydantic errors
+        except (ValueError, RecursionError):  # includes JSON, Unicode and pydantic errors
             raise MalformedTaskError("it is not a Taskiq message in JSON") from None
         unknown = set(message.labels) - _LABELS
         if unknown or message.labels_types:
@@ -132,16 +136,18 @@ class Envelope:
                 f"version {PROTOCOL}: run the same dagster-taskiq on both sides"
             )
         try:
+            name = TaskName(_text(header, "name"))
+            is_step = name is TaskName.EXECUTE_PLAN
             return cls(
                 task_id=str(uuid.UUID(_text(header, "task_id"))),
-                name=TaskName(_text(header, "name")),
+                name=name,
                 run_id=_text(header, "run_id"),
-                step_key=None if header["step_key"] is None else _text(header, "step_key"),
-                attempt=_number(header, "attempt", int, 0, 2**31),
+                step_key=_text(header, "step_key") if is_step else None,
+                attempt=_number(header, "attempt", int, 1 if is_step else 0, 2**31),
                 queue=_text(header, "queue"),
                 priority=_number(header, "priority", int, MIN_PRIORITY, MAX_PRIORITY),
-                lease_seconds=_number(header, "lease_seconds", float, MIN_LEASE_SECONDS, 86400),
-                cancel_grace_seconds=_number(header, "cancel_grace_seconds", float, 0, 86400),
+                lease_seconds=_seconds(header, "lease_seconds", MIN_LEASE_SECONDS),
+                cancel_grace_seconds=_seconds(header, "cancel_grace_seconds", 0),
                 epoch=_text(header, "epoch"),
                 payload=payload,
             )
@@ -177,7 +183,13 @@ def _text(header: Mapping[str, Any], key: str) -> str:
     value = header[key]
     if not isinstance(value, str) or not value:
         raise TypeError(f"{key} must be a text that is not empty")
+    value.encode()  # a lone surrogate is valid JSON and no text that a server takes
     return value
+
+
+def _seconds(header: Mapping[str, Any], key: str, low: float) -> float:
+    seconds: float = _number(header, key, float, low, LONGEST_SECONDS)
+    return seconds
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:
@@ -185,6 +197,6 @@ def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: f
     is_number = isinstance(value, int if kind is int else (int, float))
     if isinstance(value, bool) or not is_number:
         raise TypeError(f"{key} must be a number")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # nor is NaN
         raise ValueError(f"{key} must lie between {low} and {high}")
     return kind(value)

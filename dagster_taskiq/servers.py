@@ -69,14 +69,15 @@ class ServerOptions:
     @property
     def address(self) -> str:
         """The URL without its password."""
-        return redact(self.url)
+        return redact_url(self.url)
 
     def __repr__(self) -> str:
         return f"ServerOptions({self.address!r}, key_prefix={self.key_prefix!r})"
 
 
-_PASSWORD_IN_TEXT = re.compile(r"(?P<head>\b[a-z][a-z0-9+.-]*://[^\s:@/]*):[^\s@]+@", re.IGNORECASE)
-_PASSWORD_IN_QUERY = re.compile(r"(?P<head>[?&](?:password|passwd)=)[^&\s]+", re.IGNORECASE)
+#: Up to the last "@", as everybody reads URLs: user names and passwords may have one in them.
+_LOGIN_IN_TEXT = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<login>\S*)@", re.IGNORECASE)
+_PASSWORD_IN_QUERY = re.compile(r"(?P<head>[?&]\w*passw(?:or)?d=)[^&\s]+", re.IGNORECASE)
 
 
 def scheme_of(url: str) -> str:
@@ -89,7 +90,9 @@ def scheme_of(url: str) -> str:
     if scheme in AMQP_SCHEMES or scheme in REDIS_SCHEMES:
         return scheme
     known = ", ".join(f"{name}://" for name in (*AMQP_SCHEMES, *REDIS_SCHEMES))
-    raise ConfigError(f"Cannot use {redact(url)!r} as a server: its URL must start with {known}.")
+    raise ConfigError(
+        f"Cannot use {redact_url(url)!r} as a server: its URL must start with {known}."
+    )
 
 
 def is_amqp(url: str) -> bool:
@@ -122,5 +125,15 @@ def normalize_amqp(url: str) -> str:
 
 def redact(text: str) -> str:
     """The text with the password of every URL in it replaced by ``***``."""
-    text = _PASSWORD_IN_TEXT.sub(r"\g<head>:***@", text)
+    text = _LOGIN_IN_TEXT.sub(_without_password, text)
     return _PASSWORD_IN_QUERY.sub(r"\g<head>***", text)
+
+
+def redact_url(url: str) -> str:
+    """The same for a text that is one URL and nothing else, where a password may have spaces."""
+    return redact(re.sub(r"\s", "%20", url))
+
+
+def _without_password(match: re.Match[str]) -> str:
+    user, colon, _ = match["login"].partition(":")
+    return f"{match['scheme']}{user}{':***' if colon else ''}@"

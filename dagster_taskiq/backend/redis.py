@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
 
 from dagster_taskiq.backend import redis_scripts as scripts
 from dagster_taskiq.backend.base import (
@@ -54,6 +55,7 @@ class RedisBackend(Backend):
         # a connection that waits for a message must not time out before the wait is over
         self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
         self._runs: dict[str, tuple[int, bool]] = {}
+        self._scripts: dict[str, AsyncScript] = {}
 
     async def startup(self) -> None:
         """Reach the server."""
@@ -324,7 +326,9 @@ class RedisBackend(Backend):
 
     async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         with server_errors(self.address):
-            return await self._redis.register_script(script)(keys=list(keys), args=list(arguments))
+            if script not in self._scripts:
+                self._scripts[script] = self._redis.register_script(script)
+            return await self._scripts[script](keys=list(keys), args=list(arguments))
 
     async def _wait_on(self, mailbox: str, timeout_seconds: float) -> bytes | None:
         client: Redis = self._blocking

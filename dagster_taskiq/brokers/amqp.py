@@ -28,7 +28,9 @@ from aio_pika.abc import (
     AbstractIncomingMessage,
     AbstractQueue,
 )
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq import exceptions
+from pamqp.exceptions import PAMQPException
 from taskiq import AsyncBroker, BrokerMessage
 from taskiq_aio_pika import AioPikaBroker
 
@@ -162,7 +164,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
                 return await action(connection)
             except (exceptions.AMQPChannelError, exceptions.DeliveryError):
                 raise  # the server's answer
-            except (exceptions.AMQPError, OSError, RuntimeError):
+            except CONNECTION_EXCEPTIONS:
                 return await action(await self._connection())
 
         return await self.guard(attempts())
@@ -225,7 +227,7 @@ class _Connection:
         self._is_lost = True
 
     async def close(self) -> None:
-        with suppress(exceptions.AMQPError, OSError, RuntimeError):
+        with suppress(*CONNECTION_EXCEPTIONS):
             await self._connection.close()
 
     async def channel(self) -> AbstractChannel:
@@ -442,8 +444,8 @@ async def _connect(options: ServerOptions) -> _Connection:
     with _our_error_is_enough():
         try:
             connection = await aio_pika.connect(url, **arguments)
-        except exceptions.InvalidFrameError as error:
-            # what aiormq makes of RabbitMQ's refusal to open a virtual host
+        except (exceptions.InvalidFrameError, PAMQPException) as error:
+            # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
             raise exceptions.ConnectionNotAllowed(
                 "its virtual host does not exist, or the user has no access to it"
             ) from error
@@ -483,13 +485,21 @@ def _server_errors(address: str) -> Iterator[None]:
         exceptions.DeliveryError,
     ) as error:
         raise RefusedByServerError(address, _refusal(address, error)) from error
-    except (exceptions.AMQPError, OSError, RuntimeError) as error:
-        text = redact(str(error)).rstrip(".") or "the connection was lost"
-        raise UnreachableServerError(address, f"Cannot reach {address}: {text}.") from error
+    except CONNECTION_EXCEPTIONS as error:
+        raise _unreachable(address, redact(str(error))) from error
     except asyncio.CancelledError as error:
-        # not ours: aiormq ends the calls on a lost connection in this way
-        text = f"Cannot reach {address}: the connection was lost."
-        raise UnreachableServerError(address, text) from error
+        # not ours: one of aiormq's ways to end the calls on a lost connection
+        raise _unreachable(address) from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # the other one of its ways
+        raise _unreachable(address) from error
+
+
+def _unreachable(address: str, text: str = "") -> UnreachableServerError:
+    reason = text.rstrip(".") or "the connection was lost"
+    return UnreachableServerError(address, f"Cannot reach {address}: {reason}.")
 
 
 def _refusal(address: str, error: exceptions.AMQPError) -> str:

@@ -35,7 +35,7 @@ from typing import Any, TypeAlias
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoScriptError
+from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from taskiq import BrokerMessage
 from taskiq_redis.redis_broker import BaseRedisBroker
@@ -360,6 +360,10 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         except NoScriptError:
             # the server has been restarted or its scripts flushed, and has run none of these
             return (await self._pipeline([*_loads(), *commands]))[len(_SCRIPTS) :]
+        except ReadOnlyError:
+            # after a failover: the address may lead to the new primary, old connections do not
+            await self.connection_pool.disconnect(inuse_connections=False)
+            raise
         except AuthenticationError:  # a kind of the next one in redis-py
             raise
         except RedisConnectionError:

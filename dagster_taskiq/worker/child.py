@@ -66,7 +66,8 @@ def _import_modules(modules: tuple[str, ...]) -> str:
         try:
             importlib.import_module(module)
         except BaseException as error:
-            traceback.print_exc()
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+                traceback.print_exc()
             return f"the module {module!r} cannot be imported: {type(error).__name__}: {error}"
     return ""
 

@@ -14,8 +14,8 @@ from dagster_taskiq.errors import ServerError
 
 logger = logging.getLogger(__name__)
 
-#: Pause before a task that could not be claimed goes back to its queue, so that a worker that
-#: cannot reach the backend does not take and return it as fast as it can.
+#: Pause before a task that could not be begun goes back to its queue, so that a worker does not
+#: take and return it as fast as it can.
 RELEASE_PAUSE_SECONDS = 1.0
 
 
@@ -45,9 +45,9 @@ class SettlingReceiver(Receiver):
         except Exception:
             # a middleware or Taskiq itself failed before our task function was called
             logger.exception("A message could not be handed to its task; it goes back.")
+            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
         finally:
             if not message.settled:
-                await asyncio.sleep(RELEASE_PAUSE_SECONDS)
                 await self._release(message)
 
     async def _release(self, delivery: Delivery) -> None:

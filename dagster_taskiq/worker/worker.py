@@ -16,7 +16,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
-from dagster_taskiq.worker.receiver import SettlingReceiver
+from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
 from dagster_taskiq.worker.slot import ChildDied, Slot, fork_server
 
 logger = logging.getLogger(__name__)
@@ -86,9 +86,16 @@ class Worker:
     Args:
         servers: broker and backend.
         options: see ``WorkerOptions``.
+        on_ready: called when it takes tasks.
     """
 
-    def __init__(self, servers: Servers, options: WorkerOptions) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        options: WorkerOptions,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_ready = on_ready
         self._options = options
         self._host = socket.gethostname()
         self.name = f"{options.name}@{self._host}"
@@ -158,8 +165,12 @@ class Worker:
                     max_memory_kib=self._options.max_memory_per_child_kib,
                 )
             )
-        for slot in self._slots:
-            await slot.prepare()
+        outcomes = await asyncio.gather(
+            *(slot.prepare() for slot in self._slots), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
         self._idle = list(reversed(self._slots))
         await self._send_heartbeat()
         logger.info(
@@ -170,6 +181,7 @@ class Worker:
             self._broker.address,
             self._backend.address,
         )
+        self._on_ready()
 
     async def _work(self) -> None:
         receiver = SettlingReceiver(self._broker, self._options.slots)
@@ -277,6 +289,7 @@ class Worker:
             answer = await self._backend.claim(claim, needs_live_run=True)
         except ServerError as error:
             logger.warning("Cannot claim task %s: %s It goes back.", envelope.task_id, error)
+            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
             return
         await self._ack(envelope, context)
         if answer is not ClaimAnswer.GRANTED:

@@ -1,0 +1,27 @@
+"""A Taskiq broker for tools that want one by name: ``dagster_taskiq.app:broker``.
+
+It is made of the same environment variables as everything else, when it is first asked for, and
+only sends and looks: workers are started with ``dagster-taskiq worker start``, since Taskiq's own
+worker knows neither claims nor slots. dagster-celery's habit of naming an app on the command line
+(``-A dagster_taskiq.app``) is accepted and changes nothing.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.config import Settings
+from dagster_taskiq.connections import find_servers
+
+
+@lru_cache(maxsize=1)
+def _broker() -> TaskBroker:
+    return open_broker(find_servers(Settings.from_config({})).broker)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "broker":
+        return _broker()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
