@@ -1,5 +1,13 @@
 """Run Dagster steps and runs on Taskiq workers: see ``taskiq_executor``."""
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "dagster-taskiq needs the process groups and signals of Unix: use Linux, macOS for "
+        "development, or on Windows WSL or a container."
+    )
+
 from dagster_shared.libraries import DagsterLibraryRegistry
 
 from dagster_taskiq.executor import taskiq_executor

@@ -7,6 +7,7 @@ gives it a plain one.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -88,8 +89,9 @@ def process_schema(schema: Mapping[str, Any], value: object) -> tuple[Any, list[
 
 
 def _first_paragraph(message: str) -> str:
-    """In one line: what follows an error of post-processing is a traceback through Dagster."""
-    return " ".join(message.partition("\n\nStack Trace:")[0].split())
+    """In one line, without Dagster's wrapping of a value that cannot be resolved."""
+    sentence = " ".join(message.partition("\n\nStack Trace:")[0].split())
+    return re.sub(r"Post processing at path \S+ of .*PostProcessingError: ", "", sentence)
 
 
 def error_info() -> SerializableErrorInfo:

@@ -173,7 +173,7 @@ class Settings:
         Raises:
             ConfigError: something in it cannot be used; the message names it.
         """
-        source = ConfigSource.from_mapping(_mapping("config_source", config.get("config_source")))
+        source = ConfigSource.from_mapping(_config_source(config.get("config_source")))
         broker_url = config.get("broker") or os.getenv(defaults.BROKER_URL_VARIABLE) or None
         settings = cls(
             broker_url=broker_url,
@@ -270,6 +270,17 @@ def _check_keys(where: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_keys(where, inner)
+
+
+def _config_source(value: Any) -> Mapping[str, Any]:
+    """The mapping, or the one that an environment variable holds as YAML or JSON."""
+    text = _from_env(value)
+    if isinstance(text, str):
+        try:
+            text = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config_source in ${value['env']} is not YAML: {error}.") from None
+    return _mapping("config_source", text)
 
 
 def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:

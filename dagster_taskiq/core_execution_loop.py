@@ -162,7 +162,7 @@ class _Loop:
     # --- the rounds ---
 
     def run(self) -> Iterator[DagsterEvent]:
-        while self._flights or not (self._active.is_complete or self._is_stopping):
+        while True:
             if self._active.check_for_interrupts() and not self._is_stopping:
                 yield from self._interrupt()
                 if self.leaves_steps_running:
@@ -172,9 +172,12 @@ class _Loop:
             if not self._is_stopping:
                 yield from self._take_ready_steps()
                 yield from self._active.concurrency_event_iterator(self._context)
+            # only here: results that have just come may have made dynamic steps, which
+            # ``is_complete`` knows of when the lines above have asked for what is ready
+            if not self._flights and (self._active.is_complete or self._is_stopping):
+                break
             yield from self._send()
-            if self._flights or not self._active.is_complete:
-                yield from self._receive(self._dispatcher.wait(self._seconds_to_wait()))
+            yield from self._receive(self._dispatcher.wait(self._seconds_to_wait()))
             yield from self._reconcile()
         self._acknowledge()
         if self._is_stopping:

@@ -90,18 +90,7 @@ def use_embedded_server(home: Path) -> str:
     """
     directory = _directory(home)
     with _changing:
-        _explained(directory, lambda: _prepare(directory))
-        registered = directory in _users
-        try:
-            if not registered:
-                _users[directory] = _explained(directory, lambda: _users_lock(directory))
-            path = _explained(directory, lambda: _connectable(directory))
-            _explained(directory, lambda: _ensure_running(directory, path))
-        except BaseException:
-            if not registered:
-                _release(directory)
-            raise
-    return _url(path)
+        return _url(_explained(directory, lambda: _use(directory)))
 
 
 def find_embedded_server(home: Path) -> str | None:
@@ -140,6 +129,33 @@ def find_server_binary() -> Path | None:
 #: By directory: the file descriptor whose shared lock makes this process a user.
 _users: dict[Path, int] = {}
 _changing = threading.Lock()
+
+
+def _use(directory: Path) -> Path:
+    """Be a user of the running server; returns the path to connect to."""
+    _prepare(directory)
+    registered = _is_registered(directory)
+    try:
+        if not registered:
+            _release(directory)
+            _users[directory] = _users_lock(directory)
+        path = _connectable(directory)
+        _ensure_running(directory, path)
+    except BaseException:
+        if not registered:
+            _release(directory)
+        raise
+    return path
+
+
+def _is_registered(directory: Path) -> bool:
+    """Whether we hold the lock of the file that is there now, and not of one deleted since."""
+    descriptor, path = _users.get(directory), directory / "users.lock"
+    return (
+        descriptor is not None
+        and path.exists()
+        and os.path.samestat(os.fstat(descriptor), path.stat())
+    )
 
 
 def _release(directory: Path) -> None:

@@ -16,6 +16,7 @@ Three locks (flock), which the kernel releases when their holder ends, however i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -157,14 +158,11 @@ def take(lock: int) -> bool:
 
 def ask_to_stop() -> None:
     """Tell the server of an earlier keeper to write its data and end, if there is one."""
-    with socket.socket(socket.AF_UNIX) as connection:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(1)
-        try:
-            connection.connect(EARLIER_SOCKET)
-            connection.sendall(b"SHUTDOWN\r\n")
-            connection.recv(100)
-        except OSError:
-            pass
+        connection.connect(EARLIER_SOCKET)
+        connection.sendall(b"SHUTDOWN\r\n")
+        connection.recv(100)
 
 
 def die_with(parent: int) -> None:
@@ -185,9 +183,11 @@ def die_with(parent: int) -> None:
 def stop_when_unused(keeper: Keeper) -> None:
     """Wait until the last user is gone, and stop the server."""
     users = os.open("users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(users, fcntl.LOCK_EX)
-    say("the last user is gone")
-    keeper.stop()
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        say("the last user is gone")
+    finally:
+        keeper.stop()  # also where the file system refuses, rather than run for ever
 
 
 def describe(status: int) -> str:
@@ -200,7 +200,13 @@ def describe(status: int) -> str:
 def say(text: str) -> None:
     """A line of the server's log, which is where our standard error goes."""
     # without Python's buffer, whose lock another thread may have held when this process was forked
-    os.write(2, f"keeper {os.getpid()}: {text}\n".encode())
+    write(2, f"keeper {os.getpid()}: {text}\n")
+
+
+def write(descriptor: int, text: str) -> None:
+    """Write what is good to know, but nothing that a full disk may stop the keeper for."""
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode())
 
 
 def detach() -> None:
@@ -219,7 +225,7 @@ def main(lock: int, command: list[str]) -> int:
     os.set_inheritable(lock, False)  # of us, not of the server
     detach()
     os.ftruncate(lock, 0)
-    os.write(lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    write(lock, f"process {os.getpid()} on {os.uname().nodename}\n")
     keeper = Keeper(command)
     # in a thread, as a signal handler could interrupt one that holds the keeper's lock
     signal.signal(

@@ -23,7 +23,8 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import MalformedTaskError
 
-#: Raised when the meaning of the header changes; a worker refuses what it does not know.
+#: Raised when payload or results change. The header's fields keep their meaning for ever, so that
+#: a worker can say to the loop of another version that it cannot execute what it was sent.
 PROTOCOL = 1
 
 #: Namespace of our task ids, made once with ``uuid4``.
@@ -64,6 +65,7 @@ class Envelope:
         cancel_grace_seconds: time between SIGTERM and SIGKILL when it is cancelled.
         epoch: the backend's epoch at the time it was sent.
         payload: Dagster's packed arguments.
+        protocol: of the sender.
     """
 
     task_id: str
@@ -77,6 +79,7 @@ class Envelope:
     cancel_grace_seconds: float
     epoch: str
     payload: Mapping[str, Any]
+    protocol: int = PROTOCOL
 
     @property
     def kind(self) -> QueueKind:
@@ -86,7 +89,7 @@ class Envelope:
     def header(self) -> dict[str, Any]:
         """Everything but the payload, ready for JSON."""
         header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
-        return {**header, "name": self.name.value, "protocol": PROTOCOL}
+        return {**header, "name": self.name.value}
 
     def to_message(self, physical_queue: str) -> TaskiqMessage:
         """The Taskiq message to send to a physical queue."""
@@ -130,11 +133,6 @@ class Envelope:
         """
         if not isinstance(header, dict) or not isinstance(payload, dict):
             raise MalformedTaskError("its header or payload is not a mapping")
-        if header.get("protocol") != PROTOCOL:
-            raise MalformedTaskError(
-                f"it speaks version {header.get('protocol')!r} of the protocol, this worker "
-                f"version {PROTOCOL}: run the same dagster-taskiq on both sides"
-            )
         try:
             name = TaskName(_text(header, "name"))
             is_step = name is TaskName.EXECUTE_PLAN
@@ -150,6 +148,7 @@ class Envelope:
                 cancel_grace_seconds=_seconds(header, "cancel_grace_seconds", 0),
                 epoch=_text(header, "epoch"),
                 payload=payload,
+                protocol=_number(header, "protocol", int, 1, 2**31),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedTaskError(f"its header is not that of a task: {error}") from None

@@ -87,11 +87,13 @@ class TaskResult:
             events = tuple(values.pop("events"))
             if not all(isinstance(event, str) for event in events):
                 raise TypeError("an event is no text")
+            if not isinstance(values.get("error"), (dict, type(None))):
+                raise TypeError("the error is no mapping")
             return cls(
                 outcome=Outcome(values.pop("outcome")),
                 place=Place.from_dict(values.pop("place")),
                 events=events,
                 **values,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MalformedResultError(f"it is not a result of ours: {error!r}") from None

@@ -441,7 +441,7 @@ async def _connect(options: ServerOptions) -> _Connection:
     url = normalize_amqp(options.url)
     if url.startswith("amqps://"):
         arguments["ssl_context"] = options.tls.context()
-    with _our_error_is_enough():
+    with _our_message_is_enough():
         try:
             connection = await aio_pika.connect(url, **arguments)
         except (exceptions.InvalidFrameError, PAMQPException) as error:
@@ -452,25 +452,28 @@ async def _connect(options: ServerOptions) -> _Connection:
     return _Connection(connection)
 
 
-_is_connecting = ContextVar("_is_connecting", default=False)
+#: Set in the tasks of our connections, which inherit it from the call that connects.
+_is_ours = ContextVar("_is_ours", default=False)
+
+#: What aiormq logs for each try to connect, of which an outage has many, and, with a traceback,
+#: for each lost connection. Our own error or warning says it.
+_SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited abnormally")
 
 
 @contextmanager
-def _our_error_is_enough() -> Iterator[None]:
-    """Keep aiormq from logging an error for each try to connect; an outage has many."""
-    token = _is_connecting.set(True)
+def _our_message_is_enough() -> Iterator[None]:
+    token = _is_ours.set(True)
     try:
         yield
     finally:
-        _is_connecting.reset(token)
+        _is_ours.reset(token)
 
 
-def _is_no_failed_try(record: logging.LogRecord) -> bool:
-    is_about_a_try = str(record.msg).startswith("error when creating transport")
-    return not (is_about_a_try and _is_connecting.get())
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not (_is_ours.get() and str(record.msg).startswith(_SAID_BY_US))
 
 
-logging.getLogger("aiormq.connection").addFilter(_is_no_failed_try)
+logging.getLogger("aiormq.connection").addFilter(_is_of_use)
 
 
 @contextmanager

@@ -66,6 +66,9 @@ _CONNECTIONS = 50
 _Command: TypeAlias = Sequence[Any]
 
 
+# A server that is full, read-only or cannot write its file refuses the first write of a script or
+# none, so no script stops halfway. What frees memory begins with a command that a full one allows.
+#
 # A place is exact in a double: (10 - priority) * 2^48 + the number, which stays below 2^52.
 _PRELUDE = f"""
 local function queue_at(first)

@@ -30,7 +30,7 @@ from dagster_taskiq.defaults import (
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError, SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.version import __version__
@@ -274,7 +274,7 @@ class Worker:
             self._idle.append(slot)
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = await _prepare(slot)
+        failure = _foreign_protocol(envelope) or await _prepare(slot)
         place = Place(self.name, self._worker_id, self._host, slot.pid, slot.number)
         claim = Claim(
             run_id=envelope.run_id,
@@ -436,6 +436,16 @@ class Worker:
             self.drain()
         else:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)
+
+
+def _foreign_protocol(envelope: Envelope) -> str:
+    """Why a task of another version cannot be executed here; empty for one of ours."""
+    if envelope.protocol == PROTOCOL:
+        return ""
+    return (
+        f"the worker has dagster-taskiq {__version__}, which speaks version {PROTOCOL} of the "
+        f"protocol, and the run version {envelope.protocol}: install the same on both sides"
+    )
 
 
 async def _prepare(slot: Slot) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from dagster import (
     AssetExecutionContext,
-    AssetSelection,
     AssetsDefinition,
+    AssetSelection,
     Backoff,
     Definitions,
     DynamicOut,
