@@ -1,6 +1,7 @@
 """Run Dagster steps and runs on Taskiq workers: see ``taskiq_executor``."""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError(
@@ -10,9 +11,20 @@ if sys.platform == "win32":
 
 from dagster_shared.libraries import DagsterLibraryRegistry
 
-from dagster_taskiq.executor import taskiq_executor
 from dagster_taskiq.version import __version__
+
+if TYPE_CHECKING:
+    from dagster_taskiq.executor import taskiq_executor
 
 __all__ = ["__version__", "taskiq_executor"]
 
 DagsterLibraryRegistry.register("dagster-taskiq", __version__, is_dagster_package=False)
+
+
+def __getattr__(name: str) -> Any:
+    # at the first use: the command line must answer Ctrl-C before all of Dagster is imported
+    if name == "taskiq_executor":
+        from dagster_taskiq.executor import taskiq_executor  # noqa: PLC0415
+
+        return taskiq_executor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -197,9 +197,7 @@ class Worker:
             await self._until_one_ends([receiving, draining, *others])
             await self._finish_running(receiving, others)
         finally:
-            for task in (receiving, draining, *others):
-                task.cancel()
-            await asyncio.gather(receiving, draining, *others, return_exceptions=True)
+            await _cancel({receiving, draining, *others})
 
     async def _until_one_ends(self, tasks: list[asyncio.Task[Any]]) -> None:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -455,3 +453,12 @@ async def _prepare(slot: Slot) -> str:
     except SlotError as error:
         return str(error)
     return ""
+
+
+async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
+    """Cancel until all have ended: redis-py loses a cancellation that meets it connecting."""
+    while tasks:
+        for task in tasks:
+            task.cancel()
+        done, tasks = await asyncio.wait(tasks, timeout=_RETRY_SECONDS)
+        await asyncio.gather(*done, return_exceptions=True)  # who started them has seen errors
