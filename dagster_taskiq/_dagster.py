@@ -37,6 +37,8 @@ from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts
 from dagster_shared.error import SerializableErrorInfo
 
+from dagster_taskiq.errors import MalformedResultError
+
 __all__ = [
     "ActiveExecution",
     "DagsterEventType",
@@ -72,6 +74,7 @@ __all__ = [
     "seconds_to_next_ready",
     "serialize_value",
     "tag_concurrency_limits_field",
+    "unpack_error",
     "unpack_value",
 ]
 
@@ -103,9 +106,24 @@ def deserialize_event(text: str) -> DagsterEvent:
     """An event from its serialized form.
 
     Raises:
-        ValueError or Dagster's DeserializationError: the text is no event.
+        MalformedResultError: the text is no event, or one of another version of Dagster.
     """
-    return deserialize_value(text, DagsterEvent)
+    try:
+        return deserialize_value(text, DagsterEvent)
+    except Exception as error:
+        raise MalformedResultError(f"it has an event that is none: {error!r}") from error
+
+
+def unpack_error(packed: Mapping[str, Any]) -> SerializableErrorInfo:
+    """An error from its packed form.
+
+    Raises:
+        MalformedResultError: it is none, or one of another version of Dagster.
+    """
+    try:
+        return unpack_value(dict(packed), as_type=SerializableErrorInfo)
+    except Exception as error:
+        raise MalformedResultError(f"it has an error that is none: {error!r}") from error
 
 
 def is_in_flight(active: ActiveExecution, step_key: str) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dagster import DagsterEvent
@@ -35,14 +35,19 @@ from dagster_taskiq._dagster import (
     is_in_flight,
     plain_error,
     seconds_to_next_ready,
-    unpack_value,
+    unpack_error,
 )
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS, UNSERVED_QUEUE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
-from dagster_taskiq.errors import ConfigError, SupersededLoopError, UnreachableServerError
+from dagster_taskiq.errors import (
+    ConfigError,
+    MalformedResultError,
+    SupersededLoopError,
+    UnreachableServerError,
+)
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
 
@@ -272,19 +277,25 @@ class _Loop:
 
     def _finish(self, flight: _Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """Feed what came of an attempt to ``ActiveExecution``, so that it is in flight no more."""
-        events = [deserialize_event(text) for text in result.events]
+        try:
+            events = [deserialize_event(text) for text in result.events]
+            error = None if result.error is None else unpack_error(result.error)
+        except MalformedResultError as malformed:
+            # as after a death, the log says what came of the step
+            reason = f"Its result cannot be read: {malformed}."
+            result = replace(result, outcome=Outcome.DIED, error=None, reason=reason)
+            error = None
         if result.outcome is Outcome.DIED:
             # what the child logged before it died; its result has no events
             events = self._logged_events(flight)
-        resource_error = None
         for event in events:
             yield event
             if event.step_key == flight.step.key:
                 self._active.handle_event(event)
                 if event.is_resource_init_failure:
-                    resource_error = event.engine_event_data.error
+                    error = event.engine_event_data.error
         if is_in_flight(self._active, flight.step.key):
-            error = resource_error or _error_of(flight, result)
+            error = error or _error_of(flight, result)
             yield from self._fail(flight, error, may_retry=not result.is_cancelled)
 
     def _fail(
@@ -549,8 +560,6 @@ def _warn_of_misleading_priorities(context: PlanOrchestrationContext, plan: Exec
 
 def _error_of(flight: _Flight, result: TaskResult) -> SerializableErrorInfo:
     """Why an attempt without an end of its own failed, for the step's page in the UI."""
-    if result.error is not None:
-        return unpack_value(result.error, as_type=SerializableErrorInfo)
     reason = result.reason or "It ended without saying whether it had succeeded."
     place = result.place
     return plain_error(
