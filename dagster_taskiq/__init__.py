@@ -11,8 +11,9 @@ if sys.platform == "win32":
 from dagster_shared.libraries import DagsterLibraryRegistry
 
 from dagster_taskiq.executor import taskiq_executor
+from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.version import __version__
 
-__all__ = ["__version__", "taskiq_executor"]
+__all__ = ["TaskiqRunLauncher", "__version__", "taskiq_executor"]
 
 DagsterLibraryRegistry.register("dagster-taskiq", __version__, is_dagster_package=False)

@@ -7,13 +7,16 @@ gives it a plain one.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance
+from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.definitions.reconstruct import ReconstructableJob
@@ -30,30 +33,52 @@ from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
 from dagster._core.execution.tags import get_tag_concurrency_limits_config
 from dagster._core.instance import InstanceRef
+from dagster._core.launcher import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
 from dagster._core.storage.dagster_run import DagsterRunStatus
-from dagster._grpc.types import ExecuteStepArgs
-from dagster._serdes import deserialize_value, pack_value, serialize_value, unpack_value
+from dagster._grpc.types import ExecuteRunArgs, ExecuteStepArgs
+from dagster._serdes import (
+    ConfigurableClass,
+    ConfigurableClassData,
+    deserialize_value,
+    pack_value,
+    serialize_value,
+    unpack_value,
+)
 from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts
 from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
     "ActiveExecution",
+    "CheckRunHealthResult",
+    "ConfigurableClass",
+    "ConfigurableClassData",
     "DagsterEventType",
     "DagsterExecutionInterruptedError",
     "DagsterRunStatus",
     "DagsterSubprocessError",
     "EngineEventData",
+    "ExecuteRunArgs",
     "ExecuteStepArgs",
     "ExecutionPlan",
     "ExecutionStep",
     "InstanceConcurrencyContext",
     "InstanceRef",
     "KnownExecutionState",
+    "LaunchRunContext",
     "PlanOrchestrationContext",
     "ReconstructableJob",
+    "ResumeRunContext",
     "RetryMode",
+    "RunLauncher",
     "SerializableErrorInfo",
+    "WorkerStatus",
     "capture_interrupts",
     "create_execution_plan",
     "cut_known_state",
@@ -61,10 +86,12 @@ __all__ = [
     "deserialize_instance_ref",
     "error_info",
     "events_of_attempt",
+    "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
     "is_end_of_attempt",
     "is_in_flight",
+    "is_own_instance",
     "multiple_process_executor_requirements",
     "pack_value",
     "plain_error",
@@ -190,3 +217,26 @@ def plain_error(message: str, error_class: str) -> SerializableErrorInfo:
 def deserialize_instance_ref(text: str) -> InstanceRef:
     """An instance's reference from its serialized form."""
     return deserialize_value(text, InstanceRef)
+
+
+def execute_or_resume_run(instance: DagsterInstance, run_id: str, *, is_resumed: bool) -> int:
+    """Execute a run in this process, as Dagster's own run workers do; its exit code."""
+    body = _resume_run_command_body if is_resumed else _execute_run_command_body
+    return body(
+        run_id=run_id,
+        instance=instance,
+        write_stream_fn=lambda _event: None,
+        set_exit_code_on_failure=True,
+    )
+
+
+def is_own_instance(instance: DagsterInstance) -> bool:
+    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
+
+    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
+    instance is another one than DAGSTER_HOME's: that of a test, for example.
+    """
+    home = os.getenv("DAGSTER_HOME")
+    if not home or not instance.is_persistent:
+        return False
+    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, Executor, InitExecutorContext, executor
+from dagster import DagsterEvent, Executor, InitExecutorContext, executor
 
 from dagster_taskiq._dagster import (
     ExecuteStepArgs,
@@ -16,6 +14,7 @@ from dagster_taskiq._dagster import (
     KnownExecutionState,
     PlanOrchestrationContext,
     RetryMode,
+    is_own_instance,
     multiple_process_executor_requirements,
     pack_value,
 )
@@ -120,21 +119,9 @@ def _payload(
         job_origin=job.get_python_origin(),
         run_id=context.run_id,
         step_keys_to_execute=[step.key],
-        instance_ref=None if _is_own_instance(context.instance) else context.instance.get_ref(),
+        instance_ref=None if is_own_instance(context.instance) else context.instance.get_ref(),
         retry_mode=context.executor.retries.for_inner_plan(),
         known_state=known_state,
         print_serialized_events=False,
     )
     return {ARGS_KEY: pack_value(args), EXECUTABLE_KEY: job.to_dict()}
-
-
-def _is_own_instance(instance: DagsterInstance) -> bool:
-    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
-
-    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
-    instance is another one than DAGSTER_HOME's: that of a test, for example.
-    """
-    home = os.getenv("DAGSTER_HOME")
-    if not home or not instance.is_persistent:
-        return False
-    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()

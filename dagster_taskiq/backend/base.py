@@ -111,6 +111,7 @@ class WorkerRecord:
         name: ``name@host``, what people know it by.
         queues: that it listens on, as people name them.
         slots, busy_slots: how many steps it can and does run.
+        run_slots, busy_run_slots: the same for whole runs.
         state: ``running`` or ``draining``.
         started_at: seconds since the epoch.
     """
@@ -122,6 +123,8 @@ class WorkerRecord:
     queues: tuple[str, ...]
     slots: int
     busy_slots: int
+    run_slots: int
+    busy_run_slots: int
     state: str
     started_at: float
     version: str
