@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from dagster._core.launcher import (
     WorkerStatus,
 )
 from dagster._core.storage.dagster_run import DagsterRunStatus
+from dagster._core.storage.tags import GLOBAL_CONCURRENCY_TAG
 from dagster._grpc.types import ExecuteRunArgs, ExecuteStepArgs
 from dagster._serdes import (
     ConfigurableClass,
@@ -74,6 +76,7 @@ __all__ = [
     "LaunchRunContext",
     "PlanOrchestrationContext",
     "ReconstructableJob",
+    "Replayed",
     "ResumeRunContext",
     "RetryMode",
     "RunLauncher",
@@ -89,13 +92,16 @@ __all__ = [
     "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
+    "hold_pool_slot",
     "is_end_of_attempt",
     "is_in_flight",
     "is_own_instance",
     "multiple_process_executor_requirements",
     "pack_value",
     "plain_error",
+    "pool_of",
     "process_schema",
+    "replay_log",
     "seconds_to_next_ready",
     "serialize_value",
     "tag_concurrency_limits_field",
@@ -240,3 +246,104 @@ def is_own_instance(instance: DagsterInstance) -> bool:
     if not home or not instance.is_persistent:
         return False
     return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay of a run's log has found.
+
+    Attributes:
+        sent: keys of the steps that were sent and have not come to an end.
+        retries: how many attempts of a step, by key, asked for another one.
+    """
+
+    sent: tuple[str, ...]
+    retries: Mapping[str, int]
+
+
+def replay_log(
+    active: ActiveExecution,
+    instance: DagsterInstance,
+    run_id: str,
+    is_sent: Callable[[DagsterEvent], bool],
+) -> Replayed:
+    """Bring a new ``ActiveExecution`` to where the one of the run's former process was.
+
+    ``ActiveExecution.rebuild_from_events`` cannot: it raises on skipped steps and delayed retries,
+    asks for pool slots that others hold by now, and gives an unfinished dynamic step its keys
+    twice. Here an attempt's outputs count once its end is in the log, and ends of attempts that
+    were already over (of a worker that had been given up) count for nothing.
+
+    Args:
+        active: just made.
+        instance: that the run belongs to.
+        run_id: the run.
+        is_sent: whether an event says that its step was sent.
+    """
+    outputs: dict[str, list[DagsterEvent]] = {}
+    sent: dict[str, None] = {}
+    retries: dict[str, int] = {}
+    for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
+        event = entry.dagster_event
+        if event is None or event.step_key is None:
+            continue
+        key = event.step_key
+        if is_sent(event):
+            sent[key] = None
+            outputs.pop(key, None)
+        elif event.is_successful_output:
+            outputs.setdefault(key, []).append(event)
+        elif event.is_step_skipped:
+            _replay_skip(active, key)
+        elif is_end_of_attempt(event):
+            retries[key] = retries.get(key, 0) + event.is_step_up_for_retry
+            made = outputs.pop(key, [])
+            if put_in_flight(active, key):
+                sent.pop(key, None)
+                for known in (*made, event):
+                    active.handle_event(known)
+                _date_retry(active, event, entry.timestamp)
+    return Replayed(tuple(key for key in sent if put_in_flight(active, key)), retries)
+
+
+def put_in_flight(active: ActiveExecution, step_key: str) -> bool:
+    """Take a step as handed out, without asking limits or pools; False if it is not ready."""
+    active._update()
+    if step_key in active._in_flight:
+        return True
+    if step_key in active._executable:
+        active._executable.remove(step_key)
+    elif step_key in active._waiting_to_retry:
+        del active._waiting_to_retry[step_key]
+    else:
+        return False
+    active._in_flight.add(step_key)
+    active._prep_for_dynamic_outputs(active.get_step_by_key(step_key))
+    return True
+
+
+def _replay_skip(active: ActiveExecution, step_key: str) -> None:
+    active._update()
+    if step_key in active._pending_skip:
+        active._pending_skip.remove(step_key)
+        active._in_flight.add(step_key)
+        active._skip_for_dynamic_outputs(active.get_step_by_key(step_key))
+        active.mark_skipped(step_key)
+
+
+def _date_retry(active: ActiveExecution, event: DagsterEvent, timestamp: float) -> None:
+    """A delay counts from when the attempt failed, not from its replay."""
+    if event.is_step_up_for_retry and event.step_key in active._waiting_to_retry:
+        delay = event.step_retry_data.seconds_to_wait or 0
+        active._waiting_to_retry[event.step_key] = timestamp + delay
+
+
+def hold_pool_slot(concurrency: InstanceConcurrencyContext, step: ExecutionStep) -> None:
+    """Take over the pool slot that a step was given by the run's former process."""
+    if pool_of(step) is not None:
+        concurrency._claims.add(step.key)
+
+
+def pool_of(step: ExecutionStep) -> str | None:
+    """The concurrency pool of a step, by itself or by the tag of former releases."""
+    return step.pool or (step.tags or {}).get(GLOBAL_CONCURRENCY_TAG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,8 @@ from dagster_taskiq.connections import find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
-from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY
+from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY, EXIT_SUPERSEDED
 
 
 @executor(
@@ -90,9 +92,14 @@ class TaskiqExecutor(Executor):
         def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
             return _payload(plan_context, step, known_state)
 
-        return core_execution_loop(
-            plan_context, execution_plan, self._settings, open_dispatcher, make_payload
-        )
+        try:
+            yield from core_execution_loop(
+                plan_context, execution_plan, self._settings, open_dispatcher, make_payload
+            )
+        except SupersededLoopError as error:
+            # any exception would be written to the log as the end of a run that goes on elsewhere
+            plan_context.log.warning(str(error))
+            os._exit(EXIT_SUPERSEDED)
 
 
 def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> Dispatcher:

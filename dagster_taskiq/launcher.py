@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +29,16 @@ from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
 from dagster_taskiq.tasks import RUN_ARGS_KEY
 
 logger = logging.getLogger(__name__)
+
+#: How often to look whether a cancelled run's process has ended.
+_LOOK_SECONDS = 1.0
 
 
 class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
@@ -54,7 +60,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     """
 
     def __init__(self, settings: Settings, inst_data: ConfigurableClassData | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._inst_data = inst_data
         self._settings = settings
         self._opened: RunClient | None = None
@@ -173,7 +179,14 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             run_id, task_id, self._physical_queue(run), "The run was terminated"
         )
         if state is TaskState.CLAIMED:
-            return True  # its process ends the run as soon as its steps have stopped
+            # its process ends the run as soon as its steps have stopped, if it still can
+            threading.Thread(
+                target=self._see_to_its_end,
+                args=(run_id, task_id),
+                name="see-to-its-end",
+                daemon=True,
+            ).start()
+            return True
         run = self._instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:
             where = (
@@ -183,6 +196,20 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             )
             self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
         return state is TaskState.CANCELLED
+
+    def _see_to_its_end(self, run_id: str, task_id: str) -> None:
+        """End a cancelled run whose process was killed, or whose worker is gone with it."""
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            try:
+                report, _ = self._client.look(run_id, task_id)
+            except ServerError:
+                continue
+            if report.state is not TaskState.CLAIMED:
+                break
+        run = self._instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished:
+            self._instance.report_run_canceled(run, "The run was cancelled; its process is gone.")
 
     # --- monitoring ---
 

@@ -77,6 +77,7 @@ class RunClient:
         """Stop a run's task; its state when it was told, see ``RunBackend.cancel``."""
 
         async def cancel() -> TaskState:
+            await self._backend.disown_run(run_id)
             states = await self._backend.cancel(run_id, [task_id], reason=reason)
             if states[task_id] is TaskState.CANCELLED:
                 await self._broker.withdraw(physical, [task_id])

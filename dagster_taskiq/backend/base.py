@@ -159,6 +159,10 @@ class RunBackend(ABC):
         """The loop is over: no task of the run can be claimed any more."""
 
     @abstractmethod
+    async def disown_run(self, run_id: str) -> None:
+        """No other loop will take over: once the run's loop is dead its steps are stopped."""
+
+    @abstractmethod
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
         """The results that arrived, by task id: as soon as there is one, or after the timeout."""
 
