@@ -1,6 +1,18 @@
 """``python -m dagster_taskiq``: the same as the command ``dagster-taskiq``."""
 
-from dagster_taskiq.cli import main
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line."""
+    # it takes a second to import; Ctrl-C ends it without a traceback until a command has
+    # something to stop, and then listens itself
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+    from dagster_taskiq.cli import main as command_line  # noqa: PLC0415
+
+    command_line(prog_name="dagster-taskiq")
+
 
 if __name__ == "__main__":
-    main(prog_name="dagster-taskiq")
+    main()

@@ -20,7 +20,7 @@ from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.errors import MalformedResultError, ServerError, SupersededLoopError
-from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.waker import Waker
@@ -256,9 +256,7 @@ class Client(Dispatcher):
             self._waker.close()
 
     async def _disconnect(self, leave_running: bool) -> None:
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await end_tasks(self._background)
         try:
             if not leave_running:
                 await self._backend.close_run(self._run_id, token=self._token)

@@ -279,7 +279,8 @@ def _config_source(value: Any) -> Mapping[str, Any]:
         try:
             text = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"config_source in ${value['env']} is not YAML: {error}.") from None
+            reason = redact(" ".join(str(error).split()))
+            raise ConfigError(f"config_source in ${value['env']} is not YAML: {reason}.") from None
     return _mapping("config_source", text)
 
 

@@ -34,6 +34,9 @@ RENEWALS_PER_LEASE = 6
 #: their clean-up code still runs ...
 INTERRUPT_AFTER_LEASE_SHARE = 4 / 6
 
+#: ... also when its last try to renew has had no answer yet at this share ...
+INTERRUPT_AT_LATEST_LEASE_SHARE = 9 / 12
+
 #: ... and share after which the guard kills them. It must be below 1, since at 1 others may judge.
 KILL_AFTER_LEASE_SHARE = 5 / 6
 

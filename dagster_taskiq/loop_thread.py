@@ -8,10 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
+#: How long a cancelled task may take before it is cancelled again.
+_CANCEL_SECONDS = 0.2
+
 T = TypeVar("T")
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks until all have ended; their errors are not raised.
+
+    Once is not enough: redis-py 8 loses a cancellation that meets it while it connects, and a
+    task that goes on would be awaited for ever.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        done, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
+        await asyncio.gather(*done, return_exceptions=True)
 
 
 class LoopThread:
@@ -43,10 +60,8 @@ class LoopThread:
         """Cancel what still runs, then end the thread."""
 
         async def cancel_all() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            await end_tasks(others)
             await self._loop.shutdown_asyncgens()
 
         if self._loop.is_closed():

@@ -52,5 +52,8 @@ class Waker:
         if self._previous_fd is not None:
             signal.set_wakeup_fd(self._previous_fd)
             self._previous_fd = None
-        os.close(self._reader)
-        os.close(self._writer)
+        reader, writer = self._reader, self._writer
+        # a late `wake` must not write to whatever gets the number next
+        self._reader = self._writer = -1
+        os.close(reader)
+        os.close(writer)

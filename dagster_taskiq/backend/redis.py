@@ -163,15 +163,17 @@ class RedisBackend(Backend):
         states: dict[str, TaskState] = {}
         for batch in _batches(task_ids):
             claims, mailboxes = self._key("claim:"), self._key("control:")
-            arguments = [reason, claims, mailboxes, _CONTROL_EXPIRES_SECONDS, *batch]
+            expiries = [_CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
+            arguments = [reason, claims, mailboxes, *expiries, *batch]
             answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
             states |= {t: TaskState(_text(s)) for t, s in zip(batch, answer, strict=True)}
         return states
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
+        arguments = [task_id, RUN_RECORD_EXPIRES_SECONDS]
         return bool(
-            await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), [task_id])
+            await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), arguments)
         )
 
     async def reopen(self, run_id: str, task_id: str) -> bool:
@@ -339,9 +341,9 @@ class RedisBackend(Backend):
     async def _wait_on(self, mailbox: str, timeout_seconds: float) -> bytes | None:
         client: Redis = self._blocking
         with server_errors(self.address):
-            answer: Any = await client.blpop(
-                [mailbox], timeout=min(timeout_seconds, _LONGEST_WAIT_SECONDS)
-            )
+            # to Redis 0 is for ever
+            timeout = max(0.001, min(timeout_seconds, _LONGEST_WAIT_SECONDS))
+            answer: Any = await client.blpop([mailbox], timeout=timeout)
         return None if answer is None else answer[1]
 
 

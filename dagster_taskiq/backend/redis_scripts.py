@@ -48,7 +48,11 @@ RENEW_RUN = (
 local now = epoch(KEYS[1], ARGV[1])
 local live = redis.call('GET', KEYS[3])
 local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1')
-if generation > tonumber(ARGV[2]) or (live and live ~= ARGV[3]) then return false end
+-- a live loop with a lower number can only be there because a flush took the higher one with it
+if generation > tonumber(ARGV[2])
+    or (generation == tonumber(ARGV[2]) and live and live ~= ARGV[3]) then
+  return false
+end
 -- a record that a flush took with it is written again
 redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'resumable', ARGV[4])
 redis.call('EXPIRE', KEYS[2], ARGV[6])
@@ -149,7 +153,11 @@ return 1
 ABANDON = """
 if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then
   redis.call('DEL', KEYS[2])
-  redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
+  if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then
+    redis.call('HSET', KEYS[1], 't:' .. ARGV[1], 'cancelled')
+  else
+    redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
+  end
 end
 return 1
 """
@@ -190,10 +198,10 @@ return answer
 )
 
 #: KEYS record. ARGV reason, prefix of the claims' keys, prefix of the control mailboxes' keys,
-#: mailbox expiry s, tasks ... Returns the state of each.
+#: mailbox expiry s, record expiry s, tasks ... Returns the state of each.
 CANCEL = """
 local answer = {}
-for index = 5, #ARGV do
+for index = 6, #ARGV do
   local task = ARGV[index]
   local state = redis.call('HGET', KEYS[1], 't:' .. task)
   local place = redis.call('HGET', ARGV[2] .. task, 'place')
@@ -205,21 +213,30 @@ for index = 5, #ARGV do
     redis.call('RPUSH', mailbox, cjson.encode({kind = 'cancel', task_id = task, reason = ARGV[1]}))
     redis.call('EXPIRE', mailbox, ARGV[4])
     answer[#answer + 1] = 'claimed'
+  elseif state == 'claimed' then
+    -- it may have started, so it is for the loop to judge; a worker that lives is told
+    redis.call('HSET', KEYS[1], 'c:' .. task, ARGV[1])
+    answer[#answer + 1] = 'expired'
+  elseif state == 'lost' then
+    answer[#answer + 1] = 'lost'
   else
     redis.call('HSET', KEYS[1], 't:' .. task, 'cancelled')
-    answer[#answer + 1] = state == 'claimed' and 'expired' or 'cancelled'
+    answer[#answer + 1] = 'cancelled'
   end
 end
+redis.call('EXPIRE', KEYS[1], ARGV[5])
 return answer
 """
 
-#: KEYS record, claim, result. ARGV task. Returns 1, or 0 when there is a claim or a result.
+#: KEYS record, claim, result. ARGV task, record expiry s. Returns 1, or 0 when there is a claim or
+#: a result.
 CONDEMN = """
 local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and string.match(state, '^done')) then
   return 0
 end
 redis.call('HSET', KEYS[1], 't:' .. ARGV[1], 'lost')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 
@@ -227,6 +244,7 @@ return 1
 REOPEN = """
 local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and state ~= 'claimed') then return 0 end
+if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
 return 1
 """

@@ -204,6 +204,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
             task = asyncio.ensure_future(connection.close())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+            task.add_done_callback(_retrieve)
 
 
 class _Connection:

@@ -73,7 +73,8 @@ class Display:
         """Draw again: the seconds go on."""
         if self._live.is_started:
             header = Text(f"{self._elapsed():5.1f} s  {self._phase}", style="bold")
-            self._live.update(Group(header, self._progress_table()), refresh=True)
+            rows = [self._progress_table()] if self._steps else []
+            self._live.update(Group(header, *rows), refresh=True)
 
     def finish(self, steps: Sequence[Step]) -> None:
         """The table of what was done where."""

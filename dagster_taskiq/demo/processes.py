@@ -123,7 +123,7 @@ class Processes:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             pass
-        # before the wait that gives its number away
+        # at once, while the number cannot yet be that of another group
         kill_group(process.pid)
         process.wait()
         self._guard.forget(process.pid)

@@ -89,11 +89,12 @@ def _run(display: Display, interrupts: Interrupts) -> list[Step]:
         processes.start_guard()
         for name, (queue, slots) in WORKERS.items():
             processes.start_worker(name, _worker_arguments(queue, slots))
-        with interrupts.at_once():
-            # makes the tables that the run and the workers would else make at the same time
-            instance = stack.enter_context(DagsterInstance.get())
+        # makes the tables that the run and the workers would else make at the same time
+        instance = stack.enter_context(DagsterInstance.get())
+        interrupts.check()
         processes.start_run(["-m", jobs.__name__, "-j", jobs.shop_day.name, "-c", _SETTINGS])
-        display.phase(f"Running the job {jobs.shop_day.name} over {broker.address}")
+        place = broker.address if settings.broker_url else "the embedded server"
+        display.phase(f"Running the job {jobs.shop_day.name} over {place}")
         progress = Progress(instance)
         _watch(interrupts, display, processes, progress)
         return list(progress.steps.values())

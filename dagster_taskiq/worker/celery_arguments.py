@@ -76,10 +76,10 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
     parser.add_argument("-n", "--hostname")
     parser.add_argument("-Q", "--queues", action="append", default=[])
     parser.add_argument("-I", "--include", action="append", default=[])
-    parser.add_argument("-c", "--concurrency", type=int)
+    parser.add_argument("-c", "--concurrency", type=_count)
     parser.add_argument("-l", "--loglevel")
-    parser.add_argument("--max-tasks-per-child", type=int)
-    parser.add_argument("--max-memory-per-child", type=int)
+    parser.add_argument("--max-tasks-per-child", type=_count)
+    parser.add_argument("--max-memory-per-child", type=_count)
     for option, takes_value in _MEANINGLESS.items():
         action = "store" if takes_value else "store_true"
         parser.add_argument(option, action=action, dest=option)
@@ -98,6 +98,13 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
         max_tasks_per_child=values.max_tasks_per_child,
         max_memory_per_child=values.max_memory_per_child,
     )
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:  # 0 is Celery's word for its default, as it is for ours
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return count
 
 
 def _split(values: list[str]) -> tuple[str, ...]:

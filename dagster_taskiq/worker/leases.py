@@ -1,9 +1,10 @@
 """The lease keeper: it renews the worker's claims, and stops what may not go on.
 
 A task may not go on when it is to be cancelled, when its run has no loop any more, or when its
-lease cannot be renewed. In the last case the keeper interrupts it after two thirds of the lease,
-so that its clean-up code can run, and the guard, which the keeper tells of every renewal, kills it
-after five sixths: before the lease has ended for everybody else.
+lease cannot be renewed. In the last case the keeper interrupts it after two thirds of the lease, or
+three quarters where the server is just being asked, so that its clean-up code can run, and the
+guard, which the keeper tells of every renewal, kills it after five sixths: before the lease has
+ended for everybody else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import psutil
 from dagster_taskiq.backend import Backend, Claim, Renewal
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
+    INTERRUPT_AT_LATEST_LEASE_SHARE,
     KILL_AFTER_LEASE_SHARE,
     LEASE_SECONDS,
     RENEWALS_PER_LEASE,
@@ -84,11 +86,14 @@ class LeaseKeeper:
         self._epoch = ""
         self._epoch_since = 0.0
         self._is_away = False
+        self._added = asyncio.Event()
 
     def keep(self, lease: Lease) -> None:
         """Renew a claim from now on."""
         self._leases[lease.claim.token] = lease
         self.guard_group(lease, lease.group)
+        self._added.set()
+        self._added = asyncio.Event()
 
     def guard_group(self, lease: Lease, group: int) -> None:
         """The task is executed by this process group (after all, if its first child died)."""
@@ -107,17 +112,59 @@ class LeaseKeeper:
 
     async def run(self) -> None:
         """Renew until cancelled."""
-        while True:
-            await asyncio.sleep(self._interval_seconds())
-            if self._leases:
-                await self._renew_all(list(self._leases.values()))
+        # apart, since a renewal that a frozen server does not answer must not hold up the other
+        tasks = [
+            asyncio.create_task(self._renew(), name="renew"),
+            asyncio.create_task(self._watch_overdue(), name="overdue"),
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _interval_seconds(self) -> float:
-        shortest = min((it.claim.lease_seconds for it in self._leases.values()), default=None)
-        if shortest is None:
-            # nothing to renew: look again as soon as the shortest usual lease would need it
-            shortest = min(LEASE_SECONDS, 3.0)
-        return shortest / RENEWALS_PER_LEASE
+    async def _renew(self) -> None:
+        tried_at = clock()
+        while True:
+            if not self._leases:
+                await self._wait_for_new(None)
+                tried_at = clock()
+            left = tried_at + self._pause_seconds() - clock()
+            if left > 0:
+                # a lease that comes meanwhile may be shorter
+                await self._wait_for_new(left)
+                continue
+            tried_at = clock()
+            await self._renew_all(list(self._leases.values()))
+
+    def _pause_seconds(self) -> float:
+        lengths = [lease.claim.lease_seconds for lease in self._leases.values()]
+        pause = min(lengths, default=LEASE_SECONDS) / RENEWALS_PER_LEASE
+        # the end of an outage must be seen before its time is up
+        return pause / 2 if self._is_away else pause
+
+    async def _wait_for_new(self, seconds: float | None) -> None:
+        """Wait so long, or until there is a new lease."""
+        try:
+            await asyncio.wait_for(self._added.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+
+    async def _watch_overdue(self) -> None:
+        """Stop what a renewal that fails has not stopped, since it still waits for its answer."""
+        while True:
+            share = INTERRUPT_AT_LATEST_LEASE_SHARE
+            due = [
+                lease.renewed_at + lease.claim.lease_seconds * share
+                for lease in self._leases.values()
+                if lease.stop_reason is None
+            ]
+            left = min(due) - clock() if due else None
+            if left is None or left > 0:
+                await self._wait_for_new(left)
+            else:
+                self._stop_overdue(share)
 
     async def _renew_all(self, leases: list[Lease]) -> None:
         sent_at = clock()
@@ -127,7 +174,7 @@ class LeaseKeeper:
             if not self._is_away:
                 logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
             self._is_away = True
-            self._stop_overdue(leases)
+            self._stop_overdue(INTERRUPT_AFTER_LEASE_SHARE)
             return
         if self._is_away:
             logger.info("%s is back; the leases are renewed.", self._backend.address)
@@ -163,10 +210,9 @@ class LeaseKeeper:
             or clock() - self._epoch_since >= lease.claim.lease_seconds
         )
 
-    def _stop_overdue(self, leases: list[Lease]) -> None:
-        for lease in leases:
-            overdue = clock() - lease.renewed_at
-            if overdue >= lease.claim.lease_seconds * INTERRUPT_AFTER_LEASE_SHARE:
+    def _stop_overdue(self, share: float) -> None:
+        for lease in list(self._leases.values()):
+            if clock() >= lease.renewed_at + lease.claim.lease_seconds * share:
                 self.stop(lease, StopReason.LEASE_LOST)
 
     def stop(self, lease: Lease, reason: StopReason) -> None:

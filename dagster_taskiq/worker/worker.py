@@ -29,6 +29,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError
+from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Place
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
@@ -205,9 +206,7 @@ class Worker:
             await self._until_one_ends([*working, draining, *others])
             await self._finish_running(asyncio.gather(*working), others)
         finally:
-            for task in (*working, draining, *others):
-                task.cancel()
-            await asyncio.gather(*working, draining, *others, return_exceptions=True)
+            await end_tasks([*working, draining, *others])
 
     async def _until_one_ends(self, tasks: list[asyncio.Task[Any]]) -> None:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,38 @@
+"""Stacks as fixtures, and their logs in the report of a test that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from dagster_taskiq_tests.acceptance.harness import Stack, open_logs, open_stack
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack of the test's own, on Redis, without a worker."""
+    with open_stack("redis", tmp_path) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The module's stack, on Redis, with a worker of two slots on the default queue."""
+    with open_stack("redis", tmp_path_factory.mktemp("stack")) as stack:
+        stack.worker().await_ready()
+        yield stack
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what workers and runs have written, when a test failed."""
+    report = yield
+    if report.failed:
+        for path in open_logs:
+            text = path.read_text(errors="replace")
+            report.sections.append((path.name, text[-8000:]))
+    return report

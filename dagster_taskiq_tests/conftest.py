@@ -1,0 +1,86 @@
+"""Fixtures of every test: servers by parameter, and a look for what the tests left running."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq_tests.server_sources import stop_session_servers
+from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
+
+#: Marks the processes of this session, also those that have left its process tree.
+SESSION_VARIABLE = "DAGSTER_TASKIQ_TEST_SESSION"
+
+#: How long a process may take to see that its session is over: an embedded server, a guard.
+LEFTOVER_SECONDS = 15.0
+
+_OPTIONS = {"redis": redis_options, "valkey": valkey_options, "rabbitmq": amqp_options}
+
+
+@pytest.fixture(params=["redis", "valkey", "rabbitmq"])
+def broker_options(request: pytest.FixtureRequest) -> Iterator[ServerOptions]:
+    """A namespace of the test's own on each broker in turn."""
+    with _OPTIONS[request.param]() as options:
+        yield options
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def backend_options(request: pytest.FixtureRequest) -> Iterator[ServerOptions]:
+    """A namespace of the test's own on each backend in turn."""
+    with _OPTIONS[request.param]() as options:
+        yield options
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Fail the session, which means its last test, if it leaves a process; and end that."""
+    session = uuid.uuid4().hex
+    os.environ[SESSION_VARIABLE] = session
+    yield
+    stop_session_servers()
+    _, left = psutil.wait_procs(processes_of(session), LEFTOVER_SECONDS)
+    reports = [_kill(process) for process in left]
+    assert not reports, "The tests left processes running:\n" + "\n".join(reports)
+
+
+def processes_of(session: str) -> list[psutil.Process]:
+    """The descendants of this process, and whoever has inherited the session's variable."""
+    own = psutil.Process()
+    found = dict.fromkeys(own.children(recursive=True))
+    found.update(dict.fromkeys(p for p in psutil.process_iter() if _is_of(p, session)))
+    found.pop(own, None)
+    return [process for process in found if not _ends_with_us(process)]
+
+
+def _is_of(process: psutil.Process, session: str) -> bool:
+    try:
+        return process.environ().get(SESSION_VARIABLE) == session
+    except (psutil.Error, OSError):
+        return False  # gone, or not ours
+
+
+def _ends_with_us(process: psutil.Process) -> bool:
+    """Whether it is dead already, or a helper that multiprocessing keeps until we exit."""
+    try:
+        command = " ".join(process.cmdline())
+        is_helper = re.search(r"multiprocessing\.(resource_tracker|forkserver)", command)
+        dead = process.status() == psutil.STATUS_ZOMBIE
+        return dead or (is_helper is not None and process.ppid() == os.getpid())
+    except psutil.Error:
+        return True
+
+
+def _kill(process: psutil.Process) -> str:
+    """Kill it and say which it was."""
+    try:
+        parent, command = process.ppid(), " ".join(process.cmdline())
+        process.kill()
+    except psutil.Error as error:
+        return f"{process.pid}: {error}"
+    return f"{process.pid} (parent {parent}): {command}"

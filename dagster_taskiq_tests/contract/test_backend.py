@@ -1,0 +1,1143 @@
+"""What every backend promises: its operations are atomic, repeatable, and lose nothing.
+
+The last part is a state machine: whatever order claims, ends of leases, results, cancels and
+judgements come in, a task is granted at most once unless it was reopened, and no result is stored
+by a worker that does not hold the claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from dagster_taskiq.backend import (
+    Backend,
+    Claim,
+    ClaimAnswer,
+    TaskReport,
+    TaskState,
+    WorkerRecord,
+    open_backend,
+)
+from dagster_taskiq.errors import RefusedByServerError, SupersededLoopError, UnreachableServerError
+from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.results import Place
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq_tests.servers import (
+    PrivateRedis,
+    private_redis,
+    redis_options,
+    valkey_options,
+)
+
+T = TypeVar("T")
+
+#: For what must happen, on a loaded machine.
+PATIENCE_SECONDS = 20.0
+
+#: A lease that does not end while a test runs, and one that a test waits for the end of.
+LONG_LEASE = 600.0
+SHORT_LEASE = 0.05
+
+
+class Bench:
+    """A backend, called synchronously, with a run and its tasks."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self.thread = LoopThread("test-backend")
+        self.backend = self.open()
+        self.run_id = uuid.uuid4().hex
+        self.loop_token = "loop"
+        self.epoch = ""
+
+    def open(self) -> Backend:
+        """Another process' view of the same server."""
+        backend = open_backend(self.options)
+        self.call(backend.startup())
+        return backend
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.thread.call(asyncio.wait_for(coroutine, 60))
+
+    def close(self, *others: Backend) -> None:
+        try:
+            for backend in (self.backend, *others):
+                self.call(backend.shutdown())
+        finally:
+            self.thread.stop()
+
+    # --- the loop's side ---
+
+    def open_run(
+        self,
+        *,
+        generation: int = 0,
+        token: str = "loop",
+        is_resumable: bool = False,
+        lease_seconds: float = LONG_LEASE,
+    ) -> str:
+        self.epoch = self.call(
+            self.backend.open_run(
+                self.run_id,
+                generation=generation,
+                token=token,
+                is_resumable=is_resumable,
+                lease_seconds=lease_seconds,
+            )
+        )
+        return self.epoch
+
+    def renew_run(self, token: str = "loop", lease_seconds: float = LONG_LEASE) -> str | None:
+        return self.call(
+            self.backend.renew_run(self.run_id, token=token, lease_seconds=lease_seconds)
+        )
+
+    def report(self, task_id: str) -> TaskReport:
+        return self.call(self.backend.inspect(self.run_id, [task_id]))[1][task_id]
+
+    def state(self, task_id: str) -> TaskState:
+        return self.report(task_id).state
+
+    def cancel(self, *task_ids: str) -> list[TaskState]:
+        answer = self.call(self.backend.cancel(self.run_id, task_ids, reason="enough"))
+        assert list(answer) == list(task_ids)
+        return list(answer.values())
+
+    def condemn(self, task_id: str) -> bool:
+        return self.call(self.backend.condemn(self.run_id, task_id))
+
+    def reopen(self, task_id: str) -> bool:
+        return self.call(self.backend.reopen(self.run_id, task_id))
+
+    def results(self, timeout_seconds: float = PATIENCE_SECONDS) -> dict[str, bytes]:
+        return self.call(self.backend.wait_for_results(self.run_id, timeout_seconds))
+
+    def read(self, *task_ids: str) -> dict[str, bytes]:
+        return self.call(self.backend.read_results(self.run_id, task_ids))
+
+    # --- a worker's side ---
+
+    def new_claim(self, task_id: str | None = None, lease_seconds: float = LONG_LEASE) -> Claim:
+        worker = uuid.uuid4().hex
+        return Claim(
+            run_id=self.run_id,
+            task_id=task_id or uuid.uuid4().hex,
+            token=worker,
+            lease_seconds=lease_seconds,
+            epoch=self.epoch,
+            place=Place(f"w@{worker}", worker, "host", 42, 1),
+        )
+
+    def claim(self, claim: Claim, *, needs_live_run: bool = True) -> ClaimAnswer:
+        return self.call(self.backend.claim(claim, needs_live_run=needs_live_run))
+
+    def claimed(self, task_id: str | None = None, lease_seconds: float = LONG_LEASE) -> Claim:
+        claim = self.new_claim(task_id, lease_seconds)
+        assert self.claim(claim) is ClaimAnswer.GRANTED
+        return claim
+
+    def complete(self, claim: Claim, result: bytes = b"result", expires: float = 600) -> bool:
+        return self.call(self.backend.complete(claim, result, expires_seconds=expires))
+
+    def renew(self, claim: Claim) -> Any:
+        (renewal,) = self.call(self.backend.renew([claim]))
+        return renewal
+
+    def control(self, worker_id: str, timeout_seconds: float = PATIENCE_SECONDS) -> list[Any]:
+        return self.call(self.backend.wait_for_control(worker_id, timeout_seconds))
+
+    # --- the server ---
+
+    @contextmanager
+    def server(self) -> Iterator[redis.Redis]:
+        with redis.Redis.from_url(self.options.url) as client:
+            yield client
+
+    def expire(self, claim: Claim) -> None:
+        """End a claim's lease, as time would."""
+        with self.server() as server:
+            server.delete(f"{self.options.key_prefix}:claim:{claim.task_id}")
+
+    def keys(self) -> dict[str, int]:
+        """Every key of ours, with its seconds to live; -1 is for ever."""
+        with self.server() as server:
+            found = server.scan_iter(f"{self.options.key_prefix}*", count=1000)
+            return {key.decode(): server.ttl(key) for key in found}
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture(params=[redis_options, valkey_options], ids=["redis", "valkey"])
+def empty(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """No run is open."""
+    with request.param() as options:
+        bench = Bench(options)
+        yield bench
+        bench.close()
+
+
+@pytest.fixture
+def bench(empty: Bench) -> Bench:
+    """With an open run."""
+    empty.open_run()
+    return empty
+
+
+# --- claims ---
+
+
+def test_a_claim_is_granted_and_seen(bench: Bench) -> None:
+    """The loop sees who has the task."""
+    claim = bench.claimed()
+    assert bench.report(claim.task_id) == TaskReport(TaskState.CLAIMED, claim.place)
+
+
+def test_two_workers_claim_one_task(bench: Bench) -> None:
+    """One wins, the other is told so; also when both ask at once, many times."""
+
+    async def race(one: Claim, other: Claim) -> list[ClaimAnswer]:
+        return await asyncio.gather(
+            bench.backend.claim(one, needs_live_run=True),
+            second.claim(other, needs_live_run=True),
+        )
+
+    second = bench.open()
+    for _ in range(50):
+        one = bench.new_claim()
+        answers = bench.call(race(one, bench.new_claim(one.task_id)))
+        assert sorted(answers) == [ClaimAnswer.CLAIMED, ClaimAnswer.GRANTED]
+    bench.call(second.shutdown())
+
+
+def test_a_claim_may_be_repeated(bench: Bench) -> None:
+    """When its answer was lost, the same claim is granted again, as often as it is asked."""
+    claim = bench.claimed()
+    assert bench.claim(claim) is ClaimAnswer.GRANTED
+    assert bench.complete(claim)
+    assert bench.claim(claim) is ClaimAnswer.DONE
+
+
+def test_a_lease_ends(bench: Bench) -> None:
+    """Without renewal the claim is over: nobody else gets the task, and no result is taken."""
+    claim = bench.claimed(lease_seconds=SHORT_LEASE)
+    wait_until(lambda: bench.state(claim.task_id) is TaskState.EXPIRED)
+    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.CLAIMED
+    assert bench.claim(claim) is ClaimAnswer.CLAIMED
+    assert not bench.renew(claim).is_held
+    assert not bench.complete(claim)
+    assert bench.read(claim.task_id) == {}
+    assert bench.state(claim.task_id) is TaskState.EXPIRED
+
+
+def test_renewals_keep_a_claim(bench: Bench) -> None:
+    """A renewed claim outlives its first lease, and all are renewed in one call in their order."""
+    lasting, ended = bench.claimed(lease_seconds=1), bench.claimed(lease_seconds=SHORT_LEASE)
+    wait_until(lambda: bench.state(ended.task_id) is TaskState.EXPIRED)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.5:
+        first, second, third = bench.call(bench.backend.renew([lasting, ended, lasting]))
+        assert first.is_held
+        assert not second.is_held
+        assert third.is_held
+        time.sleep(0.05)
+    assert bench.complete(lasting)
+    assert not bench.renew(lasting).is_held
+
+
+def test_nothing_to_renew(bench: Bench) -> None:
+    """An idle worker may ask all the same."""
+    assert bench.call(bench.backend.renew([])) == []
+
+
+def test_a_renewal_says_what_the_worker_must_know(bench: Bench) -> None:
+    """Whether it is cancelled, whether its run has a loop, whether that may come back."""
+    claim = bench.claimed()
+    renewal = bench.renew(claim)
+    assert renewal.is_held
+    assert renewal.is_run_alive
+    assert not renewal.is_resumable
+    assert renewal.cancel_reason is None
+    assert renewal.epoch == bench.epoch
+    assert bench.cancel(claim.task_id) == [TaskState.CLAIMED]
+    assert bench.renew(claim).cancel_reason == "enough"
+    bench.call(bench.backend.close_run(bench.run_id, token="loop"))
+    assert not bench.renew(claim).is_run_alive
+
+
+def test_a_run_that_may_be_resumed_says_so(empty: Bench) -> None:
+    """Its steps wait for the next loop, until the run was closed in order."""
+    empty.open_run(is_resumable=True, lease_seconds=SHORT_LEASE)
+    claim = empty.new_claim()
+    assert empty.claim(claim, needs_live_run=False) is ClaimAnswer.GRANTED
+    wait_until(lambda: not empty.renew(claim).is_run_alive)
+    assert empty.renew(claim).is_resumable
+    empty.open_run(is_resumable=True)
+    assert empty.renew(claim).is_run_alive
+    empty.call(empty.backend.close_run(empty.run_id, token="loop"))
+    assert not empty.renew(claim).is_resumable
+
+
+def test_no_step_starts_without_a_living_run(empty: Bench) -> None:
+    """Before it is opened, after its lease, after it was closed; a run's own task needs none."""
+    empty.open_run()
+    empty.call(empty.backend.close_run(empty.run_id, token="loop"))
+    assert empty.claim(empty.new_claim()) is ClaimAnswer.RUN_GONE
+    assert empty.claim(empty.new_claim(), needs_live_run=False) is ClaimAnswer.GRANTED
+    empty.open_run(lease_seconds=SHORT_LEASE)
+    wait_until(lambda: empty.claim(empty.new_claim()) is ClaimAnswer.RUN_GONE)
+    refused = empty.new_claim()
+    assert empty.claim(refused) is ClaimAnswer.RUN_GONE
+    empty.open_run()
+    assert empty.claim(refused) is ClaimAnswer.GRANTED
+
+
+def test_an_abandoned_claim_is_free_again(bench: Bench) -> None:
+    """A worker that stops before it has begun gives the task back; again does no harm."""
+    claim = bench.claimed()
+    for _ in range(2):
+        bench.call(bench.backend.abandon(claim))
+        assert bench.state(claim.task_id) is TaskState.UNKNOWN
+    next_one = bench.claimed(claim.task_id)
+    bench.call(bench.backend.abandon(claim))
+    assert bench.report(claim.task_id).place == next_one.place
+
+
+# --- results ---
+
+
+def test_a_result_arrives_with_the_claims_end(bench: Bench) -> None:
+    """It wakes the loop, is stored, ends the claim and leaves a tombstone."""
+    claim = bench.claimed()
+    assert bench.complete(claim, b"\x00any bytes\xff")
+    assert bench.results() == {claim.task_id: b"\x00any bytes\xff"}
+    assert bench.read(claim.task_id) == {claim.task_id: b"\x00any bytes\xff"}
+    assert bench.state(claim.task_id) is TaskState.DONE
+    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.DONE
+
+
+def test_a_waiting_loop_is_woken_at_once(bench: Bench) -> None:
+    """By push: it does not look again and again."""
+
+    async def wait_and_complete() -> tuple[dict[str, bytes], float]:
+        waiting = asyncio.ensure_future(bench.backend.wait_for_results(bench.run_id, 20))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        began = time.monotonic()
+        assert await other.complete(claim, b"x", expires_seconds=60)
+        return await waiting, time.monotonic() - began
+
+    claim, other = bench.claimed(), bench.open()
+    found, seconds = bench.call(wait_and_complete())
+    assert found == {claim.task_id: b"x"}
+    assert seconds < 1
+    bench.call(other.shutdown())
+
+
+@pytest.mark.parametrize("timeout_seconds", [0, 0.0001, 0.05])
+def test_waiting_ends_with_the_timeout(bench: Bench, timeout_seconds: float) -> None:
+    """Also a wait for no time: it looks, and does not wait for ever."""
+    began = time.monotonic()
+    assert bench.results(timeout_seconds) == {}
+    assert bench.control("nobody", timeout_seconds) == []
+    assert time.monotonic() - began < 5
+
+
+def test_a_completion_may_be_repeated(bench: Bench) -> None:
+    """When its answer was lost, it is said to be stored, and nothing is stored twice."""
+    claim = bench.claimed()
+    assert bench.complete(claim, b"first")
+    assert bench.complete(claim, b"second")
+    assert bench.results() == {claim.task_id: b"first"}
+    assert bench.results(0.01) == {}
+
+
+def test_many_results_arrive_together(bench: Bench) -> None:
+    """Each once, more than one batch of them."""
+    claims = [bench.new_claim() for _ in range(1200)]
+
+    async def work() -> None:
+        for start in range(0, len(claims), 100):
+            part = claims[start : start + 100]
+            await asyncio.gather(
+                *(bench.backend.claim(claim, needs_live_run=True) for claim in part)
+            )
+            done = [
+                bench.backend.complete(claim, claim.task_id.encode(), expires_seconds=60)
+                for claim in part
+            ]
+            assert all(await asyncio.gather(*done))
+
+    bench.call(work())
+    found: dict[str, bytes] = {}
+    rounds = 0
+    while len(found) < len(claims):
+        arrived = bench.results()
+        assert not set(arrived) & set(found)
+        found |= arrived
+        rounds += 1
+    assert found == {claim.task_id: claim.task_id.encode() for claim in claims}
+    assert rounds <= 5
+
+
+def test_runs_do_not_see_each_others_results(bench: Bench) -> None:
+    """Each has a mailbox of its own."""
+    claim = bench.claimed()
+    assert bench.complete(claim)
+    mine, bench.run_id = bench.run_id, uuid.uuid4().hex
+    bench.open_run()
+    assert bench.results(0.01) == {}
+    bench.run_id = mine
+    assert bench.results() == {claim.task_id: b"result"}
+
+
+def test_forgotten_results_leave_the_tombstone(bench: Bench) -> None:
+    """They take no room any more, and the task still cannot run again."""
+    claim = bench.claimed()
+    bench.complete(claim)
+    for _ in range(2):
+        bench.call(bench.backend.forget_results(bench.run_id, [claim.task_id]))
+    assert bench.read(claim.task_id) == {}
+    assert bench.state(claim.task_id) is TaskState.DONE
+    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.DONE
+    assert not bench.condemn(claim.task_id)
+    assert not bench.reopen(claim.task_id)
+    assert bench.complete(claim)
+    assert bench.read(claim.task_id) == {}
+
+
+def test_results_expire(bench: Bench) -> None:
+    """Nobody need read them; and only that long."""
+    claim = bench.claimed()
+    bench.complete(claim, expires=1)
+    wait_until(lambda: not bench.read(claim.task_id))
+    assert bench.state(claim.task_id) is TaskState.DONE
+
+
+def test_reading_no_results(bench: Bench) -> None:
+    """No ids, and ids without results."""
+    assert bench.read() == {}
+    assert bench.read("nothing") == {}
+    bench.call(bench.backend.forget_results(bench.run_id, []))
+
+
+# --- cancel ---
+
+
+def test_a_cancelled_task_is_never_claimed(bench: Bench) -> None:
+    """What was unclaimed stays so; the answer to a repeated cancel is the same."""
+    for _ in range(2):
+        assert bench.cancel("task") == [TaskState.CANCELLED]
+    assert bench.state("task") is TaskState.CANCELLED
+    assert bench.claim(bench.new_claim("task")) is ClaimAnswer.CANCELLED
+    assert not bench.reopen("task")
+
+
+def test_the_holder_of_a_cancelled_task_is_told(bench: Bench) -> None:
+    """By push, and at each renewal; its result is still taken, since it says how it ended."""
+    claim = bench.claimed()
+    for _ in range(2):
+        assert bench.cancel(claim.task_id) == [TaskState.CLAIMED]
+    first = bench.control(claim.place.worker_id)[0]
+    assert first == {"kind": "cancel", "task_id": claim.task_id, "reason": "enough"}
+    assert bench.renew(claim).cancel_reason == "enough"
+    assert bench.complete(claim)
+    assert bench.cancel(claim.task_id) == [TaskState.DONE]
+
+
+def test_an_expired_task_is_not_said_to_have_never_started(bench: Bench) -> None:
+    """It may have: only an unclaimed one is CANCELLED, however often it is asked."""
+    claim = bench.claimed()
+    bench.expire(claim)
+    for _ in range(2):
+        assert bench.cancel(claim.task_id) == [TaskState.EXPIRED]
+    assert bench.claim(bench.new_claim(claim.task_id)) is not ClaimAnswer.GRANTED
+    assert not bench.complete(claim)
+    assert not bench.reopen(claim.task_id)
+    assert bench.condemn(claim.task_id)
+
+
+def test_a_cancelled_task_that_is_given_back_is_not_free(bench: Bench) -> None:
+    """Its worker had not begun it, and nobody will."""
+    claim = bench.claimed()
+    bench.cancel(claim.task_id)
+    bench.call(bench.backend.abandon(claim))
+    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.CANCELLED
+
+
+def test_a_lost_task_is_not_said_to_have_never_started(bench: Bench) -> None:
+    """Nor is a condemned one; its tombstone stays."""
+    claim = bench.claimed()
+    bench.expire(claim)
+    assert bench.condemn(claim.task_id)
+    assert bench.cancel(claim.task_id) == [TaskState.LOST]
+    assert bench.state(claim.task_id) is TaskState.LOST
+
+
+def test_many_tasks_are_cancelled_in_one_call(bench: Bench) -> None:
+    """Of all kinds, with an answer for each in its place."""
+    done, held, expired = bench.claimed(), bench.claimed(), bench.claimed()
+    bench.complete(done)
+    bench.expire(expired)
+    others = [uuid.uuid4().hex for _ in range(1000)]
+    answers = bench.cancel(*others, done.task_id, held.task_id, expired.task_id)
+    assert answers[:1000] == [TaskState.CANCELLED] * 1000
+    assert answers[1000:] == [TaskState.DONE, TaskState.CLAIMED, TaskState.EXPIRED]
+    assert bench.cancel() == []
+
+
+# --- judgement ---
+
+
+def test_only_what_nobody_holds_can_be_condemned(bench: Bench) -> None:
+    """Expired and vanished tasks can; claimed and done ones cannot; again is the same."""
+    held, done, expired = bench.claimed(), bench.claimed(), bench.claimed()
+    bench.complete(done)
+    bench.expire(expired)
+    assert not bench.condemn(held.task_id)
+    assert not bench.condemn(done.task_id)
+    for task_id in (expired.task_id, "vanished"):
+        for _ in range(2):
+            assert bench.condemn(task_id)
+        assert bench.state(task_id) is TaskState.LOST
+        assert bench.claim(bench.new_claim(task_id)) is ClaimAnswer.LOST
+        assert not bench.reopen(task_id)
+    assert bench.state(held.task_id) is TaskState.CLAIMED
+    assert bench.complete(held)
+
+
+def test_a_condemned_tasks_result_is_refused(bench: Bench) -> None:
+    """The step's next attempt may be under way already."""
+    claim = bench.claimed()
+    bench.expire(claim)
+    assert bench.condemn(claim.task_id)
+    assert not bench.complete(claim)
+    assert not bench.renew(claim).is_held
+    assert bench.read(claim.task_id) == {}
+    assert bench.results(0.01) == {}
+
+
+def test_a_reopened_task_is_claimed_once_more(bench: Bench) -> None:
+    """By a new claim; the old one is over."""
+    claim = bench.claimed()
+    assert not bench.reopen(claim.task_id)
+    bench.expire(claim)
+    for _ in range(2):
+        assert bench.reopen(claim.task_id)
+    assert bench.state(claim.task_id) is TaskState.UNKNOWN
+    second = bench.claimed(claim.task_id)
+    assert not bench.reopen(claim.task_id)
+    assert bench.claim(claim) is ClaimAnswer.CLAIMED
+    assert not bench.renew(claim).is_held
+    assert not bench.complete(claim)
+    assert bench.complete(second)
+    assert not bench.reopen(claim.task_id)
+
+
+def test_inspect_looks_at_a_thousand_tasks_in_one_call(bench: Bench) -> None:
+    """Quickly, with the right answer for each."""
+    held, done = bench.claimed(), bench.claimed()
+    bench.complete(done)
+    tasks = [uuid.uuid4().hex for _ in range(1000)]
+    began = time.monotonic()
+    epoch, reports = bench.call(
+        bench.backend.inspect(bench.run_id, [*tasks, held.task_id, done.task_id])
+    )
+    assert time.monotonic() - began < 1
+    assert epoch == bench.epoch
+    assert len(reports) == 1002
+    assert {reports[task].state for task in tasks} == {TaskState.UNKNOWN}
+    assert reports[held.task_id] == TaskReport(TaskState.CLAIMED, held.place)
+    assert reports[done.task_id] == TaskReport(TaskState.DONE)
+
+
+def test_inspecting_nothing_gives_the_epoch(bench: Bench) -> None:
+    """A loop without tasks in flight may ask for it."""
+    assert bench.call(bench.backend.inspect(bench.run_id, [])) == (bench.epoch, {})
+
+
+# --- the run's loops ---
+
+
+def test_opening_a_run_may_be_repeated(empty: Bench) -> None:
+    """By the same loop, when the answer was lost."""
+    assert empty.open_run() == empty.open_run()
+
+
+def test_a_second_loop_of_the_same_number_is_refused_while_the_first_lives(empty: Bench) -> None:
+    """Afterwards it may begin, and then the first one is refused."""
+    empty.open_run(token="one", lease_seconds=SHORT_LEASE)
+    second = empty.open()
+    first, empty.backend = empty.backend, second
+
+    def is_open() -> bool:
+        try:
+            empty.open_run(token="two")
+        except SupersededLoopError:
+            return False
+        return True
+
+    wait_until(is_open)
+    empty.backend = first
+    assert empty.renew_run("one") is None
+    with pytest.raises(SupersededLoopError, match=empty.run_id):
+        empty.open_run(token="one")
+    empty.backend = second
+    assert empty.renew_run("two") == empty.epoch
+    empty.call(first.shutdown())
+
+
+def test_a_resumed_loop_takes_over_at_once(empty: Bench) -> None:
+    """The number of the resumption decides, whoever is alive; lower ones are refused for good."""
+    empty.open_run(token="old", generation=0)
+    newer = empty.open()
+    old, empty.backend = empty.backend, newer
+    empty.open_run(token="new", generation=1)
+    empty.backend = old
+    assert empty.renew_run("old") is None
+    with pytest.raises(SupersededLoopError):
+        empty.open_run(token="old", generation=0)
+    # an old loop that ends does not end the run of the new one
+    empty.call(old.close_run(empty.run_id, token="old"))
+    empty.backend = newer
+    assert empty.renew_run("new") == empty.epoch
+    assert empty.claim(empty.new_claim()) is ClaimAnswer.GRANTED
+    empty.call(newer.close_run(empty.run_id, token="new"))
+    empty.call(newer.close_run(empty.run_id, token="new"))
+    empty.backend = old
+    with pytest.raises(SupersededLoopError):
+        empty.open_run(token="old", generation=0)
+    empty.call(newer.shutdown())
+
+
+def test_tombstones_outlive_the_loop(bench: Bench) -> None:
+    """A message redelivered after the run is recognised."""
+    done = bench.claimed()
+    bench.complete(done)
+    bench.cancel("cancelled")
+    bench.call(bench.backend.close_run(bench.run_id, token="loop"))
+    assert bench.claim(bench.new_claim(done.task_id)) is ClaimAnswer.DONE
+    assert bench.claim(bench.new_claim("cancelled")) is ClaimAnswer.CANCELLED
+
+
+def test_every_key_but_the_epoch_expires(bench: Bench) -> None:
+    """Runs, results, claims and workers leave nothing for ever."""
+    held, done, lost = bench.claimed(), bench.claimed(), bench.claimed()
+    bench.complete(done)
+    bench.expire(lost)
+    bench.condemn(lost.task_id)
+    bench.cancel(held.task_id, "task")
+    bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30))
+    bench.call(bench.backend.send_control("w", {"kind": "x"}))
+    forever = {key.rpartition(":")[2] for key, ttl in bench.keys().items() if ttl < 0}
+    assert forever <= {"epoch", "workers"}
+
+
+@pytest.mark.parametrize("judge", ["cancel", "condemn"])
+def test_a_tombstone_without_a_record_expires_too(empty: Bench, judge: str) -> None:
+    """After a flush the loop may cancel or condemn before it has renewed its lease."""
+    empty.cancel("task") if judge == "cancel" else empty.condemn("task")
+    assert all(ttl > 0 for key, ttl in empty.keys().items() if ":run:" in key)
+
+
+# --- workers and control ---
+
+
+def record(worker_id: str, **values: Any) -> WorkerRecord:
+    whole = WorkerRecord(
+        worker_id=worker_id,
+        name=f"name-{worker_id}@host",
+        host="host",
+        pid=1,
+        queues=("a", "b"),
+        slots=2,
+        busy_slots=1,
+        state="running",
+        started_at=1.5,
+        version="0",
+    )
+    return replace(whole, **values)
+
+
+def test_workers_are_listed_by_name(bench: Bench) -> None:
+    """As they last described themselves, until they sign off."""
+    for worker_id in ("b", "a"):
+        bench.call(bench.backend.heartbeat(record(worker_id), expires_seconds=30))
+    bench.call(bench.backend.heartbeat(record("b", busy_slots=2), expires_seconds=30))
+    assert bench.call(bench.backend.workers()) == [record("a"), record("b", busy_slots=2)]
+    for _ in range(2):
+        bench.call(bench.backend.goodbye("a"))
+        assert bench.call(bench.backend.workers()) == [record("b", busy_slots=2)]
+
+
+def test_a_silent_worker_leaves_the_list(bench: Bench) -> None:
+    """Without heartbeats it is gone when its record expires."""
+    bench.call(bench.backend.heartbeat(record("a"), expires_seconds=SHORT_LEASE))
+    wait_until(lambda: bench.call(bench.backend.workers()) == [])
+
+
+def test_no_workers(empty: Bench) -> None:
+    """On an empty server."""
+    assert empty.call(empty.backend.workers()) == []
+
+
+def test_control_messages_arrive_once_in_order(bench: Bench) -> None:
+    """Whether the worker waits already or not."""
+    for number in range(3):
+        bench.call(bench.backend.send_control("w", {"kind": "x", "number": number}))
+    assert [message["number"] for message in bench.control("w")] == [0, 1, 2]
+    assert bench.control("w", 0.01) == []
+    assert bench.control("other", 0.01) == []
+
+
+def test_a_waiting_worker_gets_control_messages_at_once(bench: Bench) -> None:
+    """By push."""
+
+    async def wait_and_send() -> tuple[list[Any], float]:
+        waiting = asyncio.ensure_future(bench.backend.wait_for_control("w", 20))
+        await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await bench.backend.send_control("w", {"kind": "terminate"})
+        return await waiting, time.monotonic() - began
+
+    messages, seconds = bench.call(wait_and_send())
+    assert messages == [{"kind": "terminate"}]
+    assert seconds < 1
+
+
+# --- errors ---
+
+SECRET = "opensesame"
+
+
+def calls(bench: Bench) -> list[Callable[[], Awaitable[Any]]]:
+    """One call of every method that talks to the server."""
+    backend, claim = bench.backend, bench.new_claim("task")
+    return [
+        backend.startup,
+        lambda: backend.open_run(
+            "run", generation=0, token="t", is_resumable=False, lease_seconds=1
+        ),
+        lambda: backend.renew_run("run", token="t", lease_seconds=1),
+        lambda: backend.close_run("run", token="t"),
+        lambda: backend.wait_for_results("run", 0.01),
+        lambda: backend.read_results("run", ["task"]),
+        lambda: backend.forget_results("run", ["task"]),
+        lambda: backend.inspect("run", ["task"]),
+        lambda: backend.cancel("run", ["task"], reason=""),
+        lambda: backend.condemn("run", "task"),
+        lambda: backend.reopen("run", "task"),
+        lambda: backend.claim(claim, needs_live_run=True),
+        lambda: backend.renew([claim]),
+        lambda: backend.complete(claim, b"", expires_seconds=1),
+        lambda: backend.abandon(claim),
+        lambda: backend.heartbeat(record("w"), expires_seconds=1),
+        lambda: backend.goodbye("w"),
+        backend.workers,
+        lambda: backend.send_control("w", {}),
+        lambda: backend.wait_for_control("w", 0.01),
+    ]
+
+
+@contextmanager
+def private_bench(**arguments: Any) -> Iterator[tuple[PrivateRedis, Bench]]:
+    with private_redis(**arguments) as server:
+        bench = Bench(server.options)
+        try:
+            yield server, bench
+        finally:
+            bench.close()
+
+
+def test_every_call_says_when_the_server_is_gone_and_works_when_it_is_back() -> None:
+    """With the address and without the password; no new connection has to be asked for."""
+    with private_bench(password=SECRET) as (server, bench):
+        bench.open_run()
+
+        async def make(call: Callable[[], Awaitable[Any]]) -> Any:
+            return await call()
+
+        server.kill()
+        for call in calls(bench):
+            with pytest.raises(UnreachableServerError) as caught:
+                bench.call(make(call))
+            assert SECRET not in str(caught.value)
+            assert caught.value.address in str(caught.value)
+        server.restart()
+        for call in calls(bench):
+            bench.call(make(call))
+
+
+def test_a_frozen_server_is_unreachable_after_the_timeout() -> None:
+    """It accepts connections and answers nothing."""
+    with private_redis() as server:
+        bench = Bench(replace(server.options, connect_timeout_seconds=0.2))
+        server.pause()
+        began = time.monotonic()
+        with pytest.raises(UnreachableServerError):
+            bench.claim(bench.new_claim())
+        assert time.monotonic() - began < 5
+        server.resume()
+        bench.close()
+
+
+def test_a_wrong_password_is_refused_without_showing_it() -> None:
+    """The server answers, and refuses."""
+    with private_redis(password="right") as server:
+        options = replace(server.options, url=server.url.replace("right", SECRET))
+        with pytest.raises(RefusedByServerError) as caught:
+            Bench(options)
+        assert SECRET not in str(caught.value)
+        assert caught.value.address in str(caught.value)
+
+
+# --- the epoch ---
+
+
+def flush(server: PrivateRedis) -> None:
+    with server.client() as client:
+        client.flushall()
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def private(request: pytest.FixtureRequest) -> Iterator[tuple[PrivateRedis, Bench]]:
+    """A server of the test's own, with an open run."""
+    with private_bench(kind=request.param) as (server, bench):
+        bench.open_run()
+        yield server, bench
+
+
+@pytest.fixture(params=["flush", "restart", "restart empty"])
+def new_life(
+    request: pytest.FixtureRequest, private: tuple[PrivateRedis, Bench]
+) -> Callable[[], None]:
+    """What ends the server's present life."""
+    server, _ = private
+
+    def restart() -> None:
+        server.kill()
+        server.restart()
+
+    def restart_empty() -> None:
+        restart()
+        flush(server)
+
+    return {"flush": lambda: flush(server), "restart": restart, "restart empty": restart_empty}[
+        request.param
+    ]
+
+
+@pytest.mark.parametrize("private", ["valkey"], indirect=True)
+def test_the_epoch_stays_while_the_server_lives(private: tuple[PrivateRedis, Bench]) -> None:
+    """Whoever asks, and however often."""
+    _, bench = private
+    other = bench.open()
+    assert bench.renew_run() == bench.epoch
+    assert bench.call(other.inspect("other", ["x"]))[0] == bench.epoch
+    bench.call(other.shutdown())
+
+
+def test_the_epoch_changes_with_the_servers_life(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """Once, and everybody sees the same new one."""
+    _, bench = private
+    old = bench.epoch
+    new_life()
+    epoch = bench.renew_run()
+    assert epoch not in (None, old)
+    assert bench.renew_run() == epoch
+    assert bench.call(bench.backend.inspect(bench.run_id, ["x"]))[0] == epoch
+    assert bench.renew(bench.new_claim()).epoch == epoch
+
+
+def test_a_task_of_an_older_epoch_is_not_claimed(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """Its claim or its result may have been forgotten; the loop sends it again in the new one."""
+    _, bench = private
+    old = bench.new_claim()
+    new_life()
+    epoch = bench.renew_run()
+    assert bench.claim(old) is ClaimAnswer.STALE
+    assert bench.claim(replace(old, epoch=str(epoch))) is ClaimAnswer.GRANTED
+
+
+def test_a_live_worker_asserts_its_claim_again(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """Its next renewal puts the claim back, and its result is taken."""
+    _, bench = private
+    claim = bench.claimed()
+    new_life()
+    assert bench.renew(claim).is_held
+    bench.renew_run()
+    assert bench.report(claim.task_id) == TaskReport(TaskState.CLAIMED, claim.place)
+    assert bench.claim(bench.new_claim(claim.task_id)) is not ClaimAnswer.GRANTED
+    assert bench.complete(claim, b"x")
+    assert bench.results() == {claim.task_id: b"x"}
+
+
+def test_a_result_of_a_forgotten_claim_is_taken(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """The step ended between the server's new life and the next renewal."""
+    _, bench = private
+    claim = bench.claimed()
+    new_life()
+    assert bench.complete(claim, b"x")
+    assert bench.results() == {claim.task_id: b"x"}
+
+
+def test_a_judged_claim_is_not_asserted_again(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """What was cancelled or condemned in the new epoch, or is another's, stays so."""
+    _, bench = private
+    condemned, cancelled, taken = bench.claimed(), bench.claimed(), bench.claimed()
+    new_life()
+    bench.open_run()
+    for claim in (condemned, cancelled, taken):
+        bench.expire(claim)
+    assert bench.condemn(condemned.task_id)
+    bench.reopen(cancelled.task_id)
+    assert bench.cancel(cancelled.task_id) == [TaskState.CANCELLED]
+    bench.reopen(taken.task_id)
+    bench.claimed(taken.task_id)
+    for claim in (condemned, cancelled, taken):
+        assert not bench.renew(claim).is_held
+        assert not bench.complete(claim)
+
+
+def test_an_expired_claim_that_is_cancelled_in_a_new_epoch_is_told(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """Its worker, if it lives, hears of it, and never goes on with the step."""
+    _, bench = private
+    claim = bench.claimed()
+    new_life()
+    bench.open_run()
+    bench.expire(claim)
+    bench.cancel(claim.task_id)
+    renewal = bench.renew(claim)
+    assert renewal.cancel_reason == "enough" or not renewal.is_held
+
+
+def test_the_loop_writes_its_record_again(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """After a flush its next renewal makes the run live again, with all that is known of it."""
+    _, bench = private
+    new_life()
+    bench.epoch = str(bench.renew_run())
+    assert bench.claim(bench.new_claim()) is ClaimAnswer.GRANTED
+    other = bench.open()
+    with pytest.raises(SupersededLoopError):
+        bench.call(
+            other.open_run(
+                bench.run_id, generation=0, token="x", is_resumable=False, lease_seconds=1
+            )
+        )
+    bench.call(other.shutdown())
+
+
+def test_an_old_loop_does_not_push_out_a_newer_one_after_a_flush(
+    private: tuple[PrivateRedis, Bench],
+) -> None:
+    """The server has forgotten the numbers; whoever comes first, the newer loop goes on."""
+    server, bench = private
+    newer = bench.open()
+    old, bench.backend = bench.backend, newer
+    bench.open_run(token="new", generation=1)
+    flush(server)
+    bench.backend = old
+    bench.renew_run("loop")
+    bench.backend = newer
+    assert bench.renew_run("new") is not None
+    bench.backend = old
+    assert bench.renew_run("loop") is None
+    bench.backend = newer
+    assert bench.renew_run("new") is not None
+    bench.call(old.shutdown())
+
+
+# --- one task's life ---
+
+
+@dataclass
+class Model:
+    """What is known of one task.
+
+    Attributes:
+        holder: whose claim holds.
+        winner: whose result is stored.
+        is_told: whether the holder was told to stop.
+    """
+
+    state: TaskState = TaskState.UNKNOWN
+    holder: Claim | None = None
+    winner: Claim | None = None
+    is_told: bool = False
+
+
+class OneTask(RuleBasedStateMachine):
+    """Three workers and a loop deal with one task in any order, each call perhaps repeated."""
+
+    options: ServerOptions
+    bench: Bench
+
+    def __init__(self) -> None:
+        super().__init__()
+        # one connection for all examples; each has a run and a task of its own
+        bench = type(self).bench
+        bench.run_id = uuid.uuid4().hex
+        bench.open_run()
+        self.claims = [bench.new_claim("t" + bench.run_id) for _ in range(3)]
+        self.task_id = self.claims[0].task_id
+        self.model = Model()
+        self.grants_since_reopened: set[str] = set()
+        self.stored: list[bytes] = []
+
+    def twice(self, call: Callable[[], T]) -> T:
+        """Make a call as somebody does who lost the first answer; both must be the same."""
+        first = call()
+        if self.repeats:
+            assert call() == first
+        return first
+
+    repeats = False
+
+    @rule(repeats=st.booleans())
+    def lose_answers(self, repeats: bool) -> None:
+        self.repeats = repeats
+
+    @rule(worker=st.integers(0, 2))
+    def claim(self, worker: int) -> None:
+        claim, model = self.claims[worker], self.model
+        answer = self.twice(lambda: self.bench.claim(claim))
+        if model.state is TaskState.UNKNOWN:
+            assert answer is ClaimAnswer.GRANTED
+            self.model = Model(TaskState.CLAIMED, claim)
+        else:
+            expected = {
+                TaskState.CLAIMED: ClaimAnswer.CLAIMED,
+                TaskState.EXPIRED: ClaimAnswer.CLAIMED,
+                TaskState.DONE: ClaimAnswer.DONE,
+                TaskState.CANCELLED: ClaimAnswer.CANCELLED,
+                TaskState.LOST: ClaimAnswer.LOST,
+            }[model.state]
+            assert answer is (ClaimAnswer.GRANTED if model.holder is claim else expected)
+        if answer is ClaimAnswer.GRANTED:
+            self.grants_since_reopened.add(claim.token)
+            assert len(self.grants_since_reopened) == 1, "granted twice"
+
+    @precondition(lambda self: self.model.state is TaskState.CLAIMED)
+    @rule()
+    def expire(self) -> None:
+        self.bench.expire(self.claims[0])
+        self.model = Model(TaskState.EXPIRED, is_told=self.model.is_told)
+
+    @rule(worker=st.integers(0, 2))
+    def renew(self, worker: int) -> None:
+        claim = self.claims[worker]
+        renewal = self.twice(lambda: self.bench.renew(claim))
+        assert renewal.is_held == (self.model.holder is claim)
+        if renewal.is_held:
+            assert renewal.cancel_reason == ("enough" if self.model.is_told else None)
+
+    @rule(worker=st.integers(0, 2))
+    def complete(self, worker: int) -> None:
+        claim, result = self.claims[worker], uuid.uuid4().hex.encode()
+        stored = self.twice(lambda: self.bench.complete(claim, result))
+        if self.model.state is TaskState.DONE and self.model.winner is claim:
+            assert stored, "a repeated completion"
+            return
+        assert stored == (self.model.holder is claim)
+        if stored:
+            self.stored.append(result)
+            self.model = Model(TaskState.DONE, winner=claim)
+
+    @rule(worker=st.integers(0, 2))
+    def abandon(self, worker: int) -> None:
+        claim = self.claims[worker]
+        self.twice(lambda: self.bench.call(self.bench.backend.abandon(claim)))
+        if self.model.holder is claim:
+            self.model = Model(TaskState.CANCELLED if self.model.is_told else TaskState.UNKNOWN)
+            self.grants_since_reopened.clear()
+
+    @rule()
+    def cancel(self) -> None:
+        (answer,) = self.twice(lambda: self.bench.cancel(self.task_id))
+        if self.model.state in (TaskState.UNKNOWN, TaskState.CANCELLED):
+            assert answer is TaskState.CANCELLED
+            self.model = Model(TaskState.CANCELLED)
+        else:
+            assert answer is self.model.state
+            self.model.is_told = True
+
+    @rule()
+    def condemn(self) -> None:
+        lost = self.twice(lambda: self.bench.condemn(self.task_id))
+        assert lost == (self.model.state not in (TaskState.CLAIMED, TaskState.DONE))
+        if lost:
+            self.model = Model(TaskState.LOST)
+
+    @rule()
+    def reopen(self) -> None:
+        is_open = self.twice(lambda: self.bench.reopen(self.task_id))
+        model = self.model
+        is_free = model.state is TaskState.UNKNOWN or (
+            model.state is TaskState.EXPIRED and not model.is_told
+        )
+        assert is_open == is_free
+        if is_open:
+            self.model = Model()
+            self.grants_since_reopened.clear()
+
+    @invariant()
+    def the_backend_says_what_the_model_knows(self) -> None:
+        report = self.bench.report(self.task_id)
+        assert report.state is self.model.state
+        assert report.place == (self.model.holder.place if self.model.holder else None)
+
+    @invariant()
+    def at_most_one_result_is_stored(self) -> None:
+        assert len(self.stored) <= 1
+        assert list(self.bench.read(self.task_id).values()) == self.stored
+
+    def teardown(self) -> None:
+        arrived = self.bench.results(0.001)
+        assert list(arrived.values()) == self.stored
+
+
+@pytest.mark.parametrize("options_of", [redis_options, valkey_options], ids=["redis", "valkey"])
+def test_one_tasks_life(options_of: Callable[[], Any]) -> None:
+    """At most one grant without a reopen, and no completion without the claim, in any order."""
+    with ExitStack() as stack:
+        bench = Bench(stack.enter_context(options_of()))
+        stack.callback(bench.close)
+        machine = type("OneTaskOnThisServer", (OneTask,), {"bench": bench})
+        case = machine.TestCase  # type: ignore[attr-defined]
+        case.settings = settings(
+            max_examples=60,
+            stateful_step_count=25,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        case("runTest").debug()

@@ -1,0 +1,159 @@
+"""Servers for tests: a fresh namespace on one for each test, or one that belongs to the test.
+
+Where they come from, and what happens where there is none: ``server_sources.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import subprocess
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from urllib.parse import urlsplit
+
+import redis
+
+from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq_tests.server_processes import (
+    PrivateRedis,
+    RedisKind,
+    UnavailableError,
+    started_redis,
+)
+from dagster_taskiq_tests.server_sources import (
+    at_session_end,
+    checked_amqp,
+    execute_sql,
+    management_port,
+    missing,
+    rabbitmqctl,
+    server_url,
+)
+
+__all__ = [
+    "PrivateRedis",
+    "amqp_options",
+    "postgres_database",
+    "private_redis",
+    "redis_options",
+    "valkey_options",
+]
+
+
+@contextmanager
+def redis_options() -> Iterator[ServerOptions]:
+    """A key prefix of its own on a Redis server; its keys are deleted afterwards."""
+    with _own_keys("redis") as options:
+        yield options
+
+
+@contextmanager
+def valkey_options() -> Iterator[ServerOptions]:
+    """A key prefix of its own on a Valkey server; its keys are deleted afterwards."""
+    with _own_keys("valkey") as options:
+        yield options
+
+
+@contextmanager
+def amqp_options() -> Iterator[ServerOptions]:
+    """A queue prefix of its own on RabbitMQ, in a virtual host of this session.
+
+    Where virtual hosts cannot be made, it is the URL's own, and the queues of the prefix stay.
+    """
+    yield ServerOptions(url=_session_vhost(server_url("rabbitmq")), key_prefix=unique_prefix())
+
+
+@contextmanager
+def postgres_database() -> Iterator[str]:
+    """URL of a new, empty PostgreSQL database, which is dropped afterwards."""
+    server = server_url("postgres")
+    name = unique_prefix().replace("-", "_")
+    execute_sql(server, f'CREATE DATABASE "{name}"')
+    try:
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+    finally:
+        execute_sql(server, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@contextmanager
+def private_redis(
+    kind: RedisKind | None = None,
+    *,
+    unix_socket: bool = False,
+    password: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> Iterator[PrivateRedis]:
+    """A server of the test's own, to be killed, restarted and frozen; its data goes with it.
+
+    Args:
+        kind: None takes what this host has, Valkey first.
+        unix_socket: listen on a socket file and no TCP port.
+        password: of the default user.
+        settings: lines of redis.conf; by default it has an append-only file, synced every second.
+    """
+    with ExitStack() as stack:
+        start = started_redis(kind, unix_socket=unix_socket, password=password, settings=settings)
+        try:
+            server = stack.enter_context(start)
+        except UnavailableError as error:
+            missing(str(error))
+        yield server
+
+
+def unique_prefix() -> str:
+    """A name that no other test, session or developer uses."""
+    return f"test-{uuid.uuid4().hex}"
+
+
+@contextmanager
+def _own_keys(kind: RedisKind) -> Iterator[ServerOptions]:
+    options = ServerOptions(url=server_url(kind), key_prefix=unique_prefix())
+    try:
+        yield options
+    finally:
+        with redis.Redis.from_url(options.url) as client:
+            for key in client.scan_iter(match=f"*{options.key_prefix}*", count=1000):
+                client.unlink(key)
+
+
+@functools.cache
+def _session_vhost(url: str) -> str:
+    """The URL of a new virtual host of that server, or the URL itself where none can be made."""
+    url = normalize_amqp(url)
+    name = f"dagster-taskiq-{unique_prefix()}"
+    for add in (_add_by_command, _add_by_http):
+        with suppress(OSError, subprocess.SubprocessError, UnavailableError):
+            add(url, name)
+            return checked_amqp(urlsplit(url)._replace(path=f"/{name}").geturl())
+    return url
+
+
+def _add_by_command(url: str, name: str) -> None:
+    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise UnavailableError("rabbitmqctl reaches only a node of this host")
+    rabbitmqctl("add_vhost", name)
+    at_session_end.callback(rabbitmqctl, "delete_vhost", name)
+    user = urlsplit(url).username or "guest"
+    rabbitmqctl("set_permissions", "-p", name, user, ".*", ".*", ".*")
+
+
+def _add_by_http(url: str, name: str) -> None:
+    # the management plugin gives the user that adds a virtual host all rights there
+    _management(url, "PUT", f"vhosts/{name}", b"{}")
+    at_session_end.callback(_management, url, "DELETE", f"vhosts/{name}")
+
+
+def _management(url: str, method: str, path: str, body: bytes | None = None) -> None:
+    parts = urlsplit(url)
+    login = f"{parts.username or 'guest'}:{parts.password or 'guest'}".encode()
+    headers = {
+        "Authorization": f"Basic {base64.b64encode(login).decode()}",
+        "Content-Type": "application/json",
+    }
+    address = f"http://{parts.hostname}:{management_port()}/api/{path}"
+    request = urllib.request.Request(address, body, headers, method=method)
+    with urllib.request.urlopen(request, timeout=5):
+        pass

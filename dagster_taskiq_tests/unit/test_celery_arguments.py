@@ -1,0 +1,98 @@
+"""What teams pass to ``celery worker`` after ``--`` is read, ignored with a word, or refused."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.worker.celery_arguments import (
+    _MEANINGLESS,
+    CeleryArguments,
+    read_celery_arguments,
+)
+
+NOTHING = CeleryArguments(None, (), (), None, None, None, None)
+
+
+def read(*arguments: str) -> CeleryArguments:
+    """Without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_celery_arguments(arguments)
+
+
+def test_no_arguments() -> None:
+    """Most teams pass none."""
+    assert read() == NOTHING
+
+
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_every_argument_that_has_a_meaning(separator: str) -> None:
+    """In both of the ways to write a value."""
+    options = {
+        "--hostname": "w@%h",
+        "--queues": "a,b",
+        "--include": "m.n",
+        "--concurrency": "4",
+        "--loglevel": "debug",
+        "--max-tasks-per-child": "10",
+        "--max-memory-per-child": "2000",
+    }
+    text = " ".join(f"{option}{separator}{value}" for option, value in options.items())
+    assert read(*text.split()) == CeleryArguments("w", ("a", "b"), ("m.n",), 4, "debug", 10, 2000)
+
+
+def test_short_options() -> None:
+    """Celery's letters, apart from their value and joined to it."""
+    expected = CeleryArguments("w", ("a", "b"), ("m", "n"), 3, "INFO", None, None)
+    assert read("-n", "w", "-Q", "a, b", "-I", "m,n", "-c", "3", "-l", "INFO") == expected
+    assert read("-nw", "-Qa,b", "-Im", "-In", "-c3", "-lINFO") == expected
+
+
+def test_repeated_lists_add_up() -> None:
+    """``-Q a -Q b`` is both; empty parts are none."""
+    assert read("-Q", "a,", "-Q", ",b").queues == ("a", "b")
+
+
+@pytest.mark.parametrize(("option", "takes_value"), sorted(_MEANINGLESS.items()))
+def test_an_argument_that_means_nothing_warns_by_name(option: str, takes_value: bool) -> None:
+    """And is ignored, with its value."""
+    arguments = [option, "5"] if takes_value else [option]
+    with pytest.warns(UserWarning, match=f"{option} ") as caught:
+        assert read_celery_arguments([*arguments, "-c", "2"]).concurrency == 2
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-thing"],
+        ["-c", "many"],
+        ["-c"],
+        ["--max-tasks-per-child", "1.5"],
+        ["stray"],
+        # an abbreviation is not guessed at: --max- could be either
+        ["--concur", "3"],
+        ["--pool"],
+    ],
+    ids=str,
+)
+def test_what_is_no_argument_of_celerys_is_refused(arguments: list[str]) -> None:
+    """In one line, and never by ending the process as argparse does."""
+    with pytest.raises(ConfigError) as caught:
+        read_celery_arguments(arguments)
+    assert "\n" not in str(caught.value)
+    assert arguments[0].lstrip("-") in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["-c", "--max-tasks-per-child", "--max-memory-per-child"])
+def test_negative_numbers_are_refused(option: str) -> None:
+    """A worker with -1 slots would take no task; 0 is Celery's word for its default."""
+    joint = "=" if option.startswith("--") else ""
+    with pytest.raises(ConfigError, match="less than 0"):
+        read(f"{option}{joint}-1")
+    given = read(f"{option}{joint}0")
+    values = (given.concurrency, given.max_tasks_per_child, given.max_memory_per_child)
+    assert not any(values)

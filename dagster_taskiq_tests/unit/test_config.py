@@ -1,0 +1,608 @@
+"""Settings: every way to give one, every way to get one wrong, and dagster-celery's files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_taskiq import defaults
+from dagster_taskiq.celery_names import CELERY_SETTINGS
+from dagster_taskiq.config import (
+    EXECUTOR_SCHEMA,
+    ConfigSource,
+    Settings,
+    check_config,
+    load_yaml,
+)
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.servers import Tls
+
+SECRET = "s3cr3t-w0rd"
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(defaults.BROKER_URL_VARIABLE, raising=False)
+    monkeypatch.delenv(defaults.BACKEND_URL_VARIABLE, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _warnings_are_errors() -> Iterator[None]:
+    """Whatever warns without a test that asks for it fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def settings(**config: Any) -> Settings:
+    """Settings as Dagster hands them over: checked, with the defaults set."""
+    return Settings.from_config(check_config(config, "test"))
+
+
+def source(**values: Any) -> ConfigSource:
+    return ConfigSource.from_mapping(values)
+
+
+def refusal(**config: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        settings(**config)
+    return one_line(caught.value)
+
+
+def one_line(error: Exception) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert SECRET not in text
+    return text
+
+
+def yaml_file(directory: Path, text: str) -> Path:
+    path = directory / "worker.yaml"
+    path.write_text(text, encoding="utf8")
+    return path
+
+
+# --- defaults and schema ---
+
+
+def test_nothing_configured_gives_the_documented_defaults() -> None:
+    """Without any configuration it is the embedded server, queue dagster, lease 30 s."""
+    assert settings() == Settings()
+    assert Settings().default_queue == "dagster"
+    assert Settings().source.task_default_priority == 5
+    assert Settings().broker_url is None
+    assert Settings().backend_url is None
+    assert Settings().lease_seconds == 30
+    assert Settings().retries == "enabled"
+
+
+def test_the_schema_has_all_of_dagster_celerys_options_and_ours() -> None:
+    """dagster-celery's broker, backend, include, config_source and retries keep their names."""
+    celery = {"broker", "backend", "include", "config_source", "retries"}
+    ours = {
+        "default_queue",
+        "max_concurrent",
+        "tag_concurrency_limits",
+        "lease_seconds",
+        "cancel_grace_seconds",
+    }
+    assert set(EXECUTOR_SCHEMA) == celery | ours
+    assert not any(field.is_required for field in EXECUTOR_SCHEMA.values())
+
+
+def test_every_option_has_a_description() -> None:
+    """The launchpad shows what each option is for."""
+    assert all(field.description for field in EXECUTOR_SCHEMA.values())
+
+
+def test_every_value_arrives() -> None:
+    """Each option of the schema ends up in the settings."""
+    given = settings(
+        broker="amqp://h",
+        backend="redis://h",
+        include=["a", "b"],
+        config_source={"task_default_priority": 7},
+        default_queue="q",
+        retries={"deferred": {}},
+        max_concurrent=4,
+        tag_concurrency_limits=[{"key": "database", "limit": 2}],
+        lease_seconds=12.5,
+        cancel_grace_seconds=0,
+    )
+    assert given == Settings(
+        broker_url="amqp://h",
+        backend_url="redis://h",
+        include=("a", "b"),
+        source=ConfigSource(task_default_priority=7),
+        default_queue="q",
+        retries="deferred",
+        max_concurrent=4,
+        tag_concurrency_limits=({"key": "database", "limit": 2},),
+        lease_seconds=12.5,
+        cancel_grace_seconds=0,
+    )
+
+
+def test_options_may_be_null() -> None:
+    """``broker:`` with nothing after it is the same as no broker."""
+    empty = dict.fromkeys(("broker", "backend", "config_source", "default_queue", "max_concurrent"))
+    assert settings(**empty) == Settings()
+
+
+@pytest.mark.parametrize("mode", ["enabled", "disabled", "deferred"])
+def test_retries_takes_dagsters_modes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``retries`` is Dagster's selector, also by ``env``."""
+    assert settings(retries={mode: {}}).retries == mode
+    monkeypatch.setenv("MODE", mode)
+    assert settings(retries={"env": "MODE"}).retries == mode
+
+
+def test_settings_are_frozen() -> None:
+    """Nobody changes settings after they were checked."""
+    with pytest.raises(AttributeError):
+        Settings().default_queue = "x"  # type: ignore[misc]
+
+
+# --- env: ---
+
+
+def test_options_take_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option of the schema accepts ``{env: NAME}``."""
+    for name, value in {
+        "BROKER": "amqp://h",
+        "BACKEND": "redis://h",
+        "MODULE": "a.b",
+        "QUEUE": "q",
+        "MOST": "3",
+        "LEASE": "7.5",
+        "GRACE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    given = settings(
+        broker={"env": "BROKER"},
+        backend={"env": "BACKEND"},
+        include=[{"env": "MODULE"}],
+        default_queue={"env": "QUEUE"},
+        max_concurrent={"env": "MOST"},
+        lease_seconds={"env": "LEASE"},
+        cancel_grace_seconds={"env": "GRACE"},
+    )
+    assert given == Settings(
+        broker_url="amqp://h",
+        backend_url="redis://h",
+        include=("a.b",),
+        default_queue="q",
+        max_concurrent=3,
+        lease_seconds=7.5,
+        cancel_grace_seconds=1,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"broker": {"env": "NOT_SET"}},
+        {"backend": {"env": "NOT_SET"}},
+        {"include": [{"env": "NOT_SET"}]},
+        {"lease_seconds": {"env": "NOT_SET"}},
+        {"retries": {"env": "NOT_SET"}},
+        {"config_source": {"task_default_queue": {"env": "NOT_SET"}}},
+        {"config_source": {"broker_use_ssl": {"ca_certs": {"env": "NOT_SET"}}}},
+    ],
+    ids=str,
+)
+def test_a_variable_that_is_not_set_is_named_in_one_line(
+    config: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error names the variable, without a traceback through Dagster."""
+    monkeypatch.delenv("NOT_SET", raising=False)
+    text = refusal(**config)
+    assert "NOT_SET" in text
+    assert "site-packages" not in text
+
+
+def test_config_source_takes_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``env:`` works inside ``config_source`` too, where Dagster does not resolve it."""
+    monkeypatch.setenv("PRIORITY", "8")
+    monkeypatch.setenv("EAGER", "true")
+    monkeypatch.setenv("CA", "/ca.pem")
+    given = source(
+        task_default_priority={"env": "PRIORITY"},
+        task_always_eager={"env": "EAGER"},
+        broker_use_ssl={"ca_certs": {"env": "CA"}},
+    )
+    assert given == ConfigSource(
+        task_default_priority=8, task_always_eager=True, broker_use_ssl=Tls(ca_file="/ca.pem")
+    )
+
+
+# --- broker and backend ---
+
+
+def test_broker_and_backend_fall_back_to_their_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``broker`` and ``backend`` the two documented variables count."""
+    monkeypatch.setenv(defaults.BROKER_URL_VARIABLE, "amqp://from-env")
+    monkeypatch.setenv(defaults.BACKEND_URL_VARIABLE, "redis://from-env")
+    assert settings().broker_url == "amqp://from-env"
+    assert settings().backend_url == "redis://from-env"
+    given = settings(broker="redis://given", backend="redis://given-too")
+    assert (given.broker_url, given.backend_url) == ("redis://given", "redis://given-too")
+
+
+def test_empty_variables_count_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that a compose file sets to nothing is no URL."""
+    monkeypatch.setenv(defaults.BROKER_URL_VARIABLE, "")
+    monkeypatch.setenv(defaults.BACKEND_URL_VARIABLE, "")
+    assert settings() == Settings()
+
+
+@pytest.mark.parametrize("url", ["redis://h", "rediss://h", "unix:///s", "REDIS://h"])
+def test_a_redis_broker_is_its_own_backend(url: str) -> None:
+    """Without ``backend`` a Redis broker's own server keeps the state."""
+    assert settings(broker=url).backend_url is None
+
+
+@pytest.mark.parametrize("url", ["amqp://h", "amqps://h", "pyamqp://guest@localhost//"])
+def test_rabbitmq_alone_says_what_to_set(url: str) -> None:
+    """RabbitMQ without a backend is an error that names both ways out."""
+    text = refusal(broker=url)
+    assert "'backend'" in text
+    assert defaults.BACKEND_URL_VARIABLE in text
+
+
+def test_rabbitmq_is_no_backend() -> None:
+    """``backend: amqp://`` is refused, with what it may be."""
+    assert "redis://" in refusal(broker="amqp://h", backend="amqp://h")
+
+
+def test_rpc_warns_and_uses_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dagster-celery's default backend warns and is replaced by the variable's."""
+    monkeypatch.setenv(defaults.BACKEND_URL_VARIABLE, "redis://h")
+    with pytest.warns(UserWarning, match=r"rpc.*DAGSTER_TASKIQ_BACKEND_URL"):
+        given = settings(broker="pyamqp://guest@localhost//", backend="rpc://")
+    assert given.backend_url == "redis://h"
+
+
+def test_rpc_without_the_variable_says_what_to_set() -> None:
+    """With RabbitMQ and no variable there is nothing to use instead: an error says so."""
+    with pytest.warns(UserWarning, match="rpc"):
+        assert defaults.BACKEND_URL_VARIABLE in refusal(broker="amqp://h", backend="rpc://")
+
+
+def test_rpc_beside_a_redis_broker_uses_that_server() -> None:
+    """A team that only sets dagster-celery's broker to Redis keeps its default backend."""
+    with pytest.warns(UserWarning, match="rpc"):
+        assert settings(broker="redis://h", backend="rpc://").backend_url is None
+
+
+def test_eager_needs_no_backend() -> None:
+    """Tests that run eagerly keep the team's broker setting and need no server."""
+    given = settings(broker="amqp://h", config_source={"task_always_eager": True})
+    assert given.source.task_always_eager
+
+
+@pytest.mark.parametrize("url", ["sqs://h", "localhost:6379", "http://h", "://", "rediss", " "])
+def test_unknown_schemes_are_refused(url: str) -> None:
+    """A URL that neither broker nor backend speaks is refused with what they do."""
+    for config in ({"broker": url}, {"broker": "redis://h", "backend": url}):
+        text = refusal(**config)
+        assert "amqp://" in text
+        assert "redis://" in text
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"lease_seconds": 0.5}, "at least 1"),
+        ({"lease_seconds": float("nan")}, "expected a number"),
+        ({"lease_seconds": float("inf")}, "expected a number"),
+        ({"lease_seconds": 86401}, "at most 86400"),
+        ({"lease_seconds": "30"}, "lease_seconds"),
+        ({"cancel_grace_seconds": -1}, "negative"),
+        ({"cancel_grace_seconds": 86401}, "at most 86400"),
+        ({"max_concurrent": 0}, "at least 1"),
+        ({"max_concurrent": 1.5}, "max_concurrent"),
+        ({"retries": {"sometimes": {}}}, "retries"),
+        ({"include": "module"}, "include"),
+        ({"config_source": ["x"]}, "config_source"),
+        ({"broker": 5}, "broker"),
+        ({"tag_concurrency_limits": [{"key": "x"}]}, "limit"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_used(config: Mapping[str, Any], expected: str) -> None:
+    """Each is an error of one line that names the option and what is allowed."""
+    assert expected in refusal(**config)
+
+
+def test_a_wrong_mode_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``retries: {env: X}`` is checked after it is read."""
+    monkeypatch.setenv("MODE", "sometimes")
+    assert "'sometimes'" in refusal(retries={"env": "MODE"})
+
+
+def test_a_wrong_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So are the seconds."""
+    monkeypatch.setenv("LEASE", "half a minute")
+    assert "lease_seconds" in refusal(lease_seconds={"env": "LEASE"})
+
+
+# --- config_source ---
+
+GOOD: Mapping[str, tuple[Any, Any]] = {
+    "task_default_priority": (3, 3),
+    "task_default_queue": (" short ", "short"),
+    "task_always_eager": ("yes", True),
+    "result_expires": (3600, 3600.0),
+    "broker_connection_timeout": ("2.5", 2.5),
+    "broker_heartbeat": (30, 30),
+    "broker_use_ssl": ({"ca_certs": "/ca"}, Tls(ca_file="/ca")),
+    "redis_backend_use_ssl": ({"ssl_cert_reqs": "none"}, Tls(verify=False)),
+    "worker_concurrency": (4, 4),
+    "worker_max_tasks_per_child": ("100", 100),
+    "worker_max_memory_per_child": (200_000, 200_000),
+    "key_prefix": ("staging", "staging"),
+}
+
+BAD: Mapping[str, tuple[Any, ...]] = {
+    "task_default_priority": ("high", 2.5, True, None, [], "1" * 5000),
+    "task_default_queue": ("", "  ", 5, None),
+    "task_always_eager": ("maybe", 2, None),
+    "result_expires": (0, -1, "soon", float("nan"), float("inf"), 10**400, None),
+    "broker_connection_timeout": (0, "x", float("nan")),
+    "broker_heartbeat": (0, -5, "x", 1.5),
+    "broker_use_ssl": ({"ca_cert": "x"}, "yes", {"ca_certs": ""}),
+    "redis_backend_use_ssl": ({"certs": "x"}, 5),
+    "worker_concurrency": (0, "many", True),
+    "worker_max_tasks_per_child": (0, "x"),
+    "worker_max_memory_per_child": (-1, "1GB"),
+    "key_prefix": ("", None),
+}
+
+
+def test_the_tables_here_have_every_key() -> None:
+    """A new key comes with a good and a bad value here."""
+    names = {field.name for field in fields(ConfigSource)}
+    assert set(GOOD) == names
+    assert set(BAD) == names
+
+
+@pytest.mark.parametrize("key", GOOD)
+def test_every_key_of_config_source_is_read(key: str) -> None:
+    """A good value is converted and ends up in its field alone."""
+    given, expected = GOOD[key]
+    assert source(**{key: given}) == ConfigSource(**{key: expected})
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key in BAD for value in BAD[key]])
+def test_a_bad_value_of_config_source_is_named(key: str, value: Any) -> None:
+    """The error names the key with its place."""
+    with pytest.raises(ConfigError, match=f"config_source.{key}"):
+        source(**{key: value})
+
+
+def test_every_tls_option_of_kombu_in_both_spellings() -> None:
+    """``broker_use_ssl`` is a boolean, or kombu's or redis-py's names."""
+    for prefix in ("", "ssl_"):
+        options = {
+            f"{prefix}{'ca_certs'}": "/ca",
+            f"{prefix}{'certfile'}": "/cert",
+            f"{prefix}{'keyfile'}": "/key",
+            f"{prefix}{'cert_reqs'}": "required",
+        }
+        assert source(broker_use_ssl=options).broker_use_ssl == Tls("/ca", "/cert", "/key")
+    assert source(broker_use_ssl=True).broker_use_ssl == Tls()
+    for unverified in (0, "none", "CERT_NONE"):
+        assert not source(broker_use_ssl={"cert_reqs": unverified}).broker_use_ssl.verify
+
+
+def test_default_queue_goes_before_celerys_key() -> None:
+    """``default_queue`` counts, else ``task_default_queue``, else ``dagster``."""
+    celery = {"task_default_queue": "celery"}
+    assert settings(config_source=celery).default_queue == "celery"
+    assert settings(config_source=celery, default_queue="ours").default_queue == "ours"
+
+
+@pytest.mark.parametrize(
+    "key", sorted(CELERY_SETTINGS - {field.name for field in fields(ConfigSource)})
+)
+def test_a_setting_of_celery_that_means_nothing_warns_by_name(key: str) -> None:
+    """Any other setting of Celery's is ignored, and said to be."""
+    with pytest.warns(UserWarning, match=rf"config_source\.{key} "):
+        assert source(**{key: "whatever"}) == ConfigSource()
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "right"),
+    [
+        ("task_default_priorty", "task_default_priority"),
+        ("task_default_queu", "task_default_queue"),
+        ("task_allways_eager", "task_always_eager"),
+        ("results_expire", "result_expires"),
+        ("brocker_heartbeat", "broker_heartbeat"),
+        ("worker_concurency", "worker_concurrency"),
+        ("key_prefixes", "key_prefix"),
+    ],
+)
+def test_a_misspelt_key_is_an_error_with_the_nearest_name(misspelt: str, right: str) -> None:
+    """It is not ignored: the error names the right one."""
+    with pytest.raises(ConfigError, match=f"{misspelt!r}.*{right!r}"):
+        source(**{misspelt: 1})
+
+
+def test_a_key_like_nothing_lists_what_there_is() -> None:
+    """Where no name is near, all are listed."""
+    with pytest.raises(ConfigError, match=r"Known are: .*task_always_eager"):
+        source(xyzzy=1)
+
+
+# --- passwords ---
+
+
+@pytest.mark.parametrize(
+    "url", [f"amqp://u:{SECRET}@h", f"redis://:{SECRET}@h/0", f"redis://h?password={SECRET}"]
+)
+def test_passwords_are_not_shown(url: str) -> None:
+    """Neither the settings' text nor that of a server has the password."""
+    given = settings(broker=url, backend=f"redis://:{SECRET}@h/1")
+    options = given.server_options(url, given.source.broker_use_ssl)
+    for text in (repr(given), str(given), repr(options), str(options), options.address):
+        assert SECRET not in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"broker": f"sqs://u:{SECRET}@h"},
+        {"broker": f"sqs://u@d:{SECRET} x@h"},
+        {"broker": "redis://h", "backend": f"amqp://u:{SECRET}@h"},
+        {"broker": [f"amqp://u:{SECRET}@h"]},
+        {"brokr": f"amqp://u:{SECRET}@h"},
+        {"lease_seconds": f"amqp://u:{SECRET}@h"},
+        {"max_concurrent": f"amqp://u:{SECRET}@h"},
+        {"retries": f"amqp://u:{SECRET}@h"},
+    ],
+    ids=str,
+)
+def test_errors_do_not_show_passwords(config: Mapping[str, Any]) -> None:
+    """Also where the URL stands in the wrong place."""
+    refusal(**config)
+
+
+def test_errors_of_yaml_do_not_show_passwords(tmp_path: Path) -> None:
+    """The parser quotes the line it fails at, which may be that of the broker."""
+    for line in (f"broker: 'amqp://u:{SECRET}@h", f"broker: amqp://u:{SECRET}@h: x"):
+        with pytest.raises(ConfigError, match="not YAML") as caught:
+            load_yaml(yaml_file(tmp_path, f"execution:\n  config:\n    {line}\n"))
+        one_line(caught.value)
+
+
+# --- YAML ---
+
+
+@pytest.mark.parametrize("block", ["config", "celery"])
+def test_dagster_celerys_yaml_works_as_it_is(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``execution: config:`` and the legacy ``execution: celery:``, with env values."""
+    monkeypatch.setenv("BROKER", "pyamqp://guest@localhost//")
+    path = yaml_file(
+        tmp_path,
+        f"""
+        execution:
+          {block}:
+            broker: {{env: BROKER}}
+            backend: redis://localhost
+            include: ['my_module']
+            config_source:
+              task_default_priority: 3
+            retries:
+              disabled:
+        """,
+    )
+    assert Settings.from_config(load_yaml(path)) == Settings(
+        broker_url="pyamqp://guest@localhost//",
+        backend_url="redis://localhost",
+        include=("my_module",),
+        source=ConfigSource(task_default_priority=3),
+        retries="disabled",
+    )
+
+
+def test_config_goes_before_the_legacy_block(tmp_path: Path) -> None:
+    """As in dagster-celery, ``config`` counts where both are there."""
+    text = "execution: {config: {default_queue: new}, celery: {default_queue: old}}"
+    assert load_yaml(yaml_file(tmp_path, text))["default_queue"] == "new"
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "execution:\n", "execution:\n  config:\n"])
+def test_an_empty_file_is_no_configuration(text: str, tmp_path: Path) -> None:
+    """A file that says nothing gives the defaults, as in dagster-celery."""
+    assert Settings.from_config(load_yaml(yaml_file(tmp_path, text))) == Settings()
+
+
+def test_other_parts_of_a_runs_yaml_are_not_ours(tmp_path: Path) -> None:
+    """The file may be a whole run config."""
+    text = "ops: {a: {config: 1}}\nresources: {}\nexecution: {config: {default_queue: q}}"
+    assert load_yaml(yaml_file(tmp_path, text))["default_queue"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n- b\n", "must be a mapping, not a list"),
+        ("just a text", "must be a mapping, not a str"),
+        ("execution: 5\n", "execution must be a mapping"),
+        ("execution: {config: [a]}\n", "config must be a mapping"),
+        ("execution: {config: {broker: redis://h, 5672: x}}\n", "5672"),
+        ("execution: {config: {config_source: {1: x}}}\n", "no text"),
+        ("execution: [\n", "is not YAML"),
+        ("execution:\n\t- x\n", "is not YAML"),
+        ("execution: !!python/object/apply:os.getcwd []\n", "is not YAML"),
+    ],
+)
+def test_files_that_are_no_settings(text: str, expected: str, tmp_path: Path) -> None:
+    """Each is an error of one line that names the file and runs nothing."""
+    path = yaml_file(tmp_path, text)
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_yaml(path)
+    assert str(path) in one_line(caught.value)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    """Binary files are not YAML."""
+    path = tmp_path / "worker.yaml"
+    path.write_bytes(b"\xff\xfe\x00binary")
+    with pytest.raises(ConfigError, match="not YAML") as caught:
+        load_yaml(path)
+    one_line(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """So is a directory."""
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="Cannot read") as caught:
+            load_yaml(path)
+        assert str(path) in one_line(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "right"),
+    [("brokr", "broker"), ("includes", "include"), ("max_concurent", "max_concurrent")],
+)
+def test_an_unknown_option_is_named_with_the_nearest(
+    misspelt: str, right: str, tmp_path: Path
+) -> None:
+    """The error has the file, the wrong name and the right one."""
+    path = yaml_file(tmp_path, f"execution: {{config: {{{misspelt}: x}}}}")
+    with pytest.raises(ConfigError, match=f"{misspelt}.*Did you mean {right!r}") as caught:
+        load_yaml(path)
+    assert str(path) in one_line(caught.value)
+
+
+# --- config_source as a whole from the environment ---
+
+
+def test_config_source_may_stand_in_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``config_source: {env: NAME}`` holds the mapping as YAML or JSON."""
+    for text in ('{"task_default_priority": 7}', "task_default_priority: 7\n", ""):
+        monkeypatch.setenv("SOURCE", text)
+        expected = ConfigSource(task_default_priority=7) if text else ConfigSource()
+        assert settings(config_source={"env": "SOURCE"}).source == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "text", f"broker_url: 'amqp://u:{SECRET}@h", "{1: x}", "task_default_queu: x"]
+)
+def test_a_variable_that_is_no_config_source(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused in one line, which shows no password."""
+    monkeypatch.setenv("SOURCE", text)
+    assert "config_source" in refusal(config_source={"env": "SOURCE"})

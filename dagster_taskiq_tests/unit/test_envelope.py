@@ -1,0 +1,296 @@
+"""The envelope: it survives the way, and whatever is no task of ours is refused."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from taskiq.formatters.json_formatter import JSONFormatter
+
+from dagster_taskiq.defaults import LONGEST_SECONDS, MIN_LEASE_SECONDS
+from dagster_taskiq.envelope import (
+    PROTOCOL,
+    Envelope,
+    QueueKind,
+    TaskName,
+    physical_queue,
+    run_task_id,
+    step_task_id,
+)
+from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.worker.worker import _foreign_protocol
+
+# Python's JSON turns lone surrogates into themselves, but no server takes them
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@st.composite
+def envelopes(draw: st.DrawFn) -> Envelope:
+    name = draw(st.sampled_from(TaskName))
+    is_step = name is TaskName.EXECUTE_PLAN
+    return Envelope(
+        task_id=str(draw(st.uuids())),
+        name=name,
+        run_id=draw(TEXT),
+        step_key=draw(TEXT) if is_step else None,
+        attempt=draw(st.integers(1 if is_step else 0, 2**31)),
+        queue=draw(TEXT),
+        priority=draw(st.integers(0, 10)),
+        lease_seconds=draw(st.floats(MIN_LEASE_SECONDS, LONGEST_SECONDS)),
+        cancel_grace_seconds=draw(st.floats(0, LONGEST_SECONDS)),
+        epoch=draw(TEXT),
+        payload=draw(st.dictionaries(st.text(), JSON)),
+    )
+
+
+TASK_ID = "5f0e7c52-51e6-4b34-8f0b-0a63a7b8a8d1"
+
+ENVELOPE = Envelope(
+    task_id=TASK_ID,
+    name=TaskName.EXECUTE_PLAN,
+    run_id="run",
+    step_key="step",
+    attempt=1,
+    queue="q",
+    priority=5,
+    lease_seconds=30.0,
+    cancel_grace_seconds=10.0,
+    epoch="e",
+    payload={"a": 1},
+)
+
+
+def raw(envelope: Envelope) -> bytes:
+    """The bytes that a broker carries."""
+    message = envelope.to_message(physical_queue("p", envelope.kind, envelope.queue))
+    return JSONFormatter().dumps(message).message
+
+
+def decoded() -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(raw(ENVELOPE))
+    return message
+
+
+def refuse(message: Any) -> str:
+    data = message if isinstance(message, bytes) else json.dumps(message).encode()
+    with pytest.raises(MalformedTaskError) as caught:
+        Envelope.from_bytes(data)
+    return str(caught.value)
+
+
+@given(envelopes())
+def test_an_envelope_survives_the_way(envelope: Envelope) -> None:
+    """What a worker reads is what was sent, whatever is in its texts and payload."""
+    assert Envelope.from_bytes(raw(envelope)) == envelope
+
+
+@given(envelopes())
+def test_an_admitted_message_can_be_read_again(envelope: Envelope) -> None:
+    """``from_header`` reads what Taskiq hands to the task after ``from_bytes`` let it through."""
+    arguments = json.loads(raw(envelope))["kwargs"]
+    assert Envelope.from_header(arguments["header"], arguments["payload"]) == envelope
+
+
+@given(envelopes(), st.data())
+def test_a_truncated_message_is_refused(envelope: Envelope, data: st.DataObject) -> None:
+    """A part of a message is never taken for one."""
+    whole = raw(envelope)
+    refuse(whole[: data.draw(st.integers(0, len(whole) - 1))])
+
+
+@given(st.binary())
+def test_garbage_is_refused(data: bytes) -> None:
+    """No bytes raise anything else."""
+    refuse(data)
+
+
+@given(JSON)
+def test_other_json_is_refused(value: Any) -> None:
+    """JSON that is no message raises nothing else either."""
+    refuse(value)
+
+
+def test_deep_nesting_is_refused() -> None:
+    """JSON that is too deep to read does not end the worker's receiver."""
+    refuse(b"[" * 100_000)
+    refuse(raw(ENVELOPE).replace(b'{"a":1}', b'{"a":' * 100_000))
+
+
+@given(st.data())
+def test_a_header_with_any_other_value_never_raises_anything_else(data: st.DataObject) -> None:
+    """Whatever stands in one field, the message is read or refused."""
+    message = decoded()
+    header = message["kwargs"]["header"]
+    field = data.draw(st.sampled_from(sorted(header)))
+    numbers = st.floats() | st.integers() | st.just(10**400)
+    header[field] = data.draw(JSON | numbers | st.text(st.characters(categories=["Cs"])))
+    try:
+        envelope = Envelope.from_bytes(json.dumps(message).encode())
+    except MalformedTaskError:
+        return
+    assert Envelope.from_bytes(raw(envelope)) == envelope
+
+
+WRONG: Mapping[str, tuple[Any, ...]] = {
+    "task_id": ("", "no-uuid", None, 5, ["x"], str(uuid.UUID(int=1))),
+    "name": ("", "execute_everything", None, 5, [], "execute_job", "resume_job"),
+    "run_id": ("", None, 5, {}, "\ud800"),
+    "step_key": ("", None, 5, [], "\udfff"),
+    "attempt": (0, -1, 1.0, "1", None, True, 2**31 + 1, float("nan")),
+    "queue": ("", None, 5, "\ud800"),
+    "priority": (-1, 11, 5.0, "5", None, False),
+    "lease_seconds": (0, 0.5, -1, float("nan"), float("inf"), 10**400, "30", None, 86401, True),
+    "cancel_grace_seconds": (-0.1, float("nan"), float("inf"), 10**400, "1", None, 86401),
+    "epoch": ("", None, 5, "\ud800"),
+    "protocol": (0, -1, 1.5, "1", None, [], True),
+}
+
+
+def test_the_table_here_has_every_field() -> None:
+    """A new field of the header comes with wrong values here."""
+    assert set(WRONG) == set(ENVELOPE.header())
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, value) for f in WRONG for value in WRONG[f]])
+def test_a_wrong_field_is_refused(field: str, value: Any) -> None:
+    """Each field of the header is checked for its type and range."""
+    message = decoded()
+    message["kwargs"]["header"][field] = value
+    refuse(message)
+
+
+@pytest.mark.parametrize("field", sorted(WRONG))
+def test_a_missing_field_is_refused(field: str) -> None:
+    """No field of the header has a default."""
+    message = decoded()
+    del message["kwargs"]["header"][field]
+    refuse(message)
+
+
+def test_another_protocol_is_read_so_that_the_run_gets_an_answer() -> None:
+    """Dropped in silence, its step would wait for ever: the worker fails it with the reason."""
+    message = decoded()
+    message["kwargs"]["header"]["protocol"] = 99
+    envelope = Envelope.from_bytes(json.dumps(message).encode())
+    assert envelope.task_id == TASK_ID
+    reason = _foreign_protocol(envelope)
+    assert "99" in reason
+    assert str(PROTOCOL) in reason
+    assert "dagster-taskiq" in reason
+    assert not _foreign_protocol(ENVELOPE)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"ack_type": "bogus"},
+        {"ack_type": "when_received"},
+        {"timeout": "abc"},
+        {"timeout": 1},
+        {"retry_on_error": True},
+        {"queue_name": "q", "priority": 5, "delay": 10},
+    ],
+    ids=str,
+)
+def test_odd_labels_are_refused(labels: dict[str, Any]) -> None:
+    """A label that changes how Taskiq treats the message would stop the worker for ever."""
+    assert next(iter(set(labels) - {"queue_name", "priority"})) in refuse(
+        {**decoded(), "labels": labels}
+    )
+
+
+def test_typed_labels_are_refused() -> None:
+    """Taskiq would convert them, and fail at it."""
+    refuse({**decoded(), "labels_types": {"priority": 1}})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"args": [1]},
+        {"args": None},
+        {"kwargs": {}},
+        {"kwargs": None},
+        {"kwargs": {"header": {}}},
+        {"kwargs": {"payload": {}}},
+        {"kwargs": {"header": [], "payload": {}}},
+        {"kwargs": {"header": {}, "payload": []}},
+        {"kwargs": {**decoded()["kwargs"], "payload": "text"}},
+        # it would shadow Taskiq's own argument
+        {"kwargs": {**decoded()["kwargs"], "context": {}}},
+        {"task_id": str(uuid.UUID(int=5))},
+        {"task_id": None},
+        {"task_name": "execute_job"},
+        {"task_name": "taskiq.builtin"},
+        {"labels": None},
+    ],
+    ids=str,
+)
+def test_a_wrong_message_is_refused(change: dict[str, Any]) -> None:
+    """Other arguments, another task's id or name, missing parts."""
+    refuse({**decoded(), **change})
+
+
+@pytest.mark.parametrize("part", ["task_id", "task_name", "labels", "args", "kwargs"])
+def test_a_message_without_a_part_is_refused(part: str) -> None:
+    """All of Taskiq's own parts must be there."""
+    message = decoded()
+    del message[part]
+    refuse(message)
+
+
+def test_celerys_message_is_refused() -> None:
+    """A message of Celery's protocol in a queue of the same name is no task of ours."""
+    refuse([[], {"execute_step_args_packed": {}}, {"callbacks": None}])
+
+
+@given(TEXT, TEXT, st.integers(1, 99), TEXT, TEXT, st.integers(1, 99))
+def test_task_ids_tell_attempts_apart(
+    run: str, step: str, attempt: int, run2: str, step2: str, attempt2: int
+) -> None:
+    """The same attempt has the same id wherever it is computed, any other one another."""
+    same = (run, step, attempt) == (run2, step2, attempt2)
+    # a NUL is the separator; Dagster's run ids and step keys have none
+    if "\0" not in run + step + run2 + step2:
+        one, other = step_task_id(run, step, attempt), step_task_id(run2, step2, attempt2)
+        assert (one == other) == same
+        assert uuid.UUID(one).version == 5
+
+
+def test_task_ids_are_stable() -> None:
+    """Ids are part of the protocol: a worker of another version computes the same."""
+    assert step_task_id("run", "step", 1) == "88a7157e-40dd-524a-bc32-2858337e4273"
+    assert run_task_id("run", 0) == "8857cb72-e2ee-594f-b26a-f2f2c6c1a6d6"
+
+
+def test_task_ids_tell_runs_and_resumed_runs_apart() -> None:
+    """Each resumption is a task of its own, and no run is a step."""
+    ids = [run_task_id("run", 0), run_task_id("run", 1), step_task_id("run", "", 1)]
+    assert len(set(ids)) == 3
+
+
+@given(TEXT, TEXT)
+def test_runs_and_steps_wait_in_different_queues(prefix: str, queue: str) -> None:
+    """So that runs never starve their steps; the prefix keeps Celery's queues apart."""
+    steps = physical_queue(prefix, QueueKind.STEPS, queue)
+    assert steps != physical_queue(prefix, QueueKind.RUNS, queue)
+    assert steps.startswith(prefix)
+
+
+def test_the_kind_follows_from_the_name() -> None:
+    """Steps wait among steps, runs and resumed runs among runs."""
+    assert ENVELOPE.kind is QueueKind.STEPS
+    run = Envelope.from_header({**ENVELOPE.header(), "name": "execute_job", "attempt": 0}, {})
+    assert run.kind is QueueKind.RUNS
+    assert run.step_key is None

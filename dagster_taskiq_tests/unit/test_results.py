@@ -1,0 +1,102 @@
+"""Results travel as JSON, and what is none is said to be none."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+
+PLACE = Place("w@h", "id", "h", 7, 1)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+RESULTS = st.builds(
+    TaskResult,
+    outcome=st.sampled_from(Outcome),
+    place=st.builds(Place, st.text(), st.text(), st.text(), st.integers(), st.integers()),
+    events=st.lists(st.text()).map(tuple),
+    error=st.none() | st.dictionaries(st.text(), JSON),
+    reason=st.text(),
+    exit_code=st.none() | st.integers(),
+    is_cancelled=st.booleans(),
+)
+
+
+@given(RESULTS)
+def test_a_result_survives_the_way(result: TaskResult) -> None:
+    """What is read is what was written, whatever is in its texts."""
+    assert TaskResult.from_bytes(result.to_bytes()) == result
+
+
+@given(RESULTS, st.data())
+def test_a_truncated_result_is_malformed(result: TaskResult, data: st.DataObject) -> None:
+    """A part of a result is never taken for one."""
+    whole = result.to_bytes()
+    part = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(part)
+
+
+@given(st.binary())
+def test_garbage_is_malformed(data: bytes) -> None:
+    """No bytes raise anything else."""
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(data)
+
+
+@given(JSON)
+def test_other_json_is_malformed(value: Any) -> None:
+    """JSON that is no result raises nothing else either."""
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outcome": "unheard-of"},
+        {"outcome": None},
+        {"outcome": []},
+        {"place": None},
+        {"place": {}},
+        {"place": {"worker": "w"}},
+        {"place": []},
+        {"events": None},
+        {"events": 5},
+        {"events": [5]},
+        {"error": "text"},
+        {"error": []},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_fields_of_the_wrong_kind_are_malformed(change: dict[str, Any]) -> None:
+    """A result of another version, or of somebody else."""
+    values = {**json.loads(TaskResult(Outcome.FINISHED, PLACE).to_bytes()), **change}
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(json.dumps(values).encode())
+
+
+def test_deep_nesting_is_malformed() -> None:
+    """JSON that is too deep to read does not end the reader."""
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(b"[" * 100_000)
+
+
+@pytest.mark.parametrize("field", ["outcome", "place", "events"])
+def test_a_missing_field_is_malformed(field: str) -> None:
+    """The fields without a default must be there."""
+    values = json.loads(TaskResult(Outcome.FINISHED, PLACE).to_bytes())
+    del values[field]
+    with pytest.raises(MalformedResultError):
+        TaskResult.from_bytes(json.dumps(values).encode())
