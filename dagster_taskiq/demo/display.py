@@ -90,6 +90,10 @@ class Display:
                 _seconds(step),
             )
         self._console.print(table)
+        self.say(
+            f"\nAll {len(steps)} steps succeeded. After {self._elapsed():.0f} s everything that "
+            "was started has been stopped."
+        )
 
     def say(self, text: str) -> None:
         """A sentence that stays."""

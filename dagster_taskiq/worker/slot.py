@@ -12,6 +12,7 @@ import multiprocessing
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
@@ -251,6 +252,9 @@ class Slot:
         self._must_replace = True
         if self._exited is not None and not self._exited.done():
             kill_group(self.pid)
+            # it leads the group only a moment after its start
+            with suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
 
     async def stop(self) -> None:
         """Kill the child and everything it has started, and wait for its end."""

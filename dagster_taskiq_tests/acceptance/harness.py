@@ -609,7 +609,7 @@ def _execute(
     os.dup2(output, 2)
     os.environ.update(environment)
     if module_path:
-        sys.path.insert(0, module_path)
+        sys.path.append(module_path)  # Dagster takes the first one for the script's and skips it
     options = ReexecutionOptions.from_failure if retry_of else None
     with DagsterInstance.get() as instance:
         execute_job(

@@ -266,8 +266,7 @@ def test_a_killed_guard_is_replaced_by_one_that_knows_everything(
         client.set_deadline(due.group, clock() + 2.0)
         monitor = asyncio.create_task(client.monitor())
         os.kill(first, signal.SIGKILL)
-        while client.pid == first:
-            await asyncio.sleep(0.005)
+        await asyncio.to_thread(wait_until, lambda: client.pid != first)
         assert watched.is_alive()
         await asyncio.to_thread(wait_until, due.is_dead)
         assert watched.is_alive()

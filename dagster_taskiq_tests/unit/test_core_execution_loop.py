@@ -1,0 +1,779 @@
+"""The execution loop against a dispatcher that loses, delays, repeats and forgets, as told.
+
+Time is a number that moves when the loop waits, so that leases and minutes of absence cost
+nothing. Steps that run, run in this process through the workers' own task code.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dagster import DagsterEventType, DagsterInstance, DagsterRunStatus, execute_job, reconstructable
+
+from dagster_taskiq import core_execution_loop as loop_module
+from dagster_taskiq import executor as executor_module
+from dagster_taskiq import tasks
+from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.envelope import step_task_id
+from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq_tests.unit import loop_jobs as jobs
+
+PLACE = Place("w@h", "worker-id", "h", 4711, 2)
+
+#: What a dispatcher does with a task that is sent: it runs it and delivers the result.
+RUN = "run"
+#: It runs it, and the result is stored, but no word of it arrives.
+RUN_UNHEARD = "run unheard"
+#: It runs it to its end, and then neither claim nor result is there.
+RUN_AND_LOSE = "run and lose"
+#: The message is gone, nobody knows of it.
+VANISH = "vanish"
+#: It waits in a queue.
+WAIT = "wait"
+#: A worker had claimed it and died, before it began or after.
+EXPIRE_UNSTARTED = "expire unstarted"
+EXPIRE_STARTED = "expire started"
+#: A worker has it and goes on and on.
+HOLD = "hold"
+
+
+class Clock:
+    """In place of the loop's ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class FakeDispatcher(Dispatcher):
+    """Does with each step's task what ``plan`` says, one word for each time it is sent."""
+
+    def __init__(self, clock: Clock, instance: DagsterInstance) -> None:
+        self.clock = clock
+        self.instance = instance
+        self.plan: dict[str, list[str]] = defaultdict(list)
+        self.sent: list[StepTask] = []
+        self.batches: list[int] = []
+        self.states: dict[str, TaskState] = {}
+        self.stored: dict[str, TaskResult] = {}
+        self.arrived: list[tuple[str, TaskResult]] = []
+        self.acknowledged: list[str] = []
+        self.reopened: list[str] = []
+        self.cancelled: list[str] = []
+        self.inspections: list[float] = []
+        self.is_conclusive = True
+        self.served = frozenset({"dagster", "short"})
+        #: Until when ``submit``, ``inspect`` and ``cancel`` fail.
+        self.away_until = 0.0
+        self.on_wait: Callable[[int], None] = lambda _: None
+        self.waits = 0
+        self.closed: list[bool] = []
+
+    # --- what happens to tasks ---
+
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        self._reach()
+        self.batches.append(len(tasks))
+        for task in tasks:
+            self.sent.append(task)
+            words = self.plan[task.step_key]
+            self._do(words.pop(0) if words else RUN, task)
+
+    def _do(self, word: str, task: StepTask) -> None:
+        key = task.task_id
+        if word == RUN:
+            self.arrived.append((key, self._done(task)))
+        elif word == RUN_UNHEARD:
+            self._done(task)
+        elif word == RUN_AND_LOSE:
+            tasks.execute_plan(task.payload, PLACE, task.queue)
+            self.states[key] = TaskState.EXPIRED
+        elif word == EXPIRE_UNSTARTED:
+            self.states[key] = TaskState.EXPIRED
+        elif word == EXPIRE_STARTED:
+            self.start(task)
+            self.states[key] = TaskState.EXPIRED
+        elif word == HOLD:
+            self.start(task)
+            self.states[key] = TaskState.CLAIMED
+        else:
+            assert word in (VANISH, WAIT)
+            self.states[key] = TaskState.UNKNOWN
+            if word == WAIT:
+                self.waiting.add(key)
+
+    @property
+    def waiting(self) -> set[str]:
+        return self.__dict__.setdefault("_waiting", set())
+
+    def _done(self, task: StepTask) -> TaskResult:
+        result = tasks.execute_plan(task.payload, PLACE, task.queue)
+        self.states[task.task_id] = TaskState.DONE
+        self.stored[task.task_id] = result
+        return TaskResult.from_bytes(result.to_bytes())
+
+    def start(self, task: StepTask) -> None:
+        """Log what a worker logs before it runs a step."""
+        (run,) = self.instance.get_runs(limit=1)
+        tasks._report_start(self.instance, run, task.step_key, PLACE, task.queue)
+
+    def finish(self, task: StepTask) -> None:
+        """What was held is done."""
+        self.arrived.append((task.task_id, self._done(task)))
+
+    # --- the loop's calls ---
+
+    def _reach(self) -> None:
+        if self.clock.now < self.away_until:
+            raise UnreachableServerError("redis://fake", "Cannot reach redis://fake.")
+
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        self.waits += 1
+        assert self.waits < 5000, "the loop never ends"
+        self.on_wait(self.waits)
+        if not self.arrived:
+            self.clock.now += timeout_seconds + 0.001
+        arrived, self.arrived = self.arrived, []
+        return arrived
+
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        self._reach()
+        self.acknowledged += task_ids
+
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        self._reach()
+        self.inspections.append(self.clock.now)
+        unknown = [t for t in tasks if self.states.get(t.task_id) is TaskState.UNKNOWN]
+        return Inspection(
+            is_conclusive=self.is_conclusive,
+            reports={t.task_id: self._report(t.task_id) for t in tasks},
+            absent=frozenset(t.task_id for t in unknown) - self.waiting,
+            unserved_queues=frozenset(t.queue for t in unknown) - self.served,
+            served_queues=self.served,
+        )
+
+    def _report(self, task_id: str) -> TaskReport:
+        state = self.states.get(task_id, TaskState.UNKNOWN)
+        return TaskReport(state, PLACE if state is TaskState.CLAIMED else None)
+
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        return [(key, self.stored[key]) for key in task_ids if key in self.stored]
+
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        self._reach()
+        answers = {}
+        for task in tasks:
+            self.cancelled.append(task.step_key)
+            state = self.states.get(task.task_id, TaskState.UNKNOWN)
+            if state is TaskState.UNKNOWN:
+                state = self.states[task.task_id] = TaskState.CANCELLED
+            answers[task.task_id] = state
+        return answers
+
+    def condemn(self, task_id: str) -> bool:
+        if self.states.get(task_id) in (TaskState.CLAIMED, TaskState.DONE):
+            return False
+        self.states[task_id] = TaskState.LOST
+        return True
+
+    def reopen(self, task_id: str) -> bool:
+        if self.states.get(task_id) not in (TaskState.UNKNOWN, TaskState.EXPIRED):
+            return False
+        self.reopened.append(task_id)
+        self.states[task_id] = TaskState.UNKNOWN
+        return True
+
+    def close(self, *, leave_running: bool = False) -> None:
+        self.closed.append(leave_running)
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield instance
+
+
+@pytest.fixture
+def fake(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> FakeDispatcher:
+    clock = Clock()
+    fake = FakeDispatcher(clock, instance)
+    monkeypatch.setattr(loop_module, "time", clock)
+    monkeypatch.setattr(executor_module, "_open_dispatcher", lambda *_: fake)
+    return fake
+
+
+class Ran:
+    """A run that is over, and its log."""
+
+    def __init__(self, instance: DagsterInstance, run_id: str) -> None:
+        run = instance.get_run_by_id(run_id)
+        assert run
+        self.status = run.status
+        self.run_id = run_id
+        self.events = [
+            entry.dagster_event
+            for entry in instance.all_logs(run_id)
+            if entry.dagster_event is not None
+        ]
+        self.messages = [entry.message for entry in instance.all_logs(run_id)]
+
+    def count(self, kind: DagsterEventType, step: str | None = None) -> int:
+        return sum(
+            event.event_type is kind and (step is None or event.step_key == step)
+            for event in self.events
+        )
+
+    def said(self, text: str) -> int:
+        """How often a message has the text in it."""
+        return sum(text in str(message) for message in self.messages)
+
+    def error(self, step: str) -> str:
+        """Of the step's failure."""
+        (event,) = (e for e in self.events if e.is_step_failure and e.step_key == step)
+        error = event.step_failure_data.error
+        assert error
+        return str(error.message)
+
+
+def execute(
+    job: Any, instance: DagsterInstance, config: Mapping[str, Any] | None = None, **options: Any
+) -> Ran:
+    run_config = {"execution": {"config": config or {}}}
+    with execute_job(
+        reconstructable(job), instance, run_config=run_config, raise_on_error=False, **options
+    ) as result:
+        return Ran(instance, result.run_id)
+
+
+SUCCESS, FAILURE = DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE
+
+
+# --- the good case ---
+
+
+def test_steps_are_sent_as_they_become_ready(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Those that are ready together in one call, each under the id of its attempt, once."""
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.step_key for task in fake.sent] == ["one", "left", "right", "total"]
+    assert fake.batches == [1, 2, 1]
+    for task in fake.sent:
+        assert task.task_id == step_task_id(ran.run_id, task.step_key, 1)
+        assert (task.queue, task.priority, task.attempt) == ("dagster", 5, 1)
+    assert sorted(fake.acknowledged) == sorted(task.task_id for task in fake.sent)
+    assert fake.closed == [False]
+    assert fake.inspections == []
+
+
+def test_queues_and_priorities_come_from_tags(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The highest priority first; Dagster's own tag does not count, which is said once."""
+    ran = execute(
+        jobs.priority_job, instance, {"default_queue": "q"}, tags={"dagster-taskiq/run_priority": "2"}
+    )
+    assert [(task.step_key, task.queue, task.priority) for task in fake.sent] == [
+        ("urgent", "short", 10),
+        ("mistaken", "q", 7),
+        ("unhurried", "q", 3),
+    ]
+    assert ran.said("dagster/priority") == 1
+
+
+def test_a_job_without_steps_needs_no_dispatcher(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """It ends at once, without a server."""
+    assert execute(jobs.empty_job, instance).status is SUCCESS
+    assert fake.closed == []
+
+
+def test_max_concurrent_bounds_what_is_in_flight(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Queued steps count, since they may run at any moment."""
+    ran = execute(jobs.diamond_job, instance, {"max_concurrent": 1})
+    assert ran.status is SUCCESS
+    assert fake.batches == [1, 1, 1, 1]
+
+
+# --- reconciliation ---
+
+
+def test_a_lost_wake_up_is_healed(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """The result is stored and nobody says so: the next look finds it."""
+    fake.plan["one"] = [RUN_UNHEARD]
+    ran = execute(jobs.chain_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.step_key for task in fake.sent] == ["one", "add_one", "add_one_2"]
+    assert len(fake.inspections) == 1
+
+
+def test_a_result_that_arrives_twice_counts_once(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Once fetched by the look, once by the late wake-up; and one of nobody's is ignored."""
+    fake.plan["one"] = [RUN_UNHEARD]
+
+    def late(_: int) -> None:
+        for key, result in fake.stored.items():
+            fake.arrived.append((key, result))
+        fake.arrived.append(("nobody's", TaskResult(Outcome.ERROR, PLACE, reason="stale")))
+
+    fake.on_wait = lambda number: late(number) if len(fake.sent) > 1 else None
+    ran = execute(jobs.chain_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.count(DagsterEventType.STEP_SUCCESS, "one") == 1
+    assert ran.said("stale") == 0
+
+
+def test_a_vanished_task_is_sent_again(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """Under the same id, after it was missing for long enough, without using up a retry."""
+    fake.plan["one"] = [VANISH, VANISH, RUN]
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert len({task.task_id for task in fake.sent}) == 1
+    assert [task.attempt for task in fake.sent] == [1, 1, 1]
+    assert len(fake.reopened) == 2
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
+    assert ran.said("again") == 2
+    # twice absent for longer than a message may be in a worker's hand
+    assert fake.clock.now - 1000 >= 2 * loop_module.IN_HAND_SECONDS
+
+
+def test_a_waiting_task_is_left_in_its_queue(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """However long it waits there."""
+    fake.plan["one"] = [WAIT]
+
+    def serve(_: int) -> None:
+        if fake.clock.now > 1000 + 3600 and not fake.stored:
+            fake.finish(fake.sent[0])
+
+    fake.on_wait = serve
+    assert execute(jobs.single_job, instance).status is SUCCESS
+    assert len(fake.sent) == 1
+    assert fake.reopened == []
+
+
+def test_an_expired_claim_of_an_unstarted_attempt_is_sent_again(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Under the same id, and without using up a retry, of which there is none here."""
+    fake.plan["one"] = [EXPIRE_UNSTARTED, EXPIRE_UNSTARTED, RUN]
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert len({task.task_id for task in fake.sent}) == 1
+    assert len(fake.sent) == 3
+
+
+def test_an_expired_claim_of_a_started_attempt_fails(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Without a retry policy the step fails, with the reason; it is not run a second time."""
+    fake.plan["one"] = [EXPIRE_STARTED]
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is FAILURE
+    assert len(fake.sent) == 1
+    assert "lease" in ran.error("one")
+    assert set(fake.states.values()) == {TaskState.LOST}
+
+
+def test_an_expired_claim_of_a_started_attempt_is_retried_by_its_policy(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Each loss is an attempt, with an id of its own, until the policy is exhausted."""
+    fake.plan["patient"] = [EXPIRE_STARTED, EXPIRE_STARTED]
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is SUCCESS
+    attempts = [task for task in fake.sent if task.step_key == "patient"]
+    assert [task.attempt for task in attempts] == [1, 2, 3]
+    assert len({task.task_id for task in attempts}) == 3
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 2
+
+
+def test_too_many_lost_attempts_fail_the_step(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """As too many failed ones do."""
+    fake.plan["patient"] = [EXPIRE_STARTED] * 3
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is FAILURE
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 2
+    assert [task.step_key for task in fake.sent] == ["patient"] * 3
+
+
+def test_a_lost_attempt_after_a_retry_is_judged_by_its_own_events(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """That the first attempt started says nothing of the second, which is sent again."""
+    fake.plan["patient"] = [EXPIRE_STARTED, EXPIRE_UNSTARTED, RUN]
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is SUCCESS
+    attempts = [task.attempt for task in fake.sent if task.step_key == "patient"]
+    assert attempts == [1, 2, 2]
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 1
+
+
+def test_an_expired_claim_whose_log_shows_success_counts_as_success(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The worker died after the step; what depends on it gets its output."""
+    fake.plan["one"] = [RUN_AND_LOSE]
+    ran = execute(jobs.chain_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.step_key for task in fake.sent] == ["one", "add_one", "add_one_2"]
+    assert ran.count(DagsterEventType.STEP_SUCCESS, "one") == 1
+
+
+def test_dynamic_outputs_of_a_lost_result_are_known(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The mapped steps are those that the log shows."""
+    fake.plan["numbers"] = [RUN_AND_LOSE]
+    assert execute(jobs.dynamic_job, instance).status is SUCCESS
+    assert sum("[" in task.step_key for task in fake.sent) == 4
+
+
+def test_nothing_is_judged_before_the_watch_is_conclusive(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """After an outage a missing claim proves nothing until a lease has been watched."""
+    fake.plan["one"] = [EXPIRE_STARTED]
+    fake.is_conclusive = False
+
+    def late(_: int) -> None:
+        fake.is_conclusive = fake.clock.now > 1000 + 300
+
+    fake.on_wait = late
+    assert execute(jobs.single_job, instance).status is FAILURE
+    assert fake.clock.now >= 1300
+
+
+def test_a_claim_that_turns_up_after_all_is_waited_for(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backend refuses the judgement: the worker has asserted its claim again."""
+    fake.plan["one"] = [EXPIRE_STARTED]
+
+    def condemn(task_id: str) -> bool:
+        fake.states[task_id] = TaskState.CLAIMED
+        fake.on_wait = lambda _: fake.finish(fake.sent[0])
+        return False
+
+    monkeypatch.setattr(fake, "condemn", condemn)
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert len(fake.sent) == 1
+
+
+def test_a_done_task_whose_result_is_gone_is_judged_by_the_log(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """It expired unread: the log has the step's end."""
+    fake.plan["one"] = [RUN_UNHEARD]
+    fake.on_wait = lambda _: fake.stored.clear()
+    assert execute(jobs.chain_job, instance).status is SUCCESS
+
+
+# --- results of all kinds ---
+
+
+def deliver(fake: FakeDispatcher, step: str, *results: TaskResult) -> None:
+    """Answer each time that the step is sent with one of these."""
+    fake.plan[step] = [HOLD] * len(results)
+    left = list(results)
+
+    def answer(_: int) -> None:
+        held = [t for t in fake.sent if fake.states.get(t.task_id) is TaskState.CLAIMED]
+        for task in held:
+            if left:
+                fake.states[task.task_id] = TaskState.DONE
+                fake.arrived.append((task.task_id, left.pop(0)))
+
+    fake.on_wait = answer
+
+
+def test_a_dead_child_is_a_failed_attempt_with_its_reason(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The UI shows worker, host, pid and how it died."""
+    died = TaskResult(Outcome.DIED, PLACE, reason="its process was killed by SIGKILL.", exit_code=-9)
+    deliver(fake, "one", died)
+    error = execute(jobs.single_job, instance)
+    assert error.status is FAILURE
+    for text in ("SIGKILL", "w@h", "4711"):
+        assert text in error.error("one")
+
+
+def test_a_dead_child_is_retried_by_the_policy(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Its death is a failure like any other."""
+    deliver(fake, "patient", TaskResult(Outcome.DIED, PLACE, reason="killed"))
+    assert execute(jobs.patient_job, instance).status is SUCCESS
+
+
+def test_an_attempt_that_could_not_begin_fails_with_the_reason(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The code could not be loaded on the worker, for example."""
+    deliver(fake, "one", TaskResult(Outcome.ERROR, PLACE, reason="No module named 'their_code'"))
+    assert "their_code" in execute(jobs.single_job, instance).error("one")
+
+
+def test_a_result_without_an_end_is_a_failure(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """A worker that says it has finished and shows no event of it."""
+    deliver(fake, "one", TaskResult(Outcome.FINISHED, PLACE))
+    assert "without saying" in execute(jobs.single_job, instance).error("one")
+
+
+@pytest.mark.parametrize("text", ["garbage", "{}", '{"__class__": "NoSuchEvent"}', "null"])
+def test_events_that_cannot_be_read_fail_the_step_alone(
+    text: str, fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """A worker of another version of Dagster does not end the run's loop with an exception."""
+    deliver(fake, "one", TaskResult(Outcome.FINISHED, PLACE, events=(text,)))
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is FAILURE
+    assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
+
+
+# --- outages ---
+
+
+def test_an_outage_of_the_broker_is_ridden_out(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Nothing is lost, it is said once, and the steps are sent when it is back."""
+    fake.away_until = fake.clock.now + 100
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status is SUCCESS
+    assert len(fake.sent) == 4
+    assert ran.said("Cannot reach redis://fake") == 1
+
+
+def test_an_outage_during_reconciliation_is_ridden_out(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """And each outage is said anew."""
+    fake.plan["one"] = [HOLD]
+
+    def happen(_: int) -> None:
+        moment = fake.clock.now - 1000
+        if 50 < moment < 60 or 200 < moment < 210:
+            fake.away_until = fake.clock.now + 50
+        if moment > 400 and not fake.stored:
+            fake.finish(fake.sent[0])
+
+    fake.on_wait = happen
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.said("Cannot reach redis://fake") == 2
+
+
+# --- unserved queues ---
+
+
+def test_an_unserved_queue_is_said_once(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """With its name and those that have workers; again only after it was served in between."""
+    fake.plan["one"] = [WAIT]
+    fake.served = frozenset({"long", "short"})
+
+    def happen(_: int) -> None:
+        moment = fake.clock.now - 1000
+        fake.served = frozenset({"dagster"}) if 100 < moment < 200 else frozenset({"long", "short"})
+        if moment > 300 and not fake.stored:
+            fake.finish(fake.sent[0])
+
+    fake.on_wait = happen
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.said('No worker listens on queue "dagster"') == 2
+    assert ran.said("long, short") == 2
+
+
+def test_a_queue_is_not_called_unserved_at_once(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """A worker may be starting."""
+    fake.plan["one"] = [WAIT]
+    fake.served = frozenset()
+    fake.on_wait = lambda number: fake.finish(fake.sent[0]) if number == 2 else None
+    assert execute(jobs.single_job, instance).said("No worker listens") == 0
+
+
+# --- interrupts ---
+
+
+def interrupt_once(fake: FakeDispatcher, moment: float, then: Callable[[], None]) -> None:
+    """Send this process the signal that a terminated run gets."""
+    pending = [True]
+
+    def happen(_: int) -> None:
+        if pending and fake.clock.now - 1000 > moment:
+            pending.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not pending:
+            then()
+
+    fake.on_wait = happen
+
+
+def test_an_interrupt_cancels_and_waits_for_the_word(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Queued steps never run, running ones are waited for, and the run is not a success."""
+    fake.plan["left"], fake.plan["right"] = [HOLD], [WAIT]
+    asked_at: list[float] = []
+
+    def then() -> None:
+        asked_at.append(fake.clock.now)
+        if fake.clock.now - asked_at[0] > 20 and not fake.arrived:
+            stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+            fake.arrived += [(t.task_id, stopped) for t in fake.sent if t.step_key == "left"]
+
+    interrupt_once(fake, 10, then)
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status in (FAILURE, DagsterRunStatus.CANCELED)
+    assert sorted(fake.cancelled) == ["left", "right"]
+    assert fake.clock.now - asked_at[0] > 20
+    assert ran.count(DagsterEventType.STEP_FAILURE, "left") == 1
+    assert ran.said('Withdrew step "right"') == 1
+    assert [task.step_key for task in fake.sent] == ["one", "left", "right"]
+    assert fake.closed == [False]
+
+
+def test_a_cancelled_step_is_not_retried(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """Whatever its policy says."""
+    fake.plan["patient"] = [HOLD]
+    stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+    interrupt_once(
+        fake, 10, lambda: fake.arrived.append((fake.sent[0].task_id, stopped)) or None
+    )
+    ran = execute(jobs.patient_job, instance)
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
+    assert len(fake.sent) == 1
+
+
+def test_an_interrupt_during_an_outage_ends_after_a_lease(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """By then every worker has stopped its steps by itself; the run does not hang for ever."""
+    fake.plan["one"] = [HOLD]
+
+    def then() -> None:
+        fake.away_until = 1e12
+
+    interrupt_once(fake, 10, then)
+    fake.away_until = 0
+    ran = execute(jobs.single_job, instance, {"lease_seconds": 30.0, "cancel_grace_seconds": 30.0})
+    assert ran.status in (FAILURE, DagsterRunStatus.CANCELED)
+    assert 60 <= fake.clock.now - 1010 <= 120
+
+
+def test_an_interrupt_finds_a_dead_workers_step(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Nobody can say that it stopped: its lease's end is the word."""
+    fake.plan["one"] = [EXPIRE_STARTED]
+    fake.is_conclusive = False
+
+    def then() -> None:
+        fake.is_conclusive = True
+
+    interrupt_once(fake, 10, then)
+    ran = execute(jobs.single_job, instance)
+    assert ran.status in (FAILURE, DagsterRunStatus.CANCELED)
+    assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
+
+
+def test_a_run_that_will_resume_leaves_its_steps_alone(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another loop takes over: nothing is cancelled, and the dispatcher is told to leave them."""
+    monkeypatch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
+    fake.plan["one"] = [HOLD]
+    interrupt_once(fake, 10, lambda: None)
+    ran = execute(jobs.single_job, instance)
+    assert fake.cancelled == []
+    assert fake.closed == [True]
+    assert ran.count(DagsterEventType.STEP_FAILURE) == 0
+    assert ran.said("will be resumed") == 1
+
+
+def test_a_user_who_cancels_a_run_that_could_resume_stops_its_steps(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``run_will_resume`` does not look at the run's status: the loop does."""
+    monkeypatch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
+    fake.plan["one"] = [WAIT]
+    cancelling: list[None] = []
+
+    def cancel(_: int) -> None:
+        if fake.clock.now > 1010 and not cancelling:
+            cancelling.append(None)
+            (run,) = instance.get_runs(limit=1)
+            instance.report_run_canceling(run)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    fake.on_wait = cancel
+    execute(jobs.single_job, instance)
+    assert fake.cancelled == ["one"]
+    assert fake.closed == [False]
+
+
+def test_a_superseded_loop_leaves_everything_to_the_other(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """It neither cancels nor fails the steps that the newer loop has adopted."""
+    fake.plan["one"] = [HOLD]
+
+    def supersede(number: int) -> None:
+        if number == 3:
+            raise SupersededLoopError("taken over")
+
+    fake.on_wait = supersede
+    ran = execute(jobs.single_job, instance)
+    assert fake.cancelled == []
+    assert fake.closed == [True]
+    assert ran.count(DagsterEventType.STEP_FAILURE) == 0
+
+
+def test_a_failing_loop_stops_its_steps_and_waits_for_the_word(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Nothing of a run goes on unwatched."""
+    fake.plan["one"] = [HOLD]
+    failed: list[None] = []
+
+    def fail(number: int) -> None:
+        if number == 3:
+            failed.append(None)
+            raise ZeroDivisionError
+        if failed and "one" in fake.cancelled:
+            stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+            fake.arrived.append((fake.sent[0].task_id, stopped))
+
+    fake.on_wait = fail
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is FAILURE
+    assert fake.cancelled == ["one"]
+    assert fake.closed == [False]
+    assert ran.said("ZeroDivisionError") >= 1

@@ -1,0 +1,229 @@
+"""One direction of imports, downwards, and what each part may know."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+import dagster_taskiq
+
+PACKAGE = Path(dagster_taskiq.__file__).parent
+
+#: The parts from the bottom to the top; what is in one line may import from the lines above it,
+#: and from its own line. Cycles are looked for module by module, so a line may hold several.
+LAYERS = [
+    "version defaults celery_names errors",
+    "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
+    "waker loop_thread _dagster redis_client",
+    "config backend brokers embedded_keeper",
+    "embedded dispatcher",
+    "connections client core_execution_loop",
+    "tasks",
+    "eager",
+    "executor launcher",
+    "worker",
+    "app demo metrics",
+    "cli",
+]
+
+#: Packages that are one part: their modules share its place.
+_WHOLE = ("backend", "brokers", "demo", "worker")
+
+
+def _module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES: Mapping[str, ast.Module] = {
+    _module_name(path): ast.parse(path.read_text(encoding="utf8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+#: The package's face and its ``-m`` stand above everything.
+FACES = {"", "__main__"}
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """The full names that an import statement reaches."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "no relative imports"
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _imports(tree: ast.AST) -> list[str]:
+    return [name for node in ast.walk(tree) for name in _names(node)]
+
+
+def _own_imports(module: str) -> set[str]:
+    """The modules of ours that one imports; of ``from a.b import c`` the longest that is one."""
+    found = set()
+    for name in _imports(TREES[module]):
+        first, _, rest = name.partition(".")
+        if first == "dagster_taskiq":
+            while rest not in TREES:
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found - {module}
+
+
+def _layer(module: str) -> int:
+    places = {part: number for number, line in enumerate(LAYERS) for part in line.split()}
+    part = module
+    while part not in places:
+        assert part, f"module {module!r} has no place in LAYERS: give it one"
+        part = part.rpartition(".")[0]
+    return places[part]
+
+
+@pytest.mark.parametrize("module", sorted(set(TREES) - FACES))
+def test_imports_go_downwards(module: str) -> None:
+    """A module imports from its own layer or from below."""
+    for imported in _own_imports(module):
+        assert imported not in FACES or imported == "", f"{module} imports {imported}"
+        if imported:
+            assert _layer(imported) <= _layer(module), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(set(TREES) - FACES - {"cli", "demo"}))
+def test_nothing_below_imports_the_face(module: str) -> None:
+    """The package's ``__init__`` imports the executor: whoever imports it has a cycle."""
+    assert "" not in _own_imports(module)
+
+
+def test_there_are_no_cycles() -> None:
+    """Module by module, also within one layer."""
+    graph = {module: _own_imports(module) for module in TREES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for imported in sorted(graph[module]):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+#: The imports that wait until they are needed, each for the reason that stands beside it.
+LATE = {
+    "": {"dagster_taskiq.executor.taskiq_executor"},  # the command line answers before Dagster
+    "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
+    "cli": {"dagster_taskiq.demo.run.run_demo"},  # only one command needs it
+    "embedded_keeper": {"ctypes"},  # only on Linux
+}
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_imports_stand_at_the_top(module: str) -> None:
+    """No import inside a function hides a cycle; the few late ones are the known ones."""
+    late = {
+        name
+        for node in ast.walk(TREES[module])
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for name in _imports(node)
+    }
+    assert late <= LATE.get(module, set())
+
+
+@pytest.mark.parametrize("module", sorted(set(TREES) - {"_dagster"}))
+def test_dagsters_private_names_stand_in_one_module(module: str) -> None:
+    """A release of Dagster that moves one breaks ``_dagster`` and no other."""
+    private = [
+        name
+        for name in _imports(TREES[module])
+        if name.partition(".")[0].startswith("dagster")
+        and not name.startswith("dagster_taskiq")
+        and any(part.startswith("_") for part in name.split("."))
+    ]
+    assert private == []
+
+
+def _outside(prefix: str) -> set[str]:
+    """The outside packages that the modules of one part import."""
+    return {
+        name.partition(".")[0]
+        for module in TREES
+        if module == prefix or module.startswith(prefix + ".")
+        for name in _imports(TREES[module])
+    } - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("part", "unknown"),
+    [
+        ("version", {"dagster", "taskiq", "redis", "aio_pika", "dagster_taskiq"}),
+        ("defaults", {"dagster", "taskiq", "redis", "aio_pika", "dagster_taskiq"}),
+        ("errors", {"dagster", "taskiq", "redis", "aio_pika", "dagster_taskiq"}),
+        ("tags", {"dagster", "taskiq", "redis", "aio_pika"}),
+        ("servers", {"dagster", "taskiq", "redis", "aio_pika"}),
+        ("results", {"dagster", "taskiq", "redis", "aio_pika"}),
+        ("envelope", {"dagster", "redis", "aio_pika"}),
+        ("_dagster", {"taskiq", "redis", "aio_pika"}),
+        ("config", {"taskiq", "redis", "aio_pika"}),
+        ("brokers", {"dagster"}),
+        ("backend", {"dagster", "taskiq"}),
+        ("embedded", {"dagster", "taskiq"}),
+        ("client", {"dagster"}),
+        ("core_execution_loop", {"taskiq", "redis", "aio_pika", "taskiq_redis"}),
+        ("executor", {"taskiq", "redis", "aio_pika"}),
+        ("tasks", {"taskiq", "redis", "aio_pika"}),
+        ("worker", {"click", "rich"}),
+        ("worker.guard", {"dagster", "dagster_taskiq", "taskiq", "redis"}),
+        ("worker.child", {"taskiq", "redis", "aio_pika"}),
+    ],
+)
+def test_what_a_part_knows_nothing_of(part: str, unknown: set[str]) -> None:
+    """The table of the parts in ARCHITECTURE.md."""
+    assert part in TREES
+    assert not _outside(part) & unknown
+
+
+@pytest.mark.parametrize(
+    ("part", "unknown"),
+    [
+        ("core_execution_loop", ("brokers", "client", "backend.redis", "redis_client", "worker")),
+        ("client", ("core_execution_loop", "_dagster", "worker")),
+        ("config", ("brokers", "backend", "embedded", "connections")),
+        ("backend", ("brokers", "envelope", "config", "worker")),
+        ("brokers", ("backend", "config", "worker", "results")),
+        ("tasks", ("brokers", "backend", "client", "worker", "config")),
+        ("worker", ("cli", "executor", "client", "config", "core_execution_loop")),
+        ("executor", ("brokers", "backend", "worker", "envelope")),
+    ],
+)
+def test_which_of_our_parts_a_part_knows_nothing_of(part: str, unknown: tuple[str, ...]) -> None:
+    """How messages travel, what is in them, and who configured what are kept apart."""
+    for module in TREES:
+        if module == part or module.startswith(part + "."):
+            for imported in _own_imports(module):
+                assert not any(
+                    imported == other or imported.startswith(other + ".") for other in unknown
+                ), f"{module} imports {imported}"
+
+
+def test_only_the_faces_import_the_cli() -> None:
+    """Nothing is hidden from it, nothing imports it."""
+    for module in set(TREES) - FACES:
+        assert "cli" not in _own_imports(module), module
+
+
+def test_all_is_exact() -> None:
+    """The package's public names are the documented ones, and each is there."""
+    assert sorted(dagster_taskiq.__all__) == ["__version__", "taskiq_executor"]
+    assert all(hasattr(dagster_taskiq, name) for name in dagster_taskiq.__all__)
+
+
+def test_nothing_is_pickled() -> None:
+    """A message must not be able to run code by being read."""
+    dangerous = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    for module, tree in TREES.items():
+        assert not {name.partition(".")[0] for name in _imports(tree)} & dangerous, module

@@ -1,0 +1,432 @@
+"""A slot always has a child for the next task, whatever became of the last one.
+
+With real children, without a broker. An included module replaces what a child does with a task, so
+that it can die in every way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dagster_taskiq.errors import SlotError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.guard import clock
+from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.slot import ChildDied, Slot, fork_server
+
+SECONDS = 60.0
+
+PLACE = vars(Place("w@h", "id", "h", 1, 1))
+
+#: What a child does instead of executing a step.
+ACTOR = """
+import os, signal, subprocess, time
+from dagster_taskiq.results import Outcome, TaskResult
+from dagster_taskiq.worker import child
+
+def act(payload, place, queue):
+    kind = payload["do"]
+    reason = ""
+    if kind == "exit":
+        os._exit(payload["code"])
+    elif kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "spawn":
+        reason = str(subprocess.Popen(["sleep", "1000"]).pid)
+    elif kind == "spawn and exit":
+        open(payload["file"], "w").write(str(subprocess.Popen(["sleep", "1000"]).pid))
+        os._exit(3)
+    elif kind == "eat":
+        global eaten
+        eaten = b"x" * payload["bytes"]
+    elif kind == "sleep":
+        signal.signal(signal.SIGTERM, interrupt)
+        open(payload["file"], "w").close()
+        try:
+            time.sleep(1000)
+        except InterruptedError:
+            reason = "cleaned up"
+    elif kind == "hang":
+        open(payload["file"], "w").close()
+        while True:
+            time.sleep(1000)
+    else:
+        reason = f"{os.getpid()} {os.getpgid(0)} {kind}"
+    return TaskResult(Outcome.FINISHED, place, reason=reason)
+
+def interrupt(number, frame):
+    raise InterruptedError
+
+child.execute_plan = act
+"""
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that children can include."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "slot_actor.py").write_text(ACTOR)
+
+
+@asynccontextmanager
+async def a_slot(
+    *include: str, guard: GuardClient | None = None, **options: Any
+) -> AsyncIterator[Slot]:
+    """A slot with a guard; both are gone afterwards, with all that the children have started."""
+    own_guard = guard or GuardClient()
+    own_guard.start()
+    slot = Slot(fork_server(), own_guard, ChildOptions(include, "WARNING", 1), **options)
+    try:
+        yield slot
+    finally:
+        await asyncio.wait_for(slot.stop(), SECONDS)
+        own_guard.close()
+
+
+def play(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, SECONDS))
+
+
+async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | ChildDied:
+    task = {"payload": {"do": do, **payload}, "place": PLACE, "queue": "q"}
+    answer = await slot.run(task, lambda _: None)
+    if isinstance(answer, ChildDied):
+        return answer
+    return TaskResult.from_bytes(answer["result"].encode())
+
+
+async def pid_of(slot: Slot) -> int:
+    """Of the child that executes a task now."""
+    result = await run(slot)
+    assert isinstance(result, TaskResult)
+    return int(result.reason.split()[0])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def until(condition: Callable[[], object]) -> None:
+    def wait() -> None:
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.005)
+
+    await asyncio.to_thread(wait)
+
+
+def test_a_prepared_child_executes_tasks_one_after_the_other() -> None:
+    """It is the same warm child, the leader of its process group, and ``prepare`` keeps it."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            assert slot.pid == 0
+            await slot.prepare()
+            pid = slot.pid
+            for number in range(3):
+                await slot.prepare()
+                result = await run(slot, f"task {number}")
+                assert isinstance(result, TaskResult)
+                assert result.reason == f"{pid} {pid} task {number}"
+            assert slot.pid == pid
+        assert not is_running(pid)
+
+    play(scenario())
+
+
+def test_a_broken_payload_is_an_error_and_the_child_lives_on() -> None:
+    """With the real task code: whatever stands in the payload, the child answers."""
+
+    async def scenario() -> None:
+        async with a_slot() as slot:
+            await slot.prepare()
+            pid = slot.pid
+            packed = {"__class__": "NoSuchClass"}
+            for payload in ({}, {"execute_step_args_packed": packed, "executable_dict": {}}):
+                task = {"payload": payload, "place": PLACE, "queue": "q"}
+                answer = await slot.run(task, lambda _: None)
+                assert isinstance(answer, dict)
+                result = TaskResult.from_bytes(answer["result"].encode())
+                assert result.outcome is Outcome.ERROR
+                assert result.error
+                assert result.place == Place(**PLACE)
+                assert answer["resident_kib"] > 1000
+            assert slot.pid == pid
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("do", "text", "code"),
+    [
+        ({"do": "exit", "code": 0}, "exit code 0", 0),
+        ({"do": "exit", "code": 7}, "exit code 7", 7),
+        ({"do": "kill"}, "killed by SIGKILL", -9),
+    ],
+)
+def test_a_child_that_dies_says_how_and_is_replaced(
+    do: dict[str, Any], text: str, code: int
+) -> None:
+    """At once, with the exit code or the signal's name; the next task has a new child."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            await slot.prepare()
+            pid = slot.pid
+            began = time.monotonic()
+            died = await run(slot, **do)
+            assert isinstance(died, ChildDied)
+            assert died == ChildDied(code, pid)
+            assert text in str(died)
+            assert time.monotonic() - began < 5
+            assert await pid_of(slot) != pid
+
+    play(scenario())
+
+
+def test_an_idle_child_that_is_killed_is_replaced() -> None:
+    """Before it is noticed, and after."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            await slot.prepare()
+            for notice in (False, True):
+                pid = slot.pid
+                os.kill(pid, signal.SIGKILL)
+                if notice:
+                    await until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
+                    await asyncio.sleep(0)
+                groups: list[int] = []
+                task = {"payload": {"do": "echo"}, "place": PLACE, "queue": "q"}
+                answer = await slot.run(task, groups.append)
+                assert isinstance(answer, dict)
+                assert slot.pid != pid
+                # whoever guards the task has heard of the child that really executes it
+                assert groups[-1] == slot.pid
+
+    play(scenario())
+
+
+def test_a_module_that_cannot_be_included_is_the_reason(tmp_path: Path) -> None:
+    """Missing, raising, or ending the process; the slot can be used when it is mended."""
+    (tmp_path / "slot_raises.py").write_text("raise ValueError('not today')")
+    (tmp_path / "slot_exits.py").write_text("import sys; sys.exit(4)")
+    (tmp_path / "slot_dies.py").write_text("import os; os._exit(5)")
+
+    async def scenario() -> None:
+        for module, reason in {
+            "slot_missing": "No module named 'slot_missing'",
+            "slot_raises": "ValueError: not today",
+            "slot_exits": "slot_exits.*SystemExit: 4",
+            "slot_dies": "exit code 5",
+        }.items():
+            async with a_slot(module) as slot:
+                for _ in range(2):
+                    with pytest.raises(SlotError, match=f"slot 1: .*{reason}"):
+                        await slot.prepare()
+                    assert slot.pid == 0
+                (tmp_path / f"{module}.py").write_text("")
+                await slot.prepare()
+                assert slot.pid
+
+    play(scenario())
+
+
+def test_a_fresh_child_runs_what_stands_on_disk_now(tmp_path: Path) -> None:
+    """User code is not preloaded: a new child has the new module."""
+    module = tmp_path / "slot_versioned.py"
+
+    def version(number: int) -> None:
+        module.write_text(
+            ACTOR + f"\nchild.execute_plan = lambda payload, place, queue: ("
+            f"TaskResult(Outcome.FINISHED, place, reason='version {number}'))"
+        )
+
+    async def scenario() -> None:
+        async with a_slot("slot_versioned", max_tasks=1) as slot:
+            for number in (1, 20):
+                version(number)
+                result = await run(slot)
+                assert isinstance(result, TaskResult)
+                assert result.reason == f"version {number}"
+
+    play(scenario())
+
+
+def test_a_child_is_replaced_after_so_many_tasks() -> None:
+    """Between tasks only."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor", max_tasks=2) as slot:
+            pids = [await pid_of(slot) for _ in range(6)]
+            assert pids[0] == pids[1]
+            assert pids[2] == pids[3]
+            assert pids[4] == pids[5]
+            assert len(set(pids)) == 3
+
+    play(scenario())
+
+
+def test_a_child_is_replaced_above_so_much_memory() -> None:
+    """After the task in which it has grown."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor", max_memory_kib=600_000) as slot:
+            first = await pid_of(slot)
+            assert await pid_of(slot) == first
+            await run(slot, "eat", bytes=700_000_000)
+            assert await pid_of(slot) != first
+
+    play(scenario())
+
+
+def test_what_a_dead_child_has_started_is_killed(tmp_path: Path) -> None:
+    """A grandchild does not outlive the child, with or without a word from it."""
+    note = tmp_path / "pid"
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            died = await run(slot, "spawn and exit", file=str(note))
+            assert isinstance(died, ChildDied)
+            assert died.exit_code == 3
+            await until(lambda: not is_running(int(note.read_text())))
+            spawned = await run(slot, "spawn")
+            assert isinstance(spawned, TaskResult)
+            assert is_running(int(spawned.reason))
+        await until(lambda: not is_running(int(spawned.reason)))
+
+    play(scenario())
+
+
+def test_an_interrupted_task_can_clean_up(tmp_path: Path) -> None:
+    """SIGTERM reaches the task; its child is replaced, since it may have left something behind."""
+    started = tmp_path / "started"
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            await slot.prepare()
+            pid = slot.pid
+            running = asyncio.create_task(run(slot, "sleep", file=str(started)))
+            await until(started.exists)
+            slot.interrupt()
+            result = await running
+            assert isinstance(result, TaskResult)
+            assert result.reason == "cleaned up"
+            assert await pid_of(slot) != pid
+
+    play(scenario())
+
+
+def test_a_task_that_ignores_the_interrupt_is_killed(tmp_path: Path) -> None:
+    """``kill`` ends it and everything it has started."""
+    started = tmp_path / "started"
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            running = asyncio.create_task(run(slot, "hang", file=str(started)))
+            await until(started.exists)
+            slot.interrupt()
+            await asyncio.sleep(0.05)
+            assert not running.done()
+            slot.kill()
+            died = await running
+            assert isinstance(died, ChildDied)
+            assert died.exit_code == -signal.SIGKILL
+            await pid_of(slot)
+
+    play(scenario())
+
+
+def test_signals_between_tasks_mean_nothing() -> None:
+    """A cancel that comes too late does not break the next task."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            pid = await pid_of(slot)
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+            assert await pid_of(slot) == pid
+
+    play(scenario())
+
+
+def test_the_guards_deadline_ends_a_task(tmp_path: Path) -> None:
+    """The slot sees it as a death by SIGKILL."""
+    started = tmp_path / "started"
+
+    async def scenario() -> None:
+        guard = GuardClient()
+        async with a_slot("slot_actor", guard=guard) as slot:
+            running = asyncio.create_task(run(slot, "hang", file=str(started)))
+            await until(started.exists)
+            guard.set_deadline(slot.pid, clock())
+            died = await running
+            assert isinstance(died, ChildDied)
+            assert str(died) == "its process was killed by SIGKILL"
+
+    play(scenario())
+
+
+def test_stopping_does_not_wait_for_a_child_that_has_just_begun(tmp_path: Path) -> None:
+    """Whenever it comes: also before the child leads its own process group."""
+    (tmp_path / "slot_slow.py").write_text("import time; time.sleep(1000)")
+
+    async def scenario() -> None:
+        for _ in range(5):
+            async with a_slot("slot_slow") as slot:
+                preparing = asyncio.create_task(slot.prepare())
+                for _ in iter(lambda slot=slot: slot.pid, 0):  # type: ignore[misc]
+                    await asyncio.sleep(0)  # the very first moment is wanted
+                pid = slot.pid
+                preparing.cancel()
+                await asyncio.gather(preparing, return_exceptions=True)
+                began = time.monotonic()
+                await asyncio.wait_for(slot.stop(), 10)
+                assert time.monotonic() - began < 5
+            assert not is_running(pid)
+
+    play(scenario())
+
+
+def test_stopping_twice_and_before_the_start_does_nothing() -> None:
+    """A worker that fails early stops in the same order as any other."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            await slot.stop()
+            await slot.prepare()
+            await slot.stop()
+            await slot.stop()
+            slot.interrupt()
+            slot.kill()
+            await pid_of(slot)
+
+    play(scenario())
+
+
+def test_large_tasks_and_results_fit() -> None:
+    """Messages of many megabytes, both ways."""
+    text = "x" * 5_000_000
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            result = await run(slot, text)
+            assert isinstance(result, TaskResult)
+            assert result.reason.endswith(text)
+
+    play(scenario())
