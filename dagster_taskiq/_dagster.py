@@ -7,13 +7,17 @@ gives it a plain one.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance
+from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.definitions.reconstruct import ReconstructableJob
@@ -30,9 +34,24 @@ from dagster._core.execution.plan.step import ExecutionStep
 from dagster._core.execution.retries import RetryMode
 from dagster._core.execution.tags import get_tag_concurrency_limits_config
 from dagster._core.instance import InstanceRef
+from dagster._core.launcher import (
+    CheckRunHealthResult,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+)
 from dagster._core.storage.dagster_run import DagsterRunStatus
-from dagster._grpc.types import ExecuteStepArgs
-from dagster._serdes import deserialize_value, pack_value, serialize_value, unpack_value
+from dagster._core.storage.tags import GLOBAL_CONCURRENCY_TAG
+from dagster._grpc.types import ExecuteRunArgs, ExecuteStepArgs
+from dagster._serdes import (
+    ConfigurableClass,
+    ConfigurableClassData,
+    deserialize_value,
+    pack_value,
+    serialize_value,
+    unpack_value,
+)
 from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster._utils.interrupts import capture_interrupts
 from dagster_shared.error import SerializableErrorInfo
@@ -41,21 +60,30 @@ from dagster_taskiq.errors import MalformedResultError
 
 __all__ = [
     "ActiveExecution",
+    "CheckRunHealthResult",
+    "ConfigurableClass",
+    "ConfigurableClassData",
     "DagsterEventType",
     "DagsterExecutionInterruptedError",
     "DagsterRunStatus",
     "DagsterSubprocessError",
     "EngineEventData",
+    "ExecuteRunArgs",
     "ExecuteStepArgs",
     "ExecutionPlan",
     "ExecutionStep",
     "InstanceConcurrencyContext",
     "InstanceRef",
     "KnownExecutionState",
+    "LaunchRunContext",
     "PlanOrchestrationContext",
     "ReconstructableJob",
+    "Replayed",
+    "ResumeRunContext",
     "RetryMode",
+    "RunLauncher",
     "SerializableErrorInfo",
+    "WorkerStatus",
     "capture_interrupts",
     "create_execution_plan",
     "cut_known_state",
@@ -63,14 +91,19 @@ __all__ = [
     "deserialize_instance_ref",
     "error_info",
     "events_of_attempt",
+    "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
+    "hold_pool_slot",
     "is_end_of_attempt",
     "is_in_flight",
+    "is_own_instance",
     "multiple_process_executor_requirements",
     "pack_value",
     "plain_error",
+    "pool_of",
     "process_schema",
+    "replay_log",
     "seconds_to_next_ready",
     "serialize_value",
     "tag_concurrency_limits_field",
@@ -208,3 +241,127 @@ def plain_error(message: str, error_class: str) -> SerializableErrorInfo:
 def deserialize_instance_ref(text: str) -> InstanceRef:
     """An instance's reference from its serialized form."""
     return deserialize_value(text, InstanceRef)
+
+
+def execute_or_resume_run(instance: DagsterInstance, run_id: str, *, is_resumed: bool) -> int:
+    """Execute a run in this process, as Dagster's own run workers do; its exit code."""
+    body = _resume_run_command_body if is_resumed else _execute_run_command_body
+    return body(
+        run_id=run_id,
+        instance=instance,
+        write_stream_fn=lambda _event: None,
+        set_exit_code_on_failure=True,
+    )
+
+
+def is_own_instance(instance: DagsterInstance) -> bool:
+    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
+
+    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
+    instance is another one than DAGSTER_HOME's: that of a test, for example.
+    """
+    home = os.getenv("DAGSTER_HOME")
+    if not home or not instance.is_persistent:
+        return False
+    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay of a run's log has found.
+
+    Attributes:
+        sent: keys of the steps that were sent and have not come to an end.
+        retries: how many attempts of a step, by key, asked for another one.
+    """
+
+    sent: tuple[str, ...]
+    retries: Mapping[str, int]
+
+
+def replay_log(
+    active: ActiveExecution,
+    instance: DagsterInstance,
+    run_id: str,
+    is_sent: Callable[[DagsterEvent], bool],
+) -> Replayed:
+    """Bring a new ``ActiveExecution`` to where the one of the run's former process was.
+
+    ``ActiveExecution.rebuild_from_events`` cannot: it raises on skipped steps and delayed retries,
+    asks for pool slots that others hold by now, and gives an unfinished dynamic step its keys
+    twice. Here an attempt's outputs count once its end is in the log, and ends of attempts that
+    were already over (of a worker that had been given up) count for nothing.
+
+    Args:
+        active: just made.
+        instance: that the run belongs to.
+        run_id: the run.
+        is_sent: whether an event says that its step was sent.
+    """
+    outputs: dict[str, list[DagsterEvent]] = {}
+    sent: dict[str, None] = {}
+    retries: dict[str, int] = {}
+    for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
+        event = entry.dagster_event
+        if event is None or event.step_key is None:
+            continue
+        key = event.step_key
+        if is_sent(event):
+            sent[key] = None
+            outputs.pop(key, None)
+        elif event.is_successful_output:
+            outputs.setdefault(key, []).append(event)
+        elif event.is_step_skipped:
+            _replay_skip(active, key)
+        elif is_end_of_attempt(event):
+            retries[key] = retries.get(key, 0) + event.is_step_up_for_retry
+            made = outputs.pop(key, [])
+            if put_in_flight(active, key):
+                sent.pop(key, None)
+                for known in (*made, event):
+                    active.handle_event(known)
+                _date_retry(active, event, entry.timestamp)
+    return Replayed(tuple(key for key in sent if put_in_flight(active, key)), retries)
+
+
+def put_in_flight(active: ActiveExecution, step_key: str) -> bool:
+    """Take a step as handed out, without asking limits or pools; False if it is not ready."""
+    active._update()
+    if step_key in active._in_flight:
+        return True
+    if step_key in active._executable:
+        active._executable.remove(step_key)
+    elif step_key in active._waiting_to_retry:
+        del active._waiting_to_retry[step_key]
+    else:
+        return False
+    active._in_flight.add(step_key)
+    active._prep_for_dynamic_outputs(active.get_step_by_key(step_key))
+    return True
+
+
+def _replay_skip(active: ActiveExecution, step_key: str) -> None:
+    active._update()
+    if step_key in active._pending_skip:
+        active._pending_skip.remove(step_key)
+        active._in_flight.add(step_key)
+        active._skip_for_dynamic_outputs(active.get_step_by_key(step_key))
+        active.mark_skipped(step_key)
+
+
+def _date_retry(active: ActiveExecution, event: DagsterEvent, timestamp: float) -> None:
+    """A delay counts from when the attempt failed, not from its replay."""
+    if event.is_step_up_for_retry and event.step_key in active._waiting_to_retry:
+        delay = event.step_retry_data.seconds_to_wait or 0
+        active._waiting_to_retry[event.step_key] = timestamp + delay
+
+
+def hold_pool_slot(concurrency: InstanceConcurrencyContext, step: ExecutionStep) -> None:
+    """Take over the pool slot that a step was given by the run's former process."""
+    if pool_of(step) is not None:
+        concurrency._claims.add(step.key)
+
+
+def pool_of(step: ExecutionStep) -> str | None:
+    """The concurrency pool of a step, by itself or by the tag of former releases."""
+    return step.pool or (step.tags or {}).get(GLOBAL_CONCURRENCY_TAG)

@@ -100,7 +100,10 @@ def worker() -> None:
     help="Log level. Default: INFO.",
 )
 @click.option("--app", "-A", help="Accepted for dagster-celery's command lines; not needed.")
-@click.option("--concurrency", "-c", type=click.IntRange(min=1), help="Slots: steps at once.")
+@click.option("--concurrency", "-c", type=click.IntRange(min=0), help="Slots: steps at once.")
+@click.option(
+    "--run-slots", type=click.IntRange(min=0), help="Whole runs at once. Default: as --concurrency."
+)
 @click.option("--max-tasks-per-child", type=click.IntRange(min=1), help="Replace a child after.")
 @click.option("--max-memory-per-child", type=click.IntRange(min=1), help="... above so many KiB.")
 @click.option(
@@ -121,6 +124,7 @@ def worker_start(
     loglevel: str,
     app: str | None,
     concurrency: int | None,
+    run_slots: int | None,
     max_tasks_per_child: int | None,
     max_memory_per_child: int | None,
     drain_timeout: float,
@@ -137,10 +141,21 @@ def worker_start(
         _start_in_background(name)
         return
     source = settings.source
+    slots = next(
+        (
+            count
+            for count in (concurrency, celery.concurrency, source.worker_concurrency)
+            if count is not None
+        ),
+        os.cpu_count() or 1,
+    )
+    if not slots and not run_slots:
+        raise ConfigError("A worker without slots does nothing: set --concurrency or --run-slots.")
     options = WorkerOptions(
         name=name.partition("@")[0],
         queues=_queues((*queues, *celery.queues), settings),
-        slots=concurrency or celery.concurrency or source.worker_concurrency or os.cpu_count() or 1,
+        slots=slots,
+        run_slots=slots if run_slots is None else run_slots,
         include=tuple(dict.fromkeys((*settings.include, *includes, *celery.include))),
         log_level=(celery.log_level or loglevel).upper(),
         max_tasks_per_child=(
@@ -241,13 +256,23 @@ def worker_list(config_yaml: str | None) -> None:
     if not records:
         click.echo("No worker is running.")
         return
-    table = Table("worker", "queues", "slots", "busy", "state", "pid", "version", box=None)
+    table = Table(
+        "worker",
+        "queues",
+        "steps",
+        "runs",
+        "state",
+        "pid",
+        "version",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for record in records:
         table.add_row(
             record.name,
             ", ".join(record.queues),
-            str(record.slots),
-            str(record.busy_slots),
+            f"{record.busy_slots}/{record.slots}",
+            f"{record.busy_run_slots}/{record.run_slots}",
             record.state,
             str(record.pid),
             record.version,

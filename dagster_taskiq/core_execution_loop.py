@@ -31,9 +31,11 @@ from dagster_taskiq._dagster import (
     deserialize_event,
     events_of_attempt,
     fail_step,
+    hold_pool_slot,
     is_end_of_attempt,
     is_in_flight,
     plain_error,
+    replay_log,
     seconds_to_next_ready,
     unpack_error,
 )
@@ -104,6 +106,8 @@ def core_execution_loop(
         dispatcher = open_dispatcher()
         loop = _Loop(context, active, concurrency, dispatcher, settings, make_payload, priority_of)
         try:
+            if context.resume_from_failure:
+                yield from loop.adopt()
             yield from loop.run()
         except SupersededLoopError:
             loop.leaves_steps_running = True
@@ -163,6 +167,42 @@ class _Loop:
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
         self._is_server_away = False
         self.leaves_steps_running = False
+
+    # --- taking over ---
+
+    def adopt(self) -> Iterator[DagsterEvent]:
+        """Take over the run from a former process: its steps go on, finished ones stay finished."""
+        instance, run_id = self._context.instance, self._context.run_id
+        replayed = replay_log(self._active, instance, run_id, _says_sent)
+        for key, count in replayed.retries.items():
+            attempts = self._active.retry_state.get_attempt_count(key)
+            self._first_attempts[key] = attempts - count + 1
+        for key in replayed.sent:
+            step = self._active.get_step_by_key(key)
+            task = self._task_for(step)
+            hold_pool_slot(self._concurrency, step)
+            self._flights[task.task_id] = _Flight(task, step, sent_at=time.monotonic())
+        yield DagsterEvent.engine_event(
+            self._context,
+            f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
+            EngineEventData(metadata={"steps": ", ".join(replayed.sent) or "none"}),
+        )
+        if self._flights:
+            yield from self._send_missing()
+
+    def _send_missing(self) -> Iterator[DagsterEvent]:
+        """Send what the former process had noted as sent, but nobody has.
+
+        Two copies of one task do no harm: the second is dropped at its claim.
+        """
+        flights = list(self._flights.values())
+        try:
+            inspection = self._dispatcher.inspect([flight.task for flight in flights])
+        except UnreachableServerError as error:
+            yield from self._note_outage(error)
+            return
+        self._unsent = [f.task for f in flights if f.task.task_id in inspection.absent]
+        self._reconcile_at = time.monotonic()
 
     # --- the rounds ---
 
@@ -556,6 +596,11 @@ def _warn_of_misleading_priorities(context: PlanOrchestrationContext, plan: Exec
             "dagster-taskiq/priority: %s. Set both where both are meant.",
             ", ".join(keys),
         )
+
+
+def _says_sent(event: DagsterEvent) -> bool:
+    """Whether this is the event of a loop that sends a step."""
+    return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
 
 
 def _error_of(flight: _Flight, result: TaskResult) -> SerializableErrorInfo:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, Executor, InitExecutorContext, executor
+from dagster import DagsterEvent, Executor, InitExecutorContext, executor
 
 from dagster_taskiq._dagster import (
     ExecuteStepArgs,
@@ -16,6 +15,7 @@ from dagster_taskiq._dagster import (
     KnownExecutionState,
     PlanOrchestrationContext,
     RetryMode,
+    is_own_instance,
     multiple_process_executor_requirements,
     pack_value,
 )
@@ -25,7 +25,8 @@ from dagster_taskiq.connections import find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
-from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY
+from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY, EXIT_SUPERSEDED
 
 
 @executor(
@@ -91,9 +92,14 @@ class TaskiqExecutor(Executor):
         def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
             return _payload(plan_context, step, known_state)
 
-        return core_execution_loop(
-            plan_context, execution_plan, self._settings, open_dispatcher, make_payload
-        )
+        try:
+            yield from core_execution_loop(
+                plan_context, execution_plan, self._settings, open_dispatcher, make_payload
+            )
+        except SupersededLoopError as error:
+            # any exception would be written to the log as the end of a run that goes on elsewhere
+            plan_context.log.warning(str(error))
+            os._exit(EXIT_SUPERSEDED)
 
 
 def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> Dispatcher:
@@ -120,21 +126,9 @@ def _payload(
         job_origin=job.get_python_origin(),
         run_id=context.run_id,
         step_keys_to_execute=[step.key],
-        instance_ref=None if _is_own_instance(context.instance) else context.instance.get_ref(),
+        instance_ref=None if is_own_instance(context.instance) else context.instance.get_ref(),
         retry_mode=context.executor.retries.for_inner_plan(),
         known_state=known_state,
         print_serialized_events=False,
     )
     return {ARGS_KEY: pack_value(args), EXECUTABLE_KEY: job.to_dict()}
-
-
-def _is_own_instance(instance: DagsterInstance) -> bool:
-    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
-
-    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
-    instance is another one than DAGSTER_HOME's: that of a test, for example.
-    """
-    home = os.getenv("DAGSTER_HOME")
-    if not home or not instance.is_persistent:
-        return False
-    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()

@@ -1,4 +1,4 @@
-"""What a child process does with a task: load the code, execute the step, return its events.
+"""What a child process does with a task: load the code, execute the step or run, say what came.
 
 Runs in the main thread of its process, where Dagster can be interrupted and may redirect the
 process's output. What is costly to make and the same for many steps is kept between them.
@@ -17,28 +17,93 @@ from dagster_taskiq._dagster import (
     DagsterExecutionInterruptedError,
     DagsterRunStatus,
     EngineEventData,
+    ExecuteRunArgs,
     ExecuteStepArgs,
+    InstanceRef,
     ReconstructableJob,
     capture_interrupts,
     create_execution_plan,
     deserialize_instance_ref,
     error_info,
+    execute_or_resume_run,
     execute_plan_iterator,
     pack_value,
     serialize_value,
     unpack_value,
 )
 from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
+from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 
-#: Keys of a step's payload.
+#: Keys of a step's payload, and of a run's.
 ARGS_KEY = "execute_step_args_packed"
 EXECUTABLE_KEY = "executable_dict"
+RUN_ARGS_KEY = "execute_job_args_packed"
+
+#: Exit code of a run's process that ended without having finished its run.
+EXIT_UNFINISHED = 4
+
+#: Exit code of a run's process whose run another process has taken over.
+EXIT_SUPERSEDED = 5
 
 
 class StepRefusedError(DagsterTaskiqError):
-    """The step must not or cannot be executed here; the message says why."""
+    """The step or run must not or cannot be executed here; the message says why."""
+
+
+def execute_run(name: TaskName, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+    """Execute or resume a whole run; this process is its process.
+
+    Args:
+        name: which of the two.
+        payload: ``ExecuteRunArgs``, packed.
+        place: where this is, for the run's events.
+        queue: that the run was taken from.
+
+    Returns:
+        the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
+        workers, it is not 0 where the run failed.
+    """
+    with capture_interrupts():
+        try:
+            args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+            instance = _instance(args.instance_ref)
+            run = _startable_run(instance, args.run_id, name)
+            _report_run_start(instance, run, place, queue)
+            exit_code = execute_or_resume_run(
+                instance, args.run_id, is_resumed=name is TaskName.RESUME_JOB
+            )
+            run = instance.get_run_by_id(args.run_id) or run
+            if not run.is_finished:
+                reason = f"The run's process ended while the run was {run.status.value}."
+                return TaskResult(Outcome.FINISHED, place, reason=reason, exit_code=EXIT_UNFINISHED)
+        except StepRefusedError as refusal:
+            return TaskResult(Outcome.ERROR, place, reason=str(refusal))
+        except Exception:
+            return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
+    return TaskResult(Outcome.FINISHED, place, exit_code=exit_code)
+
+
+def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:
+    """The run, if it still waits to be started (or resumed): much can happen in a queue."""
+    run = _known_run(instance, run_id)
+    waiting = (
+        (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED)
+        if name is TaskName.RESUME_JOB
+        else (DagsterRunStatus.STARTING,)
+    )
+    if run.status not in waiting:
+        raise StepRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
+    return run
+
+
+def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, queue: str) -> None:
+    instance.report_engine_event(
+        f"Executing the run on worker {place.worker}.",
+        run,
+        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
+    )
 
 
 def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
@@ -77,7 +142,7 @@ def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskRe
 def _step_events(
     args: ExecuteStepArgs, executable: Mapping[str, Any], place: Place, queue: str
 ) -> Any:
-    instance = _instance(args)
+    instance = _instance(args.instance_ref)
     run = _live_run(instance, args.run_id)
     (step_key,) = args.step_keys_to_execute or ()
     location = run.remote_job_origin.location_name if run.remote_job_origin else None
@@ -107,27 +172,33 @@ def _report_start(
     return instance.report_engine_event(
         f'Executing step "{step_key}" on worker {place.worker}.',
         run,
-        EngineEventData(
-            metadata={
-                "worker": place.worker,
-                "host": place.host,
-                "pid": str(os.getpid()),
-                "slot": place.slot,
-                "queue": queue,
-            },
-            marker_end=QUEUE_WAIT_MARKER,
-        ),
+        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
         step_key=step_key,
     )
 
 
-def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+def _metadata(place: Place, queue: str) -> dict[str, Any]:
+    return {
+        "worker": place.worker,
+        "host": place.host,
+        "pid": str(os.getpid()),
+        "slot": place.slot,
+        "queue": queue,
+    }
+
+
+def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     run = instance.get_run_by_id(run_id)
     if run is None:
         raise StepRefusedError(
             f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
             "worker needs the same dagster.yaml and storage as the run."
         )
+    return run
+
+
+def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+    run = _known_run(instance, run_id)
     if run.is_finished or run.status is DagsterRunStatus.CANCELING:
         raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
     return run
@@ -138,10 +209,10 @@ def _describe(instance: DagsterInstance) -> str:
     return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
 
 
-def _instance(args: ExecuteStepArgs) -> DagsterInstance:
+def _instance(ref: InstanceRef | None) -> DagsterInstance:
     """The instance of the message, or this process's own where it was sent by reference."""
-    if args.instance_ref is not None:
-        return _instance_of(serialize_value(args.instance_ref))
+    if ref is not None:
+        return _instance_of(serialize_value(ref))
     return _own_instance()
 
 

@@ -111,6 +111,7 @@ class WorkerRecord:
         name: ``name@host``, what people know it by.
         queues: that it listens on, as people name them.
         slots, busy_slots: how many steps it can and does run.
+        run_slots, busy_run_slots: the same for whole runs.
         state: ``running`` or ``draining``.
         started_at: seconds since the epoch.
     """
@@ -122,6 +123,8 @@ class WorkerRecord:
     queues: tuple[str, ...]
     slots: int
     busy_slots: int
+    run_slots: int
+    busy_run_slots: int
     state: str
     started_at: float
     version: str
@@ -154,6 +157,10 @@ class RunBackend(ABC):
     @abstractmethod
     async def close_run(self, run_id: str, *, token: str) -> None:
         """The loop is over: no task of the run can be claimed any more."""
+
+    @abstractmethod
+    async def disown_run(self, run_id: str) -> None:
+        """No other loop will take over: once the run's loop is dead its steps are stopped."""
 
     @abstractmethod
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:

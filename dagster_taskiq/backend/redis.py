@@ -108,6 +108,12 @@ class RedisBackend(Backend):
         await self._script(scripts.CLOSE_RUN, keys, [token])
         self._runs.pop(run_id, None)
 
+    async def disown_run(self, run_id: str) -> None:
+        """See ``RunBackend``."""
+        with server_errors(self.address):
+            await self._redis.hset(self._record(run_id), "resumable", "0")
+            await self._redis.expire(self._record(run_id), RUN_RECORD_EXPIRES_SECONDS)
+
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
         """See ``RunBackend``."""
         mailbox = self._mailbox(run_id)

@@ -84,8 +84,11 @@ end
 local state = redis.call('HGET', KEYS[2], 't:' .. ARGV[2])
 if state then return {string.match(state, '^%a+'), now} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
-if ARGV[3] ~= now then return {'stale', now} end
-if ARGV[8] == '1' and redis.call('EXISTS', KEYS[3]) == 0 then return {'run-gone', now} end
+if ARGV[8] == '1' then
+  -- nobody sends a whole run again, but it starts only if Dagster says that it still waits to
+  if ARGV[3] ~= now then return {'stale', now} end
+  if redis.call('EXISTS', KEYS[3]) == 0 then return {'run-gone', now} end
+end
 redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
 redis.call('PEXPIRE', KEYS[4], ARGV[6])
 redis.call('HSET', KEYS[2], 't:' .. ARGV[2], 'claimed')

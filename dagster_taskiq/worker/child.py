@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
-from dagster_taskiq.tasks import execute_plan
+from dagster_taskiq.tasks import execute_plan, execute_run
 from dagster_taskiq.worker import frames
 
 
@@ -73,7 +74,12 @@ def _import_modules(modules: tuple[str, ...]) -> str:
 
 
 def _execute(task: dict[str, Any]) -> dict[str, Any]:
-    result = execute_plan(task["payload"], Place.from_dict(task["place"]), task["queue"])
+    place = Place.from_dict(task["place"])
+    name = TaskName(task["name"])
+    if name is TaskName.EXECUTE_PLAN:
+        result = execute_plan(task["payload"], place, task["queue"])
+    else:
+        result = execute_run(name, task["payload"], place, task["queue"])
     sys.stdout.flush()
     sys.stderr.flush()
     return {

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+import psutil
+
 from dagster_taskiq.backend import Backend, Claim, Renewal
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
@@ -24,7 +26,7 @@ from dagster_taskiq.defaults import (
     RENEWALS_PER_LEASE,
 )
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.worker.guard import clock
+from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 class StopReason(str, Enum):
     """Why a running task is stopped, as its page in the UI says it."""
+
+    HANDED_OVER = "its worker stops and the run is handed over"
+    PROCESS_STOPPED = "its process had been stopped (SIGSTOP) for longer than its lease"
 
     CANCELLED = "it was cancelled"
     RUN_GONE = "the process of its run is gone"
@@ -48,16 +53,22 @@ class Lease:
         group: the process group of the child that executes it.
         renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
         on_stop: called once, when the task may not go on.
+        needs_live_run: whether it ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
         is_lost: whether the backend has said that the claim is not ours any more.
+        is_resumable: whether another process would take over a run.
+        suspended_since: since when its process has been seen stopped.
     """
 
     claim: Claim
     group: int
     renewed_at: float
     on_stop: Callable[[], None]
+    needs_live_run: bool = True
     stop_reason: StopReason | None = None
     is_lost: bool = False
+    is_resumable: bool = False
+    suspended_since: float | None = None
 
     @property
     def ends_at(self) -> float:
@@ -182,10 +193,13 @@ class LeaseKeeper:
             self.stop(lease, StopReason.LEASE_LOST)
             return
         lease.renewed_at = sent_at
+        lease.is_resumable = renewal.is_resumable
         if lease.claim.token in self._leases:
             self.guard_group(lease, lease.group)
         if renewal.cancel_reason is not None:
             self.stop(lease, StopReason.CANCELLED)
+        elif not lease.needs_live_run:
+            self._look_at_process(lease)
         elif not renewal.is_run_alive and not renewal.is_resumable and self._is_steady(lease):
             self.stop(lease, StopReason.RUN_GONE)
 
@@ -209,6 +223,30 @@ class LeaseKeeper:
         logger.warning("Stopping task %s: %s.", lease.claim.task_id, reason.value)
         lease.on_stop()
 
+    def _look_at_process(self, lease: Lease) -> None:
+        """A run's process that is stopped would hold its claim for ever, since we renew it."""
+        if not _is_suspended(lease.group):
+            lease.suspended_since = None
+        elif lease.suspended_since is None:
+            lease.suspended_since = clock()
+        elif clock() - lease.suspended_since >= lease.claim.lease_seconds:
+            self.stop(lease, StopReason.PROCESS_STOPPED)
+            kill_group(lease.group)  # it cannot act on a SIGTERM
+
+    def hand_over_runs(self) -> None:
+        """Stop the runs that go on elsewhere; say which ones are waited for."""
+        for lease in list(self._leases.values()):
+            if lease.needs_live_run:
+                continue
+            if lease.is_resumable:
+                self.stop(lease, StopReason.HANDED_OVER)
+            else:
+                logger.info("Waiting for run %s: it cannot be resumed.", lease.claim.run_id)
+
+    def count(self, *, runs: bool) -> int:
+        """How many claims on runs, or on steps."""
+        return sum(it.needs_live_run is not runs for it in self._leases.values())
+
     def stop_all(self, reason: StopReason) -> None:
         """Stop every task."""
         for lease in list(self._leases.values()):
@@ -216,3 +254,10 @@ class LeaseKeeper:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+
+def _is_suspended(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False

@@ -1,10 +1,9 @@
-"""The worker: it takes tasks, claims them, has its slots execute them and stores what came of it.
+"""The worker: it puts the parts together, and starts and stops them in order.
 
-    receiver --message--> claim --> ack --> slot --result--> complete
-                                             |
-    lease keeper: renews the claim, stops the slot       guard: kills it if the worker cannot
+A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseKeeper`` renews
+their claims and stops what may not go on; the guard kills what the worker cannot.
 
-Background tasks, each with a name: ``receiver``, ``leases``, ``heartbeat``, ``control``,
+Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
 ``guard``. When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
 """
 
@@ -16,30 +15,28 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from taskiq import Context, TaskiqDepends
-
-from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, WorkerRecord, open_backend
-from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
+from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
-from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName, physical_queue
-from dagster_taskiq.errors import DagsterTaskiqError, ServerError, SlotError
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.errors import DagsterTaskiqError, ServerError
+from dagster_taskiq.loop_thread import end_tasks
+from dagster_taskiq.results import Place
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
-from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
-from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
-from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
-from dagster_taskiq.worker.slot import ChildDied, Slot, fork_server
+from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.worker.slot import Slot, fork_server
+from dagster_taskiq.worker.station import Station
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +55,7 @@ class WorkerOptions:
         name: without the host.
         queues: as people name them, in no order.
         slots: how many steps run at once.
+        run_slots: how many whole runs.
         include: modules that every child imports first.
         log_level: a name.
         max_tasks_per_child, max_memory_per_child_kib: see ``Slot``; 0 is never.
@@ -68,6 +66,7 @@ class WorkerOptions:
     name: str
     queues: tuple[str, ...]
     slots: int
+    run_slots: int = 0
     include: tuple[str, ...] = ()
     log_level: str = "INFO"
     max_tasks_per_child: int = 0
@@ -95,26 +94,50 @@ class Worker:
         options: WorkerOptions,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._on_ready = on_ready
+        self._servers = servers
         self._options = options
+        self._on_ready = on_ready
         self._host = socket.gethostname()
         self.name = f"{options.name}@{self._host}"
         self._worker_id = uuid.uuid4().hex
         self._started_at = time.time()
         self._backend: Backend = open_backend(servers.backend)
-        prefix = servers.broker.key_prefix
-        queues = [physical_queue(prefix, QueueKind.STEPS, name) for name in options.queues]
-        self._broker: TaskBroker = open_broker(servers.broker, queues)
-        self._broker.is_worker_process = True
-        self._broker.admit = Envelope.from_bytes
-        self._register_tasks()
         self._guard = GuardClient()
         self._leases = LeaseKeeper(self._backend, self._guard)
-        self._slots: list[Slot] = []
-        self._idle: list[Slot] = []
+        self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
         self._was_cut_short = False
+
+    def _make_stations(self) -> Iterator[Station]:
+        options = self._options
+        context = fork_server()
+        for kind, count in ((QueueKind.STEPS, options.slots), (QueueKind.RUNS, options.run_slots)):
+            if not count:
+                continue
+            is_step = kind is QueueKind.STEPS
+            slots = [
+                Slot(
+                    context,
+                    self._guard,
+                    ChildOptions(options.include, options.log_level, number),
+                    # a run gets a fresh process, as from Dagster's other launchers
+                    max_tasks=options.max_tasks_per_child if is_step else 1,
+                    max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
+                )
+                for number in range(1, count + 1)
+            ]
+            broker = self._servers.broker
+            queues = [physical_queue(broker.key_prefix, kind, name) for name in options.queues]
+            yield Station(
+                kind,
+                open_broker(broker, queues),
+                self._backend,
+                self._leases,
+                slots,
+                Place(self.name, self._worker_id, self._host, pid=0, slot=0),
+                options.result_expires_seconds,
+            )
 
     # --- life ---
 
@@ -122,7 +145,7 @@ class Worker:
         """Work until told to stop.
 
         Returns:
-            whether every step that it had begun could finish.
+            whether everything that it had begun could finish.
 
         Raises:
             ServerError: broker or backend cannot be reached, or refuse.
@@ -139,53 +162,39 @@ class Worker:
     def drain(self) -> None:
         """Take no more tasks; what runs may finish. A second call cancels what runs."""
         if self._drain.is_set():
-            logger.warning("Told to stop again: cancelling the running steps.")
+            logger.warning("Told to stop again: cancelling what still runs.")
             self._cancel_now.set()
-        else:
-            logger.info(
-                "Stopping: no new steps; %d running may finish within %g seconds.",
-                len(self._leases),
-                self._options.drain_timeout_seconds,
-            )
+            return
+        logger.info(
+            "Stopping: no new tasks; %d running may finish within %g seconds.",
+            len(self._leases),
+            self._options.drain_timeout_seconds,
+        )
         self._drain.set()
+        self._leases.hand_over_runs()
 
     async def _start(self) -> None:
         await self._backend.startup()
-        await self._broker.startup()
         self._guard.start()
-        context = fork_server()
-        for number in range(1, self._options.slots + 1):
-            child = ChildOptions(self._options.include, self._options.log_level, number)
-            self._slots.append(
-                Slot(
-                    context,
-                    self._guard,
-                    child,
-                    max_tasks=self._options.max_tasks_per_child,
-                    max_memory_kib=self._options.max_memory_per_child_kib,
-                )
-            )
-        outcomes = await asyncio.gather(
-            *(slot.prepare() for slot in self._slots), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
-        self._idle = list(reversed(self._slots))
+        for station in self._stations:
+            await station.start()
         await self._send_heartbeat()
         logger.info(
-            "Worker %s is ready: %d slots, queues %s, broker %s, backend %s.",
+            "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s.",
             self.name,
             self._options.slots,
+            self._options.run_slots,
             ", ".join(self._options.queues),
-            self._broker.address,
+            self._servers.broker.address,
             self._backend.address,
         )
         self._on_ready()
 
     async def _work(self) -> None:
-        receiver = SettlingReceiver(self._broker, self._options.slots)
-        receiving = asyncio.create_task(receiver.listen(self._drain), name="receiver")
+        working = [
+            asyncio.create_task(station.work(self._drain), name=station.kind.value)
+            for station in self._stations
+        ]
         others = [
             asyncio.create_task(self._leases.run(), name="leases"),
             asyncio.create_task(self._heartbeats(), name="heartbeat"),
@@ -194,10 +203,10 @@ class Worker:
         ]
         draining = asyncio.create_task(self._drain.wait(), name="drain")
         try:
-            await self._until_one_ends([receiving, draining, *others])
-            await self._finish_running(receiving, others)
+            await self._until_one_ends([*working, draining, *others])
+            await self._finish_running(asyncio.gather(*working), others)
         finally:
-            await _cancel({receiving, draining, *others})
+            await end_tasks([*working, draining, *others])
 
     async def _until_one_ends(self, tasks: list[asyncio.Task[Any]]) -> None:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -210,179 +219,36 @@ class Worker:
                 ) from error
 
     async def _finish_running(
-        self, receiving: asyncio.Task[None], others: list[asyncio.Task[None]]
+        self, working: asyncio.Future[Any], others: list[asyncio.Task[None]]
     ) -> None:
         """Drain: wait for what runs, then cancel it."""
         await self._send_heartbeat_quietly()
         cancelling = asyncio.create_task(self._cancel_now.wait(), name="cancel-now")
         try:
             await asyncio.wait(
-                {receiving, cancelling, *others},
+                {working, cancelling, *others},
                 timeout=self._options.drain_timeout_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
             cancelling.cancel()
-        if not receiving.done():
+        if not working.done():
             self._was_cut_short = len(self._leases) > 0
             self._leases.stop_all(StopReason.WORKER_STOPS)
-        await receiving
+        await working
 
     async def _stop(self) -> None:
         """Stop in order: first what others rely on, last what protects them from us."""
         # children first: nothing of ours may run when the list of workers says we are gone
-        for slot in self._slots:
-            await slot.stop()
+        for station in self._stations:
+            await station.stop()
         try:
             await self._backend.goodbye(self._worker_id)
         except ServerError as error:
             logger.warning("Could not sign off: %s The listing will show it for a while.", error)
-        await self._broker.shutdown()
         await self._backend.shutdown()
         # last, since it kills whatever the lines above have left
         self._guard.close()
-
-    # --- one task ---
-
-    def _register_tasks(self) -> None:
-        async def execute_plan(
-            header: dict[str, Any],
-            payload: dict[str, Any],
-            context: Context = TaskiqDepends(),  # noqa: B008 - Taskiq's way to ask for it
-        ) -> None:
-            await self._execute_plan(header, payload, context)
-
-        self._broker.register_task(execute_plan, task_name=TaskName.EXECUTE_PLAN.value)
-
-    async def _execute_plan(
-        self, header: dict[str, Any], payload: dict[str, Any], context: Context
-    ) -> None:
-        """Execute a message that ``admit`` has let through."""
-        envelope = Envelope.from_header(header, payload)
-        if self._drain.is_set():
-            return  # unclaimed: the receiver gives it back
-        slot = self._idle.pop()
-        try:
-            await self._execute_in(slot, envelope, context)
-        finally:
-            # warm again before the next message is taken, so that none waits for it in our hands
-            failure = await _prepare(slot)
-            if failure:
-                logger.error("No child: %s. The next step fails with that reason.", failure)
-            self._idle.append(slot)
-
-    async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = _foreign_protocol(envelope) or await _prepare(slot)
-        place = Place(self.name, self._worker_id, self._host, slot.pid, slot.number)
-        claim = Claim(
-            run_id=envelope.run_id,
-            task_id=envelope.task_id,
-            token=uuid.uuid4().hex,
-            lease_seconds=envelope.lease_seconds,
-            epoch=envelope.epoch,
-            place=place,
-        )
-        claimed_at = clock()
-        try:
-            answer = await self._backend.claim(claim, needs_live_run=True)
-        except ServerError as error:
-            logger.warning("Cannot claim task %s: %s It goes back.", envelope.task_id, error)
-            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
-            return
-        await self._ack(envelope, context)
-        if answer is not ClaimAnswer.GRANTED:
-            logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)
-            return
-        lease = Lease(claim, slot.pid, claimed_at, lambda: self._stop_task(slot, envelope))
-        self._leases.keep(lease)
-        try:
-            result = failure and TaskResult(Outcome.ERROR, place, reason=failure)
-            await self._store(lease, result or await self._run_in(slot, envelope, lease))
-        finally:
-            self._leases.release(lease)
-
-    async def _ack(self, envelope: Envelope, context: Context) -> None:
-        try:
-            await context.ack()
-        except ServerError as error:
-            # it will be delivered again, and dropped at the claim
-            logger.warning("Could not acknowledge task %s: %s", envelope.task_id, error)
-
-    async def _run_in(self, slot: Slot, envelope: Envelope, lease: Lease) -> TaskResult:
-        logger.info(
-            "Step %s of run %s, attempt %d: starting in slot %d.",
-            envelope.step_key,
-            envelope.run_id,
-            envelope.attempt,
-            slot.number,
-        )
-        task = {
-            "payload": dict(envelope.payload),
-            "place": vars(lease.claim.place),
-            "queue": envelope.queue,
-        }
-        started_at = time.monotonic()
-        try:
-            answer = await slot.run(task, lambda pid: self._leases.guard_group(lease, pid))
-        except SlotError as error:
-            return TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
-        logger.info(
-            "Step %s of run %s, attempt %d: ended after %.3f s.",
-            envelope.step_key,
-            envelope.run_id,
-            envelope.attempt,
-            time.monotonic() - started_at,
-        )
-        return self._result_of(answer, lease)
-
-    def _result_of(self, answer: Mapping[str, Any] | ChildDied, lease: Lease) -> TaskResult:
-        if isinstance(answer, ChildDied):
-            why = f" after {lease.stop_reason.value}" if lease.stop_reason else ""
-            return TaskResult(
-                Outcome.DIED,
-                lease.claim.place,
-                reason=f"{answer}{why}.",
-                exit_code=answer.exit_code,
-                is_cancelled=lease.stop_reason is StopReason.CANCELLED,
-            )
-        return TaskResult.from_bytes(answer["result"].encode())
-
-    async def _store(self, lease: Lease, result: TaskResult) -> None:
-        """Store a result as long as the lease may hold."""
-        while True:
-            try:
-                is_stored = await self._backend.complete(
-                    lease.claim,
-                    result.to_bytes(),
-                    expires_seconds=self._options.result_expires_seconds,
-                )
-            except ServerError as error:
-                if clock() >= lease.ends_at:
-                    logger.error(
-                        "The result of task %s is lost with its lease: %s",
-                        lease.claim.task_id,
-                        error,
-                    )
-                    return
-                await asyncio.sleep(_RETRY_SECONDS)
-                continue
-            if not is_stored:
-                logger.error(
-                    "The result of task %s was refused: its lease had ended.", lease.claim.task_id
-                )
-            return
-
-    def _stop_task(self, slot: Slot, envelope: Envelope) -> None:
-        """SIGTERM now, SIGKILL after the grace period unless it has ended by then."""
-        slot.interrupt()
-        pid = slot.pid
-        loop = asyncio.get_running_loop()
-
-        def kill() -> None:
-            if slot.pid == pid:
-                slot.kill()
-
-        loop.call_later(envelope.cancel_grace_seconds, kill)
 
     # --- background ---
 
@@ -405,7 +271,9 @@ class Worker:
             pid=os.getpid(),
             queues=self._options.queues,
             slots=self._options.slots,
-            busy_slots=len(self._leases),
+            run_slots=self._options.run_slots,
+            busy_slots=self._leases.count(runs=False),
+            busy_run_slots=self._leases.count(runs=True),
             state="draining" if self._drain.is_set() else "running",
             started_at=self._started_at,
             version=__version__,
@@ -434,31 +302,3 @@ class Worker:
             self.drain()
         else:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)
-
-
-def _foreign_protocol(envelope: Envelope) -> str:
-    """Why a task of another version cannot be executed here; empty for one of ours."""
-    if envelope.protocol == PROTOCOL:
-        return ""
-    return (
-        f"the worker has dagster-taskiq {__version__}, which speaks version {PROTOCOL} of the "
-        f"protocol, and the run version {envelope.protocol}: install the same on both sides"
-    )
-
-
-async def _prepare(slot: Slot) -> str:
-    """Have the slot ready; the reason when it cannot be."""
-    try:
-        await slot.prepare()
-    except SlotError as error:
-        return str(error)
-    return ""
-
-
-async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
-    """Cancel until all have ended: redis-py loses a cancellation that meets it connecting."""
-    while tasks:
-        for task in tasks:
-            task.cancel()
-        done, tasks = await asyncio.wait(tasks, timeout=_RETRY_SECONDS)
-        await asyncio.gather(*done, return_exceptions=True)  # who started them has seen errors

@@ -668,6 +668,8 @@ def record(worker_id: str, **values: Any) -> WorkerRecord:
         queues=("a", "b"),
         slots=2,
         busy_slots=1,
+        run_slots=1,
+        busy_run_slots=0,
         state="running",
         started_at=1.5,
         version="0",

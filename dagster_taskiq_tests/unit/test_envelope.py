@@ -23,7 +23,7 @@ from dagster_taskiq.envelope import (
     step_task_id,
 )
 from dagster_taskiq.errors import MalformedTaskError
-from dagster_taskiq.worker.worker import _foreign_protocol
+from dagster_taskiq.worker.station import _foreign_protocol
 
 # Python's JSON turns lone surrogates into themselves, but no server takes them
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

@@ -24,7 +24,8 @@ LAYERS = [
     "connections client core_execution_loop",
     "tasks",
     "eager",
-    "executor launcher",
+    "executor run_client",
+    "launcher",
     "worker",
     "app demo metrics",
     "cli",
@@ -115,7 +116,6 @@ def test_there_are_no_cycles() -> None:
 
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
-    "": {"dagster_taskiq.executor.taskiq_executor"},  # the command line answers before Dagster
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
     "cli": {"dagster_taskiq.demo.run.run_demo"},  # only one command needs it
     "embedded_keeper": {"ctypes"},  # only on Linux
@@ -218,7 +218,7 @@ def test_only_the_faces_import_the_cli() -> None:
 
 def test_all_is_exact() -> None:
     """The package's public names are the documented ones, and each is there."""
-    assert sorted(dagster_taskiq.__all__) == ["__version__", "taskiq_executor"]
+    assert sorted(dagster_taskiq.__all__) == ["TaskiqRunLauncher", "__version__", "taskiq_executor"]
     assert all(hasattr(dagster_taskiq, name) for name in dagster_taskiq.__all__)
 
 

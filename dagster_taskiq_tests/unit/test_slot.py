@@ -99,7 +99,7 @@ def play(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | ChildDied:
-    task = {"payload": {"do": do, **payload}, "place": PLACE, "queue": "q"}
+    task = {"name": "execute_plan", "payload": {"do": do, **payload}, "place": PLACE, "queue": "q"}
     answer = await slot.run(task, lambda _: None)
     if isinstance(answer, ChildDied):
         return answer
@@ -158,7 +158,7 @@ def test_a_broken_payload_is_an_error_and_the_child_lives_on() -> None:
             pid = slot.pid
             packed = {"__class__": "NoSuchClass"}
             for payload in ({}, {"execute_step_args_packed": packed, "executable_dict": {}}):
-                task = {"payload": payload, "place": PLACE, "queue": "q"}
+                task = {"name": "execute_plan", "payload": payload, "place": PLACE, "queue": "q"}
                 answer = await slot.run(task, lambda _: None)
                 assert isinstance(answer, dict)
                 result = TaskResult.from_bytes(answer["result"].encode())
@@ -212,7 +212,7 @@ def test_an_idle_child_that_is_killed_is_replaced() -> None:
                     await until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
                     await asyncio.sleep(0)
                 groups: list[int] = []
-                task = {"payload": {"do": "echo"}, "place": PLACE, "queue": "q"}
+                task = {"name": "execute_plan", "payload": {"do": "echo"}, "place": PLACE, "queue": "q"}
                 answer = await slot.run(task, groups.append)
                 assert isinstance(answer, dict)
                 assert slot.pid != pid

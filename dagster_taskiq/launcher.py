@@ -1,0 +1,284 @@
+"""``TaskiqRunLauncher``: Dagster's plug-in point for whole runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dagster import DagsterInstance, DagsterRun
+from typing_extensions import Self
+
+from dagster_taskiq._dagster import (
+    CheckRunHealthResult,
+    ConfigurableClass,
+    ConfigurableClassData,
+    EngineEventData,
+    ExecuteRunArgs,
+    LaunchRunContext,
+    ResumeRunContext,
+    RunLauncher,
+    WorkerStatus,
+    is_own_instance,
+    pack_value,
+)
+from dagster_taskiq.backend import TaskReport, TaskState
+from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
+from dagster_taskiq.connections import find_servers
+from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.results import Outcome, TaskResult
+from dagster_taskiq.run_client import RunClient
+from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
+from dagster_taskiq.tasks import RUN_ARGS_KEY
+
+logger = logging.getLogger(__name__)
+
+#: How often to look whether a cancelled run's process has ended.
+_LOOK_SECONDS = 1.0
+
+
+class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
+    """Executes each run in a process of its own on a Taskiq worker.
+
+    .. code-block:: yaml
+
+        run_launcher:
+          module: dagster_taskiq.launcher
+          class: TaskiqRunLauncher
+          config:
+            broker: {env: DAGSTER_TASKIQ_BROKER_URL}
+            backend: {env: DAGSTER_TASKIQ_BACKEND_URL}
+            default_queue: long-queue
+
+    The settings are the executor's. A run's queue and priority are those of its tags
+    ``dagster-taskiq/queue`` and ``dagster-taskiq/run_priority``. The time that it waits in its
+    queue counts against the instance's ``start_timeout_seconds``.
+    """
+
+    def __init__(self, settings: Settings, inst_data: ConfigurableClassData | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._inst_data = inst_data
+        self._settings = settings
+        self._opened: RunClient | None = None
+
+    # --- configuration ---
+
+    @property
+    def inst_data(self) -> ConfigurableClassData | None:
+        """Where Dagster keeps what this was configured with."""
+        return self._inst_data
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """The schema of ``config:`` in dagster.yaml."""
+        return dict(CONNECTION_SCHEMA)
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
+    ) -> Self:
+        """Made by Dagster from dagster.yaml."""
+        return cls(Settings.from_config(config_value), inst_data)
+
+    @property
+    def _client(self) -> RunClient:
+        if self._opened is None:
+            self._opened = RunClient(find_servers(self._settings))
+        return self._opened
+
+    def dispose(self) -> None:
+        """Leave the servers."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    # --- launching ---
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Send a run to its queue.
+
+        Raises:
+            ServerError: a server is away or refuses; the launch has failed then.
+            TagError: a tag of the run cannot be used.
+        """
+        self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
+
+    @property
+    def supports_resume_run(self) -> bool:
+        """A run whose process died is resumed in another one."""
+        return True
+
+    def resume_run(self, context: ResumeRunContext) -> None:
+        """Send a run whose process died to its queue again; its steps are adopted."""
+        run = context.dagster_run
+        number = context.resume_attempt_number
+        if number is None:
+            number = self._instance.count_resume_run_attempts(run.run_id)
+        self._send(run, TaskName.RESUME_JOB, resume_number=number)
+
+    def _send(self, run: DagsterRun, name: TaskName, resume_number: int) -> None:
+        queue = run_queue(run.tags, self._settings.default_queue)
+        task_id = run_task_id(run.run_id, resume_number)
+        envelope = Envelope(
+            task_id=task_id,
+            name=name,
+            run_id=run.run_id,
+            step_key=None,
+            attempt=resume_number,
+            queue=queue,
+            priority=clamp_priority(run_priority(run.tags)),
+            lease_seconds=self._settings.lease_seconds,
+            cancel_grace_seconds=self._settings.cancel_grace_seconds,
+            epoch=self._client.epoch(),
+            payload={RUN_ARGS_KEY: pack_value(self._arguments(run))},
+        )
+        # the tag first: whoever finds the run running must be able to find its task
+        self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+        self._client.submit(envelope)
+        served = self._client.served_queues()
+        self._instance.report_engine_event(
+            f'Sent the run to queue "{queue}".'
+            + ("" if queue in served else f" No worker executes runs of it yet. {_list(served)}"),
+            run,
+            EngineEventData(
+                metadata={"queue": queue, "priority": envelope.priority, "task id": task_id},
+                marker_start=QUEUE_WAIT_MARKER,
+            ),
+            cls=self.__class__,
+        )
+
+    def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
+        if run.job_code_origin is None:
+            raise ValueError(f"Run {run.run_id} does not say where its job's code is.")
+        instance = self._instance
+        return ExecuteRunArgs(
+            job_origin=run.job_code_origin,
+            run_id=run.run_id,
+            instance_ref=None if is_own_instance(instance) else instance.get_ref(),
+            set_exit_code_on_failure=True,
+        )
+
+    # --- termination ---
+
+    def terminate(self, run_id: str) -> bool:
+        """Stop a run, wherever it is.
+
+        Returns:
+            whether there was something to stop.
+        """
+        run = self._instance.get_run_by_id(run_id)
+        if run is None or run.is_finished:
+            return False
+        self._instance.report_run_canceling(run)
+        task_id = self._task_id(run)
+        state = self._client.cancel(
+            run_id, task_id, self._physical_queue(run), "The run was terminated"
+        )
+        if state is TaskState.CLAIMED:
+            # its process ends the run as soon as its steps have stopped, if it still can
+            threading.Thread(
+                target=self._see_to_its_end,
+                args=(run_id, task_id),
+                name="see-to-its-end",
+                daemon=True,
+            ).start()
+            return True
+        run = self._instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished:
+            where = (
+                "before a worker had started it"
+                if state is TaskState.CANCELLED
+                else ("after its process had gone")
+            )
+            self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
+        return state is TaskState.CANCELLED
+
+    def _see_to_its_end(self, run_id: str, task_id: str) -> None:
+        """End a cancelled run whose process was killed, or whose worker is gone with it."""
+        while True:
+            time.sleep(_LOOK_SECONDS)
+            try:
+                report, _ = self._client.look(run_id, task_id)
+            except ServerError:
+                continue
+            if report.state is not TaskState.CLAIMED:
+                break
+        run = self._instance.get_run_by_id(run_id)
+        if run is not None and not run.is_finished:
+            self._instance.report_run_canceled(run, "The run was cancelled; its process is gone.")
+
+    # --- monitoring ---
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Run monitoring can ask after a run's process."""
+        return True
+
+    def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
+        """Whether the run's process lives, or how it ended.
+
+        Raises:
+            ServerError: the backend is away, which says nothing of the run.
+        """
+        task_id = self._task_id(run)
+        report, result = self._client.look(run.run_id, task_id)
+        status, reason = _health(report, result)
+        return CheckRunHealthResult(status, reason, run_worker_id=task_id)
+
+    def get_run_worker_debug_info(
+        self, run: DagsterRun, include_container_logs: bool | None = True
+    ) -> str | None:
+        """Where the run's process is or was, for people."""
+        del include_container_logs
+        task_id = self._task_id(run)
+        report, result = self._client.look(run.run_id, task_id)
+        lines = [f"Task {task_id} in queue {self._physical_queue(run)}: {report.state.value}."]
+        place = result.place if result else report.place
+        if place is not None:
+            lines.append(
+                f"Worker {place.worker}, host {place.host}, slot {place.slot}, pid {place.pid}."
+            )
+        if result is not None:
+            lines.append(_ending(result))
+        return "\n".join(lines)
+
+    def _task_id(self, run: DagsterRun) -> str:
+        """Of the run's present process; computed where the tag is not there (yet)."""
+        known = run.tags.get(TASK_ID_TAG)
+        if known is not None:
+            return known
+        return run_task_id(run.run_id, self._instance.count_resume_run_attempts(run.run_id))
+
+    def _physical_queue(self, run: DagsterRun) -> str:
+        queue = run_queue(run.tags, self._settings.default_queue)
+        return physical_queue(self._settings.source.key_prefix, QueueKind.RUNS, queue)
+
+
+def _health(report: TaskReport, result: TaskResult | None) -> tuple[WorkerStatus, str | None]:
+    if report.state is TaskState.CLAIMED:
+        return WorkerStatus.RUNNING, None
+    if report.state is TaskState.UNKNOWN:
+        return WorkerStatus.RUNNING, "The run waits in its queue."
+    if report.state is TaskState.DONE:
+        if result is None or (result.outcome is Outcome.FINISHED and not result.exit_code):
+            return WorkerStatus.SUCCESS, None
+        return WorkerStatus.FAILED, _ending(result)
+    if report.state is TaskState.CANCELLED:
+        return WorkerStatus.NOT_FOUND, "The run was cancelled before a worker had started it."
+    return WorkerStatus.NOT_FOUND, "The run's worker is gone: its lease ended without a result."
+
+
+def _ending(result: TaskResult) -> str:
+    if result.reason:
+        return result.reason
+    if result.error is not None:
+        return str(result.error.get("message", "The run's process could not be started."))
+    return f"The run's process ended with exit code {result.exit_code}."
+
+
+def _list(queues: set[str]) -> str:
+    return f"Queues with run slots: {', '.join(sorted(queues)) or 'none'}."

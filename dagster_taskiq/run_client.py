@@ -1,0 +1,136 @@
+"""The launcher's way to the workers: sends whole runs, looks after them, stops them.
+
+Lives as long as the daemon or web server it is in. It connects when it is first used, and a server
+that was away is reached again by the next call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.envelope import Envelope, physical_queue
+from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.results import TaskResult
+
+T = TypeVar("T")
+
+
+class RunClient:
+    """Used from any thread.
+
+    Args:
+        servers: broker and backend.
+
+    Errors: ``ServerError`` with the address from every method.
+    """
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self._lock = threading.Lock()
+        self._thread: LoopThread | None = None
+        self._broker: TaskBroker
+        self._backend: Backend
+
+    def epoch(self) -> str:
+        """The backend's epoch, to send a task in."""
+        return self._call(self._epoch)
+
+    async def _epoch(self) -> str:
+        epoch, _ = await self._backend.inspect("", [])
+        return epoch
+
+    def submit(self, envelope: Envelope) -> None:
+        """Send a run."""
+        queue = physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+
+        async def submit() -> None:
+            message = self._broker.formatter.dumps(envelope.to_message(queue))
+            await self._broker.kick(message)
+
+        self._call(submit)
+
+    def look(self, run_id: str, task_id: str) -> tuple[TaskReport, TaskResult | None]:
+        """What the backend knows of a run's task, and its result if it has one."""
+
+        async def look() -> tuple[TaskReport, TaskResult | None]:
+            _, reports = await self._backend.inspect(run_id, [task_id])
+            found = await self._backend.read_results(run_id, [task_id])
+            data = found.get(task_id)
+            return reports[task_id], TaskResult.from_bytes(data) if data else None
+
+        return self._call(look)
+
+    def is_absent(self, physical: str, task_id: str) -> bool:
+        """Whether the broker certainly does not hold the task, in its physical queue."""
+
+        async def absent() -> bool:
+            return task_id in await self._broker.absent(physical, [task_id])
+
+        return self._call(absent)
+
+    def cancel(self, run_id: str, task_id: str, physical: str, reason: str) -> TaskState:
+        """Stop a run's task; its state when it was told, see ``RunBackend.cancel``."""
+
+        async def cancel() -> TaskState:
+            await self._backend.disown_run(run_id)
+            states = await self._backend.cancel(run_id, [task_id], reason=reason)
+            if states[task_id] is TaskState.CANCELLED:
+                await self._broker.withdraw(physical, [task_id])
+            return states[task_id]
+
+        return self._call(cancel)
+
+    def served_queues(self) -> set[str]:
+        """Queues whose runs some worker executes."""
+
+        async def served() -> set[str]:
+            workers = await self._backend.workers()
+            return {name for worker in workers if worker.run_slots for name in worker.queues}
+
+        return self._call(served)
+
+    def close(self) -> None:
+        """Leave the servers."""
+        with self._lock:
+            if self._thread is None:
+                return
+            self._thread.call(self._disconnect())
+            self._thread.stop()
+            self._thread = None
+
+    # --- the thread ---
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._lock:
+            if self._thread is None:
+                self._thread = self._connect()
+            thread = self._thread
+        return thread.call(make())
+
+    def _connect(self) -> LoopThread:
+        thread = LoopThread("dagster-taskiq-launcher")
+        try:
+            thread.call(self._open())
+        except BaseException:
+            thread.stop()
+            raise
+        return thread
+
+    async def _open(self) -> None:
+        self._broker = open_broker(self._servers.broker)
+        self._backend = open_backend(self._servers.backend)
+        try:
+            await self._backend.startup()
+            await self._broker.startup()
+        except BaseException:
+            await self._disconnect()
+            raise
+
+    async def _disconnect(self) -> None:
+        await self._broker.shutdown()
+        await self._backend.shutdown()

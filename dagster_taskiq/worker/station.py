@@ -1,0 +1,261 @@
+"""A station: the slots of one kind, steps or runs, and what they take their tasks from.
+
+    message --> claim --> ack --> slot --result--> complete
+
+Steps and runs have separate stations with separate physical queues, so that runs, which wait for
+their steps, never take the slots that those need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from taskiq import Context, TaskiqDepends
+
+from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
+from dagster_taskiq.brokers import TaskBroker
+from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
+from dagster_taskiq.errors import ServerError, SlotError
+from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.guard import clock
+from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
+from dagster_taskiq.worker.slot import ChildDied, Slot
+
+logger = logging.getLogger(__name__)
+
+#: Pause before a result is offered again to a backend that was away.
+_RETRY_SECONDS = 0.5
+
+_TASK_NAMES = {
+    QueueKind.STEPS: (TaskName.EXECUTE_PLAN,),
+    QueueKind.RUNS: (TaskName.EXECUTE_JOB, TaskName.RESUME_JOB),
+}
+
+
+class Station:
+    """Takes tasks of one kind and has its slots execute them.
+
+    Args:
+        kind: of its tasks.
+        broker: with the physical queues to listen on; not yet started.
+        backend: where tasks are claimed.
+        leases: keeps the claims.
+        slots: not yet prepared.
+        place: of the worker; pid and slot are filled in for each task.
+        result_expires_seconds: how long an unread result is kept.
+    """
+
+    def __init__(
+        self,
+        kind: QueueKind,
+        broker: TaskBroker,
+        backend: Backend,
+        leases: LeaseKeeper,
+        slots: list[Slot],
+        place: Place,
+        result_expires_seconds: float,
+    ) -> None:
+        self.kind = kind
+        self._broker = broker
+        self._backend = backend
+        self._leases = leases
+        self._slots = slots
+        self._idle = list(reversed(slots))
+        self._place = place
+        self._result_expires_seconds = result_expires_seconds
+        self._is_draining: Callable[[], bool] = lambda: False
+        broker.is_worker_process = True
+        broker.admit = Envelope.from_bytes
+        for name in _TASK_NAMES[kind]:
+            self._register(name)
+
+    async def start(self) -> None:
+        """Reach the broker and warm the slots.
+
+        Raises:
+            ServerError: the broker cannot be reached, or refuses.
+            SlotError: a child cannot be started.
+        """
+        await self._broker.startup()
+        outcomes = await asyncio.gather(
+            *(slot.prepare() for slot in self._slots), return_exceptions=True
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
+
+    async def work(self, drain: asyncio.Event) -> None:
+        """Take and execute tasks until told to drain; returns when the last one is done."""
+        self._is_draining = drain.is_set
+        await SettlingReceiver(self._broker, len(self._slots)).listen(drain)
+
+    async def stop(self) -> None:
+        """Kill what still runs, and leave the broker."""
+        for slot in self._slots:
+            await slot.stop()
+        await self._broker.shutdown()
+
+    # --- one task ---
+
+    def _register(self, name: TaskName) -> None:
+        async def execute(
+            header: dict[str, Any],
+            payload: dict[str, Any],
+            context: Context = TaskiqDepends(),  # noqa: B008 - Taskiq's way to ask for it
+        ) -> None:
+            await self._execute(Envelope.from_header(header, payload), context)
+
+        self._broker.register_task(execute, task_name=name.value)
+
+    async def _execute(self, envelope: Envelope, context: Context) -> None:
+        """Execute a message that ``admit`` has let through."""
+        if self._is_draining():
+            return  # unclaimed: the receiver gives it back
+        slot = self._idle.pop()
+        try:
+            await self._execute_in(slot, envelope, context)
+        finally:
+            # warm again before the next message is taken, so that none waits for it in our hands
+            failure = "" if self._is_draining() else await _prepare(slot)
+            if failure:
+                logger.error("No child: %s. The next task fails with that reason.", failure)
+            self._idle.append(slot)
+
+    async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
+        failure = _foreign_protocol(envelope) or await _prepare(slot)
+        claim = Claim(
+            run_id=envelope.run_id,
+            task_id=envelope.task_id,
+            token=uuid.uuid4().hex,
+            lease_seconds=envelope.lease_seconds,
+            epoch=envelope.epoch,
+            place=replace(self._place, pid=slot.pid, slot=slot.number),
+        )
+        claimed_at = clock()
+        is_step = self.kind is QueueKind.STEPS
+        try:
+            answer = await self._backend.claim(claim, needs_live_run=is_step)
+        except ServerError as error:
+            logger.warning("Cannot claim task %s: %s It goes back.", envelope.task_id, error)
+            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
+            return
+        await self._ack(envelope, context)
+        if answer is not ClaimAnswer.GRANTED:
+            logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)
+            return
+        lease = Lease(
+            claim,
+            slot.pid,
+            claimed_at,
+            lambda: self._stop_task(slot, envelope),
+            needs_live_run=is_step,
+        )
+        self._leases.keep(lease)
+        try:
+            result = failure and TaskResult(Outcome.ERROR, claim.place, reason=failure)
+            await self._store(lease, result or await self._run_in(slot, envelope, lease))
+        finally:
+            self._leases.release(lease)
+
+    async def _ack(self, envelope: Envelope, context: Context) -> None:
+        try:
+            await context.ack()
+        except ServerError as error:
+            # it will be delivered again, and dropped at the claim
+            logger.warning("Could not acknowledge task %s: %s", envelope.task_id, error)
+
+    async def _run_in(self, slot: Slot, envelope: Envelope, lease: Lease) -> TaskResult:
+        title = _title(envelope)
+        logger.info("%s: starting in slot %d.", title, slot.number)
+        task = {
+            "name": envelope.name.value,
+            "payload": dict(envelope.payload),
+            "place": vars(lease.claim.place),
+            "queue": envelope.queue,
+        }
+        started_at = time.monotonic()
+        try:
+            answer = await slot.run(task, lambda pid: self._leases.guard_group(lease, pid))
+        except SlotError as error:
+            return TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
+        logger.info("%s: ended after %.3f s.", title, time.monotonic() - started_at)
+        return _result_of(answer, lease)
+
+    async def _store(self, lease: Lease, result: TaskResult) -> None:
+        """Store a result as long as the lease may hold."""
+        while True:
+            try:
+                is_stored = await self._backend.complete(
+                    lease.claim,
+                    result.to_bytes(),
+                    expires_seconds=self._result_expires_seconds,
+                )
+            except ServerError as error:
+                if clock() >= lease.ends_at:
+                    task_id = lease.claim.task_id
+                    logger.error("The result of task %s is lost: %s", task_id, error)
+                    return
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            if not is_stored:
+                logger.error(
+                    "The result of task %s was refused: its lease had ended.", lease.claim.task_id
+                )
+            return
+
+    def _stop_task(self, slot: Slot, envelope: Envelope) -> None:
+        """SIGTERM now, SIGKILL after the grace period unless it has ended by then."""
+        slot.interrupt()
+        pid = slot.pid
+
+        def kill() -> None:
+            if slot.pid == pid:
+                slot.kill()
+
+        asyncio.get_running_loop().call_later(envelope.cancel_grace_seconds, kill)
+
+
+def _title(envelope: Envelope) -> str:
+    if envelope.step_key is None:
+        return f"Run {envelope.run_id}"
+    return f"Step {envelope.step_key} of run {envelope.run_id}, attempt {envelope.attempt}"
+
+
+def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease) -> TaskResult:
+    if isinstance(answer, ChildDied):
+        why = f" after {lease.stop_reason.value}" if lease.stop_reason else ""
+        return TaskResult(
+            Outcome.DIED,
+            lease.claim.place,
+            reason=f"{answer}{why}.",
+            exit_code=answer.exit_code,
+            is_cancelled=lease.stop_reason is StopReason.CANCELLED,
+        )
+    return TaskResult.from_bytes(answer["result"].encode())
+
+
+def _foreign_protocol(envelope: Envelope) -> str:
+    """Why a task of another version cannot be executed here; empty for one of ours."""
+    if envelope.protocol == PROTOCOL:
+        return ""
+    return (
+        f"the worker has dagster-taskiq {__version__}, which speaks version {PROTOCOL} of the "
+        f"protocol, and the run version {envelope.protocol}: install the same on both sides"
+    )
+
+
+async def _prepare(slot: Slot) -> str:
+    """Have the slot ready; the reason when it cannot be."""
+    try:
+        await slot.prepare()
+    except SlotError as error:
+        return str(error)
+    return ""
