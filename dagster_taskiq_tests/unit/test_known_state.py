@@ -20,11 +20,11 @@ from dagster import (
     DynamicOutput,
     In,
     IOManager,
+    IOManagerDefinition,
     JobDefinition,
     OpDefinition,
     Out,
     Output,
-    ResourceDefinition,
     RetryRequested,
     job,
 )
@@ -93,7 +93,7 @@ class Plan:
     def __init__(self, nodes: list[Node]) -> None:
         self.seen: dict[str, Any] = {}
         self._nodes = nodes
-        resources = {"io_manager": ResourceDefinition.hardcoded_resource(Memory())}
+        resources = {"io_manager": IOManagerDefinition.hardcoded_io_manager(Memory())}
         self.job: JobDefinition = job(name="random_job", resource_defs=resources)(self._compose)
 
     def _compose(self) -> None:

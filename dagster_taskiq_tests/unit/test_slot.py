@@ -212,7 +212,12 @@ def test_an_idle_child_that_is_killed_is_replaced() -> None:
                     await until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
                     await asyncio.sleep(0)
                 groups: list[int] = []
-                task = {"name": "execute_plan", "payload": {"do": "echo"}, "place": PLACE, "queue": "q"}
+                task = {
+                    "name": "execute_plan",
+                    "payload": {"do": "echo"},
+                    "place": PLACE,
+                    "queue": "q",
+                }
                 answer = await slot.run(task, groups.append)
                 assert isinstance(answer, dict)
                 assert slot.pid != pid
