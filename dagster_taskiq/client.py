@@ -16,13 +16,18 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
-from dagster_taskiq.errors import MalformedResultError, ServerError, SupersededLoopError
+from dagster_taskiq.errors import (
+    EmbeddedServerError,
+    MalformedResultError,
+    ServerError,
+    SupersededLoopError,
+)
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.waker import Waker
 
 logger = logging.getLogger(__name__)
@@ -40,7 +45,7 @@ class Client(Dispatcher):
     """Carries the steps of one run through a broker.
 
     Args:
-        broker, backend: how to reach the servers.
+        servers: broker and backend.
         run_id: the run.
         generation: how often the run was resumed.
         is_resumable: whether another loop may take over when this one dies.
@@ -55,8 +60,7 @@ class Client(Dispatcher):
     def __init__(
         self,
         *,
-        broker: ServerOptions,
-        backend: ServerOptions,
+        servers: Servers,
         run_id: str,
         generation: int,
         is_resumable: bool,
@@ -66,7 +70,8 @@ class Client(Dispatcher):
         self._run_id = run_id
         self._lease_seconds = lease_seconds
         self._cancel_grace_seconds = cancel_grace_seconds
-        self._key_prefix = broker.key_prefix
+        self._servers = servers
+        self._key_prefix = servers.broker.key_prefix
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._steady_since = 0.0
@@ -75,9 +80,7 @@ class Client(Dispatcher):
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")
         try:
-            self._broker, self._backend = self._thread.call(
-                self._connect(broker, backend, generation, is_resumable)
-            )
+            self._broker, self._backend = self._thread.call(self._connect(generation, is_resumable))
         except BaseException:
             self._thread.stop()
             self._waker.close()
@@ -89,10 +92,9 @@ class Client(Dispatcher):
             self._thread.spawn(self._keep_alive(), "keep-alive"),
         ]
 
-    async def _connect(
-        self, broker: ServerOptions, backend: ServerOptions, generation: int, is_resumable: bool
-    ) -> tuple[TaskBroker, Backend]:
-        task_broker, state = open_broker(broker), open_backend(backend)
+    async def _connect(self, generation: int, is_resumable: bool) -> tuple[TaskBroker, Backend]:
+        task_broker = open_broker(self._servers.broker)
+        state = open_backend(self._servers.backend)
         try:
             await state.startup()
             self._epoch = await state.open_run(
@@ -148,6 +150,10 @@ class Client(Dispatcher):
             logger.warning("Run %s: %s Trying again.", self._run_id, error)
         self._steady_since = now
         await asyncio.sleep(_RETRY_SECONDS)
+        try:
+            await asyncio.to_thread(self._servers.revive)
+        except EmbeddedServerError as problem:
+            logger.warning("Run %s: %s", self._run_id, problem)
 
     def _note_epoch(self, epoch: str) -> None:
         if epoch != self._epoch:

@@ -15,10 +15,26 @@ from dagster_taskiq.servers import ServerOptions, Tls
 
 @dataclass(frozen=True)
 class Servers:
-    """The broker and the backend, which may be the same server."""
+    """The broker and the backend, which may be the same server.
+
+    Attributes:
+        embedded_home: the DAGSTER_HOME whose embedded server it is; None for others.
+    """
 
     broker: ServerOptions
     backend: ServerOptions
+    embedded_home: Path | None = None
+
+    def revive(self) -> None:
+        """After a connection was lost: start the embedded server again if it is gone.
+
+        It restarts by itself, but not when its keeper was killed too.
+
+        Raises:
+            EmbeddedServerError: it cannot be started.
+        """
+        if self.embedded_home is not None:
+            use_embedded_server(self.embedded_home)
 
 
 def find_servers(settings: Settings) -> Servers:
@@ -29,16 +45,15 @@ def find_servers(settings: Settings) -> Servers:
         EmbeddedServerError: the embedded server cannot be started.
     """
     source = settings.source
-    if settings.broker_url is None:
-        url = use_embedded_server(_dagster_home())
-        broker = settings.server_options(url, Tls())
+    home = None if settings.broker_url else _dagster_home()
+    if home is not None:
+        broker = settings.server_options(use_embedded_server(home), Tls())
     else:
-        broker = settings.server_options(settings.broker_url, source.broker_use_ssl)
+        broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
     if settings.backend_url is None:
-        return Servers(broker, broker)
-    return Servers(
-        broker, settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
-    )
+        return Servers(broker, broker, home)
+    backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
+    return Servers(broker, backend, home)
 
 
 def find_running_backend(settings: Settings) -> ServerOptions | None:

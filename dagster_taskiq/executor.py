@@ -105,11 +105,9 @@ class TaskiqExecutor(Executor):
 def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> Dispatcher:
     if settings.source.task_always_eager:
         return EagerDispatcher()
-    servers = find_servers(settings)
     instance, run_id = context.instance, context.run_id
     return Client(
-        broker=servers.broker,
-        backend=servers.backend,
+        servers=find_servers(settings),
         run_id=run_id,
         generation=instance.count_resume_run_attempts(run_id),
         is_resumable=instance.run_will_resume(run_id),

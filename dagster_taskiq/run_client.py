@@ -14,6 +14,7 @@ from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.envelope import Envelope, physical_queue
+from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.loop_thread import LoopThread
 from dagster_taskiq.results import TaskResult
 
@@ -110,7 +111,11 @@ class RunClient:
             if self._thread is None:
                 self._thread = self._connect()
             thread = self._thread
-        return thread.call(make())
+        try:
+            return thread.call(make())
+        except UnreachableServerError:
+            self._servers.revive()  # for the next call
+            raise
 
     def _connect(self) -> LoopThread:
         thread = LoopThread("dagster-taskiq-launcher")

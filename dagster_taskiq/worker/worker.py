@@ -28,7 +28,7 @@ from dagster_taskiq.defaults import (
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.errors import DagsterTaskiqError, ServerError
+from dagster_taskiq.errors import DagsterTaskiqError, EmbeddedServerError, ServerError
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Place
 from dagster_taskiq.version import __version__
@@ -262,6 +262,13 @@ class Worker:
             await self._send_heartbeat()
         except ServerError as error:
             logger.debug("No heartbeat: %s", error)  # the keeper and the broker say it aloud
+            await self._revive()
+
+    async def _revive(self) -> None:
+        try:
+            await asyncio.to_thread(self._servers.revive)
+        except EmbeddedServerError as error:
+            logger.warning("%s", error)
 
     async def _send_heartbeat(self) -> None:
         record = WorkerRecord(
