@@ -104,6 +104,7 @@ __all__ = [
     "pool_of",
     "process_schema",
     "replay_log",
+    "retry_or_fail_step",
     "seconds_to_next_ready",
     "serialize_value",
     "tag_concurrency_limits_field",
@@ -231,6 +232,21 @@ def fail_step(step_context: IStepContext, error: SerializableErrorInfo) -> Dagst
         step_context,
         StepFailureData(error=error, user_failure_data=None),
     )
+
+
+def retry_or_fail_step(
+    context: PlanOrchestrationContext,
+    step_context: IStepContext,
+    error: SerializableErrorInfo,
+    active: ActiveExecution,
+) -> DagsterEvent:
+    """Log that an attempt failed; whether it is retried is what the step's retry policy says."""
+    executor: Any = context.executor
+    # the same method, renamed during Dagster 1.13
+    decide = getattr(executor, "log_failure_or_retry_event_after_error", None)
+    decide = decide or executor.get_failure_or_retry_event_after_crash
+    event: DagsterEvent = decide(step_context, error, active.get_known_state())
+    return event
 
 
 def plain_error(message: str, error_class: str) -> SerializableErrorInfo:

@@ -36,6 +36,7 @@ from dagster_taskiq._dagster import (
     is_in_flight,
     plain_error,
     replay_log,
+    retry_or_fail_step,
     seconds_to_next_ready,
     unpack_error,
 )
@@ -344,9 +345,7 @@ class _Loop:
         """Log the end of an attempt that did not log one itself."""
         step_context = self._context.for_step(flight.step)
         if may_retry and not self._is_stopping:
-            event = self._context.executor.log_failure_or_retry_event_after_error(
-                step_context, error, self._active.get_known_state()
-            )
+            event = retry_or_fail_step(self._context, step_context, error, self._active)
         else:
             event = fail_step(step_context, error)
         yield event

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from dagster_taskiq_tests.acceptance.harness import Stack, open_logs, open_stack
+from dagster_taskiq_tests.acceptance.harness import (
+    Stack,
+    check_nothing_is_left,
+    open_logs,
+    open_stack,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_running_by_a_module() -> Iterator[None]:
+    """Fail a module's last test if its stacks have left a process."""
+    yield
+    check_nothing_is_left()
 
 
 @pytest.fixture

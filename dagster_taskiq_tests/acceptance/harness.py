@@ -1,7 +1,7 @@
 """Real workers, started from the command line, and real runs, each in a process of its own.
 
 A ``Stack`` is a DAGSTER_HOME, a namespace on the servers, the workers and the runs that belong
-together; closing it ends them all, and fails if a process is left.
+together; closing it ends them all. At the end of a module no process of its stacks may be left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -65,6 +65,9 @@ ROOT = Path(__file__).parents[2]
 _STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
 _RUN_TAG = "acceptance/run"
 
+#: Marks of the stacks whose processes have to be gone by the end of the module.
+closed_stacks: list[str] = []
+
 #: Logs of the stacks that are open, for the report of a test that failed.
 open_logs: list[Path] = []
 
@@ -79,7 +82,7 @@ def until(condition: Callable[[], T], what: str, timeout_seconds: float = PATIEN
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"Within {timeout_seconds:g} s this did not happen: {what}.")
-        time.sleep(0.03)
+        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
@@ -546,15 +549,17 @@ class Stack:
         self.exit_stack.callback(open_logs.remove, path)
         return path
 
-    def check_nothing_is_left(self) -> None:
-        """Fail if a process of the stack still runs, and kill it."""
-        _, left = psutil.wait_procs(_marked(self.mark), LEFTOVER_SECONDS)
-        lines = []
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
-                process.kill()
-        assert not lines, "Processes were left:\n" + "\n".join(lines)
+
+def check_nothing_is_left() -> None:
+    """Fail if a process of a stack that was closed still runs, and kill it."""
+    marks, closed_stacks[:] = set(closed_stacks), []
+    _, left = psutil.wait_procs(_marked(marks), LEFTOVER_SECONDS)
+    lines = []
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
+            process.kill()
+    assert not lines, "Processes were left:\n" + "\n".join(lines)
 
 
 @contextmanager
@@ -583,9 +588,9 @@ def open_stack(
             url = servers.enter_context(amqp_options()).url
             broker = ServerOptions(url=url, key_prefix=backend.key_prefix)
         stack = Stack(home, broker, backend, directory)
+        closed_stacks.append(stack.mark)
         with stack.exit_stack:
             yield stack
-        stack.check_nothing_is_left()
 
 
 @functools.cache
@@ -638,10 +643,10 @@ def _end(process: ForkServerProcess) -> None:
         process.join(5)
 
 
-def _marked(mark: str) -> list[psutil.Process]:
+def _marked(marks: Collection[str]) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(_STACK_VARIABLE) == mark:
+            if process.environ().get(_STACK_VARIABLE) in marks:
                 found.append(process)
     return found

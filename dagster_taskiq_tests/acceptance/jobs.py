@@ -398,7 +398,7 @@ def overlaps() -> None:
         overlapping.alias(f"free_{number}")()
 
 
-POOL = "one-at-a-time"
+POOL = "one_at_a_time"
 
 
 @op(pool=POOL)

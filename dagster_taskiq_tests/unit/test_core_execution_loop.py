@@ -773,10 +773,24 @@ def test_a_user_who_cancels_a_run_that_could_resume_stops_its_steps(
     assert fake.closed == [False]
 
 
+class Exited(BaseException):
+    """In place of the end of this process."""
+
+
 def test_a_superseded_loop_leaves_everything_to_the_other(
-    fake: FakeDispatcher, instance: DagsterInstance
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It neither cancels nor fails the steps that the newer loop has adopted."""
+    """It neither cancels nor fails the steps that the newer loop has adopted, nor the run.
+
+    Any exception would be logged as the run's end, so its process ends at once, with a code.
+    """
+    codes: list[int] = []
+
+    def exit_process(code: int) -> None:
+        codes.append(code)
+        raise Exited
+
+    monkeypatch.setattr(os, "_exit", exit_process)
     fake.plan["one"] = [HOLD]
 
     def supersede(number: int) -> None:
@@ -784,9 +798,12 @@ def test_a_superseded_loop_leaves_everything_to_the_other(
             raise SupersededLoopError("taken over")
 
     fake.on_wait = supersede
-    ran = execute(jobs.single_job, instance)
+    with pytest.raises(Exited):
+        execute(jobs.single_job, instance)
+    assert codes == [tasks.EXIT_SUPERSEDED]
     assert fake.cancelled == []
     assert fake.closed == [True]
+    ran = Ran(instance, instance.get_runs(limit=1)[0].run_id)
     assert ran.count(DagsterEventType.STEP_FAILURE) == 0
 
 

@@ -168,7 +168,7 @@ def execute_step(
     return plan.seen[key], events
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(NODES, min_size=1, max_size=6))
 def test_the_cut_state_gives_a_step_the_same_inputs(nodes: list[Node]) -> None:
     """And the same number of its attempt, for every step of random plans."""
