@@ -798,12 +798,10 @@ def test_a_superseded_loop_leaves_everything_to_the_other(
             raise SupersededLoopError("taken over")
 
     fake.on_wait = supersede
-    with pytest.raises(Exited):
-        execute(jobs.single_job, instance)
+    ran = execute(jobs.single_job, instance)  # Dagster takes any exception for a failed run
     assert codes == [tasks.EXIT_SUPERSEDED]
     assert fake.cancelled == []
     assert fake.closed == [True]
-    ran = Ran(instance, instance.get_runs(limit=1)[0].run_id)
     assert ran.count(DagsterEventType.STEP_FAILURE) == 0
 
 

@@ -1,0 +1,211 @@
+"""The jobs of whole runs on workers; their ops write to the same trace as those of ``jobs``."""
+
+from collections.abc import Iterator
+
+from dagster import (
+    DynamicOut,
+    DynamicOutput,
+    ExpectationResult,
+    Failure,
+    In,
+    Nothing,
+    OpExecutionContext,
+    Out,
+    Output,
+    RetryPolicy,
+    in_process_executor,
+    job,
+    multiprocess_executor,
+    op,
+)
+
+from dagster_taskiq import taskiq_executor
+from dagster_taskiq_tests.acceptance.jobs import (
+    add_one,
+    await_gate,
+    cleans_up,
+    gated,
+    note,
+    one,
+    plus,
+    ran,
+)
+
+# --- on workers ---------------------------------------------------------------------------------
+
+
+@job(executor_def=taskiq_executor)
+def serial() -> None:
+    add_one.alias("second")(add_one.alias("first")(one()))
+
+
+@job(executor_def=taskiq_executor)
+def single() -> None:
+    ran()
+
+
+@op(ins={"start": In(Nothing)})
+def after(context: OpExecutionContext) -> None:
+    note(context, "ran")
+
+
+@job(executor_def=taskiq_executor)
+def gated_then_more() -> None:
+    after(gated())
+
+
+@job(executor_def=taskiq_executor)
+def to_cancel() -> None:
+    for number in range(4):
+        cleans_up.alias(f"c{number}")()
+
+
+# --- in the run's own process -------------------------------------------------------------------
+
+
+@job(executor_def=in_process_executor)
+def in_process() -> None:
+    plus(add_one.alias("left")(one()), add_one.alias("right")(one.alias("other")()))
+
+
+@job(executor_def=multiprocess_executor)
+def multiprocess() -> None:
+    plus(add_one.alias("left")(one()), add_one.alias("right")(one.alias("other")()))
+
+
+@job(executor_def=in_process_executor)
+def in_process_single() -> None:
+    ran()
+
+
+@job(executor_def=in_process_executor)
+def in_process_gated() -> None:
+    gated()
+
+
+@job(executor_def=in_process_executor)
+def in_process_to_cancel() -> None:
+    cleans_up()
+
+
+@job(executor_def=in_process_executor)
+def fails() -> None:
+    fail_at_once()
+
+
+@op
+def fail_at_once() -> None:
+    raise Failure("on purpose")
+
+
+# --- resumed ------------------------------------------------------------------------------------
+
+
+@op(config_schema={"events": int})
+def first(context: OpExecutionContext) -> int:
+    note(context, "ran")
+    for _ in range(context.op_config["events"]):
+        context.log_event(ExpectationResult(success=True))
+    return 1
+
+
+@op(out=DynamicOut(int))
+def spread(context: OpExecutionContext, x: int) -> Iterator[DynamicOutput[int]]:
+    note(context, "ran")
+    for number in range(4):
+        yield DynamicOutput(number + x, mapping_key=f"n{number}")
+
+
+@op
+def hold(context: OpExecutionContext, x: int) -> int:
+    """Has a gate of its own for each key."""
+    note(context, "ran", key=context.get_mapping_key())
+    await_gate(context, str(context.get_mapping_key()))
+    note(context, "held", key=context.get_mapping_key())
+    return x
+
+
+@op
+def double(context: OpExecutionContext, x: int) -> int:
+    note(context, "ran")
+    return 2 * x
+
+
+@op
+def total(context: OpExecutionContext, xs: list[int]) -> int:
+    note(context, "ran")
+    return sum(xs)
+
+
+@op(out={"taken": Out(int, is_required=False), "left": Out(int, is_required=False)})
+def choose(context: OpExecutionContext) -> Iterator[Output[int]]:
+    note(context, "ran")
+    yield Output(1, "taken")
+
+
+@op(retry_policy=RetryPolicy(max_retries=2, delay=3))
+def flaky(context: OpExecutionContext) -> int:
+    note(context, "ran")
+    if context.retry_number < 1:
+        raise ValueError("its first attempt")
+    return context.retry_number
+
+
+@job(executor_def=taskiq_executor)
+def resumable() -> None:
+    taken, left = choose()
+    double.alias("after_taken")(taken)
+    double.alias("after_after_left")(double.alias("after_left")(left))
+    double.alias("after_flaky")(flaky())
+    total(spread(first()).map(hold).map(double).collect())
+
+
+#: Each step of ``resumable`` with each of its attempts, which has to come exactly once.
+RESUMABLE_ATTEMPTS = {
+    (step, 1)
+    for step in (
+        "choose",
+        "after_taken",
+        "flaky",
+        "after_flaky",
+        "first",
+        "spread",
+        "total",
+        *(f"{name}[n{number}]" for name in ("hold", "double") for number in range(4)),
+    )
+} | {("flaky", 2)}
+
+POOL = "launched_one_at_a_time"
+
+
+@op(pool=POOL)
+def pooled(context: OpExecutionContext) -> None:
+    note(context, "ran")
+
+
+@op(pool=POOL, ins={"start": In(Nothing)})
+def pooled_after(context: OpExecutionContext) -> None:
+    note(context, "pooled after")
+
+
+@op(pool=POOL)
+def pooled_gated(context: OpExecutionContext) -> None:
+    note(context, "pooled started")
+    await_gate(context)
+    note(context, "pooled ended")
+
+
+@op(ins={"start": In(Nothing)})
+def gated_after(context: OpExecutionContext) -> None:
+    note(context, "started")
+    await_gate(context)
+
+
+@job(executor_def=taskiq_executor)
+def pool_twice() -> None:
+    pooled_after(gated_after(pooled()))
+
+
+@job(executor_def=taskiq_executor)
+def pool_held() -> None:
+    after(pooled_gated())

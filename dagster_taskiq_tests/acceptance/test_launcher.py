@@ -1,0 +1,752 @@
+"""Whole runs on workers: launched, looked after, terminated, and resumed when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+import yaml
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
+    RunsFilter,
+)
+from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._daemon.monitoring.run_monitoring import monitor_started_run
+
+from dagster_taskiq import TaskiqRunLauncher
+from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.tags import QUEUE_TAG, RUN_PRIORITY_TAG, TASK_ID_TAG
+from dagster_taskiq.tasks import EXIT_SUPERSEDED
+from dagster_taskiq_tests.acceptance import launcher_jobs
+from dagster_taskiq_tests.acceptance.harness import (
+    PATIENCE_SECONDS,
+    BrokerKind,
+    Note,
+    Run,
+    Stack,
+    WorkerProcess,
+    is_running,
+    open_stack,
+    until,
+)
+from dagster_taskiq_tests.servers import private_redis
+
+CANCELED = DagsterRunStatus.CANCELED
+FAILURE = DagsterRunStatus.FAILURE
+STARTED = DagsterRunStatus.STARTED
+STARTING = DagsterRunStatus.STARTING
+SUCCESS = DagsterRunStatus.SUCCESS
+
+LEASE_SECONDS = 3.0
+
+#: How long a loaded machine may take, beside what a promise allows.
+_SLACK_SECONDS = 3.0
+
+
+class LaunchedRun(Run):
+    """A run that was given to the launcher."""
+
+    def __init__(self, stack: Stack, run_id: str) -> None:
+        self.stack = stack
+        self.run_id = run_id
+
+    @property
+    def dagster_run(self) -> DagsterRun:
+        """As the instance knows it."""
+        run = self.stack.instance.get_run_by_id(self.run_id)
+        assert run is not None
+        return run
+
+    def wait(self, timeout_seconds: float = PATIENCE_SECONDS) -> LaunchedRun:
+        """Wait until Dagster holds it for finished."""
+        try:
+            until(lambda: self.dagster_run.is_finished, "the run is finished", timeout_seconds)
+        except AssertionError:
+            self.explain()
+            raise
+        return self
+
+    def await_status(self, status: DagsterRunStatus) -> None:
+        """Wait until Dagster says so."""
+        until(lambda: self.status is status, f"the run is {status.value}")
+
+    def starts(self) -> list[DagsterEvent]:
+        """The events of the workers that executed it."""
+        events = self.events(DagsterEventType.ENGINE_EVENT)
+        return [e for e in events if (e.message or "").startswith("Executing the run on worker")]
+
+    def await_start(self, count: int = 1) -> int:
+        """Wait until it is executed for the so manieth time; the process's id."""
+        events = until(lambda: self.starts()[count - 1 :], f"start {count} of the run")
+        return int(str(_metadata(events[0])["pid"]))
+
+    def terminate(self) -> bool:
+        """As the UI does it."""
+        return self.stack.instance.run_launcher.terminate(self.run_id)
+
+    def health(self) -> CheckRunHealthResult:
+        """What run monitoring is told."""
+        return self.stack.instance.run_launcher.check_run_worker_health(self.dagster_run)
+
+    def await_death(self) -> CheckRunHealthResult:
+        """Wait until run monitoring is told that its process is gone."""
+        alive = (WorkerStatus.RUNNING, WorkerStatus.SUCCESS)
+        return until(
+            lambda: None if (health := self.health()).status in alive else health,
+            "the run's process is known to be gone",
+        )
+
+    def monitor(self) -> None:
+        """Wait until its process is known to be gone, then do what the daemon does about it."""
+        self.await_death()
+        (record,) = self.stack.instance.get_run_records(RunsFilter(run_ids=[self.run_id]))
+        monitor_started_run(
+            self.stack.instance, cast("Any", None), record, logging.getLogger("monitoring")
+        )
+
+    def signal_process(self, number: int) -> int:
+        """Send a signal to the process that executes it; its id."""
+        pid = int(str(_metadata(self.starts()[-1])["pid"]))
+        os.kill(pid, number)
+        return pid
+
+
+def _metadata(event: DagsterEvent) -> dict[str, Any]:
+    return {key: value.value for key, value in event.engine_event_data.metadata.items()}
+
+
+def launch(
+    stack: Stack,
+    job: str,
+    *,
+    tags: Mapping[str, str] | None = None,
+    ops: Mapping[str, Any] | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+) -> LaunchedRun:
+    """Launch a run of one of ``launcher_jobs``."""
+    run_id = create(stack, job, tags=tags, ops=ops, lease_seconds=lease_seconds)
+    stack.instance.launch_run(run_id, cast("Any", None))
+    return LaunchedRun(stack, run_id)
+
+
+def create(
+    stack: Stack,
+    job: str,
+    *,
+    tags: Mapping[str, str] | None = None,
+    ops: Mapping[str, Any] | None = None,
+    lease_seconds: float = LEASE_SECONDS,
+) -> str:
+    """A run that waits to be launched."""
+    reconstructable = ReconstructableJob.for_module(launcher_jobs.__name__, job)
+    definition = reconstructable.get_definition()
+    run_config: dict[str, Any] = {"ops": ops} if ops else {}
+    if definition.executor_def.name == "taskiq":
+        run_config["execution"] = {"config": {**stack.config, "lease_seconds": lease_seconds}}
+    return stack.instance.create_run_for_job(
+        definition,
+        run_config=run_config,
+        tags=tags,
+        job_code_origin=reconstructable.get_python_origin(),
+    ).run_id
+
+
+@contextmanager
+def open_launching_stack(
+    kind: BrokerKind, directory: Path, *, resumes: int = 0
+) -> Iterator[Stack]:
+    """A stack whose instance has the launcher.
+
+    Args:
+        kind: of the broker.
+        directory: an empty one.
+        resumes: how often a run whose process died is resumed.
+    """
+    with open_stack(kind, directory) as stack:
+        settings = {
+            "telemetry": {"enabled": False},
+            "run_launcher": {
+                "module": "dagster_taskiq.launcher",
+                "class": "TaskiqRunLauncher",
+                "config": {**stack.config, "lease_seconds": LEASE_SECONDS},
+            },
+            "run_monitoring": {"enabled": True, "max_resume_run_attempts": resumes},
+        }
+        (stack.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
+        stack.instance = DagsterInstance.from_config(str(stack.home))
+        stack.exit_stack.callback(stack.instance.dispose)
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def final(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack whose runs are not resumed, with a worker of two slots and two run slots."""
+    with open_launching_stack("redis", tmp_path_factory.mktemp("final")) as stack:
+        stack.worker(name="main").await_ready()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def narrow(final: Stack) -> str:
+    """A queue of the same stack whose one worker executes one run at a time, and no steps."""
+    final.worker("--run-slots", "1", slots=0, name="narrow", queues=["narrow"]).await_ready()
+    return "narrow"
+
+
+@pytest.fixture(scope="module")
+def resuming(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack whose runs are resumed twice, with a worker of two slots and two run slots."""
+    with open_launching_stack("redis", tmp_path_factory.mktemp("resuming"), resumes=2) as stack:
+        stack.worker(name="main").await_ready()
+        yield stack
+
+
+def run_queue_depth(stack: Stack, queue: str) -> int:
+    """How many runs wait in a queue."""
+    assert stack.broker is not None
+    broker = open_broker(stack.broker)
+    name = physical_queue(stack.prefix, QueueKind.RUNS, queue)
+
+    async def depth() -> int:
+        await broker.startup()
+        try:
+            return await broker.depth(name)
+        finally:
+            await broker.shutdown()
+
+    return asyncio.run(depth())
+
+
+# --- launching ----------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_worker(final: Stack) -> None:
+    """A launched run succeeds in a process of the worker, and all there is to know is to be seen.
+
+    The log has who took it from which queue, the tag its task; its health is RUNNING and then
+    SUCCESS; the debug info says where it was.
+    """
+    run = launch(final, "gated_then_more")
+    assert run.dagster_run.tags[TASK_ID_TAG]
+    pid = run.await_start()
+    run.await_notes("started")
+    assert run.health().status is WorkerStatus.RUNNING
+    assert run.health().run_worker_id == run.dagster_run.tags[TASK_ID_TAG]
+    assert f"pid {pid}" in debug_info(run)
+    run.open_gate()
+    assert run.wait().is_success
+    assert until(lambda: run.health().status is WorkerStatus.SUCCESS, "the health is SUCCESS")
+    (started,) = run.starts()
+    (worker,) = {str(_metadata(started)["worker"])}
+    assert worker.startswith("main@")
+    assert _metadata(started)["queue"] == "dagster"
+    assert int(_metadata(started)["slot"]) in (1, 2)
+    assert 'Sent the run to queue "dagster".' in run.messages()
+    # a fresh process for each run, and other ones for the steps
+    assert pid not in {note.pid for note in run.notes()}
+    until(lambda: not is_running(pid), "the run's process ends with it")
+    assert worker in debug_info(run)
+    assert f"pid {pid}" in debug_info(run)
+    assert "exit code 0" in debug_info(run)
+
+
+def debug_info(run: LaunchedRun) -> str:
+    """The launcher's text for people."""
+    return str(run.stack.instance.run_launcher.get_run_worker_debug_info(run.dagster_run))
+
+
+@pytest.mark.parametrize("job", ["in_process", "multiprocess"])
+def test_dagster_s_own_executors(final: Stack, job: str) -> None:
+    """A run whose steps run in or below its own process succeeds under the launcher too."""
+    run = launch(final, job).wait()
+    assert run.is_success
+    assert run.output("plus") == 4
+    (started,) = run.starts()
+    pids = {str(note.pid) for note in run.notes("ran")}
+    assert (pids == {str(_metadata(started)["pid"])}) is (job == "in_process")
+
+
+def test_a_run_that_fails(final: Stack) -> None:
+    """A failing run is a FAILURE, and its process says so by its exit code."""
+    run = launch(final, "fails").wait()
+    assert run.status is FAILURE
+    health = run.await_death()
+    assert health.status is WorkerStatus.FAILED
+    assert "exit code 1" in str(health.msg)
+
+
+def test_many_runs_at_once(final: Stack) -> None:
+    """Runs never take the slots of their own steps: ten at once, on two of each, all succeed."""
+    runs = [launch(final, "single") for _ in range(10)]
+    for run in runs:
+        assert run.wait().is_success
+    assert len({_metadata(run.starts()[0])["pid"] for run in runs}) == 10
+
+
+def test_code_that_does_not_load(final: Stack) -> None:
+    """A run whose code location is gone fails with the reason in its log, and frees its slot."""
+    job = ReconstructableJob.for_module(launcher_jobs.__name__, "in_process_single")
+    origin = ReconstructableJob.for_module("a_module_that_is_gone", "x").get_python_origin()
+    instance = final.instance
+    run_id = instance.create_run_for_job(job.get_definition(), job_code_origin=origin).run_id
+    instance.launch_run(run_id, cast("Any", None))
+    run = LaunchedRun(final, run_id).wait()
+    assert run.status is FAILURE
+    said = " ".join(f"{e.message} {e.event_specific_data}" for e in run.events())
+    assert "a_module_that_is_gone" in said
+
+
+@pytest.mark.parametrize("kind", ["rabbitmq"])
+def test_over_another_broker(kind: BrokerKind, tmp_path: Path) -> None:
+    """Over RabbitMQ a run succeeds, a running one is terminated, and so is a queued one."""
+    with open_launching_stack(kind, tmp_path) as stack:
+        stack.worker("--run-slots", "1").await_ready()
+        first = launch(stack, "serial")
+        running = launch(stack, "to_cancel")
+        queued = launch(stack, "single")
+        assert first.wait().is_success
+        running.await_notes("started", 2)
+        assert queued.health().status is WorkerStatus.RUNNING
+        assert queued.terminate()
+        assert queued.status is CANCELED
+        assert running.terminate()
+        assert running.wait().status is CANCELED
+        assert len(running.notes("cleaned")) == 2
+        # behind the one that was withdrawn
+        assert launch(stack, "single").wait().is_success
+        assert queued.notes() == []
+
+
+# --- queues and priority ------------------------------------------------------------------------
+
+
+def test_queue_and_priority(final: Stack, narrow: str) -> None:
+    """A run goes to the queue of its tag, and what waits there starts in the order of its tags."""
+    blocker = launch(final, "in_process_gated", tags={QUEUE_TAG: narrow})
+    blocker.await_notes("started")
+    priorities = {"low": {}, "high": {RUN_PRIORITY_TAG: "9"}, "middle": _celery("5")}
+    runs = {
+        name: launch(final, "in_process_single", tags={QUEUE_TAG: narrow, **tags})
+        for name, tags in priorities.items()
+    }
+    blocker.open_gate()
+    for run in (blocker, *runs.values()):
+        assert run.wait().is_success
+        assert str(_metadata(run.starts()[0])["worker"]).startswith("narrow@")
+    times = {name: run.notes("ran")[0].time for name, run in runs.items()}
+    assert sorted(times, key=times.__getitem__) == ["high", "middle", "low"]
+
+
+def _celery(priority: str) -> dict[str, str]:
+    return {"dagster-celery/run_priority": priority}
+
+
+def test_a_queue_that_nobody_serves(final: Stack) -> None:
+    """A run in a queue without a worker says so in its log, and waits there in good health."""
+    run = launch(final, "single", tags={QUEUE_TAG: "nobody-s"})
+    run.await_message("No worker executes runs of it yet. Queues with run slots: dagster")
+    assert run.health().status is WorkerStatus.RUNNING
+    assert "waits in its queue" in str(run.health().msg)
+    assert run_queue_depth(final, "nobody-s") == 1
+    assert run.terminate() is True
+    assert run.status is CANCELED
+    assert run.terminate() is False
+    assert run_queue_depth(final, "nobody-s") == 0
+    assert run.health().status is WorkerStatus.NOT_FOUND
+
+
+# --- termination --------------------------------------------------------------------------------
+
+
+def test_terminating_a_queued_run(final: Stack, narrow: str) -> None:
+    """A queued run is CANCELED when ``terminate`` returns, with or without its tag.
+
+    Neither starts later, nor does one that Dagster has cancelled or failed (``start_timeout``)
+    while it waited.
+    """
+    blocker = launch(final, "in_process_gated", tags={QUEUE_TAG: narrow})
+    blocker.await_notes("started")
+    instance = final.instance
+    tagged, untagged, cancelled, failed = (
+        launch(final, "in_process_single", tags={QUEUE_TAG: narrow}) for _ in range(4)
+    )
+    remove_tag(untagged)
+    for run in (tagged, untagged):
+        assert run.terminate() is True
+        assert run.status is CANCELED
+        assert run.terminate() is False
+    assert run_queue_depth(final, narrow) == 2
+    instance.report_run_canceled(cancelled.dagster_run)
+    instance.report_run_failed(failed.dagster_run)
+    blocker.open_gate()
+    # it is behind them
+    assert launch(final, "in_process_single", tags={QUEUE_TAG: narrow}).wait().is_success
+    for run in (tagged, untagged, cancelled, failed):
+        assert run.notes() == []
+        assert run.starts() == []
+    assert cancelled.status is CANCELED
+    assert failed.status is FAILURE
+
+
+def remove_tag(run: LaunchedRun) -> None:
+    """As with a run whose launcher died between two writes."""
+    storage: Any = run.stack.instance.run_storage
+    stored = run.dagster_run
+    tags = {key: value for key, value in stored.tags.items() if key != TASK_ID_TAG}
+    from dagster._core.storage.runs.schema import RunTagsTable, RunsTable  # noqa: PLC0415
+    from dagster._serdes import serialize_value  # noqa: PLC0415
+
+    with storage.connect() as connection:
+        connection.execute(
+            RunsTable.update()
+            .where(RunsTable.c.run_id == run.run_id)
+            .values(run_body=serialize_value(stored.with_tags(tags)))
+        )
+        connection.execute(
+            RunTagsTable.delete().where(
+                RunTagsTable.c.run_id == run.run_id, RunTagsTable.c.key == TASK_ID_TAG
+            )
+        )
+    assert TASK_ID_TAG not in run.dagster_run.tags
+
+
+@pytest.mark.parametrize("is_tagged", [True, False])
+def test_terminating_a_running_run(final: Stack, is_tagged: bool) -> None:
+    """A running run is CANCELED, its steps' clean-up code has run, and its queued steps never do.
+
+    ``terminate`` says True while there is something to stop, with or without the run's tag.
+    """
+    run = launch(final, "to_cancel")
+    run.await_notes("started", 2)
+    if not is_tagged:
+        remove_tag(run)
+    assert run.terminate() is True
+    assert run.wait().status is CANCELED
+    assert len(run.notes("cleaned")) == 2
+    assert run.terminate() is False
+    assert launch(final, "serial").wait().is_success
+    assert len(run.notes("started")) == 2
+
+
+def test_terminating_steps_in_the_run_s_process(final: Stack) -> None:
+    """A run with the in-process executor is CANCELED too, after its clean-up code."""
+    run = launch(final, "in_process_to_cancel")
+    run.await_notes("started")
+    assert run.terminate() is True
+    assert run.wait().status is CANCELED
+    assert len(run.notes("cleaned")) == 1
+
+
+def test_terminating_what_does_not_exist(final: Stack) -> None:
+    """There is nothing to stop about a run that nobody knows."""
+    assert final.instance.run_launcher.terminate(str(uuid.uuid4())) is False
+
+
+# --- health -------------------------------------------------------------------------------------
+
+
+def test_health_without_the_servers(tmp_path: Path) -> None:
+    """While the backend is away, health checks raise and launches fail, both with its address.
+
+    The run of such a launch is a FAILURE at once. When the backend is back the same launcher works.
+    """
+    with private_redis() as server:
+        home = tmp_path / "home"
+        home.mkdir()
+        launcher = {
+            "module": "dagster_taskiq",
+            "class": "TaskiqRunLauncher",
+            "config": {"broker": server.url},
+        }
+        settings = {"telemetry": {"enabled": False}, "run_launcher": launcher}
+        (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
+        address = server.url.removeprefix("redis://").partition("/")[0]
+        with open_stack("redis", tmp_path / "stack" if _made(tmp_path / "stack") else tmp_path) as s:
+            s.instance = DagsterInstance.from_config(str(home))
+            s.exit_stack.callback(s.instance.dispose)
+            assert isinstance(s.instance.run_launcher, TaskiqRunLauncher)
+            run = launch(s, "single")
+            assert run.health().status is WorkerStatus.RUNNING
+            server.kill()
+            with pytest.raises(UnreachableServerError, match=address):
+                run.health()
+            run_id = create(s, "single")
+            with pytest.raises(UnreachableServerError, match=address):
+                s.instance.launch_run(run_id, cast("Any", None))
+            failed = LaunchedRun(s, run_id)
+            assert failed.status is FAILURE
+            failed.await_message(address)
+            with pytest.raises(UnreachableServerError, match=address):
+                run.terminate()
+            server.restart()
+            until(_works(launch, s, "single"), "the launcher works again")
+
+
+def _made(directory: Path) -> bool:
+    directory.mkdir()
+    return True
+
+
+def _works(function: Callable[..., Any], *arguments: Any) -> Callable[[], bool]:
+    def works() -> bool:
+        try:
+            function(*arguments)
+        except UnreachableServerError:
+            return False
+        return True
+
+    return works
+
+
+def test_health_after_a_kill(final: Stack) -> None:
+    """A run whose process was killed is FAILED at once, by the signal, and Dagster ends the run.
+
+    Its steps do not outlive it: what runs is stopped, with its clean-up code, within the lease and
+    5 s, and what waits never starts.
+    """
+    run = launch(final, "to_cancel")
+    run.await_start()
+    run.await_notes("started", 2)
+    run.signal_process(signal.SIGKILL)
+    killed_at = time.monotonic()
+    health = run.await_death()
+    assert health.status is WorkerStatus.FAILED
+    assert "SIGKILL" in str(health.msg)
+    assert "SIGKILL" in debug_info(run)
+    run.monitor()
+    assert run.status is FAILURE
+    cleaned = run.await_notes("cleaned", 2)
+    assert max(n.time for n in cleaned) <= killed_at + LEASE_SECONDS + 5 + _SLACK_SECONDS
+    assert launch(final, "serial").wait().is_success
+    assert len(run.notes("started")) == 2
+
+
+def test_a_run_process_that_is_stopped(final: Stack) -> None:
+    """A run's process that does not go on after SIGSTOP is noticed by its worker, and killed."""
+    run = launch(final, "in_process_gated")
+    run.await_notes("started")
+    pid = run.signal_process(signal.SIGSTOP)
+    health = run.await_death()
+    assert health.status is WorkerStatus.FAILED
+    assert "SIGSTOP" in str(health.msg)
+    assert not is_running(pid)
+    run.monitor()
+    assert run.status is FAILURE
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+def check_each_once(run: LaunchedRun) -> None:
+    """The side effect of each attempt of a ``resumable`` has happened once."""
+    counts = Counter((note.step, note.attempt) for note in run.notes("ran"))
+    assert counts == dict.fromkeys(launcher_jobs.RESUMABLE_ATTEMPTS, 1)
+    assert run.output("total") == 2 * (1 + 2 + 3 + 4)
+    skipped = Counter(run.steps(DagsterEventType.STEP_SKIPPED))
+    assert skipped == {"after_left": 1, "after_after_left": 1}
+
+
+def begin_resumable(stack: Stack, *, events: int = 0, **arguments: Any) -> LaunchedRun:
+    """Launch one and wait until it has something of everything: done, running, queued, delayed."""
+    ops = {"first": {"config": {"events": events}}}
+    run = launch(stack, "resumable", ops=ops, **arguments)
+    until(lambda: len(held(run)) == 2, "two mapped steps run")
+    return run
+
+
+def held(run: LaunchedRun) -> list[Note]:
+    """The beginnings of mapped steps."""
+    return [note for note in run.notes("ran") if note.step.startswith("hold")]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "after the lease"])
+def test_resume(resuming: Stack, is_late: bool) -> None:
+    """After ``kill -9`` of a run's process, at any time, each step's side effect happens once.
+
+    There are steps that are done, running, queued, skipped and waiting for a delayed retry, mapped
+    ones among them, and in one case more than 1,000 events in the log. One step ends while the run
+    has no process, and where the run's lease has ended by then, what waits is not started.
+    """
+    run = begin_resumable(resuming, events=0 if is_late else 1100)
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    if is_late:
+        loop = f"*{run.run_id}:loop"
+        with resuming.redis() as redis:
+            until(lambda: not list(redis.scan_iter(loop, count=1000)), "the loop's lease ends")
+    run.open_gate(held(run)[0].more["key"])
+    run.await_notes("held")
+    run.monitor()
+    run.await_message("Resumed the run; ")
+    for number in range(4):
+        run.open_gate(f"n{number}")
+    assert run.wait().is_success
+    assert len(run.starts()) == 2
+    check_each_once(run)
+    if not is_late:
+        assert len(run.logs()) > 1100
+
+
+def test_resume_with_a_pool(resuming: Stack) -> None:
+    """A run is resumed though another one holds the pool slot that its finished step had."""
+    resuming.instance.event_log_storage.set_concurrency_slots(launcher_jobs.POOL, 1)
+    run = launch(resuming, "pool_twice")
+    run.await_notes("started")
+    other = launch(resuming, "pool_held")
+    other.await_notes("pooled started")
+    run.signal_process(signal.SIGKILL)
+    run.monitor()
+    run.await_message("Resumed the run; 1 steps")
+    run.open_gate()
+    run.await_message("blocked by")
+    other.open_gate()
+    assert run.wait().is_success
+    assert other.wait().is_success
+    assert len(run.notes("ran")) == len(run.notes("started")) == len(run.notes("pooled after")) == 1
+    assert run.notes("pooled after")[0].time > other.notes("pooled ended")[0].time
+
+
+def test_resume_of_a_step_in_a_pool(resuming: Stack) -> None:
+    """A running step keeps its pool slot over a resume, and gives it back at its end."""
+    resuming.instance.event_log_storage.set_concurrency_slots(launcher_jobs.POOL, 1)
+    run = launch(resuming, "pool_held")
+    run.await_notes("pooled started")
+    run.signal_process(signal.SIGKILL)
+    run.monitor()
+    run.await_message("Resumed the run; 1 steps")
+    info = resuming.instance.event_log_storage.get_concurrency_info(launcher_jobs.POOL)
+    assert info.active_run_ids == {run.run_id}
+    run.open_gate()
+    assert run.wait().is_success
+    assert len(run.notes("pooled started")) == 1
+    info = resuming.instance.event_log_storage.get_concurrency_info(launcher_jobs.POOL)
+    assert info.active_slot_count == 0
+
+
+def test_a_former_process_that_comes_back(resuming: Stack) -> None:
+    """A process that was resumed elsewhere while it was stopped ends when it comes back."""
+    run = launch(resuming, "gated_then_more", lease_seconds=20)
+    run.await_notes("started")
+    pid = run.signal_process(signal.SIGSTOP)
+    resuming.instance.resume_run(run.run_id, cast("Any", None), attempt_number=1)
+    run.await_message("Resumed the run; 1 steps")
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: not is_running(pid), "the former process ends")
+    assert run.status is STARTED
+    run.open_gate()
+    assert run.wait().is_success
+    assert len(run.notes("started")) == len(run.notes("ran")) == 1
+    assert run.steps(DagsterEventType.STEP_FAILURE) == []
+
+
+def two_workers(stack: Stack, job: str) -> tuple[LaunchedRun, WorkerProcess, WorkerProcess]:
+    """A run that the first worker executes and whose steps are on the second."""
+    queue = f"queue-{uuid.uuid4().hex[:6]}"
+    first = stack.worker("--run-slots", "1", slots=0, queues=[queue]).await_ready()
+    run = launch(stack, job, tags={QUEUE_TAG: queue})
+    run.await_start()
+    second = stack.worker("--run-slots", "1", slots=2, queues=[queue]).await_ready()
+    return run, first, second
+
+
+def test_resume_after_the_death_of_a_worker(resuming: Stack) -> None:
+    """After ``kill -9`` of its worker a run is NOT_FOUND, with the reason, when its lease has ended.
+
+    Then another worker resumes it, and its step, which runs on, is adopted.
+    """
+    run, first, second = two_workers(resuming, "gated_then_more")
+    (note,) = run.await_notes("started")
+    pid = run.await_start()
+    first.kill()
+    until(lambda: not is_running(pid), "the run's process dies with its worker")
+    assert run.health().status is WorkerStatus.RUNNING
+    health = run.await_death()
+    assert health.status is WorkerStatus.NOT_FOUND
+    assert "its lease ended" in str(health.msg)
+    assert is_running(note.pid)
+    run.monitor()
+    run.await_message("Resumed the run; 1 steps")
+    run.open_gate()
+    assert run.wait().is_success
+    assert len(run.notes("started")) == len(run.notes("ran")) == 1
+    assert [_metadata(event)["worker"] for event in run.starts()] == [
+        first.full_name,
+        second.full_name,
+    ]
+
+
+def test_terminating_a_run_whose_worker_is_dead(resuming: Stack) -> None:
+    """A user's cancel wins over resume: the run ends CANCELED, and its steps on other workers stop.
+
+    That holds while the dead worker's lease is still there, and when it is not any more.
+    """
+    run, first, _ = two_workers(resuming, "to_cancel")
+    run.await_notes("started", 2)
+    first.kill()
+    killed_at = time.monotonic()
+    assert run.terminate() is True
+    assert run.wait().status is CANCELED
+    cleaned = run.await_notes("cleaned", 2)
+    assert max(n.time for n in cleaned) <= killed_at + LEASE_SECONDS + 5 + _SLACK_SECONDS
+    assert run.terminate() is False
+    assert len(run.notes("started")) == 2
+
+
+def test_terminating_a_run_whose_process_is_gone(resuming: Stack) -> None:
+    """A dead run that waits to be resumed is CANCELED by ``terminate``, and its steps stop."""
+    run = launch(resuming, "to_cancel")
+    run.await_notes("started", 2)
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    assert run.terminate() is True
+    assert run.status is CANCELED
+    run.await_notes("cleaned", 2)
+    assert launch(resuming, "serial").wait().is_success
+    assert len(run.notes("started")) == 2
+
+
+def test_draining_hands_a_run_over(resuming: Stack) -> None:
+    """A worker that is told to stop gives its run away at once; the run's step runs on meanwhile."""
+    run, first, second = two_workers(resuming, "gated_then_more")
+    (note,) = run.await_notes("started")
+    first.terminate()
+    assert first.wait() == 0
+    assert "the run is handed over" in first.log
+    assert run.status is STARTED
+    assert is_running(note.pid)
+    run.monitor()
+    run.await_message("Resumed the run; 1 steps")
+    run.open_gate()
+    assert run.wait().is_success
+    assert len(run.notes("started")) == len(run.notes("ran")) == 1
+    assert _metadata(run.starts()[-1])["worker"] == second.full_name
+
+
+def test_draining_waits_for_a_run(final: Stack) -> None:
+    """Where runs are not resumed a worker that is told to stop waits for its own, and says so."""
+    run, first, _ = two_workers(final, "gated_then_more")
+    run.await_notes("started")
+    first.terminate()
+    first.await_log(f"Waiting for run {run.run_id}: it cannot be resumed.")
+    assert run.health().status is WorkerStatus.RUNNING
+    run.open_gate()
+    assert run.wait().is_success
+    assert first.wait() == 0
