@@ -121,13 +121,13 @@ class WorkerRecord:
     host: str
     pid: int
     queues: tuple[str, ...]
-    slots: int
-    busy_slots: int
-    run_slots: int
-    busy_run_slots: int
-    state: str
-    started_at: float
-    version: str
+    slots: int = 0
+    busy_slots: int = 0
+    run_slots: int = 0
+    busy_run_slots: int = 0
+    state: str = "running"
+    started_at: float = 0.0
+    version: str = "unknown"
 
 
 class RunBackend(ABC):

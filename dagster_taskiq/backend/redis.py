@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from redis.asyncio import Redis
@@ -280,11 +280,8 @@ class RedisBackend(Backend):
             if not ids:
                 return []
             values: Any = await self._redis.mget([self._key("worker:", item) for item in ids])
-        records = [json.loads(value) for value in values if value]
-        return sorted(
-            (WorkerRecord(**{**item, "queues": tuple(item["queues"])}) for item in records),
-            key=lambda record: record.name,
-        )
+        records = [_record_of(json.loads(value)) for value in values if value]
+        return sorted(records, key=lambda record: record.name)
 
     async def send_control(self, worker_id: str, message: Mapping[str, Any]) -> None:
         """See ``ControlBackend``."""
@@ -345,6 +342,12 @@ class RedisBackend(Backend):
             timeout = max(0.001, min(timeout_seconds, _LONGEST_WAIT_SECONDS))
             answer: Any = await client.blpop([mailbox], timeout=timeout)
         return None if answer is None else answer[1]
+
+
+def _record_of(values: dict[str, Any]) -> WorkerRecord:
+    """A worker's record; what another version has added to it or leaves out does no harm."""
+    known = {item.name: values.get(item.name, item.default) for item in fields(WorkerRecord)}
+    return WorkerRecord(**{**known, "queues": tuple(known["queues"])})
 
 
 def _claim_arguments(claim: Claim) -> list[Any]:

@@ -88,14 +88,14 @@ def in_process_to_cancel() -> None:
     cleans_up()
 
 
-@job(executor_def=in_process_executor)
-def fails() -> None:
-    fail_at_once()
-
-
 @op
 def fail_at_once() -> None:
     raise Failure("on purpose")
+
+
+@job(executor_def=in_process_executor)
+def fails() -> None:
+    fail_at_once()
 
 
 # --- resumed ------------------------------------------------------------------------------------
