@@ -50,6 +50,7 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
     reason = _import_modules(options.include)
     if reason:
         connection.sendall(frames.encode({"kind": "failed", "reason": reason}))

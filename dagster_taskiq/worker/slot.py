@@ -26,9 +26,10 @@ from dagster_taskiq.worker.guard_client import GuardClient
 
 logger = logging.getLogger(__name__)
 
-#: What every child finds already imported. User code is not among it: a fresh child must run what
-#: stands on disk now, and a broken module must break one child only.
-_PRELOAD = ["__main__", "dagster", "dagster_taskiq.worker.child"]
+#: What every child finds already imported, with what Dagster's storages need. User code is not
+#: among it: a fresh child must run what stands on disk now, and a broken module must break one
+#: child only.
+_PRELOAD = ["__main__", "dagster", "dagster_taskiq.worker.child", "alembic.command", "sqlalchemy"]
 
 #: How long a child may take to import the user's modules.
 _READY_TIMEOUT_SECONDS = 300.0
