@@ -28,6 +28,7 @@ from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
+from dagster_taskiq.defaults import IN_HAND_SECONDS
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.results import Outcome, TaskResult
@@ -64,6 +65,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._inst_data = inst_data
         self._settings = settings
         self._opened: RunClient | None = None
+        self._absent_since: dict[str, float] = {}
 
     # --- configuration ---
 
@@ -188,14 +190,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             ).start()
             return True
         run = self._instance.get_run_by_id(run_id)
-        if run is not None and not run.is_finished:
-            where = (
-                "before a worker had started it"
-                if state is TaskState.CANCELLED
-                else ("after its process had gone")
-            )
-            self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
-        return state is TaskState.CANCELLED
+        if run is None or run.is_finished:
+            return False
+        where = (
+            "before a worker had started it"
+            if state is TaskState.CANCELLED
+            else "after its process had gone"
+        )
+        self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
+        return True
 
     def _see_to_its_end(self, run_id: str, task_id: str) -> None:
         """End a cancelled run whose process was killed, or whose worker is gone with it."""
@@ -226,8 +229,25 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """
         task_id = self._task_id(run)
         report, result = self._client.look(run.run_id, task_id)
-        status, reason = _health(report, result)
+        if report.state is TaskState.UNKNOWN:
+            status, reason = self._health_of_waiting(run, task_id)
+        else:
+            self._absent_since.pop(task_id, None)
+            status, reason = _health(report, result)
         return CheckRunHealthResult(status, reason, run_worker_id=task_id)
+
+    def _health_of_waiting(self, run: DagsterRun, task_id: str) -> tuple[WorkerStatus, str | None]:
+        """Of a run that no worker has claimed: it waits, or was lost with its server's memory.
+
+        After a loss live workers claim again within a lease; who does not is gone.
+        """
+        if not self._client.is_absent(self._physical_queue(run), task_id):
+            self._absent_since.pop(task_id, None)
+            return WorkerStatus.RUNNING, "The run waits in its queue."
+        since = self._absent_since.setdefault(task_id, time.monotonic())
+        if time.monotonic() - since < max(self._settings.lease_seconds, IN_HAND_SECONDS):
+            return WorkerStatus.RUNNING, "The servers do not know the run; waiting for a worker to."
+        return WorkerStatus.NOT_FOUND, "Neither a worker nor a queue has the run's task any more."
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True
@@ -261,10 +281,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 def _health(report: TaskReport, result: TaskResult | None) -> tuple[WorkerStatus, str | None]:
     if report.state is TaskState.CLAIMED:
         return WorkerStatus.RUNNING, None
-    if report.state is TaskState.UNKNOWN:
-        return WorkerStatus.RUNNING, "The run waits in its queue."
     if report.state is TaskState.DONE:
-        if result is None or (result.outcome is Outcome.FINISHED and not result.exit_code):
+        if result is None:
+            return WorkerStatus.NOT_FOUND, "The run's process has ended; how is not known any more."
+        if result.outcome is Outcome.FINISHED and not result.exit_code:
             return WorkerStatus.SUCCESS, None
         return WorkerStatus.FAILED, _ending(result)
     if report.state is TaskState.CANCELLED:

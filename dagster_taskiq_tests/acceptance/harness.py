@@ -6,15 +6,18 @@ together; closing it ends them all. At the end of a module no process of its sta
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -574,7 +577,7 @@ def open_stack(
         dagster_yaml: more of the instance's configuration.
     """
     home = directory / "home"
-    home.mkdir()
+    shutil.copytree(_new_home(), home)
     settings = {"telemetry": {"enabled": False}, **(dagster_yaml or {})}
     (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with ExitStack() as servers:
@@ -591,6 +594,16 @@ def open_stack(
         closed_stacks.append(stack.mark)
         with stack.exit_stack:
             yield stack
+
+
+@functools.cache
+def _new_home() -> Path:
+    """A DAGSTER_HOME with an empty SQLite storage, to be copied: to make one takes a second."""
+    home = Path(tempfile.mkdtemp(prefix="dagster-taskiq-home-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    with DagsterInstance.from_config(str(home)) as instance:
+        instance.get_runs(limit=1)
+    return home
 
 
 @functools.cache

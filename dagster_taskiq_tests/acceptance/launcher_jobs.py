@@ -27,16 +27,14 @@ from dagster_taskiq_tests.acceptance.jobs import (
     gated,
     note,
     one,
-    plus,
     ran,
 )
 
 # --- on workers ---------------------------------------------------------------------------------
 
 
-@job(executor_def=taskiq_executor)
-def serial() -> None:
-    add_one.alias("second")(add_one.alias("first")(one()))
+#: Steps that stay on the default queue, wherever their run is.
+_HERE = {"dagster-taskiq/queue": "dagster"}
 
 
 @job(executor_def=taskiq_executor)
@@ -51,13 +49,13 @@ def after(context: OpExecutionContext) -> None:
 
 @job(executor_def=taskiq_executor)
 def gated_then_more() -> None:
-    after(gated())
+    after.tag(_HERE)(gated.tag(_HERE)())
 
 
 @job(executor_def=taskiq_executor)
 def to_cancel() -> None:
     for number in range(4):
-        cleans_up.alias(f"c{number}")()
+        cleans_up.alias(f"c{number}").tag(_HERE)()
 
 
 # --- in the run's own process -------------------------------------------------------------------
@@ -65,12 +63,12 @@ def to_cancel() -> None:
 
 @job(executor_def=in_process_executor)
 def in_process() -> None:
-    plus(add_one.alias("left")(one()), add_one.alias("right")(one.alias("other")()))
+    add_one(one())
 
 
 @job(executor_def=multiprocess_executor)
 def multiprocess() -> None:
-    plus(add_one.alias("left")(one()), add_one.alias("right")(one.alias("other")()))
+    add_one(one())
 
 
 @job(executor_def=in_process_executor)
@@ -127,7 +125,7 @@ def hold(context: OpExecutionContext, x: int) -> int:
 
 @op
 def double(context: OpExecutionContext, x: int) -> int:
-    note(context, "ran")
+    note(context, "ran", key=context.get_mapping_key())
     return 2 * x
 
 

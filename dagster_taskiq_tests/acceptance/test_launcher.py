@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import pytest
 import yaml
 from dagster import (
@@ -25,9 +24,12 @@ from dagster import (
     DagsterRunStatus,
     RunsFilter,
 )
+from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
 from dagster._daemon.monitoring.run_monitoring import monitor_started_run
+from dagster._serdes import serialize_value
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.brokers import open_broker
@@ -88,6 +90,15 @@ class LaunchedRun(Run):
         """Wait until Dagster says so."""
         until(lambda: self.status is status, f"the run is {status.value}")
 
+    def events(
+        self, kind: DagsterEventType | None = None, step: str | None = None
+    ) -> list[DagsterEvent]:
+        """Its events; those of one kind are found fast in a long log."""
+        kinds = {kind} if kind else set(DagsterEventType)
+        entries = self.stack.instance.all_logs(self.run_id, of_type=kinds)
+        events = [entry.dagster_event for entry in entries if entry.dagster_event]
+        return [event for event in events if step in (None, event.step_key)]
+
     def starts(self) -> list[DagsterEvent]:
         """The events of the workers that executed it."""
         events = self.events(DagsterEventType.ENGINE_EVENT)
@@ -109,10 +120,14 @@ class LaunchedRun(Run):
     def await_death(self) -> CheckRunHealthResult:
         """Wait until run monitoring is told that its process is gone."""
         alive = (WorkerStatus.RUNNING, WorkerStatus.SUCCESS)
-        return until(
-            lambda: None if (health := self.health()).status in alive else health,
-            "the run's process is known to be gone",
-        )
+        seen = [self.health()]
+
+        def is_dead() -> bool:
+            seen.append(self.health())
+            return seen[-1].status not in alive
+
+        until(is_dead, "the run's process is known to be gone")
+        return seen[-1]
 
     def monitor(self) -> None:
         """Wait until its process is known to be gone, then do what the daemon does about it."""
@@ -170,9 +185,7 @@ def create(
 
 
 @contextmanager
-def open_launching_stack(
-    kind: BrokerKind, directory: Path, *, resumes: int = 0
-) -> Iterator[Stack]:
+def open_launching_stack(kind: BrokerKind, directory: Path, *, resumes: int = 0) -> Iterator[Stack]:
     """A stack whose instance has the launcher.
 
     Args:
@@ -187,6 +200,11 @@ def open_launching_stack(
                 "module": "dagster_taskiq.launcher",
                 "class": "TaskiqRunLauncher",
                 "config": {**stack.config, "lease_seconds": LEASE_SECONDS},
+            },
+            # four processes less for each run and step
+            "compute_logs": {
+                "module": "dagster._core.storage.noop_compute_log_manager",
+                "class": "NoOpComputeLogManager",
             },
             "run_monitoring": {"enabled": True, "max_resume_run_attempts": resumes},
         }
@@ -259,7 +277,7 @@ def test_a_run_on_a_worker(final: Stack) -> None:
     assert worker.startswith("main@")
     assert _metadata(started)["queue"] == "dagster"
     assert int(_metadata(started)["slot"]) in (1, 2)
-    assert 'Sent the run to queue "dagster".' in run.messages()
+    run.await_message('Sent the run to queue "dagster".')
     # a fresh process for each run, and other ones for the steps
     assert pid not in {note.pid for note in run.notes()}
     until(lambda: not is_running(pid), "the run's process ends with it")
@@ -278,10 +296,10 @@ def test_dagster_s_own_executors(final: Stack, job: str) -> None:
     """A run whose steps run in or below its own process succeeds under the launcher too."""
     run = launch(final, job).wait()
     assert run.is_success
-    assert run.output("plus") == 4
+    assert run.output("add_one") == 2
     (started,) = run.starts()
-    pids = {str(note.pid) for note in run.notes("ran")}
-    assert (pids == {str(_metadata(started)["pid"])}) is (job == "in_process")
+    (note,) = run.notes("ran")
+    assert (str(note.pid) == _metadata(started)["pid"]) is (job == "in_process")
 
 
 def test_a_run_that_fails(final: Stack) -> None:
@@ -304,7 +322,10 @@ def test_many_runs_at_once(final: Stack) -> None:
 def test_code_that_does_not_load(final: Stack) -> None:
     """A run whose code location is gone fails with the reason in its log, and frees its slot."""
     job = ReconstructableJob.for_module(launcher_jobs.__name__, "in_process_single")
-    origin = ReconstructableJob.for_module("a_module_that_is_gone", "x").get_python_origin()
+    origin = job.get_python_origin()
+    gone = ModuleCodePointer("a_module_that_is_gone", "x", working_directory=None)
+    repository = origin.repository_origin._replace(code_pointer=gone)
+    origin = origin._replace(repository_origin=repository)
     instance = final.instance
     run_id = instance.create_run_for_job(job.get_definition(), job_code_origin=origin).run_id
     instance.launch_run(run_id, cast("Any", None))
@@ -314,16 +335,13 @@ def test_code_that_does_not_load(final: Stack) -> None:
     assert "a_module_that_is_gone" in said
 
 
-@pytest.mark.parametrize("kind", ["rabbitmq"])
-def test_over_another_broker(kind: BrokerKind, tmp_path: Path) -> None:
-    """Over RabbitMQ a run succeeds, a running one is terminated, and so is a queued one."""
-    with open_launching_stack(kind, tmp_path) as stack:
+def test_over_rabbitmq(tmp_path: Path) -> None:
+    """Over RabbitMQ a running run is terminated, a queued one too, and the next one succeeds."""
+    with open_launching_stack("rabbitmq", tmp_path) as stack:
         stack.worker("--run-slots", "1").await_ready()
-        first = launch(stack, "serial")
         running = launch(stack, "to_cancel")
-        queued = launch(stack, "single")
-        assert first.wait().is_success
         running.await_notes("started", 2)
+        queued = launch(stack, "single")
         assert queued.health().status is WorkerStatus.RUNNING
         assert queued.terminate()
         assert queued.status is CANCELED
@@ -411,9 +429,6 @@ def remove_tag(run: LaunchedRun) -> None:
     storage: Any = run.stack.instance.run_storage
     stored = run.dagster_run
     tags = {key: value for key, value in stored.tags.items() if key != TASK_ID_TAG}
-    from dagster._core.storage.runs.schema import RunTagsTable, RunsTable  # noqa: PLC0415
-    from dagster._serdes import serialize_value  # noqa: PLC0415
-
     with storage.connect() as connection:
         connection.execute(
             RunsTable.update()
@@ -428,28 +443,26 @@ def remove_tag(run: LaunchedRun) -> None:
     assert TASK_ID_TAG not in run.dagster_run.tags
 
 
-@pytest.mark.parametrize("is_tagged", [True, False])
-def test_terminating_a_running_run(final: Stack, is_tagged: bool) -> None:
+def test_terminating_a_running_run(final: Stack) -> None:
     """A running run is CANCELED, its steps' clean-up code has run, and its queued steps never do.
 
-    ``terminate`` says True while there is something to stop, with or without the run's tag.
+    ``terminate`` says True while there is something to stop, and False afterwards.
     """
     run = launch(final, "to_cancel")
     run.await_notes("started", 2)
-    if not is_tagged:
-        remove_tag(run)
     assert run.terminate() is True
     assert run.wait().status is CANCELED
     assert len(run.notes("cleaned")) == 2
     assert run.terminate() is False
-    assert launch(final, "serial").wait().is_success
+    assert launch(final, "single").wait().is_success
     assert len(run.notes("started")) == 2
 
 
 def test_terminating_steps_in_the_run_s_process(final: Stack) -> None:
-    """A run with the in-process executor is CANCELED too, after its clean-up code."""
+    """A run with the in-process executor is CANCELED after its clean-up code; here without tag."""
     run = launch(final, "in_process_to_cancel")
     run.await_notes("started")
+    remove_tag(run)
     assert run.terminate() is True
     assert run.wait().status is CANCELED
     assert len(run.notes("cleaned")) == 1
@@ -469,8 +482,9 @@ def test_health_without_the_servers(tmp_path: Path) -> None:
     The run of such a launch is a FAILURE at once. When the backend is back the same launcher works.
     """
     with private_redis() as server:
-        home = tmp_path / "home"
+        home, directory = tmp_path / "launching", tmp_path / "stack"
         home.mkdir()
+        directory.mkdir()
         launcher = {
             "module": "dagster_taskiq",
             "class": "TaskiqRunLauncher",
@@ -479,7 +493,7 @@ def test_health_without_the_servers(tmp_path: Path) -> None:
         settings = {"telemetry": {"enabled": False}, "run_launcher": launcher}
         (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
         address = server.url.removeprefix("redis://").partition("/")[0]
-        with open_stack("redis", tmp_path / "stack" if _made(tmp_path / "stack") else tmp_path) as s:
+        with open_stack("redis", directory) as s:
             s.instance = DagsterInstance.from_config(str(home))
             s.exit_stack.callback(s.instance.dispose)
             assert isinstance(s.instance.run_launcher, TaskiqRunLauncher)
@@ -498,11 +512,6 @@ def test_health_without_the_servers(tmp_path: Path) -> None:
                 run.terminate()
             server.restart()
             until(_works(launch, s, "single"), "the launcher works again")
-
-
-def _made(directory: Path) -> bool:
-    directory.mkdir()
-    return True
 
 
 def _works(function: Callable[..., Any], *arguments: Any) -> Callable[[], bool]:
@@ -535,7 +544,7 @@ def test_health_after_a_kill(final: Stack) -> None:
     assert run.status is FAILURE
     cleaned = run.await_notes("cleaned", 2)
     assert max(n.time for n in cleaned) <= killed_at + LEASE_SECONDS + 5 + _SLACK_SECONDS
-    assert launch(final, "serial").wait().is_success
+    assert launch(final, "single").wait().is_success
     assert len(run.notes("started")) == 2
 
 
@@ -557,11 +566,16 @@ def test_a_run_process_that_is_stopped(final: Stack) -> None:
 
 def check_each_once(run: LaunchedRun) -> None:
     """The side effect of each attempt of a ``resumable`` has happened once."""
-    counts = Counter((note.step, note.attempt) for note in run.notes("ran"))
+    counts = Counter((_step_key(note), note.attempt) for note in run.notes("ran"))
     assert counts == dict.fromkeys(launcher_jobs.RESUMABLE_ATTEMPTS, 1)
     assert run.output("total") == 2 * (1 + 2 + 3 + 4)
     skipped = Counter(run.steps(DagsterEventType.STEP_SKIPPED))
     assert skipped == {"after_left": 1, "after_after_left": 1}
+
+
+def _step_key(note: Note) -> str:
+    key = note.more.get("key")
+    return f"{note.step}[{key}]" if key else note.step
 
 
 def begin_resumable(stack: Stack, *, events: int = 0, **arguments: Any) -> LaunchedRun:
@@ -641,72 +655,100 @@ def test_resume_of_a_step_in_a_pool(resuming: Stack) -> None:
     assert info.active_slot_count == 0
 
 
-def test_a_former_process_that_comes_back(resuming: Stack) -> None:
-    """A process that was resumed elsewhere while it was stopped ends when it comes back."""
-    run = launch(resuming, "gated_then_more", lease_seconds=20)
+def test_a_former_process_that_still_lives(resuming: Stack) -> None:
+    """Of two processes of one run the former ends, and leaves the run and its steps alone."""
+    run = launch(resuming, "gated_then_more")
     run.await_notes("started")
-    pid = run.signal_process(signal.SIGSTOP)
+    pid, former = run.await_start(), run.dagster_run.tags[TASK_ID_TAG]
+    # as after a partition of the network that had the daemon think that it is dead
     resuming.instance.resume_run(run.run_id, cast("Any", None), attempt_number=1)
     run.await_message("Resumed the run; 1 steps")
-    os.kill(pid, signal.SIGCONT)
     until(lambda: not is_running(pid), "the former process ends")
+    assert run.dagster_run.tags[TASK_ID_TAG] != former
+    client = cast("TaskiqRunLauncher", resuming.instance.run_launcher)._client
+    result = until(lambda: client.look(run.run_id, former)[1], "its result is there")
+    assert result is not None
+    assert result.exit_code == EXIT_SUPERSEDED
     assert run.status is STARTED
+    assert run.health().status is WorkerStatus.RUNNING
     run.open_gate()
     assert run.wait().is_success
     assert len(run.notes("started")) == len(run.notes("ran")) == 1
     assert run.steps(DagsterEventType.STEP_FAILURE) == []
 
 
-def two_workers(stack: Stack, job: str) -> tuple[LaunchedRun, WorkerProcess, WorkerProcess]:
-    """A run that the first worker executes and whose steps are on the second."""
+def launch_on_its_own_worker(
+    stack: Stack, job: str, *, run_slots: int = 1
+) -> tuple[LaunchedRun, WorkerProcess]:
+    """A run on a worker that executes nothing else; its steps are on the stack's."""
     queue = f"queue-{uuid.uuid4().hex[:6]}"
-    first = stack.worker("--run-slots", "1", slots=0, queues=[queue]).await_ready()
+    worker = worker_of_runs(stack, queue, run_slots)
     run = launch(stack, job, tags={QUEUE_TAG: queue})
     run.await_start()
-    second = stack.worker("--run-slots", "1", slots=2, queues=[queue]).await_ready()
-    return run, first, second
+    return run, worker
 
 
-def test_resume_after_the_death_of_a_worker(resuming: Stack) -> None:
-    """After ``kill -9`` of its worker a run is NOT_FOUND, with the reason, when its lease has ended.
+def worker_of_runs(stack: Stack, queue: str, run_slots: int = 1) -> WorkerProcess:
+    """A worker for whole runs only."""
+    return stack.worker("--run-slots", str(run_slots), slots=0, queues=[queue]).await_ready()
 
-    Then another worker resumes it, and its step, which runs on, is adopted.
+
+def test_a_run_goes_from_worker_to_worker(resuming: Stack) -> None:
+    """Neither the orderly nor the sudden end of its worker ends a run, nor any of its steps.
+
+    A worker that is told to stop gives its run away at once. After ``kill -9`` of its worker a run
+    is NOT_FOUND, with the reason, as soon as its lease has ended. Its one step runs on all along.
     """
-    run, first, second = two_workers(resuming, "gated_then_more")
+    run, first = launch_on_its_own_worker(resuming, "gated_then_more")
+    queue = run.dagster_run.tags[QUEUE_TAG]
     (note,) = run.await_notes("started")
-    pid = run.await_start()
-    first.kill()
+    second = worker_of_runs(resuming, queue)
+    first.terminate()
+    assert first.wait() == 0
+    assert "the run is handed over" in first.log
+    run.monitor()
+    run.await_message("Resumed the run; 1 steps")
+    third = worker_of_runs(resuming, queue)
+    pid = run.await_start(2)
+    second.kill()
     until(lambda: not is_running(pid), "the run's process dies with its worker")
     assert run.health().status is WorkerStatus.RUNNING
     health = run.await_death()
     assert health.status is WorkerStatus.NOT_FOUND
     assert "its lease ended" in str(health.msg)
-    assert is_running(note.pid)
+    assert run.status is STARTED
     run.monitor()
-    run.await_message("Resumed the run; 1 steps")
+    run.await_start(3)
+    assert is_running(note.pid)
     run.open_gate()
     assert run.wait().is_success
     assert len(run.notes("started")) == len(run.notes("ran")) == 1
-    assert [_metadata(event)["worker"] for event in run.starts()] == [
-        first.full_name,
-        second.full_name,
-    ]
+    assert run.steps(DagsterEventType.STEP_SUCCESS) == ["gated", "after"]
+    names = [worker.full_name for worker in (first, second, third)]
+    assert [_metadata(event)["worker"] for event in run.starts()] == names
 
 
-def test_terminating_a_run_whose_worker_is_dead(resuming: Stack) -> None:
+def test_terminating_runs_whose_worker_is_dead(resuming: Stack) -> None:
     """A user's cancel wins over resume: the run ends CANCELED, and its steps on other workers stop.
 
-    That holds while the dead worker's lease is still there, and when it is not any more.
+    That holds while the dead worker's lease is still there, and at once when it is not any more.
     """
-    run, first, _ = two_workers(resuming, "to_cancel")
+    run, worker = launch_on_its_own_worker(resuming, "to_cancel", run_slots=2)
+    late = launch(resuming, "in_process_gated", tags={QUEUE_TAG: run.dagster_run.tags[QUEUE_TAG]})
+    late.await_notes("started")
     run.await_notes("started", 2)
-    first.kill()
+    worker.kill()
     killed_at = time.monotonic()
     assert run.terminate() is True
+    late.await_death()
+    assert late.terminate() is True
+    assert late.status is CANCELED
     assert run.wait().status is CANCELED
     cleaned = run.await_notes("cleaned", 2)
     assert max(n.time for n in cleaned) <= killed_at + LEASE_SECONDS + 5 + _SLACK_SECONDS
-    assert run.terminate() is False
+    for terminated in (run, late):
+        assert terminated.terminate() is False
+        assert len(terminated.starts()) == 1
     assert len(run.notes("started")) == 2
 
 
@@ -719,30 +761,13 @@ def test_terminating_a_run_whose_process_is_gone(resuming: Stack) -> None:
     assert run.terminate() is True
     assert run.status is CANCELED
     run.await_notes("cleaned", 2)
-    assert launch(resuming, "serial").wait().is_success
+    assert launch(resuming, "single").wait().is_success
     assert len(run.notes("started")) == 2
-
-
-def test_draining_hands_a_run_over(resuming: Stack) -> None:
-    """A worker that is told to stop gives its run away at once; the run's step runs on meanwhile."""
-    run, first, second = two_workers(resuming, "gated_then_more")
-    (note,) = run.await_notes("started")
-    first.terminate()
-    assert first.wait() == 0
-    assert "the run is handed over" in first.log
-    assert run.status is STARTED
-    assert is_running(note.pid)
-    run.monitor()
-    run.await_message("Resumed the run; 1 steps")
-    run.open_gate()
-    assert run.wait().is_success
-    assert len(run.notes("started")) == len(run.notes("ran")) == 1
-    assert _metadata(run.starts()[-1])["worker"] == second.full_name
 
 
 def test_draining_waits_for_a_run(final: Stack) -> None:
     """Where runs are not resumed a worker that is told to stop waits for its own, and says so."""
-    run, first, _ = two_workers(final, "gated_then_more")
+    run, first = launch_on_its_own_worker(final, "gated_then_more")
     run.await_notes("started")
     first.terminate()
     first.await_log(f"Waiting for run {run.run_id}: it cannot be resumed.")
