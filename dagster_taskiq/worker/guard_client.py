@@ -25,7 +25,6 @@ class GuardClient:
     def start(self) -> None:
         """Start the guard process."""
         reader, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)  # a guard that hangs must not hang the worker
         try:
             # not "-m": that would import the package, and with it Dagster
             self._process = subprocess.Popen(
@@ -92,6 +91,3 @@ class GuardClient:
             os.write(self._pipe, line.encode() + b"\n")
         except BrokenPipeError:
             pass  # it has died; `monitor` starts another, which is told everything
-        except BlockingIOError:
-            assert self._process is not None
-            self._process.kill()  # it has been stopped for so long that the pipe is full

@@ -241,6 +241,19 @@ def test_drain_timeout(stack: Stack) -> None:
     assert len(run.notes("cleaned")) == 1
 
 
+def test_a_step_cut_short_is_retried_elsewhere(stack: Stack) -> None:
+    """A step that its worker's end has cancelled goes through its retry policy, at once."""
+    first = stack.worker("--drain-timeout", "0.5", slots=1).await_ready()
+    run = stack.start("hangs_once")
+    (note,) = run.await_notes("started")
+    first.terminate()
+    assert first.wait(30) == 3
+    assert not is_running(note.more["child"])
+    stack.worker(slots=1).await_ready()
+    assert run.wait().is_success
+    assert [again.attempt for again in run.notes("again")] == [2]
+
+
 def test_ctrl_c(stack: Stack) -> None:
     """Ctrl-C, which the terminal sends to the whole group, drains like SIGTERM."""
     worker = stack.worker(slots=1).await_ready()

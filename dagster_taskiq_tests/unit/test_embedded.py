@@ -34,6 +34,7 @@ SECONDS = 15.0
 #: past our __init__.py, which imports all of Dagster, so that many can start and really race.
 USER = f"""
 import os, signal, subprocess, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
 from pathlib import Path
 package = sys.modules["dagster_taskiq"] = types.ModuleType("dagster_taskiq")
 package.__path__ = [{str(Path(embedded.__file__).parent)!r}]
