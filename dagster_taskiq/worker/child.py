@@ -49,6 +49,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     # between tasks a signal means nothing; during one, Dagster listens to it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # the fork server was started with it blocked, see ``slot``; what a step starts must not be
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
     reason = _import_modules(options.include)

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
 from typing import Any
@@ -69,6 +70,21 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
+
+
+def _start_deaf(process: ForkServerProcess) -> None:
+    """Start a child, and with the first one the fork server, with SIGTERM blocked.
+
+    A supervisor may send it to every process of a worker. The fork server must not die of it,
+    since a draining worker learns of the ends of its children through it, nor a child before it
+    can ignore it; ``child_main`` unblocks it.
+    """
+    resource_tracker.ensure_running()  # first, as its start unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Slot:
@@ -131,7 +147,7 @@ class Slot:
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
         )
         try:
-            await asyncio.to_thread(process.start)
+            await asyncio.to_thread(_start_deaf, process)
         except (OSError, EOFError) as error:
             ours.close()
             raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error

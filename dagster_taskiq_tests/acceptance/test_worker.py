@@ -230,6 +230,24 @@ def test_second_signal_cancels(stack: Stack) -> None:
     assert len(run.notes("cleaned")) == 1
 
 
+def test_sigterm_to_every_process(stack: Stack) -> None:
+    """A supervisor that signals the whole group takes nothing from a worker that drains.
+
+    But for the step's own process: to Dagster a SIGTERM there means that the step is to end.
+    """
+    worker = stack.worker(slots=2).await_ready()
+    run = stack.start("blocker")
+    (started,) = run.await_notes("started")
+    for process in worker.descendants():
+        if process.pid != started.pid:
+            process.terminate()
+    worker.terminate()
+    worker.await_log("1 running may finish")
+    run.open_gate()
+    assert run.wait().is_success
+    assert worker.wait() == 0
+
+
 def test_drain_timeout(stack: Stack) -> None:
     """After ``--drain-timeout`` the running step is cancelled; the exit code says so."""
     worker = stack.worker("--drain-timeout", "1", slots=1).await_ready()
