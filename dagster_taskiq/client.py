@@ -287,6 +287,7 @@ class Client(Dispatcher):
             cancel_grace_seconds=self._cancel_grace_seconds,
             epoch=self._epoch,
             payload=task.payload,
+            limits=task.limits,
         )
 
     def _physical_queue(self, task: StepTask) -> str:

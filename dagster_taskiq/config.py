@@ -116,6 +116,8 @@ class ConfigSource:
         worker_concurrency: slots of a worker.
         worker_max_tasks_per_child: tasks after which a slot's child process is replaced.
         worker_max_memory_per_child: KiB of memory above which it is replaced.
+        task_soft_time_limit, task_time_limit: seconds that a step may take on a worker, until it
+            gets an exception and until it is killed; 0 is no limit.
         key_prefix: start of the name of every key and queue on the servers.
     """
 
@@ -130,6 +132,8 @@ class ConfigSource:
     worker_concurrency: int | None = None
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None
+    task_soft_time_limit: float | None = None
+    task_time_limit: float | None = None
     key_prefix: str = defaults.KEY_PREFIX
 
     @classmethod
@@ -375,6 +379,13 @@ def _positive_number(name: str, value: Any) -> float:
     return number
 
 
+def _time_limit(name: str, value: Any) -> float:
+    seconds = _number(name, value)
+    if not 0 <= seconds <= defaults.LONGEST_TIME_LIMIT_SECONDS:
+        raise ConfigError(f"{name} is {value!r}, expected seconds, 0 for no limit.")
+    return seconds
+
+
 def _integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):
@@ -444,6 +455,8 @@ _CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "worker_concurrency": _positive_integer,
     "worker_max_tasks_per_child": _positive_integer,
     "worker_max_memory_per_child": _positive_integer,
+    "task_soft_time_limit": _time_limit,
+    "task_time_limit": _time_limit,
     "key_prefix": _text,
 }
 if set(_CONFIG_SOURCE_PARSERS) != {item.name for item in fields(ConfigSource)}:

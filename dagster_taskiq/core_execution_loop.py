@@ -52,7 +52,12 @@ from dagster_taskiq.errors import (
     UnreachableServerError,
 )
 from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
+from dagster_taskiq.tags import (
+    has_misleading_priority,
+    step_queue,
+    step_time_limits,
+    task_priority,
+)
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
 #: time between the two as the wait in the queue.
@@ -273,6 +278,7 @@ class _Loop:
             ),
             priority=self._priority_of(step),
             payload=self._make_payload(step, cut_known_state(self._active, step)),
+            limits=step_time_limits(step.tags),
         )
 
     def _send(self) -> Iterator[DagsterEvent]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.results import TaskResult
+from dagster_taskiq.time_limits import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepTask:
         queue: as people name it.
         priority: 0..10, higher first.
         payload: Dagster's packed arguments.
+        limits: how long the attempt may take.
     """
 
     task_id: str
@@ -32,6 +34,7 @@ class StepTask:
     queue: str
     priority: int
     payload: Mapping[str, Any]
+    limits: TimeLimits = TimeLimits()
 
 
 @dataclass(frozen=True)

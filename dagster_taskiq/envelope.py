@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -17,11 +17,13 @@ from taskiq.message import TaskiqMessage
 
 from dagster_taskiq.defaults import (
     LONGEST_SECONDS,
+    LONGEST_TIME_LIMIT_SECONDS,
     MAX_PRIORITY,
     MIN_LEASE_SECONDS,
     MIN_PRIORITY,
 )
 from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.time_limits import TimeLimits
 
 #: Raised when payload or results change. The header's fields keep their meaning for ever, so that
 #: a worker can say to the loop of another version that it cannot execute what it was sent.
@@ -65,6 +67,7 @@ class Envelope:
         cancel_grace_seconds: time between SIGTERM and SIGKILL when it is cancelled.
         epoch: the backend's epoch at the time it was sent.
         payload: Dagster's packed arguments.
+        limits: how long a step may take; the worker's own limits hold where they say nothing.
         protocol: of the sender.
     """
 
@@ -79,6 +82,7 @@ class Envelope:
     cancel_grace_seconds: float
     epoch: str
     payload: Mapping[str, Any]
+    limits: TimeLimits = TimeLimits()
     protocol: int = PROTOCOL
 
     @property
@@ -89,7 +93,7 @@ class Envelope:
     def header(self) -> dict[str, Any]:
         """Everything but the payload, ready for JSON."""
         header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
-        return {**header, "name": self.name.value}
+        return {**header, "name": self.name.value, "limits": asdict(self.limits)}
 
     def to_message(self, physical_queue: str) -> TaskiqMessage:
         """The Taskiq message to send to a physical queue."""
@@ -148,6 +152,7 @@ class Envelope:
                 cancel_grace_seconds=_seconds(header, "cancel_grace_seconds", 0),
                 epoch=_text(header, "epoch"),
                 payload=payload,
+                limits=_limits(header.get("limits")),
                 protocol=_number(header, "protocol", int, 1, 2**31),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -189,6 +194,19 @@ def _text(header: Mapping[str, Any], key: str) -> str:
 def _seconds(header: Mapping[str, Any], key: str, low: float) -> float:
     seconds: float = _number(header, key, float, low, LONGEST_SECONDS)
     return seconds
+
+
+def _limits(values: Any) -> TimeLimits:
+    if values is None:  # of a sender that does not know of them
+        return TimeLimits()
+    if not isinstance(values, dict):
+        raise TypeError("limits must be a mapping")
+    known = {
+        name: _number(values, name, float, 0, LONGEST_TIME_LIMIT_SECONDS)
+        for name in ("soft_seconds", "hard_seconds")
+        if values.get(name) is not None
+    }
+    return TimeLimits(**known)
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:

@@ -22,6 +22,7 @@ from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
 from dagster_taskiq.tasks import execute_plan, execute_run
 from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     # between tasks a signal means nothing; during one, Dagster listens to it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(SOFT_LIMIT_SIGNAL, signal.SIG_IGN)
     # the fork server was started with it blocked, see ``slot``; what a step starts must not be
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
@@ -64,8 +66,7 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
-    if os.getcwd() not in sys.path and "" not in sys.path:  # noqa: PTH109 - a text is wanted
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    _find_code_here()
     for module in modules:
         try:
             importlib.import_module(module)
@@ -76,11 +77,22 @@ def _import_modules(modules: tuple[str, ...]) -> str:
     return ""
 
 
+def _find_code_here() -> None:
+    """Let modules of the worker's directory be found, wherever the run's process was started.
+
+    Dagster takes the first entry for the script's directory and skips it when it loads a job, so
+    the directory is the second one.
+    """
+    here = str(Path.cwd())
+    sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
+
+
 def _execute(task: dict[str, Any]) -> dict[str, Any]:
     place = Place.from_dict(task["place"])
     name = TaskName(task["name"])
     if name is TaskName.EXECUTE_PLAN:
-        result = execute_plan(task["payload"], place, task["queue"])
+        with soft_time_limit(task.get("soft_timeout_seconds")):
+            result = execute_plan(task["payload"], place, task["queue"])
     else:
         result = execute_run(name, task["payload"], place, task["queue"])
     sys.stdout.flush()

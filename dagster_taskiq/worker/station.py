@@ -23,9 +23,11 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import ServerError, SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+from dagster_taskiq.worker.limit_timers import LimitTimers
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
 from dagster_taskiq.worker.slot import ChildDied, Slot
 
@@ -51,6 +53,7 @@ class Station:
         slots: not yet prepared.
         place: of the worker; pid and slot are filled in for each task.
         result_expires_seconds: how long an unread result is kept.
+        limits: of steps whose tags say nothing.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Station:
         slots: list[Slot],
         place: Place,
         result_expires_seconds: float,
+        limits: TimeLimits,
     ) -> None:
         self.kind = kind
         self._broker = broker
@@ -71,6 +75,7 @@ class Station:
         self._idle = list(reversed(slots))
         self._place = place
         self._result_expires_seconds = result_expires_seconds
+        self._limits = limits
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
         broker.admit = Envelope.from_bytes
@@ -96,6 +101,14 @@ class Station:
         """Take and execute tasks until told to drain; returns when the last one is done."""
         self._is_draining = drain.is_set
         await SettlingReceiver(self._broker, len(self._slots)).listen(drain)
+
+    async def reload(self) -> None:
+        """Give every slot a fresh child: at once where it is idle, else after its task."""
+        for slot in self._slots:
+            slot.retire()
+        failures = await asyncio.gather(*(_prepare(slot) for slot in list(self._idle)))
+        for failure in filter(None, failures):
+            logger.error("No child: %s. The next task fails with that reason.", failure)
 
     async def stop(self) -> None:
         """Kill what still runs, and leave the broker."""
@@ -175,19 +188,25 @@ class Station:
     async def _run_in(self, slot: Slot, envelope: Envelope, lease: Lease) -> TaskResult:
         title = _title(envelope)
         logger.info("%s: starting in slot %d.", title, slot.number)
-        task = {
+        task: dict[str, Any] = {
             "name": envelope.name.value,
             "payload": dict(envelope.payload),
             "place": vars(lease.claim.place),
             "queue": envelope.queue,
         }
         started_at = time.monotonic()
+        timers = LimitTimers(slot, envelope.limits.or_else(self._limits))
+        task["soft_timeout_seconds"] = timers.limits.soft_seconds
         try:
-            answer = await slot.run(task, lambda pid: self._leases.guard_group(lease, pid))
+            answer = await slot.run(
+                task, lambda pid: self._leases.guard_group(lease, pid), timers.start
+            )
         except SlotError as error:
             return TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
+        finally:
+            timers.cancel()
         logger.info("%s: ended after %.3f s.", title, time.monotonic() - started_at)
-        return _result_of(answer, lease)
+        return _result_of(answer, lease, timers.verdict)
 
     async def _store(self, lease: Lease, result: TaskResult) -> None:
         """Store a result as long as the lease may hold."""
@@ -229,9 +248,10 @@ def _title(envelope: Envelope) -> str:
     return f"Step {envelope.step_key} of run {envelope.run_id}, attempt {envelope.attempt}"
 
 
-def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease) -> TaskResult:
+def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str) -> TaskResult:
     if isinstance(answer, ChildDied):
-        why = f" after {lease.stop_reason.value}" if lease.stop_reason else ""
+        why = lease.stop_reason.value if lease.stop_reason else verdict
+        why = why and f" after {why}"
         return TaskResult(
             Outcome.DIED,
             lease.claim.place,

@@ -4,7 +4,8 @@ A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseK
 their claims and stops what may not go on; the guard kills what the worker cannot.
 
 Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
-``guard``. When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
+``guard``, ``reload`` and perhaps ``code-watch``. When one of them fails the worker stops loudly.
+Stopping is one ordered list, ``_stop``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
@@ -31,8 +33,10 @@ from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import DagsterTaskiqError, EmbeddedServerError, ServerError
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Place
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.code_watch import watch_code
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
 from dagster_taskiq.worker.slot import Slot, fork_server
@@ -61,6 +65,8 @@ class WorkerOptions:
         max_tasks_per_child, max_memory_per_child_kib: see ``Slot``; 0 is never.
         drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
         result_expires_seconds: how long an unread result is kept.
+        limits: how long a step may take whose tags say nothing.
+        watch: directory whose changes of code give every slot a fresh child; None for none.
     """
 
     name: str
@@ -73,6 +79,8 @@ class WorkerOptions:
     max_memory_per_child_kib: int = 0
     drain_timeout_seconds: float = 3600.0
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
+    limits: TimeLimits = TimeLimits()
+    watch: Path | None = None
 
 
 class WorkerFailedError(DagsterTaskiqError):
@@ -107,6 +115,7 @@ class Worker:
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
+        self._reload = asyncio.Event()
         self._was_cut_short = False
 
     def _make_stations(self) -> Iterator[Station]:
@@ -137,6 +146,7 @@ class Worker:
                 slots,
                 Place(self.name, self._worker_id, self._host, pid=0, slot=0),
                 options.result_expires_seconds,
+                options.limits,
             )
 
     # --- life ---
@@ -173,6 +183,10 @@ class Worker:
         self._drain.set()
         self._leases.hand_over_runs()
 
+    def reload(self) -> None:
+        """Give every slot a fresh child, between tasks, which imports the present code."""
+        self._reload.set()
+
     async def _start(self) -> None:
         await self._backend.startup()
         self._guard.start()
@@ -200,7 +214,11 @@ class Worker:
             asyncio.create_task(self._heartbeats(), name="heartbeat"),
             asyncio.create_task(self._obey_control(), name="control"),
             asyncio.create_task(self._guard.monitor(), name="guard"),
+            asyncio.create_task(self._reload_when_told(), name="reload"),
         ]
+        if self._options.watch:
+            watching = watch_code(self._options.watch, self.reload)
+            others.append(asyncio.create_task(watching, name="code-watch"))
         draining = asyncio.create_task(self._drain.wait(), name="drain")
         try:
             await self._until_one_ends([*working, draining, *others])
@@ -251,6 +269,14 @@ class Worker:
         self._guard.close()
 
     # --- background ---
+
+    async def _reload_when_told(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            logger.info("Reloading: every slot gets a fresh child, a busy one after its task.")
+            await asyncio.gather(*(station.reload() for station in self._stations))
+            logger.info("Reloaded: idle slots run the present code.")
 
     async def _heartbeats(self) -> None:
         while True:
@@ -307,5 +333,7 @@ class Worker:
                 self._leases.stop(lease, StopReason.CANCELLED)
         elif kind == "terminate":
             self.drain()
+        elif kind == "reload":
+            self.reload()
         else:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)
