@@ -152,7 +152,7 @@ class Envelope:
                 cancel_grace_seconds=_seconds(header, "cancel_grace_seconds", 0),
                 epoch=_text(header, "epoch"),
                 payload=payload,
-                limits=_limits(header.get("limits")),
+                limits=_limits(header["limits"]),
                 protocol=_number(header, "protocol", int, 1, 2**31),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -197,16 +197,15 @@ def _seconds(header: Mapping[str, Any], key: str, low: float) -> float:
 
 
 def _limits(values: Any) -> TimeLimits:
-    if values is None:  # of a sender that does not know of them
-        return TimeLimits()
-    if not isinstance(values, dict):
-        raise TypeError("limits must be a mapping")
-    known = {
-        name: _number(values, name, float, 0, LONGEST_TIME_LIMIT_SECONDS)
-        for name in ("soft_seconds", "hard_seconds")
-        if values.get(name) is not None
-    }
-    return TimeLimits(**known)
+    if not isinstance(values, dict) or set(values) != {"soft_seconds", "hard_seconds"}:
+        raise TypeError("limits must be a mapping of soft_seconds and hard_seconds")
+    return TimeLimits(
+        **{
+            name: _number(values, name, float, 0, LONGEST_TIME_LIMIT_SECONDS)
+            for name, value in values.items()
+            if value is not None
+        }
+    )
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:

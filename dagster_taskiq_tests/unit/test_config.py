@@ -349,6 +349,8 @@ GOOD: Mapping[str, tuple[Any, Any]] = {
     "worker_concurrency": (4, 4),
     "worker_max_tasks_per_child": ("100", 100),
     "worker_max_memory_per_child": (200_000, 200_000),
+    "task_soft_time_limit": ("1.5", 1.5),
+    "task_time_limit": (0, 0.0),
     "key_prefix": ("staging", "staging"),
 }
 
@@ -364,6 +366,8 @@ BAD: Mapping[str, tuple[Any, ...]] = {
     "worker_concurrency": (0, "many", True),
     "worker_max_tasks_per_child": (0, "x"),
     "worker_max_memory_per_child": (-1, "1GB"),
+    "task_soft_time_limit": (-1, "soon", float("nan"), 1e10),
+    "task_time_limit": (-1, None, float("inf")),
     "key_prefix": ("", None),
 }
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from taskiq.formatters.json_formatter import JSONFormatter
 
-from dagster_taskiq.defaults import LONGEST_SECONDS, MIN_LEASE_SECONDS
+from dagster_taskiq.defaults import LONGEST_SECONDS, LONGEST_TIME_LIMIT_SECONDS, MIN_LEASE_SECONDS
 from dagster_taskiq.envelope import (
     PROTOCOL,
     Envelope,
@@ -23,6 +23,7 @@ from dagster_taskiq.envelope import (
     step_task_id,
 )
 from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker.station import _foreign_protocol
 
 # Python's JSON turns lone surrogates into themselves, but no server takes them
@@ -33,6 +34,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=5,
 )
+
+LIMIT = st.none() | st.floats(0, LONGEST_TIME_LIMIT_SECONDS)
 
 
 @st.composite
@@ -51,6 +54,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
         cancel_grace_seconds=draw(st.floats(0, LONGEST_SECONDS)),
         epoch=draw(TEXT),
         payload=draw(st.dictionaries(st.text(), JSON)),
+        limits=TimeLimits(draw(LIMIT), draw(LIMIT)),
     )
 
 
@@ -153,6 +157,17 @@ WRONG: Mapping[str, tuple[Any, ...]] = {
     "lease_seconds": (0, 0.5, -1, float("nan"), float("inf"), 10**400, "30", None, 86401, True),
     "cancel_grace_seconds": (-0.1, float("nan"), float("inf"), 10**400, "1", None, 86401),
     "epoch": ("", None, 5, "\ud800"),
+    "limits": (
+        None,
+        {},
+        [],
+        {"soft_seconds": 1},
+        *(
+            {"soft_seconds": value, "hard_seconds": None}
+            for value in (-1, "5", float("nan"), float("inf"), 2e9, True)
+        ),
+        {"soft_seconds": None, "hard_seconds": None, "more": 1},
+    ),
     "protocol": (0, -1, 1.5, "1", None, [], True),
 }
 
