@@ -289,20 +289,23 @@ def _config_source(value: Any) -> Mapping[str, Any]:
 
 
 def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:
-    if backend is not None and backend.startswith("rpc"):
+    is_rpc = backend is not None and backend.startswith("rpc")
+    if is_rpc:
         warnings.warn(
             "backend 'rpc://' keeps no state that outlives a connection, so "
-            f"{defaults.BACKEND_URL_VARIABLE} or a Redis broker's own server is used instead.",
+            f"{defaults.BACKEND_URL_VARIABLE} is used instead.",
             stacklevel=2,
         )
         backend = None
     backend = backend or os.getenv(defaults.BACKEND_URL_VARIABLE) or None
     if backend is None:
-        if broker_url is None or is_redis(broker_url) or source.task_always_eager:
+        has_own = broker_url is None or is_redis(broker_url)
+        if source.task_always_eager or (has_own and not is_rpc):
             return None
         raise ConfigError(
-            "RabbitMQ alone cannot keep results and claims: set 'backend' or "
-            f"{defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or Valkey."
+            f"{'rpc://' if is_rpc else 'RabbitMQ alone'} cannot keep results and claims: set "
+            f"'backend' or {defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or "
+            "Valkey."
         )
     if is_amqp(backend):
         raise ConfigError(

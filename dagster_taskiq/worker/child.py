@@ -20,9 +20,12 @@ from typing import Any
 
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
-from dagster_taskiq.tasks import execute_plan, execute_run
+from dagster_taskiq.tasks import execute_plan, execute_run, is_run_over
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
+
+#: Name of the question of ``run_watch``, beside those of tasks.
+LOOK_AT_RUN = "look_at_run"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     connection.sendall(frames.encode({"kind": "ready"}))
     while (task := frames.receive(connection)) is not None:
         connection.sendall(frames.encode({"kind": "started"}))
-        connection.sendall(frames.encode(_execute(task)))
+        answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
+        connection.sendall(frames.encode({**answer, "resident_kib": _resident_kib()}))
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
@@ -100,8 +104,14 @@ def _execute(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "result",
         "result": result.to_bytes().decode(),
-        "resident_kib": _resident_kib(),
     }
+
+
+def _look_at_run(task: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"kind": "run", "is_over": is_run_over(task["payload"]), "error": ""}
+    except Exception as error:
+        return {"kind": "run", "is_over": False, "error": f"{type(error).__name__}: {error}"}
 
 
 def _resident_kib() -> int:

@@ -15,26 +15,42 @@ QUIET_SECONDS = 0.3
 _CHANGES = ("created", "deleted", "modified", "moved")
 
 
-async def watch_code(directory: Path, on_change: Callable[[], None]) -> None:
-    """Call back after changes of Python files below a directory, until cancelled."""
-    loop = asyncio.get_running_loop()
-    changed = asyncio.Event()
-    observer = Observer()
+class CodeWatch:
+    """Watches the Python files below a directory.
 
-    def note() -> None:
-        loop.call_soon_threadsafe(changed.set)
+    Args:
+        directory: the topmost.
+        on_change: called in the event loop, some time after the last of several changes.
+    """
 
-    observer.schedule(_Handler(note), str(directory), recursive=True)
-    await asyncio.to_thread(observer.start)  # it walks the whole tree
-    try:
+    def __init__(self, directory: Path, on_change: Callable[[], None]) -> None:
+        self._directory = directory
+        self._on_change = on_change
+        self._changed = asyncio.Event()
+        self._observer = Observer()
+
+    async def start(self) -> None:
+        """Notice changes from now on."""
+        loop = asyncio.get_running_loop()
+
+        def note() -> None:
+            loop.call_soon_threadsafe(self._changed.set)
+
+        self._observer.schedule(_Handler(note), str(self._directory), recursive=True)
+        await asyncio.to_thread(self._observer.start)  # it walks the whole tree
+
+    async def run(self) -> None:
+        """Call back after changes, until cancelled."""
         while True:
-            await changed.wait()
-            while changed.is_set():
-                changed.clear()
+            await self._changed.wait()
+            while self._changed.is_set():
+                self._changed.clear()
                 await asyncio.sleep(QUIET_SECONDS)
-            on_change()
-    finally:
-        observer.stop()
+            self._on_change()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._observer.stop()
 
 
 class _Handler(FileSystemEventHandler):

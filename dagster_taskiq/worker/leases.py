@@ -53,6 +53,7 @@ class Lease:
         group: the process group of the child that executes it.
         renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
         on_stop: called once, when the task may not go on.
+        on_orphaned: called at each renewal while its run has no process but may get another one.
         needs_live_run: whether it ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
         is_lost: whether the backend has said that the claim is not ours any more.
@@ -64,6 +65,7 @@ class Lease:
     group: int
     renewed_at: float
     on_stop: Callable[[], None]
+    on_orphaned: Callable[[], None]
     needs_live_run: bool = True
     stop_reason: StopReason | None = None
     is_lost: bool = False
@@ -200,8 +202,11 @@ class LeaseKeeper:
             self.stop(lease, StopReason.CANCELLED)
         elif not lease.needs_live_run:
             self._look_at_process(lease)
-        elif not renewal.is_run_alive and not renewal.is_resumable and self._is_steady(lease):
-            self.stop(lease, StopReason.RUN_GONE)
+        elif not renewal.is_run_alive and self._is_steady(lease):
+            if renewal.is_resumable:
+                lease.on_orphaned()
+            else:
+                self.stop(lease, StopReason.RUN_GONE)
 
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""

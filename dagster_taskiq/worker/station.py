@@ -22,6 +22,7 @@ from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import ServerError, SlotError
+from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
@@ -29,6 +30,7 @@ from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
+from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Station:
         backend: where tasks are claimed.
         leases: keeps the claims.
         slots: not yet prepared.
+        run_watch: asks after runs whose process is gone.
         place: of the worker; pid and slot are filled in for each task.
         result_expires_seconds: how long an unread result is kept.
         limits: of steps whose tags say nothing.
@@ -63,6 +66,7 @@ class Station:
         backend: Backend,
         leases: LeaseKeeper,
         slots: list[Slot],
+        run_watch: RunWatch,
         place: Place,
         result_expires_seconds: float,
         limits: TimeLimits,
@@ -73,6 +77,8 @@ class Station:
         self._leases = leases
         self._slots = slots
         self._idle = list(reversed(slots))
+        self._run_watch = run_watch
+        self._looks: dict[str, asyncio.Task[None]] = {}
         self._place = place
         self._result_expires_seconds = result_expires_seconds
         self._limits = limits
@@ -114,6 +120,8 @@ class Station:
         """Kill what still runs, and leave the broker."""
         for slot in self._slots:
             await slot.stop()
+        await end_tasks(self._looks.values())
+        await self._run_watch.stop()
         await self._broker.shutdown()
 
     # --- one task ---
@@ -169,6 +177,7 @@ class Station:
             slot.pid,
             claimed_at,
             lambda: self._stop_task(slot, envelope),
+            lambda: self._look_after_orphan(lease, envelope),
             needs_live_run=is_step,
         )
         self._leases.keep(lease)
@@ -240,6 +249,20 @@ class Station:
                 slot.kill()
 
         asyncio.get_running_loop().call_later(envelope.cancel_grace_seconds, kill)
+
+    def _look_after_orphan(self, lease: Lease, envelope: Envelope) -> None:
+        """Stop a step whose run has no process, once Dagster has given the run up."""
+        token = lease.claim.token
+
+        async def look() -> None:
+            try:
+                if await self._run_watch.is_over(envelope.payload):
+                    self._leases.stop(lease, StopReason.RUN_GONE)
+            finally:
+                del self._looks[token]
+
+        if token not in self._looks:
+            self._looks[token] = asyncio.create_task(look(), name=f"look after {envelope.run_id}")
 
 
 def _title(envelope: Envelope) -> str:

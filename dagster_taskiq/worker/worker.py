@@ -36,9 +36,10 @@ from dagster_taskiq.results import Place
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
-from dagster_taskiq.worker.code_watch import watch_code
+from dagster_taskiq.worker.code_watch import CodeWatch
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import Slot, fork_server
 from dagster_taskiq.worker.station import Station
 
@@ -116,6 +117,7 @@ class Worker:
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
         self._reload = asyncio.Event()
+        self._code_watch = CodeWatch(options.watch, self.reload) if options.watch else None
         self._was_cut_short = False
 
     def _make_stations(self) -> Iterator[Station]:
@@ -144,6 +146,7 @@ class Worker:
                 self._backend,
                 self._leases,
                 slots,
+                RunWatch(Slot(context, self._guard, ChildOptions((), options.log_level, 0))),
                 Place(self.name, self._worker_id, self._host, pid=0, slot=0),
                 options.result_expires_seconds,
                 options.limits,
@@ -190,6 +193,8 @@ class Worker:
     async def _start(self) -> None:
         await self._backend.startup()
         self._guard.start()
+        if self._code_watch:  # before the children import code
+            await self._code_watch.start()
         for station in self._stations:
             await station.start()
         await self._send_heartbeat()
@@ -216,9 +221,8 @@ class Worker:
             asyncio.create_task(self._guard.monitor(), name="guard"),
             asyncio.create_task(self._reload_when_told(), name="reload"),
         ]
-        if self._options.watch:
-            watching = watch_code(self._options.watch, self.reload)
-            others.append(asyncio.create_task(watching, name="code-watch"))
+        if self._code_watch:
+            others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
         draining = asyncio.create_task(self._drain.wait(), name="drain")
         try:
             await self._until_one_ends([*working, draining, *others])
@@ -257,6 +261,8 @@ class Worker:
 
     async def _stop(self) -> None:
         """Stop in order: first what others rely on, last what protects them from us."""
+        if self._code_watch:
+            self._code_watch.stop()
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()

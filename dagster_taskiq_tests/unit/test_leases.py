@@ -136,6 +136,7 @@ class Scene:
         self.guard = FakeGuard()
         self.keeper = LeaseKeeper(cast("Backend", backend), cast("GuardClient", self.guard))
         self.stopped_at: dict[str, float] = {}
+        self.orphaned = 0
         self._numbers = itertools.count(1)
 
     def keep(self, lease_seconds: float = LEASE) -> Lease:
@@ -144,13 +145,16 @@ class Scene:
         token = f"token-{number}"
         claim = Claim("run", f"task-{number}", token, lease_seconds, "e1", Place("", "", "", 0, 0))
         self.backend.ends[token] = now() + lease_seconds
-        lease = Lease(claim, number, now(), lambda: self._note_stop(token))
+        lease = Lease(claim, number, now(), lambda: self._note_stop(token), self._note_orphan)
         self.keeper.keep(lease)
         return lease
 
     def _note_stop(self, token: str) -> None:
         assert token not in self.stopped_at, "stopped twice"
         self.stopped_at[token] = now()
+
+    def _note_orphan(self) -> None:
+        self.orphaned += 1
 
     def stop_of(self, lease: Lease) -> float | None:
         return self.stopped_at.get(lease.claim.token)
@@ -378,6 +382,7 @@ def test_the_end_of_a_run_stops_its_tasks() -> None:
         scene.backend.is_run_alive = False
         await asyncio.sleep(10 * LEASE)
         assert lease.stop_reason is None
+        assert scene.orphaned >= 10  # Dagster is asked after the run meanwhile
         scene.backend.is_resumable = False
         await asyncio.sleep(LEASE / 5)
         assert lease.stop_reason is StopReason.RUN_GONE
