@@ -24,6 +24,7 @@ from rich.table import Table
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.config import Settings, check_config, load_yaml
 from dagster_taskiq.connections import Servers, find_running_backend, find_servers
+from dagster_taskiq.control import refuses, worker_order
 from dagster_taskiq.defaults import DEFAULT_QUEUE, DRAIN_TIMEOUT_SECONDS
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 from dagster_taskiq.version import __version__
@@ -172,9 +173,16 @@ def worker_start(
         ),
         drain_timeout_seconds=drain_timeout,
         result_expires_seconds=source.result_expires,
+        secrets=_take_secrets(settings),
     )
     _configure_logging(options.log_level)
     sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
+
+
+def _take_secrets(settings: Settings) -> dict[str, str]:
+    """Take the signing keys out of the environment, which every process of ours would inherit."""
+    found = {name: os.environ.pop(name, None) for name in settings.signing_variables}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
@@ -264,6 +272,7 @@ def worker_list(config_yaml: str | None) -> None:
         "state",
         "pid",
         "version",
+        "refused",
         box=None,
         padding=(0, 2, 0, 0),
     )
@@ -276,6 +285,7 @@ def worker_list(config_yaml: str | None) -> None:
             record.state,
             str(record.pid),
             record.version,
+            str(record.refused),
         )
     Console(soft_wrap=True).print(table)
 
@@ -290,18 +300,29 @@ def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> N
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
+    settings = _settings(config_yaml)
+
     async def terminate(backend: Backend) -> list[WorkerRecord]:
         records = [item for item in await backend.workers() if all_ or _is_named(item, str(name))]
         for record in records:
-            await backend.send_control(record.worker_id, {"kind": "terminate"})
+            await _send_order(backend, settings, record, "terminate")
         return records
 
-    records = asyncio.run(_with_backend(_settings(config_yaml), terminate))
+    records = asyncio.run(_with_backend(settings, terminate))
     if not records:
         what = "No worker is running." if all_ else f"No worker named {name!r} is running."
         raise click.ClickException(what)
     for record in records:
         click.echo(f"Told {record.name} to stop.")
+
+
+async def _send_order(
+    backend: Backend, settings: Settings, record: WorkerRecord, kind: str
+) -> None:
+    signer = settings.signer()
+    if reason := refuses(signer, record):
+        raise ConfigError(f"The order to {kind} would be of no use: {reason}")
+    await backend.send_control(record.worker_id, worker_order(signer, record.worker_id, kind))
 
 
 def _is_named(record: WorkerRecord, name: str) -> bool:

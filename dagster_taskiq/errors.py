@@ -9,6 +9,7 @@
     ├── EmbeddedServerError      the embedded server cannot be started
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
+    ├── UntrustedError           not signed with a key of ours, or a replay
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -66,6 +67,10 @@ class MalformedTaskError(DagsterTaskiqError):
 
 class MalformedResultError(DagsterTaskiqError):
     """A stored result cannot be decoded."""
+
+
+class UntrustedError(DagsterTaskiqError):
+    """What was read is not signed with a key of ours, is for somebody else, or a replay."""
 
 
 class SupersededLoopError(DagsterTaskiqError):
