@@ -24,6 +24,7 @@ from rich.table import Table
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.config import Settings, check_config, load_yaml
 from dagster_taskiq.connections import Servers, find_running_backend, find_servers
+from dagster_taskiq.control import refuses, worker_order
 from dagster_taskiq.defaults import (
     DEFAULT_QUEUE,
     DRAIN_TIMEOUT_SECONDS,
@@ -189,6 +190,7 @@ def _worker_options(
         limits=TimeLimits(given["soft_time_limit"], given["time_limit"])
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
+        secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )
 
@@ -196,6 +198,12 @@ def _worker_options(
 def _first(*values: Any) -> Any:
     """The first that is given."""
     return next((value for value in values if value is not None), None)
+
+
+def _take_secrets(settings: Settings) -> dict[str, str]:
+    """Take the signing keys out of the environment, which every process of ours would inherit."""
+    found = {name: os.environ.pop(name, None) for name in settings.signing_variables}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
@@ -304,6 +312,7 @@ def worker_list(config_yaml: str | None) -> None:
         "state",
         "pid",
         "version",
+        "refused",
         box=None,
         padding=(0, 2, 0, 0),
     )
@@ -316,6 +325,7 @@ def worker_list(config_yaml: str | None) -> None:
             record.state,
             str(record.pid),
             record.version,
+            str(record.refused),
         )
     Console(soft_wrap=True).print(table)
 
@@ -347,17 +357,28 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
+    settings = _settings(config_yaml)
+
     async def tell(backend: Backend) -> list[str]:
         records = [item for item in await backend.workers() if all_ or _is_named(item, str(name))]
         for record in records:
-            await backend.send_control(record.worker_id, {"kind": kind})
+            await _send_order(backend, settings, record, kind)
         return [record.name for record in records]
 
-    names: list[str] = asyncio.run(_with_backend(_settings(config_yaml), tell))
+    names: list[str] = asyncio.run(_with_backend(settings, tell))
     if not names:
         what = "No worker is running." if all_ else f"No worker named {name!r} is running."
         raise click.ClickException(what)
     return names
+
+
+async def _send_order(
+    backend: Backend, settings: Settings, record: WorkerRecord, kind: str
+) -> None:
+    signer = settings.signer()
+    if reason := refuses(signer, record):
+        raise ConfigError(f"The order to {kind} would be of no use: {reason}")
+    await backend.send_control(record.worker_id, worker_order(signer, record.worker_id, kind))
 
 
 def _is_named(record: WorkerRecord, name: str) -> bool:

@@ -135,6 +135,7 @@ class _Flight:
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         is_reported_unserved: whether the log says that nobody listens on its queue.
+        is_reported_refused: whether the log says that workers there refuse it.
     """
 
     task: StepTask
@@ -143,6 +144,7 @@ class _Flight:
     place: Place | None = None
     absent_since: float | None = None
     is_reported_unserved: bool = False
+    is_reported_refused: bool = False
 
 
 class _Loop:
@@ -436,6 +438,7 @@ class _Loop:
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
             yield from self._judge(flight, TaskState.UNKNOWN)
             return
+        yield from self._report_refusal(flight, inspection)
         is_unserved = flight.task.queue in inspection.unserved_queues
         if not is_unserved:
             flight.is_reported_unserved = False
@@ -447,6 +450,17 @@ class _Loop:
                 f'No worker listens on queue "{flight.task.queue}"; the step waits there. '
                 f"Queues with workers: {served}.",
                 EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
+            )
+
+    def _report_refusal(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+        """Say that workers do not take what this run sends: they would drop it without a word."""
+        refusal = inspection.refusing_workers.get(flight.task.queue)
+        if refusal and not flight.is_reported_refused:
+            flight.is_reported_refused = True
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" waits: {refusal}',
+                EngineEventData(metadata={"queue": flight.task.queue}),
             )
 
     def _judge(self, flight: _Flight, state: TaskState) -> Iterator[DagsterEvent]:

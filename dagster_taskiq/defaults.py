@@ -66,6 +66,9 @@ IN_HAND_SECONDS = 15.0
 HEARTBEAT_SECONDS = 5.0
 WORKER_EXPIRES_SECONDS = 30.0
 
+#: How old a signed order to a worker may be, and how far the clocks of two hosts may differ.
+CONTROL_AGE_SECONDS = 300.0
+
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0
 
@@ -75,3 +78,4 @@ DRAIN_TIMEOUT_SECONDS = 3600.0
 #: Name of the environment variables that configure what the YAML leaves out.
 BROKER_URL_VARIABLE = "DAGSTER_TASKIQ_BROKER_URL"
 BACKEND_URL_VARIABLE = "DAGSTER_TASKIQ_BACKEND_URL"
+SIGNING_KEY_VARIABLE = "DAGSTER_TASKIQ_SIGNING_KEY"

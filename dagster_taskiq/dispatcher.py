@@ -48,6 +48,7 @@ class Inspection:
         absent: ids of unclaimed tasks that the broker does not hold either.
         unserved_queues: queues of unclaimed tasks that no worker listens on.
         served_queues: those that workers do listen on.
+        refusing_workers: by queue, what to say of workers there that refuse this run's tasks.
     """
 
     is_conclusive: bool
@@ -55,6 +56,7 @@ class Inspection:
     absent: frozenset[str] = frozenset()
     unserved_queues: frozenset[str] = frozenset()
     served_queues: frozenset[str] = field(default_factory=frozenset)
+    refusing_workers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Dispatcher(ABC):

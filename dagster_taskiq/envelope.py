@@ -23,6 +23,7 @@ from dagster_taskiq.defaults import (
     MIN_PRIORITY,
 )
 from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.signing import SIGNATURE, Purpose, Signer
 from dagster_taskiq.time_limits import TimeLimits
 
 #: Raised when payload or results change. The header's fields keep their meaning for ever, so that
@@ -33,7 +34,7 @@ PROTOCOL = 1
 _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
 
 #: Labels of ours; any other one could change how Taskiq treats the message, so it is refused.
-_LABELS = frozenset({"queue_name", "priority"})
+_LABELS = frozenset({"queue_name", "priority", SIGNATURE})
 
 
 class TaskName(str, Enum):
@@ -95,24 +96,29 @@ class Envelope:
         header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
         return {**header, "name": self.name.value, "limits": asdict(self.limits)}
 
-    def to_message(self, physical_queue: str) -> TaskiqMessage:
+    def to_message(self, physical_queue: str, signer: Signer) -> TaskiqMessage:
         """The Taskiq message to send to a physical queue."""
-        labels = {"queue_name": physical_queue, "priority": self.priority}
+        labels: dict[str, Any] = {"queue_name": physical_queue, "priority": self.priority}
+        content = {"header": self.header(), "payload": dict(self.payload)}
+        signature = signer.sign(Purpose.TASK, "", content)
+        if signature:
+            labels[SIGNATURE] = signature
         return TaskiqMessage(
             task_id=self.task_id,
             task_name=self.name.value,
             labels=labels,
             labels_types=None,
             args=[],
-            kwargs={"header": self.header(), "payload": dict(self.payload)},
+            kwargs=content,
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Envelope:
+    def from_bytes(cls, data: bytes, signer: Signer) -> Envelope:
         """The envelope of a raw message as a broker delivers it.
 
         Raises:
             MalformedTaskError: the bytes are not JSON, no Taskiq message, or not a task of ours.
+            UntrustedError: it is not signed with a key of ours.
         """
         try:
             message = TaskiqMessage.model_validate(json.loads(data))
@@ -123,6 +129,8 @@ class Envelope:
             raise MalformedTaskError(f"it has labels that no task of ours has: {sorted(unknown)}")
         if message.args or set(message.kwargs) != {"header", "payload"}:
             raise MalformedTaskError("its arguments are not 'header' and 'payload'")
+        # all that is ever done with a task stands in these two
+        signer.verify(Purpose.TASK, "", message.kwargs, message.labels.get(SIGNATURE))
         envelope = cls.from_header(message.kwargs["header"], message.kwargs["payload"])
         if (envelope.task_id, envelope.name.value) != (message.task_id, message.task_name):
             raise MalformedTaskError("its header and its message name different tasks")

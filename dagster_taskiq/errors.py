@@ -10,6 +10,7 @@
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
+    ├── UntrustedError           not signed with a key of ours, or a replay
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -67,6 +68,10 @@ class MalformedTaskError(DagsterTaskiqError):
 
 class MalformedResultError(DagsterTaskiqError):
     """A stored result cannot be decoded."""
+
+
+class UntrustedError(DagsterTaskiqError):
+    """What was read is not signed with a key of ours, is for somebody else, or a replay."""
 
 
 class SupersededLoopError(DagsterTaskiqError):

@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ class ChildOptions:
         include: modules to import before it counts as ready.
         log_level: of the root logger, a name.
         slot: the number of its slot.
+        environment: variables that it has and other children have not; may be secret.
     """
 
     include: tuple[str, ...]
     log_level: str
     slot: int
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def child_main(connection: socket.socket, options: ChildOptions) -> None:
@@ -50,6 +53,7 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     before any of its code runs, then ``result``.
     """
     os.setsid()
+    os.environ.update(options.environment)
     # between tasks a signal means nothing; during one, Dagster listens to it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,6 +18,7 @@ from enum import Enum
 import psutil
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
+from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
     INTERRUPT_AT_LATEST_LEASE_SHARE,
@@ -25,7 +26,8 @@ from dagster_taskiq.defaults import (
     LEASE_SECONDS,
     RENEWALS_PER_LEASE,
 )
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ServerError, UntrustedError
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 
@@ -59,6 +61,7 @@ class Lease:
         is_lost: whether the backend has said that the claim is not ours any more.
         is_resumable: whether another process would take over a run.
         suspended_since: since when its process has been seen stopped.
+        refused_order: to cancel it, which is found again at each renewal.
     """
 
     claim: Claim
@@ -71,6 +74,7 @@ class Lease:
     is_lost: bool = False
     is_resumable: bool = False
     suspended_since: float | None = None
+    refused_order: str | None = None
 
     @property
     def ends_at(self) -> float:
@@ -79,11 +83,20 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Keeps the claims of one worker; ``run`` is its background task."""
+    """Keeps the claims of one worker; ``run`` is its background task.
 
-    def __init__(self, backend: Backend, guard: GuardClient) -> None:
+    Args:
+        orders: verifies the orders to cancel that renewals find.
+        refusals: counts those that are refused.
+    """
+
+    def __init__(
+        self, backend: Backend, guard: GuardClient, orders: OrderReader, refusals: Refusals
+    ) -> None:
         self._backend = backend
         self._guard = guard
+        self._orders = orders
+        self._refusals = refusals
         self._leases: dict[str, Lease] = {}
         self._epoch = ""
         self._epoch_since = 0.0
@@ -198,7 +211,7 @@ class LeaseKeeper:
         lease.is_resumable = renewal.is_resumable
         if lease.claim.token in self._leases:
             self.guard_group(lease, lease.group)
-        if renewal.cancel_reason is not None:
+        if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
             self.stop(lease, StopReason.CANCELLED)
         elif not lease.needs_live_run:
             self._look_at_process(lease)
@@ -207,6 +220,17 @@ class LeaseKeeper:
                 lease.on_orphaned()
             else:
                 self.stop(lease, StopReason.RUN_GONE)
+
+    def _is_to_cancel(self, lease: Lease, order: str) -> bool:
+        if order == lease.refused_order:
+            return False
+        try:
+            self._orders.check_cancel(lease.claim.task_id, order)
+        except UntrustedError as error:
+            lease.refused_order = order
+            self._refusals.note("an order to cancel", error)
+            return False
+        return True
 
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""

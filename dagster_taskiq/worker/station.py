@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,10 @@ from taskiq import Context, TaskiqDepends
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
-from dagster_taskiq.errors import ServerError, SlotError
+from dagster_taskiq.errors import ServerError, SlotError, UntrustedError
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
@@ -57,6 +58,8 @@ class Station:
         place: of the worker; pid and slot are filled in for each task.
         result_expires_seconds: how long an unread result is kept.
         limits: of steps whose tags say nothing.
+        signer: verifies tasks and signs results.
+        queues: that it listens on, as people name them.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class Station:
         place: Place,
         result_expires_seconds: float,
         limits: TimeLimits,
+        signer: Signer,
+        queues: Collection[str],
     ) -> None:
         self.kind = kind
         self._broker = broker
@@ -84,7 +89,9 @@ class Station:
         self._limits = limits
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
-        broker.admit = Envelope.from_bytes
+        self._signer = signer
+        self._queues = queues
+        broker.admit = self._admit
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
@@ -123,6 +130,18 @@ class Station:
         await end_tasks(self._looks.values())
         await self._run_watch.stop()
         await self._broker.shutdown()
+
+    @property
+    def refused_count(self) -> int:
+        """How many messages were refused."""
+        return self._broker.refused_count
+
+    def _admit(self, data: bytes) -> None:
+        """Raises UntrustedError or MalformedTaskError for what must not be executed here."""
+        envelope = Envelope.from_bytes(data, self._signer)
+        is_ours = envelope.kind is self.kind and envelope.queue in self._queues
+        if self._signer.is_active and not is_ours:
+            raise UntrustedError(f"it was sent to the {envelope.kind.value} of {envelope.queue!r}")
 
     # --- one task ---
 
@@ -223,7 +242,7 @@ class Station:
             try:
                 is_stored = await self._backend.complete(
                     lease.claim,
-                    result.to_bytes(),
+                    result.to_bytes(self._signer, lease.claim.task_id),
                     expires_seconds=self._result_expires_seconds,
                 )
             except ServerError as error:

@@ -17,21 +17,28 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.errors import DagsterTaskiqError, EmbeddedServerError, ServerError
+from dagster_taskiq.errors import (
+    DagsterTaskiqError,
+    EmbeddedServerError,
+    ServerError,
+    UntrustedError,
+)
 from dagster_taskiq.loop_thread import end_tasks
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
@@ -68,6 +75,7 @@ class WorkerOptions:
         result_expires_seconds: how long an unread result is kept.
         limits: how long a step may take whose tags say nothing.
         watch: directory whose changes of code give every slot a fresh child; None for none.
+        secrets: environment variables of the runs' processes that steps do not get.
     """
 
     name: str
@@ -82,6 +90,7 @@ class WorkerOptions:
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
     limits: TimeLimits = TimeLimits()
     watch: Path | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class WorkerFailedError(DagsterTaskiqError):
@@ -112,7 +121,9 @@ class Worker:
         self._started_at = time.time()
         self._backend: Backend = open_backend(servers.backend)
         self._guard = GuardClient()
-        self._leases = LeaseKeeper(self._backend, self._guard)
+        self._orders = OrderReader(servers.signer, self._worker_id)
+        self._refusals = Refusals(self._backend.address)
+        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
@@ -131,7 +142,13 @@ class Worker:
                 Slot(
                     context,
                     self._guard,
-                    ChildOptions(options.include, options.log_level, number),
+                    ChildOptions(
+                        options.include,
+                        options.log_level,
+                        number,
+                        # a run signs its steps
+                        environment={} if is_step else options.secrets,
+                    ),
                     # a run gets a fresh process, as from Dagster's other launchers
                     max_tasks=options.max_tasks_per_child if is_step else 1,
                     max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
@@ -150,6 +167,8 @@ class Worker:
                 Place(self.name, self._worker_id, self._host, pid=0, slot=0),
                 options.result_expires_seconds,
                 options.limits,
+                self._servers.signer,
+                options.queues,
             )
 
     # --- life ---
@@ -199,13 +218,15 @@ class Worker:
             await station.start()
         await self._send_heartbeat()
         logger.info(
-            "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s.",
+            "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
+            "tasks %s.",
             self.name,
             self._options.slots,
             self._options.run_slots,
             ", ".join(self._options.queues),
             self._servers.broker.address,
             self._backend.address,
+            "must be signed" if self._servers.signer.is_active else "need no signature",
         )
         self._on_ready()
 
@@ -316,6 +337,8 @@ class Worker:
             state="draining" if self._drain.is_set() else "running",
             started_at=self._started_at,
             version=__version__,
+            refused=self._refusals.count + sum(it.refused_count for it in self._stations),
+            key_ids=self._servers.signer.key_ids,
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 
@@ -329,7 +352,10 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)  # a cancel is also seen at the next renewal
                 continue
             for message in messages:
-                self._obey(message)
+                try:
+                    self._obey(self._orders.read(message))
+                except UntrustedError as error:
+                    self._refusals.note("an order", error)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")
