@@ -19,7 +19,7 @@ LAYERS = [
     "version defaults celery_names errors",
     "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
     "waker loop_thread _dagster redis_client",
-    "config backend brokers embedded_keeper",
+    "config backend brokers embedded_keeper renewals",
     "embedded dispatcher",
     "connections client core_execution_loop",
     "tasks",
