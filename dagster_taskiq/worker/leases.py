@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -119,7 +119,7 @@ class LeaseKeeper:
                 keep_renewing(
                     lambda: self._renew_all(list(self._leases.values())),
                     self._pause_seconds,
-                    lambda: self._wait_for_new(None),
+                    self._change,
                 ),
                 name="renew",
             ),
@@ -136,6 +136,10 @@ class LeaseKeeper:
         """Between renewals, which are for the shortest lease."""
         lengths = [lease.claim.lease_seconds for lease in self._leases.values()]
         return min(lengths) / RENEWALS_PER_LEASE if lengths else None
+
+    def _change(self) -> Awaitable[object]:
+        """Waits for a new lease, also for one that comes before anybody awaits this."""
+        return self._added.wait()
 
     async def _wait_for_new(self, seconds: float | None) -> None:
         """Wait so long, or until there is a new lease."""
