@@ -23,6 +23,7 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.memory import count_oom_kills
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +50,12 @@ class ChildDied:
     Attributes:
         exit_code: negative for the number of the signal that ended it.
         pid: it had.
+        is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
     """
 
     exit_code: int
     pid: int
+    is_out_of_memory: bool = False
 
     def __str__(self) -> str:
         if self.exit_code < 0:
@@ -60,7 +63,8 @@ class ChildDied:
                 name = signal.Signals(-self.exit_code).name
             except ValueError:
                 name = f"signal {-self.exit_code}"
-            return f"its process was killed by {name}"
+            cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
+            return f"its process was killed by {name}{cause}"
         return f"its process ended with exit code {self.exit_code}"
 
 
@@ -103,6 +107,7 @@ class Slot:
         self._exited: asyncio.Future[int] | None = None
         self._tasks_done = 0
         self._must_replace = False
+        self._oom_kills = 0
 
     @property
     def pid(self) -> int:
@@ -126,6 +131,7 @@ class Slot:
 
     async def _start(self) -> None:
         ours, theirs = socket.socketpair()
+        self._oom_kills = count_oom_kills()
         # the standard library keeps the fork server's state behind a lock and may wait for it
         process = self._context.Process(
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
@@ -181,6 +187,7 @@ class Slot:
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
             await self.prepare()
             on_child(self.pid)
+            self._oom_kills = count_oom_kills()
             answer = await self._send(task)
             if isinstance(answer, dict):
                 break
@@ -240,7 +247,9 @@ class Slot:
         if not self._exited.done():
             logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
             kill_group(pid)
-        return ChildDied(await self._exited, pid)
+        exit_code = await self._exited
+        was_killed = exit_code == -signal.SIGKILL
+        return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
 
     def interrupt(self) -> None:
         """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
