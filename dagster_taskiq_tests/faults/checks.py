@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
+import redis
 from dagster import DagsterEventType, DagsterRunStatus
 
 from dagster_taskiq_tests.acceptance.harness import Run, Stack, WorkerProcess, is_running, until
@@ -43,6 +44,11 @@ def fatal_worker(stack: Stack, fault: str, **arguments: object) -> WorkerProcess
         environment={FAULT_VARIABLE: fault},
         program=(sys.executable, "-m", "dagster_taskiq_tests.faults.fatal_worker"),
     )
+
+
+def embedded_client(stack: Stack) -> redis.Redis:
+    """A connection to the stack's embedded server; the caller closes it."""
+    return redis.Redis(unix_socket_path=str(stack.home / "dagster_taskiq" / "server.sock"))
 
 
 def executions(run: Run) -> Counter[tuple[str, int]]:
