@@ -24,6 +24,7 @@ from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queu
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, SupersededLoopError
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.renewals import keep_renewing
 from dagster_taskiq.results import NOWHERE, TaskResult, read_result
 from dagster_taskiq.waker import Waker
 
@@ -34,6 +35,9 @@ _WAIT_SECONDS = 15.0
 
 #: Pause between two tries to reach a server that is away.
 _RETRY_SECONDS = 0.5
+
+#: An outage that begins so long after the last error is a new one, and logged.
+_QUIET_SECONDS = 5.0
 
 
 class Client(Dispatcher):
@@ -72,6 +76,7 @@ class Client(Dispatcher):
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._steady_since = 0.0
+        self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: queue.SimpleQueue[tuple[str, TaskResult]] = queue.SimpleQueue()
         self._waker = Waker()
@@ -115,12 +120,14 @@ class Client(Dispatcher):
             try:
                 found = await self._backend.wait_for_results(self._run_id, _WAIT_SECONDS)
             except ServerError as error:
-                await self._note_outage(error)
+                self._note_outage(error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                await self._revive()
                 continue
             try:
                 await self._deliver(found)
             except ServerError as error:
-                await self._note_outage(error)  # the reconciliation finds what is left
+                self._note_outage(error)  # the reconciliation finds what is left
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
         results = {key: self._read(key, data) for key, data in found.items()}
@@ -147,27 +154,39 @@ class Client(Dispatcher):
         return read_result(self._signer, task_id, data, self._refusals)
 
     async def _keep_alive(self) -> None:
-        while True:
-            await asyncio.sleep(self._lease_seconds / RENEWALS_PER_LEASE)
-            try:
-                epoch = await self._backend.renew_run(
-                    self._run_id, token=self._token, lease_seconds=self._lease_seconds
-                )
-            except ServerError as error:
-                await self._note_outage(error)
-                continue
-            if epoch is None:
-                self._is_superseded = True
-                self._waker.wake()
-                return
-            self._note_epoch(epoch)
+        never = asyncio.Event()
+        await keep_renewing(
+            self._renew_run,
+            lambda: None if self._is_superseded else self._lease_seconds / RENEWALS_PER_LEASE,
+            never.wait,
+        )
 
-    async def _note_outage(self, error: ServerError) -> None:
+    async def _renew_run(self) -> bool:
+        """One try to renew the run's lease; whether the server answered."""
+        sent_at = time.monotonic()
+        try:
+            epoch = await self._backend.renew_run(
+                self._run_id, token=self._token, lease_seconds=self._lease_seconds
+            )
+        except ServerError as error:
+            if sent_at > self._answered_at:
+                self._note_outage(error)
+            return False
+        if epoch is None:
+            self._is_superseded = True
+            self._waker.wake()
+        elif sent_at > self._answered_at:  # else a later try knows better
+            self._answered_at = sent_at
+            self._note_epoch(epoch)
+        return True
+
+    def _note_outage(self, error: ServerError) -> None:
         now = time.monotonic()
-        if now - self._steady_since > _RETRY_SECONDS * 2:
+        if now - self._steady_since > _QUIET_SECONDS:
             logger.warning("Run %s: %s Trying again.", self._run_id, error)
         self._steady_since = now
-        await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _revive(self) -> None:
         try:
             await asyncio.to_thread(self._servers.revive)
         except EmbeddedServerError as problem:

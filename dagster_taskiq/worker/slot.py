@@ -24,6 +24,7 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.memory import count_oom_kills
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,12 @@ class ChildDied:
     Attributes:
         exit_code: negative for the number of the signal that ended it.
         pid: it had.
+        is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
     """
 
     exit_code: int
     pid: int
+    is_out_of_memory: bool = False
 
     def __str__(self) -> str:
         if self.exit_code < 0:
@@ -62,7 +65,8 @@ class ChildDied:
                 name = signal.Signals(-self.exit_code).name
             except ValueError:
                 name = f"signal {-self.exit_code}"
-            return f"its process was killed by {name}"
+            cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
+            return f"its process was killed by {name}{cause}"
         return f"its process ended with exit code {self.exit_code}"
 
 
@@ -122,6 +126,7 @@ class Slot:
         self._must_replace = False
         self._has_task = False
         self._preparing = asyncio.Lock()
+        self._oom_kills = 0
 
     @property
     def pid(self) -> int:
@@ -151,6 +156,7 @@ class Slot:
     async def _start(self) -> None:
         self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
         ours, theirs = socket.socketpair()
+        self._oom_kills = count_oom_kills()
         # the standard library keeps the fork server's state behind a lock and may wait for it
         process = self._context.Process(
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
@@ -222,6 +228,7 @@ class Slot:
             await self.prepare()
             self._has_task = True
             on_child(self.pid)
+            self._oom_kills = count_oom_kills()
             answer = await self._send(task)
             if isinstance(answer, dict):
                 break
@@ -282,7 +289,9 @@ class Slot:
         if not self._exited.done():
             logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
             kill_group(pid)
-        return ChildDied(await self._exited, pid)
+        exit_code = await self._exited
+        was_killed = exit_code == -signal.SIGKILL
+        return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
 
     def interrupt(self) -> None:
         """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""

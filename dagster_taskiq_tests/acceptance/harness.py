@@ -398,6 +398,7 @@ class Stack:
         slots: int = 2,
         environment: Mapping[str, str] | None = None,
         settings: Path | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "dagster_taskiq"),
     ) -> WorkerProcess:
         """Start a worker; ``await_ready`` waits until it takes tasks."""
         name = name or f"worker-{uuid.uuid4().hex[:6]}"
@@ -407,7 +408,7 @@ class Stack:
         log = self.new_log(name)
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dagster_taskiq", *command],
+                [*program, *command],
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ LAYERS = [
     "signing",
     "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
     "waker loop_thread _dagster redis_client",
-    "config backend brokers control embedded_keeper",
+    "config backend brokers control embedded_keeper renewals",
     "embedded dispatcher",
     "connections client core_execution_loop",
     "tasks",

@@ -449,10 +449,11 @@ def test_in_a_new_epoch_the_run_has_a_lease_to_come_back() -> None:
 @given(
     gaps=st.lists(st.floats(LEASE / 4, LEASE), min_size=1, max_size=4),
     away=st.floats(0, 0.49 * LEASE),
-    kind=st.sampled_from(["refuse", "freeze", "lose"]),
+    kind=st.sampled_from(["refuse", "freeze", "vanish", "lose"]),
 )
 @example(gaps=[9.99], away=0.49 * LEASE, kind="refuse")
 @example(gaps=[9.99], away=0.49 * LEASE, kind="freeze")
+@example(gaps=[9.99], away=0.49 * LEASE, kind="vanish")
 def test_a_short_outage_is_not_noticed(gaps: list[float], away: float, kind: str) -> None:
     """Shorter than half a lease, whenever it begins: nothing is stopped, nothing is killed."""
 
