@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.runs import Runs, SoakRun
+from benchmarks.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
 from benchmarks.soak.stack import EmbeddedServer, Kind, OwnServer
 from dagster_taskiq_tests.acceptance.harness import Note, Stack, WorkerProcess, is_running, until
 
@@ -130,6 +130,7 @@ class Director:
             self._keep_going()
             time.sleep(0.2)
         until(lambda: not self._later and self._are_all_ready(), "all workers are ready")
+        time.sleep(POOL_SLOT_SECONDS + 2 * MONITORING_SECONDS)
         self.runs.stop_monitoring()
         return left
 
@@ -146,9 +147,9 @@ class Director:
         for worker in self.workers:
             if worker.has_ended and not worker.is_doomed:
                 worker.is_doomed = True
-                self.problems.append(
-                    f"{worker.process.name} ended by itself with {worker.process.process.poll()}"
-                )
+                if worker.fds is not None or not _is_refusal(worker.process.log):
+                    code = worker.process.process.poll()
+                    self.problems.append(f"{worker.process.name} ended by itself with {code}")
                 self.start_worker()
             elif worker.fds is None and worker.is_ready:
                 worker.fds = descriptors(worker.pid)
@@ -215,6 +216,11 @@ class Director:
         last: dict[int, Note] = {note.pid: note for note in self.notes()}
         busy = (pid for pid, note in last.items() if note.kind in ("start", "tick", "child"))
         return [pid for pid in busy if is_running(pid)]
+
+
+def _is_refusal(log: str) -> bool:
+    """Whether a worker did not start because a server was away, and said so in one line."""
+    return log.startswith("Error: ") and log.count("\n") == 1
 
 
 def as_note(entry: dict[str, Any]) -> Note:

@@ -184,9 +184,8 @@ def _end_text(events: list[Any]) -> str:
 
 
 def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
-    _free_pool_slots(director, verdict)
     # a result that is acknowledged, a claim that ends: all a matter of moments now
-    for kind in ("claims", "run leases", "in the queues"):
+    for kind in ("claims", "run leases", "in the queues", "pool slots"):
         deadline = time.monotonic() + 2 * LEASE_SECONDS
         while (left := _keys(director)[kind]) and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -208,20 +207,13 @@ def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
                 verdict.others.append(f"{worker.process.name} has {count} {kind}s more")
 
 
-def _free_pool_slots(director: Director, verdict: Verdict) -> None:
-    """Slots of runs whose process was killed are for Dagster's daemon to free, no others."""
-    storage = director.stack.instance.event_log_storage
-    faults = {run.run_id: run.faults for run in director.runs.all}
-    info = storage.get_concurrency_info(POOL)
-    for run_id in {*info.active_run_ids, *info.pending_run_ids, *info.assigned_run_ids}:
-        if not faults.get(run_id):
-            verdict.left["pool slots"] += 1
-            verdict.others.append(f"run {run_id} has left a slot of the pool")
-        storage.free_concurrency_slots_for_run(run_id)
+def _count_pool_slots(director: Director) -> int:
+    info = director.stack.instance.event_log_storage.get_concurrency_info(POOL)
+    return len(info.claimed_slots) + len(info.pending_steps)
 
 
 def _keys(director: Director) -> Counter[str]:
-    """What the servers still have of runs that are over."""
+    """What servers and storage still have of runs that are over."""
     found: Counter[str] = Counter()
     prefix = director.stack.broker.key_prefix if director.stack.broker else "dagster-taskiq"
     with director.server.client() as client:
@@ -233,6 +225,7 @@ def _keys(director: Director) -> Counter[str]:
                 found["run leases"] += 1
             elif name.endswith((":waiting", ":payloads", ":in-hand", ":places", ":bell")):
                 found["in the queues"] += 1
+    found["pool slots"] = _count_pool_slots(director)
     if director.kind == "rabbitmq":
         found["in the queues"] += asyncio.run(_depth(director))
     return found

@@ -26,7 +26,7 @@ from dagster._daemon.monitoring.run_monitoring import (
 )
 
 from benchmarks.soak import jobs
-from benchmarks.soak.jobs import JOBS, NUMBER_TAG, SEED_TAG
+from benchmarks.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
 from benchmarks.soak.stack import GRACE_SECONDS, LEASE_SECONDS
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq_tests.acceptance.harness import Run, Stack
@@ -34,6 +34,9 @@ from dagster_taskiq_tests.acceptance.harness import Run, Stack
 logger = logging.getLogger("soak")
 
 MONITORING_SECONDS = 2.0
+
+#: How long after a run's end its slots of the pool may still be there.
+POOL_SLOT_SECONDS = 6.0
 
 
 @dataclass
@@ -200,6 +203,20 @@ class Runs:
                 pass  # a server is away, which is what a soak is about
             except Exception as error:
                 self._note(error, f"monitoring of {run.run_id}")
+        self._free_pool_slots(instance)
+
+    def _free_pool_slots(self, instance: DagsterInstance) -> None:
+        """What Dagster's daemon does for runs whose process was killed; no others need it."""
+        storage = instance.event_log_storage
+        info = storage.get_concurrency_info(POOL)
+        faults = {run.run_id: run.faults for run in self.all}
+        for run_id in {*info.active_run_ids, *info.pending_run_ids, *info.assigned_run_ids}:
+            run = instance.get_run_record_by_id(run_id)
+            ended_at = (run and run.end_time) or time.time()
+            if time.time() - ended_at > POOL_SLOT_SECONDS:
+                storage.free_concurrency_slots_for_run(run_id)
+                if not faults.get(run_id):
+                    self.errors.append(f"run {run_id} has ended and left a slot of the pool")
 
     def _note(self, error: Exception, what: str) -> None:
         logger.exception("%s", what)
