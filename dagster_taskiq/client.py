@@ -293,8 +293,8 @@ class Client(Dispatcher):
             priority=task.priority,
             lease_seconds=self._lease_seconds,
             cancel_grace_seconds=self._cancel_grace_seconds,
-            # the first one, where a submission is repeated that may have arrived: the server may have
-            # forgotten since then that a worker has claimed it
+            # the first one, where a submission is repeated that may have arrived: the server may
+            # have forgotten since then that a worker has claimed it
             epoch=self._sent_in.setdefault(task.task_id, self._epoch),
             payload=task.payload,
         )

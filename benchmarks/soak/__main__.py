@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.soak.director import Director
-from benchmarks.soak.evidence import judge, stop_workers
+from benchmarks.soak.evidence import judge, keep_logs, stop_workers
 from benchmarks.soak.faults import faults_of
 from benchmarks.soak.report import figures, table
 from benchmarks.soak.stack import Kind, open_soak_stack
@@ -28,6 +28,7 @@ def soak(kind: Kind, seconds: float, seed: int, directory: Path) -> dict[str, An
         try:
             director.play(seconds, faults_of(director))
             verdict = judge(director, director.calm_down())
+            keep_logs(director)
             stop_workers(director, verdict)
         finally:
             director.close()

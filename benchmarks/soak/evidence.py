@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import psutil
@@ -71,6 +72,21 @@ def judge(director: Director, unfinished: list[SoakRun]) -> Verdict:
     _judge_runs(director, verdict)
     _look_for_leftovers(director, verdict)
     return verdict
+
+
+def keep_logs(director: Director) -> None:
+    """Write Dagster's log of every run to a file, since its database goes with the soak."""
+    for run in director.runs.all:
+        if run.run_id is None:
+            continue
+        path = director.stack.directory / f"run-{run.number:03}.events"
+        with path.open("w") as output:
+            output.write(f"{run.run_id} {run.job} {run.faults}\n")
+            for entry in director.stack.instance.all_logs(run.run_id):
+                event = entry.dagster_event
+                kind = event.event_type_value if event else ""
+                when = datetime.fromtimestamp(entry.timestamp, tz=timezone.utc).isoformat()
+                print(when, entry.timestamp, entry.step_key, kind, entry.message, file=output)
 
 
 # --- attempts -----------------------------------------------------------------------------------
