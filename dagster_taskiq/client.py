@@ -75,6 +75,8 @@ class Client(Dispatcher):
         self._key_prefix = servers.broker.key_prefix
         self._token = uuid.uuid4().hex
         self._epoch = ""
+        self._inspected_epoch = ""
+        self._sent_in: dict[str, str] = {}
         self._steady_since = 0.0
         self._answered_at = 0.0
         self._is_superseded = False
@@ -230,6 +232,8 @@ class Client(Dispatcher):
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
         """See ``Dispatcher``."""
+        for task_id in task_ids:
+            self._sent_in.pop(task_id, None)
         self._thread.call(self._backend.forget_results(self._run_id, list(task_ids)))
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
@@ -244,6 +248,7 @@ class Client(Dispatcher):
     async def _inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         epoch, reports = await self._backend.inspect(self._run_id, [t.task_id for t in tasks])
         self._note_epoch(epoch)
+        self._inspected_epoch = epoch
         waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
         workers = await self._backend.workers() if waiting else []
         served = frozenset(name for it in workers if it.slots for name in it.queues)
@@ -284,10 +289,13 @@ class Client(Dispatcher):
 
     def condemn(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
+        self._sent_in.pop(task_id, None)
         return self._thread.call(self._backend.condemn(self._run_id, task_id))
 
     def reopen(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
+        # the epoch of the verdict: if it is over by now, so is what was found out
+        self._sent_in[task_id] = self._inspected_epoch
         return self._thread.call(self._backend.reopen(self._run_id, task_id))
 
     def close(self, *, leave_running: bool = False) -> None:
@@ -322,7 +330,9 @@ class Client(Dispatcher):
             priority=task.priority,
             lease_seconds=self._lease_seconds,
             cancel_grace_seconds=self._cancel_grace_seconds,
-            epoch=self._epoch,
+            # the first one, where a submission is repeated that may have arrived: the server may
+            # have forgotten since then that a worker has claimed it
+            epoch=self._sent_in.setdefault(task.task_id, self._epoch),
             payload=task.payload,
             limits=task.limits,
         )

@@ -195,21 +195,8 @@ class _Loop:
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
             EngineEventData(metadata={"steps": ", ".join(replayed.sent) or "none"}),
         )
-        if self._flights:
-            yield from self._send_missing()
-
-    def _send_missing(self) -> Iterator[DagsterEvent]:
-        """Send what the former process had noted as sent, but nobody has.
-
-        Two copies of one task do no harm: the second is dropped at its claim.
-        """
-        flights = list(self._flights.values())
-        try:
-            inspection = self._dispatcher.inspect([flight.task for flight in flights])
-        except UnreachableServerError as error:
-            yield from self._note_outage(error)
-            return
-        self._unsent = [f.task for f in flights if f.task.task_id in inspection.absent]
+        # what the former process had noted as sent, but nobody has, is judged like any other: the
+        # server may have forgotten the claim of a worker that lives, or that has lived
         self._reconcile_at = time.monotonic()
 
     # --- the rounds ---
