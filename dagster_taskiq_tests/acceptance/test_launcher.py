@@ -157,11 +157,11 @@ def test_a_run_that_fails(final: Stack) -> None:
 
 
 def test_many_runs_at_once(final: Stack) -> None:
-    """Runs never take the slots of their own steps: ten at once, on two of each, all succeed."""
-    runs = [launch(final, "single") for _ in range(10)]
+    """Runs never take the slots of their own steps: 20 at once, on two of each, all succeed."""
+    runs = [launch(final, "single") for _ in range(20)]
     for run in runs:
         assert run.wait().is_success
-    assert len({metadata(run.starts()[0])["pid"] for run in runs}) == 10
+    assert len({metadata(run.starts()[0])["pid"] for run in runs}) == 20
 
 
 def test_code_that_does_not_load(final: Stack) -> None:
@@ -311,6 +311,25 @@ def test_terminating_steps_in_the_run_s_process(final: Stack) -> None:
     assert run.terminate() is True
     assert run.wait().status is CANCELED
     assert len(run.notes("cleaned")) == 1
+
+
+def test_terminating_a_run_that_ignores_it(tmp_path: Path) -> None:
+    """A run's process that SIGTERM does not end is killed after the grace period, with its own."""
+    grace_seconds = 2.0
+    launcher = {"cancel_grace_seconds": grace_seconds}
+    with open_launching_stack("redis", tmp_path, launcher=launcher) as stack:
+        stack.worker().await_ready()
+        run = launch(stack, "in_process_stubborn")
+        (note,) = run.await_notes("started")
+        asked_at = time.monotonic()
+        assert run.terminate() is True
+        until(lambda: not is_running(note.pid), "the run's process is gone")
+        assert time.monotonic() >= asked_at + grace_seconds
+        assert run.wait().status is CANCELED
+        assert not is_running(note.more["child"])
+        assert run.terminate() is False
+        # its slot is free again
+        assert launch(stack, "single").wait().is_success
 
 
 def test_terminating_what_does_not_exist(final: Stack) -> None:
