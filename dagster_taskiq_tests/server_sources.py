@@ -163,19 +163,39 @@ def _in_thread(function: Callable[[], None]) -> None:
 
 
 def _started_rabbitmq() -> str:
+    port = free_port()
+    url = f"amqp://guest:guest@127.0.0.1:{port}/"
+    config = f"listeners.tcp.local = 127.0.0.1:{port}\n"
+    _node_environment.update(start_rabbitmq(config, lambda: checked_amqp(url)))
+    return url
+
+
+def start_rabbitmq(config: str, check: Callable[[], str]) -> Mapping[str, str]:
+    """Start a node that runs until the end of the session.
+
+    Args:
+        config: the whole rabbitmq.conf.
+        check: see ``await_answer``.
+
+    Returns:
+        how rabbitmqctl reaches it.
+
+    Raises:
+        UnavailableError: RabbitMQ is not installed, or does not start.
+    """
     server, epmd = _rabbitmq_binary("rabbitmq-server", own=True), shutil.which("epmd")
     if epmd is None:
         raise UnavailableError("no epmd on PATH")
     directory = _session_directory()
-    port, epmd_port = free_port(), free_port()
-    config = directory / "rabbitmq.conf"  # in the place of the host's own, which may name ports
-    config.write_text(f"listeners.tcp.local = 127.0.0.1:{port}\n")
+    epmd_port = free_port()
+    file = directory / "rabbitmq.conf"  # in the place of the host's own, which may name ports
+    file.write_text(config)
     environment = {
         "ERL_CRASH_DUMP": str(directory / "erl_crash.dump"),
         "ERL_EPMD_PORT": str(epmd_port),
         "HOME": str(directory),  # of the cookie
-        "RABBITMQ_NODENAME": f"test-{port}@localhost",
-        "RABBITMQ_CONFIG_FILE": str(config),
+        "RABBITMQ_NODENAME": f"test-{epmd_port}@localhost",
+        "RABBITMQ_CONFIG_FILE": str(file),
         "RABBITMQ_CONF_ENV_FILE": str(directory / "none"),
         "RABBITMQ_DIST_PORT": str(free_port()),
         "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
@@ -186,10 +206,8 @@ def _started_rabbitmq() -> str:
     # our own epmd in the foreground, since the one that a node starts daemonises and stays
     _run_server([epmd, "-port", str(epmd_port), "-address", "127.0.0.1"], directory / "epmd.log")
     process = _run_server([server], directory / "server.log", environment=environment)
-    url = f"amqp://guest:guest@127.0.0.1:{port}/"
-    await_answer(lambda: checked_amqp(url), process, directory / "server.log")
-    _node_environment.update(environment)
-    return url
+    await_answer(check, process, directory / "server.log")
+    return environment
 
 
 def rabbitmqctl(*arguments: str) -> None:
