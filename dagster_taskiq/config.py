@@ -36,6 +36,7 @@ from dagster_taskiq.celery_names import CELERY_SETTINGS
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, redact, scheme_of
 from dagster_taskiq.signing import Signer, parse_keys
+from dagster_taskiq.tls_settings import parse_tls, read_tls
 
 _SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
 
@@ -123,7 +124,8 @@ class ConfigSource:
         result_expires: seconds that an unread result is kept.
         broker_connection_timeout: seconds until a server that does not answer is unreachable.
         broker_heartbeat: seconds between the heartbeats of an AMQP connection.
-        broker_use_ssl, redis_backend_use_ssl: TLS options of broker and backend.
+        broker_use_ssl, redis_backend_use_ssl: TLS of broker and backend, also where the URL does
+            not say so.
         worker_concurrency: slots of a worker.
         worker_max_tasks_per_child: tasks after which a slot's child process is replaced.
         worker_max_memory_per_child: KiB of memory above which it is replaced.
@@ -138,8 +140,8 @@ class ConfigSource:
     result_expires: float = defaults.RESULT_EXPIRES_SECONDS
     broker_connection_timeout: float = defaults.CONNECT_TIMEOUT_SECONDS
     broker_heartbeat: int | None = None
-    broker_use_ssl: Tls = Tls()
-    redis_backend_use_ssl: Tls = Tls()
+    broker_use_ssl: Tls | None = None
+    redis_backend_use_ssl: Tls | None = None
     worker_concurrency: int | None = None
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None
@@ -236,8 +238,9 @@ class Settings:
         """Signs and verifies with these settings' keys, for their deployment."""
         return Signer(self.signing_keys, self.source.key_prefix)
 
-    def server_options(self, url: str, tls: Tls) -> ServerOptions:
-        """How to reach one of the servers with these settings."""
+    def server_options(self, url: str, tls: Tls | None) -> ServerOptions:
+        """How to reach one of the servers with these settings; see ``read_tls``."""
+        url, tls = read_tls(url, tls)
         return ServerOptions(
             url=url,
             key_prefix=self.source.key_prefix,
@@ -455,31 +458,10 @@ def _text(name: str, value: Any) -> str:
     raise ConfigError(f"{name} is {value!r}, expected a text that is not empty.")
 
 
-#: Keys of ``broker_use_ssl`` in kombu's two spellings, and the field of ``Tls`` each one sets.
-_TLS_KEYS = {
-    "ca_certs": "ca_file",
-    "ssl_ca_certs": "ca_file",
-    "certfile": "cert_file",
-    "ssl_certfile": "cert_file",
-    "keyfile": "key_file",
-    "ssl_keyfile": "key_file",
-    "cert_reqs": "verify",
-    "ssl_cert_reqs": "verify",
-}
-
-
-def _tls(name: str, value: Any) -> Tls:
-    if value is None or isinstance(value, bool):
-        return Tls()
-    values: dict[str, Any] = {}
-    for key, raw in _mapping(name, value).items():
-        if key not in _TLS_KEYS:
-            raise ConfigError(f"{name} has no option {key!r}.{_hint(key, _TLS_KEYS)}")
-        text = _text(f"{name}.{key}", str(_from_env(raw)))
-        # ssl.CERT_NONE is 0; kombu takes its name too
-        is_verified = text.upper() not in ("0", "NONE", "CERT_NONE")
-        values[_TLS_KEYS[key]] = is_verified if _TLS_KEYS[key] == "verify" else text
-    return Tls(**values)
+def _tls(name: str, value: Any) -> Tls | None:
+    if isinstance(value, Mapping):
+        value = {key: _from_env(option) for key, option in value.items()}
+    return parse_tls(name, value)
 
 
 _CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {

@@ -10,7 +10,7 @@ from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions, Tls
+from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.signing import Signer
 
 
@@ -50,7 +50,7 @@ def find_servers(settings: Settings) -> Servers:
     source = settings.source
     home = None if settings.broker_url else _dagster_home()
     if home is not None:
-        broker = settings.server_options(use_embedded_server(home), Tls())
+        broker = settings.server_options(use_embedded_server(home), None)
     else:
         broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
     if settings.backend_url is None:
@@ -68,7 +68,7 @@ def find_running_backend(settings: Settings) -> ServerOptions | None:
     if settings.broker_url is not None or settings.backend_url is not None:
         return find_servers(settings).backend
     url = find_embedded_server(_dagster_home())
-    return settings.server_options(url, Tls()) if url else None
+    return settings.server_options(url, None) if url else None
 
 
 def _dagster_home() -> Path:

@@ -404,7 +404,45 @@ def test_every_tls_option_of_kombu_in_both_spellings() -> None:
         assert source(broker_use_ssl=options).broker_use_ssl == Tls("/ca", "/cert", "/key")
     assert source(broker_use_ssl=True).broker_use_ssl == Tls()
     for unverified in (0, "none", "CERT_NONE"):
-        assert not source(broker_use_ssl={"cert_reqs": unverified}).broker_use_ssl.verify
+        assert source(broker_use_ssl={"cert_reqs": unverified}).broker_use_ssl == Tls(verify=False)
+    for nothing in (False, None, {}):
+        assert source(broker_use_ssl=nothing).broker_use_ssl is None
+
+
+@pytest.mark.parametrize(
+    ("url", "tls", "expected_url", "expected"),
+    [
+        ("rediss://h/0", None, "rediss://h/0", Tls()),
+        ("rediss://h/0", Tls("/ca"), "rediss://h/0", Tls("/ca")),
+        ("rediss://h/0?ssl_cert_reqs=CERT_NONE", None, "rediss://h/0", Tls(verify=False)),
+        ("rediss://h?ssl_cert_reqs=none", Tls("/ca"), "rediss://h", Tls("/ca", verify=False)),
+        ("rediss://h?ssl_cert_reqs=CERT_REQUIRED", Tls(verify=False), "rediss://h", Tls()),
+        (
+            "rediss://:p%40@h:1/2?ssl_ca_certs=%2Fca&timeout=3&ssl_certfile=/c&ssl_keyfile=/k",
+            None,
+            "rediss://:p%40@h:1/2?timeout=3",
+            Tls("/ca", "/c", "/k"),
+        ),
+        ("rediss://h?ssl_check_hostname=false", None, "rediss://h", Tls(check_hostname=False)),
+        ("redis://h:1/0", Tls("/ca"), "rediss://h:1/0", Tls("/ca")),
+        ("pyamqp://u:p@h//", Tls("/ca"), "amqps://u:p@h//", Tls("/ca")),
+        ("amqps://h/", None, "amqps://h/", Tls()),
+        ("amqp://h/", None, "amqp://h/", Tls()),
+        ("unix:///s", Tls(), "unix:///s", Tls()),
+    ],
+)
+def test_tls_as_celerys_users_write_it(
+    url: str, tls: Tls | None, expected_url: str, expected: Tls
+) -> None:
+    """In the URL, which goes first, or beside it, which turns it on as it does for Celery."""
+    options = settings(broker=url, backend="redis://b").server_options(url, tls)
+    assert (options.url, options.tls) == (expected_url, expected)
+
+
+def test_a_tls_parameter_without_a_value_is_refused() -> None:
+    """It must not turn verification off, or on with other authorities than were meant."""
+    with pytest.raises(ConfigError, match="ssl_ca_certs"):
+        settings().server_options("rediss://h?ssl_ca_certs=", None)
 
 
 def test_default_queue_goes_before_celerys_key() -> None:

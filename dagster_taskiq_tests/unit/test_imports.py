@@ -19,7 +19,7 @@ LAYERS = [
     "version defaults celery_names errors time_limits refusals",
     "signing",
     "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
-    "waker loop_thread _dagster redis_client",
+    "waker loop_thread _dagster redis_client tls_settings",
     "config backend brokers control embedded_keeper renewals",
     "embedded dispatcher",
     "connections client core_execution_loop",
