@@ -229,12 +229,15 @@ class Station:
             answer = await slot.run(
                 task, lambda pid: self._leases.guard_group(lease, pid), timers.start
             )
+            result = _result_of(answer, lease, timers.verdict)
         except SlotError as error:
-            return TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
+            result = TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
         finally:
             timers.cancel()
-        logger.info("%s: ended after %.3f s.", title, time.monotonic() - started_at)
-        return _result_of(answer, lease, timers.verdict)
+        level = logging.INFO if result.outcome is Outcome.FINISHED else logging.WARNING
+        seconds = time.monotonic() - started_at
+        logger.log(level, "%s: ended after %.3f s. %s", title, seconds, _cause(result))
+        return result
 
     async def _store(self, lease: Lease, result: TaskResult) -> None:
         """Store a result as long as the lease may hold."""
@@ -302,6 +305,11 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
             is_cancelled=lease.stop_reason is StopReason.CANCELLED,
         )
     return TaskResult.from_bytes(answer["result"].encode())
+
+
+def _cause(result: TaskResult) -> str:
+    """Why a task ended other than by its own end; empty where there is nothing to say."""
+    return result.reason or str((result.error or {}).get("message", ""))
 
 
 def _foreign_protocol(envelope: Envelope) -> str:
