@@ -66,6 +66,9 @@ QUEUE_WAIT_MARKER = "taskiq_queue_wait"
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
 
+#: States of a task that nobody works on and that has not ended.
+_MAY_REOPEN = (TaskState.UNKNOWN, TaskState.EXPIRED, TaskState.DROPPED)
+
 #: Builds a step's packed arguments.
 MakePayload = Callable[[ExecutionStep, Any], Mapping[str, Any]]
 
@@ -195,8 +198,8 @@ class _Loop:
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
             EngineEventData(metadata={"steps": ", ".join(replayed.sent) or "none"}),
         )
-        # what the former process had noted as sent, but nobody has, is judged like any other: the
-        # server may have forgotten the claim of a worker that lives, or that has lived
+        # what workers have dropped meanwhile is sent again at once, the rest of what is missing
+        # when it is certain that nobody has it: the backend may just have forgotten everything
         self._reconcile_at = time.monotonic()
 
     # --- the rounds ---
@@ -410,7 +413,7 @@ class _Loop:
         flight.absent_since = None
         if report.state is TaskState.CLAIMED:
             flight.place = report.place
-        elif report.state is TaskState.DONE or inspection.is_conclusive:
+        elif report.state in (TaskState.DONE, TaskState.DROPPED) or inspection.is_conclusive:
             # done, but the result is gone: the log has what came of it
             yield from self._judge(flight, report.state)
 
@@ -458,7 +461,7 @@ class _Loop:
         """
         task_id = flight.task.task_id
         ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
-        may_reopen = state in (TaskState.UNKNOWN, TaskState.EXPIRED) and not self._is_stopping
+        may_reopen = state in _MAY_REOPEN and not self._is_stopping
         if may_reopen and not ended and not self._has_started(flight):
             if self._dispatcher.reopen(task_id):
                 yield from self._send_again(flight)

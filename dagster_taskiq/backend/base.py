@@ -6,7 +6,8 @@ The backend is the one place that decides who may run a task. A task's life in i
         |                   |                                 held, checked and written at once
         |                   '--lease ends--> (expired) --condemn--> lost
         |                                        '------reopen----> (nothing)
-        '--cancel--> cancelled
+        |--cancel--> cancelled
+        '--a claim that is refused for its epoch or run--> dropped --claim, reopen, cancel, ...
 
 ``done``, ``lost`` and ``cancelled`` are tombstones: a second delivery finds them and is dropped.
 They live in the record of the run. Every operation is atomic and may be repeated after an answer
@@ -49,8 +50,11 @@ class TaskState(str, Enum):
 
     UNKNOWN = "unknown"
     CLAIMED = "claimed"
-    #: Claimed, but the lease ended without a result.
+    #: Claimed, but the lease ended without a result; or a worker dropped its message, which was of
+    #: an older epoch, so that somebody may hold a claim that the server has forgotten.
     EXPIRED = "expired"
+    #: A worker dropped its message while the run had no living loop; nobody has ever claimed it.
+    DROPPED = "dropped"
     DONE = "done"
     CANCELLED = "cancelled"
     LOST = "lost"

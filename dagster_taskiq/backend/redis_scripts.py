@@ -5,7 +5,9 @@ still in the life that the caller knows: the key vanishes with a flush, and the 
 changes with a restart (perhaps from an older snapshot) or a fail-over to a replica.
 
 States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``, ``cancelled``,
-``lost``. Field ``c:<task id>`` is the order to cancel that the task's worker was given.
+``lost``; ``dropped:<epoch>`` where a worker has dropped the message in that epoch, in which nobody
+had claimed it, and ``dropped:`` where the message was of an older epoch. Field ``c:<task id>`` is
+the order to cancel that the task's worker was given.
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ local function epoch(key, fresh)
   if known[1] and known[2] == server then return known[1] end
   redis.call('HSET', key, 'id', fresh, 'server', server)
   return fresh
+end
+"""
+
+_IS_OPEN = """
+-- whether nobody has ended or judged the task
+local function is_open(state)
+  return not state or state == 'claimed' or string.match(state, '^dropped') ~= nil
 end
 """
 
@@ -81,17 +90,23 @@ if holder then
   if holder == ARGV[4] then return {'granted', now} end
   return {'claimed', now}
 end
-local state = redis.call('HGET', KEYS[2], 't:' .. ARGV[2])
-if state then return {string.match(state, '^%a+'), now} end
+local field = 't:' .. ARGV[2]
+local state = redis.call('HGET', KEYS[2], field)
+if state and not string.match(state, '^dropped') then return {string.match(state, '^%a+'), now} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
 if ARGV[8] == '1' then
   -- nobody sends a whole run again, but it starts only if Dagster says that it still waits to
-  if ARGV[3] ~= now then return {'stale', now} end
-  if redis.call('EXISTS', KEYS[3]) == 0 then return {'run-gone', now} end
+  local is_stale = ARGV[3] ~= now
+  if is_stale or redis.call('EXISTS', KEYS[3]) == 0 then
+    -- a loop that lives after all must not wait for what is in no queue any more
+    redis.call('HSET', KEYS[2], field, 'dropped:' .. (is_stale and '' or now))
+    redis.call('EXPIRE', KEYS[2], ARGV[7])
+    return {is_stale and 'stale' or 'run-gone', now}
+  end
 end
 redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
 redis.call('PEXPIRE', KEYS[4], ARGV[6])
-redis.call('HSET', KEYS[2], 't:' .. ARGV[2], 'claimed')
+redis.call('HSET', KEYS[2], field, 'claimed')
 redis.call('EXPIRE', KEYS[2], ARGV[7])
 return {'granted', now}
 """
@@ -101,14 +116,14 @@ return {'granted', now}
 #: lease ms, record expiry s. Returns {held, cancel order or '', loop alive, resumable, epoch}.
 RENEW = (
     _PRELUDE
+    + _IS_OPEN
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local field = 't:' .. ARGV[2]
 local held = redis.call('HGET', KEYS[4], 'token') == ARGV[4]
 if not held and now ~= ARGV[3] and redis.call('EXISTS', KEYS[4]) == 0 then
   -- a new life of the server, which may have forgotten the claim: assert it again
-  local state = redis.call('HGET', KEYS[2], field)
-  held = not state or state == 'claimed'
+  held = is_open(redis.call('HGET', KEYS[2], field))
 end
 if held then
   redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
@@ -128,6 +143,7 @@ return {held and 1 or 0,
 #: result, result expiry s, record expiry s. Returns 1, or 0 when the claim is not held.
 COMPLETE = (
     _PRELUDE
+    + _IS_OPEN
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local field = 't:' .. ARGV[2]
@@ -135,7 +151,7 @@ local state = redis.call('HGET', KEYS[2], field)
 if state == 'done:' .. ARGV[4] then return 1 end
 local holder = redis.call('HGET', KEYS[3], 'token')
 if holder ~= ARGV[4] then
-  local forgotten = not holder and now ~= ARGV[3] and (not state or state == 'claimed')
+  local forgotten = not holder and now ~= ARGV[3] and is_open(state)
   if not forgotten then return 0 end
 end
 redis.call('SET', KEYS[4], ARGV[5], 'EX', ARGV[6])
@@ -180,14 +196,15 @@ return found
 INSPECT = (
     _PRELUDE
     + """
-local answer = {epoch(KEYS[1], ARGV[1])}
+local now = epoch(KEYS[1], ARGV[1])
+local answer = {now}
 for index = 3, #ARGV do
-  local state = redis.call('HGET', KEYS[2], 't:' .. ARGV[index])
+  local found = redis.call('HGET', KEYS[2], 't:' .. ARGV[index])
   local place = redis.call('HGET', ARGV[2] .. ARGV[index], 'place')
-  state = state and string.match(state, '^%a+') or 'unknown'
+  local state = found and string.match(found, '^%a+') or 'unknown'
   if place then
     state = 'claimed'
-  elseif state == 'claimed' then
+  elseif state == 'claimed' or (state == 'dropped' and found ~= 'dropped:' .. now) then
     state = 'expired'
   end
   answer[#answer + 1] = state
@@ -242,10 +259,13 @@ return 1
 """
 
 #: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled.
-REOPEN = """
+REOPEN = (
+    _IS_OPEN
+    + """
 local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
-if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and state ~= 'claimed') then return 0 end
+if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or not is_open(state) then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
 return 1
 """
+)

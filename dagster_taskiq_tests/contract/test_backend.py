@@ -308,6 +308,25 @@ def test_no_step_starts_without_a_living_run(empty: Bench) -> None:
     assert empty.claim(refused) is ClaimAnswer.GRANTED
 
 
+def test_what_a_worker_has_dropped_is_known(empty: Bench) -> None:
+    """Its message is gone, so a loop that lives after all must not wait for it; it may be sent."""
+    empty.open_run(lease_seconds=30)
+    empty.call(empty.backend.close_run(empty.run_id, token="loop"))
+    claim = empty.new_claim()
+    assert empty.claim(claim) is ClaimAnswer.RUN_GONE
+    assert empty.state(claim.task_id) is TaskState.DROPPED
+    empty.open_run(generation=1)
+    assert empty.state(claim.task_id) is TaskState.DROPPED
+    assert empty.reopen(claim.task_id)
+    assert empty.state(claim.task_id) is TaskState.UNKNOWN
+    for _ in range(2):  # also a copy that is dropped late
+        empty.call(empty.backend.close_run(empty.run_id, token="loop"))
+        assert empty.claim(claim) is ClaimAnswer.RUN_GONE
+        empty.open_run(generation=1)
+    assert empty.claim(claim) is ClaimAnswer.GRANTED
+    assert empty.state(claim.task_id) is TaskState.CLAIMED
+
+
 def test_an_abandoned_claim_is_free_again(bench: Bench) -> None:
     """A worker that stops before it has begun gives the task back; again does no harm."""
     claim = bench.claimed()
@@ -879,6 +898,24 @@ def test_a_task_of_an_older_epoch_is_not_claimed(
     epoch = bench.renew_run()
     assert bench.claim(old) is ClaimAnswer.STALE
     assert bench.claim(replace(old, epoch=str(epoch))) is ClaimAnswer.GRANTED
+
+
+def test_a_dropped_message_of_an_older_epoch_proves_nothing(
+    private: tuple[PrivateRedis, Bench], new_life: Callable[[], None]
+) -> None:
+    """Somebody may hold the claim that the server has forgotten; who does asserts it again."""
+    _, bench = private
+    running, ended, gone = bench.claimed(), bench.claimed(), bench.new_claim()
+    new_life()
+    bench.renew_run()
+    for claim in (running, ended, gone):
+        copy = replace(bench.new_claim(claim.task_id), epoch=bench.epoch)
+        assert bench.claim(copy) in (ClaimAnswer.STALE, ClaimAnswer.CLAIMED)
+    assert bench.state(gone.task_id) is TaskState.EXPIRED
+    assert bench.renew(running).is_held
+    assert bench.state(running.task_id) is TaskState.CLAIMED
+    assert bench.complete(ended, b"x")
+    assert bench.state(ended.task_id) is TaskState.DONE
 
 
 def test_a_live_worker_asserts_its_claim_again(

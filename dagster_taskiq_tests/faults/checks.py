@@ -30,6 +30,9 @@ SLACK_SECONDS = 10.0
 #: How long a run may take that has to wait for one or two leases and for lost messages.
 LONG_SECONDS = 120.0
 
+#: How long a test may take on a loaded machine that takes half a minute on an idle one.
+TEST_SECONDS = 400.0
+
 
 def start(stack: Stack, job: str, *, lease_seconds: float = LEASE_SECONDS, **more: object) -> Run:
     """Start a run of one of the jobs of these tests."""

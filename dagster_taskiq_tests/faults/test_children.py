@@ -20,12 +20,15 @@ from dagster_taskiq_tests.faults.checks import (
     FAILURE,
     SLACK_SECONDS,
     STEP_FAILURE,
+    TEST_SECONDS,
     UP_FOR_RETRY,
     check_each_once,
     executions,
     start,
     wall_time_of,
 )
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 #: How soon a child's death is known; the lease, of 30 s here, has no part in it.
 _DEATH_SECONDS = 2.0

@@ -17,11 +17,14 @@ from dagster_taskiq_tests.acceptance.harness import open_stack, until
 from dagster_taskiq_tests.faults.checks import (
     FAILURE,
     LONG_SECONDS,
+    TEST_SECONDS,
     check_each_once,
     embedded_client,
     start,
 )
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 
 @contextmanager

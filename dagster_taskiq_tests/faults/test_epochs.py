@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from dagster_taskiq.defaults import RECONCILE_SECONDS
+from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Run, Stack, open_stack, until
-from dagster_taskiq_tests.faults.checks import LONG_SECONDS, check_each_once, embedded_client, start
+from dagster_taskiq_tests.acceptance.test_launcher import launch, open_launching_stack
+from dagster_taskiq_tests.faults.checks import (
+    LONG_SECONDS,
+    TEST_SECONDS,
+    check_each_once,
+    embedded_client,
+    start,
+)
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
 from dagster_taskiq_tests.servers import PrivateRedis, private_redis
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
+#: Longer than a worker is frozen here, also where the machine is loaded.
+LONG_LEASE_SECONDS = 40.0
 
 #: A server that keeps nothing by itself, only what it is told to save.
 _SNAPSHOTS = {"appendonly": "no", "save": ""}
@@ -102,3 +119,32 @@ def test_the_embedded_server_forgets(tmp_path: Path) -> None:
         until(lambda: "restarted or emptied" in run.output_of_process, "the run has noticed")
         run.open_gate()
         check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+
+
+def test_a_run_is_resumed_when_its_backend_has_forgotten_it(tmp_path: Path) -> None:
+    """The new loop does not send again what is running, though nobody has asserted that it is.
+
+    The worker that runs it is frozen meanwhile, for less than its lease, and another one is idle.
+    """
+    with open_launching_stack("redis", tmp_path, resumes=1) as stack:
+        stack.worker("--run-slots", "1", slots=0, queues=["runs"], name="runs").await_ready()
+        steps = ("--run-slots", "0")
+        holder = stack.worker(*steps, slots=1, name="holder").await_ready()
+        run = launch(
+            stack, "gated_then_more", tags={QUEUE_TAG: "runs"}, lease_seconds=LONG_LEASE_SECONDS
+        )
+        run.await_notes("started")
+        stack.worker(*steps, slots=1, name="idle").await_ready()
+        holder.process.send_signal(signal.SIGSTOP)
+        run.signal_process(signal.SIGKILL)
+        run.await_death()
+        with stack.redis() as client:
+            client.delete(*client.scan_iter(f"{stack.prefix}*", count=1000))
+        stack.instance.resume_run(run.run_id, cast("Any", None), attempt_number=1)
+        run.await_message("Resumed the run; 1 steps")
+        time.sleep(2 * RECONCILE_SECONDS)  # whoever thinks that the step is gone would send it
+        holder.process.send_signal(signal.SIGCONT)
+        run.open_gate()
+        assert run.wait().is_success
+        assert len(run.notes("started")) == len(run.notes("ran")) == 1
+        assert [text for text in run.messages() if "again" in text] == []

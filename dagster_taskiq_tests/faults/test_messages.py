@@ -21,12 +21,15 @@ from dagster_taskiq_tests.acceptance.test_worker import GARBAGE
 from dagster_taskiq_tests.faults.checks import (
     FAILURE,
     LONG_SECONDS,
+    TEST_SECONDS,
     check_each_once,
     executions,
     fatal_worker,
     start,
 )
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 FORGED_COUNT = 1000
 

@@ -27,6 +27,7 @@ from dagster_taskiq_tests.acceptance.harness import (
 from dagster_taskiq_tests.faults.checks import (
     LEASE_SECONDS,
     LONG_SECONDS,
+    TEST_SECONDS,
     await_crowd,
     check_crowd,
     check_each_once,
@@ -35,6 +36,8 @@ from dagster_taskiq_tests.faults.checks import (
 )
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
 from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 MODES = (Mode.REFUSE, Mode.DROP, Mode.HOLD)
 
@@ -117,9 +120,12 @@ def check_unnoticed(run: Run, worker: WorkerProcess, pids: set[int]) -> None:
 
 def await_held(run: Run) -> set[int]:
     """Wait until a ``varied`` has its two long steps running; their processes."""
-    notes = [note for note in run.await_notes("ran", 3) if note.step.startswith("held")]
-    assert len(notes) == 2
-    return {note.pid for note in notes}
+
+    def pids() -> set[int]:
+        return {note.pid for note in run.notes("ran") if note.step.startswith("held")}
+
+    until(lambda: len(pids()) == 2, "both are running")
+    return pids()
 
 
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])

@@ -6,13 +6,22 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 from dagster import DagsterEventType
 
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, until
-from dagster_taskiq_tests.faults.checks import LONG_SECONDS, check_each_once, embedded_client, start
+from dagster_taskiq_tests.faults.checks import (
+    LONG_SECONDS,
+    TEST_SECONDS,
+    check_each_once,
+    embedded_client,
+    start,
+)
 from dagster_taskiq_tests.faults.jobs import MANY_STEPS, VARIED_STEPS
 from dagster_taskiq_tests.servers import private_postgres, private_rabbitmq, private_redis
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 _STEP_START = DagsterEventType.STEP_START
 

@@ -14,6 +14,7 @@ from dagster_taskiq_tests.faults.checks import (
     LONG_SECONDS,
     SLACK_SECONDS,
     STEP_FAILURE,
+    TEST_SECONDS,
     UP_FOR_RETRY,
     await_crowd,
     await_ends,
@@ -25,6 +26,8 @@ from dagster_taskiq_tests.faults.checks import (
     wall_time_of,
 )
 from dagster_taskiq_tests.faults.jobs import CROWD_RUNNING, DEATH_POINTS
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
 #: Every kind of server between run and worker.
 KINDS: tuple[BrokerKind, ...] = ("redis", "embedded", "rabbitmq")

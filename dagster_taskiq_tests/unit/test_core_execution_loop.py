@@ -47,6 +47,8 @@ WAIT = "wait"
 #: A worker had claimed it and died, before it began or after.
 EXPIRE_UNSTARTED = "expire unstarted"
 EXPIRE_STARTED = "expire started"
+#: A worker has dropped its message, since the run seemed to have no loop.
+DROP = "drop"
 #: A worker has it and goes on and on.
 HOLD = "hold"
 
@@ -106,6 +108,8 @@ class FakeDispatcher(Dispatcher):
             self.states[key] = TaskState.EXPIRED
         elif word == EXPIRE_UNSTARTED:
             self.states[key] = TaskState.EXPIRED
+        elif word == DROP:
+            self.states[key] = TaskState.DROPPED
         elif word == EXPIRE_STARTED:
             self.start(task)
             self.states[key] = TaskState.EXPIRED
@@ -193,7 +197,8 @@ class FakeDispatcher(Dispatcher):
         return True
 
     def reopen(self, task_id: str) -> bool:
-        if self.states.get(task_id) not in (TaskState.UNKNOWN, TaskState.EXPIRED):
+        open_states = (TaskState.UNKNOWN, TaskState.EXPIRED, TaskState.DROPPED)
+        if self.states.get(task_id) not in open_states:
             return False
         self.reopened.append(task_id)
         self.states[task_id] = TaskState.UNKNOWN
@@ -393,6 +398,19 @@ def test_an_expired_claim_of_an_unstarted_attempt_is_sent_again(
     assert ran.status is SUCCESS
     assert len({task.task_id for task in fake.sent}) == 1
     assert len(fake.sent) == 3
+
+
+def test_a_dropped_task_is_sent_again_at_once(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Also where other tasks wait in its queue, so that nobody can see that it is not there."""
+    fake.plan["one"] = [DROP, DROP, RUN]
+    fake.is_conclusive = False
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.attempt for task in fake.sent] == [1, 1, 1]
+    assert fake.clock.now < 1000 + 10
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
 
 
 def test_an_expired_claim_of_a_started_attempt_fails(
