@@ -76,6 +76,7 @@ class Client(Dispatcher):
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._inspected_epoch = ""
+        self._epoch_since = 0.0
         self._sent_in: dict[str, str] = {}
         self._steady_since = 0.0
         self._answered_at = 0.0
@@ -91,6 +92,7 @@ class Client(Dispatcher):
             raise
         # a loop that takes over from another has not watched the claims yet
         self._steady_since = time.monotonic() if generation else -lease_seconds
+        self._epoch_since = self._steady_since
         self._background = [
             self._thread.spawn(self._collect(), "collect"),
             self._thread.spawn(self._keep_alive(), "keep-alive"),
@@ -204,7 +206,7 @@ class Client(Dispatcher):
                 self._lease_seconds,
             )
             self._epoch = epoch
-            self._steady_since = time.monotonic()
+            self._steady_since = self._epoch_since = time.monotonic()
 
     # --- the loop's calls ---
 
@@ -285,7 +287,14 @@ class Client(Dispatcher):
                 by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
         for name, ids in by_queue.items():
             await self._broker.withdraw(name, ids)
-        return states
+        epoch, _ = await self._backend.inspect(self._run_id, [])
+        self._note_epoch(epoch)
+        if time.monotonic() - self._epoch_since >= self._lease_seconds:
+            return states
+        # a worker that lives may not have said yet, to a server that has forgotten it, what it
+        # holds: that a task has never started is not known before a lease has passed
+        unknown = TaskState.EXPIRED
+        return {t: unknown if s is TaskState.CANCELLED else s for t, s in states.items()}
 
     def condemn(self, task_id: str) -> bool:
         """See ``Dispatcher``."""

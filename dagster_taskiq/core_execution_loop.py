@@ -461,8 +461,12 @@ class _Loop:
         """
         task_id = flight.task.task_id
         ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
+        has_started = ended or self._has_started(flight)
+        if state is TaskState.CANCELLED and self._is_stopping and not has_started:
+            yield from self._withdraw(flight)
+            return
         may_reopen = state in _MAY_REOPEN and not self._is_stopping
-        if may_reopen and not ended and not self._has_started(flight):
+        if may_reopen and not has_started:
             if self._dispatcher.reopen(task_id):
                 yield from self._send_again(flight)
             return
@@ -534,15 +538,19 @@ class _Loop:
         for task in self._to_cancel:
             flight = self._flights.get(task.task_id)
             if flight is not None and states[task.task_id] is TaskState.CANCELLED:
-                self._drop(flight)
-                yield DagsterEvent.engine_event(
-                    self._context.for_step(flight.step),
-                    f'Withdrew step "{flight.step.key}" from queue "{task.queue}" before a worker '
-                    "had started it.",
-                    EngineEventData(marker_end=QUEUE_WAIT_MARKER),
-                )
+                yield from self._withdraw(flight)
         self._to_cancel = []
         self._is_server_away = False
+
+    def _withdraw(self, flight: _Flight) -> Iterator[DagsterEvent]:
+        """A cancelled task never started and never will."""
+        self._drop(flight)
+        yield DagsterEvent.engine_event(
+            self._context.for_step(flight.step),
+            f'Withdrew step "{flight.step.key}" from queue "{flight.task.queue}" before a worker '
+            "had started it.",
+            EngineEventData(marker_end=QUEUE_WAIT_MARKER),
+        )
 
     def _drop(self, flight: _Flight) -> None:
         """Forget a task that is known not to run."""

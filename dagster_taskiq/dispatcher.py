@@ -94,7 +94,11 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
-        """Stop tasks; see ``RunBackend.cancel``."""
+        """Stop tasks; see ``RunBackend.cancel``.
+
+        Returns:
+            the same, but for EXPIRED: a worker may have it, which is for the loop to judge.
+        """
 
     @abstractmethod
     def condemn(self, task_id: str) -> bool:

@@ -147,7 +147,7 @@ class Director:
         for worker in self.workers:
             if worker.has_ended and not worker.is_doomed:
                 worker.is_doomed = True
-                if worker.fds is not None or not _is_refusal(worker.process.log):
+                if not _is_refusal(worker.process.log):
                     code = worker.process.process.poll()
                     self.problems.append(f"{worker.process.name} ended by itself with {code}")
                 self.start_worker()
@@ -219,8 +219,9 @@ class Director:
 
 
 def _is_refusal(log: str) -> bool:
-    """Whether a worker did not start because a server was away, and said so in one line."""
-    return log.startswith("Error: ") and log.count("\n") == 1
+    """Whether a worker did not start because a server was away, and said so."""
+    lines = log.splitlines()
+    return "is ready" not in log and bool(lines) and lines[-1].startswith("Error: ")
 
 
 def as_note(entry: dict[str, Any]) -> Note:

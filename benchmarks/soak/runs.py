@@ -72,6 +72,7 @@ class Runs:
         self._seed = seed
         self._random = random.Random(f"{seed}/runs")
         self.all: list[SoakRun] = []
+        self._started = 0
         self._finished: dict[str, DagsterRun] = {}
         self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -82,7 +83,8 @@ class Runs:
 
     def start_one(self) -> None:
         """Start a run of some job, in some way."""
-        number = len(self.all) + 1
+        self._started += 1
+        number = self._started
         job = self._random.choice(JOBS)
         tags = {SEED_TAG: str(self._seed), NUMBER_TAG: str(number)}
         config = {"lease_seconds": LEASE_SECONDS, "cancel_grace_seconds": GRACE_SECONDS}

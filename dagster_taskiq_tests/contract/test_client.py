@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from dagster_taskiq.backend import TaskState
 from dagster_taskiq.client import Client
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.dispatcher import StepTask
@@ -89,3 +90,14 @@ def test_what_is_acknowledged_is_not_remembered(bench: Bench) -> None:
     bench.client.submit([TASK])
     bench.client.acknowledge([TASK.task_id])
     assert bench.client._sent_in == {}
+
+
+def test_a_cancel_is_no_proof_before_live_workers_have_asserted_their_claims(bench: Bench) -> None:
+    """After a flush the server says of every task that it has never started."""
+    assert bench.client.cancel([TASK], "enough") == {TASK.task_id: TaskState.CANCELLED}
+    bench.flush()
+    assert bench.client.cancel([TASK], "enough") == {TASK.task_id: TaskState.EXPIRED}
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while bench.client.cancel([TASK], "enough")[TASK.task_id] is TaskState.EXPIRED:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

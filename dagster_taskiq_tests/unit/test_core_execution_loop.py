@@ -761,6 +761,33 @@ def test_an_interrupt_finds_a_dead_workers_step(
     assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
 
 
+def test_an_interrupt_after_a_flush_waits_until_nobody_can_have_the_steps(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """That the server calls them cancelled says nothing before a lease of watching it.
+
+    Then the one that had started counts as lost, and the other one as withdrawn.
+    """
+    fake.plan["left"], fake.plan["right"] = [HOLD], [WAIT]
+
+    def cancel(tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        for task in tasks:
+            fake.states[task.task_id] = TaskState.CANCELLED
+        return {task.task_id: TaskState.EXPIRED for task in tasks}
+
+    def watch() -> None:
+        fake.is_conclusive = fake.clock.now > 1010 + 300
+
+    fake.cancel = cancel  # type: ignore[method-assign]
+    fake.is_conclusive = False
+    interrupt_once(fake, 10, watch)
+    ran = execute(jobs.diamond_job, instance)
+    assert fake.clock.now > 1010 + 300
+    assert ran.count(DagsterEventType.STEP_FAILURE, "left") == 1
+    assert ran.count(DagsterEventType.STEP_FAILURE, "right") == 0
+    assert ran.said('Withdrew step "right"') == 1
+
+
 def test_a_run_that_will_resume_leaves_its_steps_alone(
     fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
