@@ -14,6 +14,7 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.dispatcher import StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.servers import redis_options
 
 TASK = StepTask("0c4d2a3e-5b7b-4b0e-8d3f-0d4c4d1f7a55", "step", 1, "queue", 5, {})
@@ -27,7 +28,7 @@ class Bench:
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self.client = Client(
-            servers=Servers(options, options),
+            servers=Servers(options, options, Signer()),
             run_id="run",
             generation=0,
             is_resumable=False,
@@ -47,7 +48,7 @@ class Bench:
         name = physical_queue(self.options.key_prefix, QueueKind.STEPS, TASK.queue)
         with redis.Redis.from_url(self.options.url) as server:
             (data,) = server.hvals(f"{name}:payloads")
-        return Envelope.from_bytes(data).epoch
+        return Envelope.from_bytes(data, Signer()).epoch
 
 
 @pytest.fixture
