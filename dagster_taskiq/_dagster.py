@@ -7,12 +7,14 @@ gives it a plain one.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dagster._core.definitions.executor_definition import multiple_process_execu
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
 from dagster._core.events import DagsterEventType, EngineEventData
+from dagster._core.execution import compute_logs
 from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
 from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
 from dagster._core.execution.plan.active import ActiveExecution
@@ -86,6 +89,7 @@ __all__ = [
     "SerializableErrorInfo",
     "WorkerStatus",
     "capture_interrupts",
+    "copy_logs_by",
     "create_execution_plan",
     "cut_known_state",
     "deserialize_event",
@@ -259,6 +263,32 @@ def runs_user_code() -> bool:
     """
     handler = signal.getsignal(signal.SIGINT)
     return getattr(handler, "__qualname__", "").startswith(f"{raise_interrupts_as.__qualname__}.")
+
+
+def copy_logs_by(begin: Callable[[str, int], None], end: Callable[[str], None]) -> None:
+    """Have somebody else copy the captured output of steps to where it would have gone.
+
+    Dagster's local compute log manager, and those that build on it, redirect standard output and
+    error into files and start two processes for each, to copy them. The files, which the UI shows,
+    stay as they are. Where Dagster has no such function any more, nothing changes.
+
+    Args:
+        begin: called with a file's path and the descriptor whose output goes into it from now on.
+        end: called with the path when no more will come.
+    """
+    original = getattr(compute_logs, "tail_to_stream", None)
+    if original is None or list(inspect.signature(original).parameters) != ["path", "stream"]:
+        return
+
+    @contextmanager
+    def tail_to_stream(path: str, stream: Any) -> Iterator[tuple[None, None]]:
+        begin(path, stream.fileno())
+        try:
+            yield None, None
+        finally:
+            end(path)
+
+    compute_logs.tail_to_stream = tail_to_stream
 
 
 def plain_error(message: str, error_class: str) -> SerializableErrorInfo:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_taskiq._dagster import copy_logs_by
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
 from dagster_taskiq.tasks import execute_plan, execute_run, is_run_over
@@ -50,7 +51,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     """The child's whole life, in its main thread.
 
     Messages to the parent: ``ready``, or ``failed`` with the reason; for each task ``started``
-    before any of its code runs, then ``result``.
+    before any of its code runs, ``log`` and ``log-end`` around each of its captured outputs, and
+    ``result``.
     """
     os.setsid()
     os.environ.update(options.environment)
@@ -62,15 +64,23 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
+
+    def say(message: dict[str, Any]) -> None:
+        connection.sendall(frames.encode(message))
+
     reason = _import_modules(options.include)
     if reason:
-        connection.sendall(frames.encode({"kind": "failed", "reason": reason}))
+        say({"kind": "failed", "reason": reason})
         return
-    connection.sendall(frames.encode({"kind": "ready"}))
+    copy_logs_by(
+        lambda path, target: say({"kind": "log", "path": path, "target": target}),
+        lambda path: say({"kind": "log-end", "path": path}),
+    )
+    say({"kind": "ready"})
     while (task := frames.receive(connection)) is not None:
-        connection.sendall(frames.encode({"kind": "started"}))
+        say({"kind": "started"})
         answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
-        connection.sendall(frames.encode({**answer, "resident_kib": _resident_kib()}))
+        say({**answer, "resident_kib": _resident_kib()})
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.memory import count_oom_kills
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
@@ -98,6 +99,7 @@ class Slot:
     Args:
         context: see ``fork_server``.
         guard: is told of every child.
+        tails: copies the output of steps.
         options: for the child.
         max_tasks: after which the child is replaced; 0 is never.
         max_memory_kib: above which it is replaced; 0 is never.
@@ -107,6 +109,7 @@ class Slot:
         self,
         context: ForkServerContext,
         guard: GuardClient,
+        tails: LogTails,
         options: ChildOptions,
         *,
         max_tasks: int = 0,
@@ -115,6 +118,7 @@ class Slot:
         self.number = options.slot
         self._context = context
         self._guard = guard
+        self._tails = tails
         self._options = options
         self._max_tasks = max_tasks
         self._max_memory_kib = max_memory_kib
@@ -236,7 +240,7 @@ class Slot:
                 return answer
             logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
         on_started()
-        answer = await self._next_message(None)
+        answer = await self._result()
         self._tasks_done += 1
         if isinstance(answer, ChildDied):
             return answer
@@ -251,6 +255,21 @@ class Slot:
         except ConnectionError:
             pass  # it is gone; reading says how
         return await self._next_message(None)
+
+    async def _result(self) -> dict[str, Any] | ChildDied:
+        """The child's last message of a task, or its death."""
+        pid = self.pid
+        while True:
+            answer = await self._next_message(None)
+            if isinstance(answer, ChildDied):
+                self._tails.end(pid)
+            elif answer["kind"] == "log":
+                self._tails.begin(pid, answer["path"], answer["target"])
+                continue
+            elif answer["kind"] == "log-end":
+                self._tails.end(pid, answer["path"])
+                continue
+            return answer
 
     def _note_use(self, answer: dict[str, Any]) -> None:
         if self._max_tasks and self._tasks_done >= self._max_tasks:

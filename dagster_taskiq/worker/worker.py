@@ -46,6 +46,7 @@ from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import Slot, fork_server
 from dagster_taskiq.worker.station import Station
@@ -121,6 +122,7 @@ class Worker:
         self._started_at = time.time()
         self._backend: Backend = open_backend(servers.backend)
         self._guard = GuardClient()
+        self._tails = LogTails()
         self._orders = OrderReader(servers.signer, self._worker_id)
         self._refusals = Refusals(self._backend.address)
         self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
@@ -142,6 +144,7 @@ class Worker:
                 Slot(
                     context,
                     self._guard,
+                    self._tails,
                     ChildOptions(
                         options.include,
                         options.log_level,
@@ -163,7 +166,9 @@ class Worker:
                 self._backend,
                 self._leases,
                 slots,
-                RunWatch(Slot(context, self._guard, ChildOptions((), options.log_level, 0))),
+                RunWatch(
+                    Slot(context, self._guard, self._tails, ChildOptions((), options.log_level, 0))
+                ),
                 Place(self.name, self._worker_id, self._host, pid=0, slot=0),
                 options.result_expires_seconds,
                 options.limits,
@@ -287,6 +292,7 @@ class Worker:
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()
+        await asyncio.to_thread(self._tails.stop)
         try:
             await self._backend.goodbye(self._worker_id)
         except ServerError as error:

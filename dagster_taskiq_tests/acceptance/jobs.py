@@ -597,6 +597,19 @@ def talks(context: OpExecutionContext) -> None:
     context.log.warning("a line of the op's log")
 
 
+@op
+def talks_and_waits(context: OpExecutionContext) -> None:
+    os.write(1, b"a line while it runs\n")
+    await_gate(context)
+    os.write(1, b"the last words")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@job(executor_def=taskiq_executor)
+def talks_to_the_end() -> None:
+    talks_and_waits()
+
+
 @job(executor_def=taskiq_executor)
 def talkative() -> None:
     talks()

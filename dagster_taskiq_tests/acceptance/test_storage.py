@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from dagster import DagsterEventType
 
-from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, story_in_process
+from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, story_in_process, until
 from dagster_taskiq_tests.servers import postgres_database
 
 
@@ -62,9 +63,25 @@ def test_compute_logs(talk: Run) -> None:
 
 
 def test_output_is_in_the_worker_s_own_too(talk: Run, shared: Stack) -> None:
-    """The worker's output has what its steps write, for those who collect it there."""
-    logs = "".join(path.read_text() for path in shared.directory.glob("*worker*.log"))
-    assert "a line on stdout" in logs
+    """The worker's output has what its steps write, for those who collect it there.
+
+    While they run, to their last words, and without a process beside the step's.
+    """
+    assert talk.is_success
+
+    def has(text: str) -> Callable[[], bool]:
+        logs = list(shared.directory.glob("*worker*.log"))
+        return lambda: any(text in path.read_text() for path in logs)
+
+    until(has("a line on stdout"), "the output of a step that has ended")
+    run = shared.start("talks_to_the_end")
+    until(has("a line while it runs"), "the output of a step that runs")
+    mine = psutil.process_iter(["name", "environ"])
+    names = [it.info["name"] for it in mine if shared.mark in (it.info["environ"] or {}).values()]
+    assert "tail" not in names
+    run.open_gate()
+    run.wait()
+    until(has("the last words"), "the output of a step that was killed")
 
 
 def test_op_log(talk: Run) -> None:

@@ -23,6 +23,7 @@ from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildDied, Slot, fork_server
 
 SECONDS = 60.0
@@ -86,7 +87,9 @@ async def a_slot(
     """A slot with a guard; both are gone afterwards, with all that the children have started."""
     own_guard = guard or GuardClient()
     own_guard.start()
-    slot = Slot(fork_server(), own_guard, ChildOptions(include, "WARNING", 1), **options)
+    slot = Slot(
+        fork_server(), own_guard, LogTails(), ChildOptions(include, "WARNING", 1), **options
+    )
     try:
         yield slot
     finally:
