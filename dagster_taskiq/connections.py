@@ -11,6 +11,7 @@ from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import ServerOptions, Tls
+from dagster_taskiq.signing import Signer
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Servers:
     """The broker and the backend, which may be the same server.
 
     Attributes:
+        signer: of what is written there.
         embedded_home: the DAGSTER_HOME whose embedded server it is; None for others.
     """
 
     broker: ServerOptions
     backend: ServerOptions
+    signer: Signer
     embedded_home: Path | None = None
 
     def revive(self) -> None:
@@ -51,9 +54,9 @@ def find_servers(settings: Settings) -> Servers:
     else:
         broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
     if settings.backend_url is None:
-        return Servers(broker, broker, home)
+        return Servers(broker, broker, settings.signer(), home)
     backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
-    return Servers(broker, backend, home)
+    return Servers(broker, backend, settings.signer(), home)
 
 
 def find_running_backend(settings: Settings) -> ServerOptions | None:

@@ -52,7 +52,12 @@ from dagster_taskiq.errors import (
     UnreachableServerError,
 )
 from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
+from dagster_taskiq.tags import (
+    has_misleading_priority,
+    step_queue,
+    step_time_limits,
+    task_priority,
+)
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
 #: time between the two as the wait in the queue.
@@ -130,6 +135,7 @@ class _Flight:
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         is_reported_unserved: whether the log says that nobody listens on its queue.
+        is_reported_refused: whether the log says that workers there refuse it.
     """
 
     task: StepTask
@@ -138,6 +144,7 @@ class _Flight:
     place: Place | None = None
     absent_since: float | None = None
     is_reported_unserved: bool = False
+    is_reported_refused: bool = False
 
 
 class _Loop:
@@ -188,21 +195,8 @@ class _Loop:
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
             EngineEventData(metadata={"steps": ", ".join(replayed.sent) or "none"}),
         )
-        if self._flights:
-            yield from self._send_missing()
-
-    def _send_missing(self) -> Iterator[DagsterEvent]:
-        """Send what the former process had noted as sent, but nobody has.
-
-        Two copies of one task do no harm: the second is dropped at its claim.
-        """
-        flights = list(self._flights.values())
-        try:
-            inspection = self._dispatcher.inspect([flight.task for flight in flights])
-        except UnreachableServerError as error:
-            yield from self._note_outage(error)
-            return
-        self._unsent = [f.task for f in flights if f.task.task_id in inspection.absent]
+        # what the former process had noted as sent, but nobody has, is judged like any other: the
+        # server may have forgotten the claim of a worker that lives, or that has lived
         self._reconcile_at = time.monotonic()
 
     # --- the rounds ---
@@ -273,6 +267,7 @@ class _Loop:
             ),
             priority=self._priority_of(step),
             payload=self._make_payload(step, cut_known_state(self._active, step)),
+            limits=step_time_limits(step.tags),
         )
 
     def _send(self) -> Iterator[DagsterEvent]:
@@ -430,6 +425,7 @@ class _Loop:
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
             yield from self._judge(flight, TaskState.UNKNOWN)
             return
+        yield from self._report_refusal(flight, inspection)
         is_unserved = flight.task.queue in inspection.unserved_queues
         if not is_unserved:
             flight.is_reported_unserved = False
@@ -441,6 +437,17 @@ class _Loop:
                 f'No worker listens on queue "{flight.task.queue}"; the step waits there. '
                 f"Queues with workers: {served}.",
                 EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
+            )
+
+    def _report_refusal(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+        """Say that workers do not take what this run sends: they would drop it without a word."""
+        refusal = inspection.refusing_workers.get(flight.task.queue)
+        if refusal and not flight.is_reported_refused:
+            flight.is_reported_refused = True
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" waits: {refusal}',
+                EngineEventData(metadata={"queue": flight.task.queue}),
             )
 
     def _judge(self, flight: _Flight, state: TaskState) -> Iterator[DagsterEvent]:

@@ -276,7 +276,8 @@ def _ask(path: Path) -> Literal["ready", "loading"] | None:
             return None
     if answer.startswith(b"-LOADING"):
         return "loading"
-    return "ready" if answer.startswith(b"+PONG") else None
+    # one whose disk is full answers even this so; it is there, and says the rest to who asks
+    return "ready" if answer.startswith((b"+PONG", b"-MISCONF")) else None
 
 
 # --- Places -------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def server_errors(address: str) -> Iterator[None]:
     """Turn redis-py's errors into ours, with the address and without the password.
 
     Raises:
-        UnreachableServerError: no connection, or no answer in time.
-        RefusedByServerError: the server answered with an error.
+        UnreachableServerError: no connection, no answer in time, or the server's disk is full.
+        RefusedByServerError: the server answered with an error that will not pass.
     """
     try:
         yield
@@ -72,6 +72,10 @@ def server_errors(address: str) -> Iterator[None]:
 
 def _refusal(address: str, error: exceptions.RedisError) -> ServerError:
     text = redact(str(error))
+    if "MISCONF" in text:
+        return UnreachableServerError(
+            address, f"{address} takes nothing, as it cannot write its file: {_sentence(error)}."
+        )
     if "OOM" in text or isinstance(error, exceptions.OutOfMemoryError):
         text += " (raise maxmemory; the policy must be noeviction)"
     return RefusedByServerError(address, f"{address} refused a command: {text}.")

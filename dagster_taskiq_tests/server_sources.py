@@ -7,38 +7,32 @@ binary, a Docker container. Where there is none the test is skipped with the rea
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import functools
 import getpass
 import importlib
 import os
-import shutil
-import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal, NoReturn
-from urllib.parse import urlsplit
 
-import aio_pika
-import psycopg2  # type: ignore[import-untyped]
 import pytest
 import redis
 
+from dagster_taskiq_tests.server_nodes import (
+    checked_amqp,
+    checked_postgres,
+    rabbitmq_binary,
+    started_postgres,
+    started_rabbitmq,
+)
 from dagster_taskiq_tests.server_processes import (
     RedisKind,
     UnavailableError,
     attempt,
     await_answer,
-    free_port,
-    popen,
     started_redis,
-    stop,
-    temporary_directory,
 )
 
 ServerKind = Literal["redis", "valkey", "rabbitmq", "postgres"]
@@ -140,56 +134,10 @@ def _running_rabbitmq() -> str:
     return checked_amqp("amqp://guest:guest@127.0.0.1:5672/")
 
 
-def checked_amqp(url: str) -> str:
-    """The URL, if RabbitMQ answers there."""
-
-    async def connect() -> None:
-        await (await aio_pika.connect(url, timeout=5)).close()
-
-    parts = urlsplit(url)
-    try:
-        # before aio-pika, which logs an error where nothing listens
-        socket.create_connection((parts.hostname, parts.port or 5672), timeout=5).close()
-        # in a thread of its own, as the test that needs the server may run in an event loop
-        _in_thread(lambda: asyncio.run(connect()))
-    except Exception as error:  # aio-pika has no root of its errors
-        raise UnavailableError(f"port {parts.port}: {error!r}") from None
-    return url
-
-
-def _in_thread(function: Callable[[], None]) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(function).result()
-
-
 def _started_rabbitmq() -> str:
-    server, epmd = _rabbitmq_binary("rabbitmq-server", own=True), shutil.which("epmd")
-    if epmd is None:
-        raise UnavailableError("no epmd on PATH")
-    directory = _session_directory()
-    port, epmd_port = free_port(), free_port()
-    config = directory / "rabbitmq.conf"  # in the place of the host's own, which may name ports
-    config.write_text(f"listeners.tcp.local = 127.0.0.1:{port}\n")
-    environment = {
-        "ERL_CRASH_DUMP": str(directory / "erl_crash.dump"),
-        "ERL_EPMD_PORT": str(epmd_port),
-        "HOME": str(directory),  # of the cookie
-        "RABBITMQ_NODENAME": f"test-{port}@localhost",
-        "RABBITMQ_CONFIG_FILE": str(config),
-        "RABBITMQ_CONF_ENV_FILE": str(directory / "none"),
-        "RABBITMQ_DIST_PORT": str(free_port()),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": str(directory / "enabled_plugins"),
-        "RABBITMQ_LOG_BASE": str(directory / "log"),
-        "RABBITMQ_MNESIA_BASE": str(directory / "data"),
-        "RUNNING_UNDER_SYSTEMD": "true",  # no shell around it, which the signals would stop at
-    }
-    # our own epmd in the foreground, since the one that a node starts daemonises and stays
-    _run_server([epmd, "-port", str(epmd_port), "-address", "127.0.0.1"], directory / "epmd.log")
-    process = _run_server([server], directory / "server.log", environment=environment)
-    url = f"amqp://guest:guest@127.0.0.1:{port}/"
-    await_answer(lambda: checked_amqp(url), process, directory / "server.log")
-    _node_environment.update(environment)
-    return url
+    node = at_session_end.enter_context(started_rabbitmq())
+    _node_environment.update(node.environment)
+    return node.url
 
 
 def rabbitmqctl(*arguments: str) -> None:
@@ -199,7 +147,7 @@ def rabbitmqctl(*arguments: str) -> None:
         UnavailableError: it is not installed, or failed.
         subprocess.TimeoutExpired: it did not come back.
     """
-    command = [_rabbitmq_binary("rabbitmqctl", own=bool(_node_environment)), *arguments]
+    command = [rabbitmq_binary("rabbitmqctl", own=bool(_node_environment)), *arguments]
     environment = {**os.environ, **_node_environment}
     done = subprocess.run(
         command, env=environment, check=False, capture_output=True, text=True, timeout=60
@@ -213,70 +161,17 @@ def management_port() -> int:
     return _management_port
 
 
-def _rabbitmq_binary(name: str, *, own: bool) -> str:
-    """For a node of our own not Debian's wrapper, which would switch to the user rabbitmq."""
-    unwrapped = Path("/usr/lib/rabbitmq/bin") / name
-    if own and unwrapped.exists():
-        return str(unwrapped)
-    if path := shutil.which(name):
-        return path
-    raise UnavailableError(f"no {name} on PATH")
-
-
 def _running_postgres() -> str:
     url = "postgresql://{}@127.0.0.1:5432/postgres"
     users = dict.fromkeys((getpass.getuser(), "postgres"))
-    found = _first([functools.partial(_checked_postgres, url.format(user)) for user in users])
+    found = _first([functools.partial(checked_postgres, url.format(user)) for user in users])
     if isinstance(found, str):
         return found
     raise UnavailableError("; ".join(map(str, found)))
 
 
-def execute_sql(url: str, statement: str) -> None:
-    """Run one statement outside of a transaction."""
-    connection = psycopg2.connect(url, connect_timeout=5)
-    try:
-        connection.autocommit = True  # CREATE DATABASE refuses to run in a transaction
-        with connection.cursor() as cursor:
-            cursor.execute(statement)
-    finally:
-        connection.close()
-
-
-def _checked_postgres(url: str) -> str:
-    try:
-        execute_sql(url, "SELECT 1")
-    except psycopg2.Error as error:
-        raise UnavailableError(str(error).strip()) from None
-    return url
-
-
 def _started_postgres() -> str:
-    places = [os.environ.get("PATH", ""), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
-    path = os.pathsep.join(places)
-    initdb, postgres = shutil.which("initdb", path=path), shutil.which("postgres", path=path)
-    if initdb is None or postgres is None:
-        raise UnavailableError("no initdb and postgres on PATH or in /usr/lib/postgresql")
-    directory, port = _session_directory(), free_port()
-    user = None
-    if os.geteuid() == 0:  # both refuse to run as root
-        user = "postgres"
-        shutil.chown(directory, user)
-    data = directory / "data"
-    command = [initdb, "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync"]
-    done = subprocess.run(command, user=user, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UnavailableError(f"initdb: {done.stderr.strip()}")
-    command = [postgres, "-D", str(data), "-p", str(port), "-k", str(directory), "-F"]
-    process = _run_server(
-        [*command, "-h", "127.0.0.1"],
-        directory / "server.log",
-        user=user,
-        stop_signal=signal.SIGINT,  # the fast shutdown, which does not wait for clients
-    )
-    url = f"postgresql://postgres@127.0.0.1:{port}/postgres"
-    await_answer(lambda: _checked_postgres(url), process, directory / "server.log")
-    return url
+    return at_session_end.enter_context(started_postgres()).url
 
 
 def _container(kind: ServerKind, port: int, url: str, check: Callable[[str], str]) -> str:
@@ -324,25 +219,7 @@ _SOURCES: Mapping[ServerKind, Sequence[Callable[[], str]]] = {
         _running_postgres,
         _started_postgres,
         lambda: _container(
-            "postgres", 5432, "postgresql://postgres@127.0.0.1:{port}/postgres", _checked_postgres
+            "postgres", 5432, "postgresql://postgres@127.0.0.1:{port}/postgres", checked_postgres
         ),
     ),
 }
-
-
-def _session_directory() -> Path:
-    return at_session_end.enter_context(temporary_directory())
-
-
-def _run_server(
-    command: Sequence[str],
-    log: Path,
-    *,
-    environment: Mapping[str, str] | None = None,
-    user: str | None = None,
-    stop_signal: int = signal.SIGTERM,
-) -> subprocess.Popen[bytes]:
-    """Start a server that runs until the end of the session."""
-    process = popen(command, log, environment=environment, user=user)
-    at_session_end.callback(stop, process, stop_signal)
-    return process

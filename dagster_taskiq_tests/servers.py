@@ -11,12 +11,21 @@ import subprocess
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import redis
 
 from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq_tests.server_nodes import (
+    PostgresNode,
+    RabbitMQNode,
+    checked_amqp,
+    execute_sql,
+    started_postgres,
+    started_rabbitmq,
+)
 from dagster_taskiq_tests.server_processes import (
     PrivateRedis,
     RedisKind,
@@ -25,8 +34,6 @@ from dagster_taskiq_tests.server_processes import (
 )
 from dagster_taskiq_tests.server_sources import (
     at_session_end,
-    checked_amqp,
-    execute_sql,
     management_port,
     missing,
     rabbitmqctl,
@@ -34,13 +41,19 @@ from dagster_taskiq_tests.server_sources import (
 )
 
 __all__ = [
+    "PostgresNode",
     "PrivateRedis",
+    "RabbitMQNode",
     "amqp_options",
     "postgres_database",
+    "private_postgres",
+    "private_rabbitmq",
     "private_redis",
     "redis_options",
     "valkey_options",
 ]
+
+_Server = TypeVar("_Server")
 
 
 @contextmanager
@@ -94,8 +107,28 @@ def private_redis(
         password: of the default user.
         settings: lines of redis.conf; by default it has an append-only file, synced every second.
     """
+    start = started_redis(kind, unix_socket=unix_socket, password=password, settings=settings)
+    with _or_missing(start) as server:
+        yield server
+
+
+@contextmanager
+def private_rabbitmq() -> Iterator[RabbitMQNode]:
+    """A RabbitMQ node of the test's own, to be killed and restarted."""
+    with _or_missing(started_rabbitmq()) as node:
+        yield node
+
+
+@contextmanager
+def private_postgres() -> Iterator[PostgresNode]:
+    """A PostgreSQL cluster of the test's own, to be killed and restarted."""
+    with _or_missing(started_postgres()) as node:
+        yield node
+
+
+@contextmanager
+def _or_missing(start: AbstractContextManager[_Server]) -> Iterator[_Server]:
     with ExitStack() as stack:
-        start = started_redis(kind, unix_socket=unix_socket, password=password, settings=settings)
         try:
             server = stack.enter_context(start)
         except UnavailableError as error:

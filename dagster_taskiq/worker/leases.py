@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import psutil
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
+from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
     INTERRUPT_AT_LATEST_LEASE_SHARE,
     KILL_AFTER_LEASE_SHARE,
-    LEASE_SECONDS,
     RENEWALS_PER_LEASE,
 )
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ServerError, UntrustedError
+from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.renewals import keep_renewing
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 
@@ -53,22 +55,26 @@ class Lease:
         group: the process group of the child that executes it.
         renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
         on_stop: called once, when the task may not go on.
+        on_orphaned: called at each renewal while its run has no process but may get another one.
         needs_live_run: whether it ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
         is_lost: whether the backend has said that the claim is not ours any more.
         is_resumable: whether another process would take over a run.
         suspended_since: since when its process has been seen stopped.
+        refused_order: to cancel it, which is found again at each renewal.
     """
 
     claim: Claim
     group: int
     renewed_at: float
     on_stop: Callable[[], None]
+    on_orphaned: Callable[[], None]
     needs_live_run: bool = True
     stop_reason: StopReason | None = None
     is_lost: bool = False
     is_resumable: bool = False
     suspended_since: float | None = None
+    refused_order: str | None = None
 
     @property
     def ends_at(self) -> float:
@@ -77,15 +83,25 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Keeps the claims of one worker; ``run`` is its background task."""
+    """Keeps the claims of one worker; ``run`` is its background task.
 
-    def __init__(self, backend: Backend, guard: GuardClient) -> None:
+    Args:
+        orders: verifies the orders to cancel that renewals find.
+        refusals: counts those that are refused.
+    """
+
+    def __init__(
+        self, backend: Backend, guard: GuardClient, orders: OrderReader, refusals: Refusals
+    ) -> None:
         self._backend = backend
         self._guard = guard
+        self._orders = orders
+        self._refusals = refusals
         self._leases: dict[str, Lease] = {}
         self._epoch = ""
         self._epoch_since = 0.0
         self._is_away = False
+        self._answered_at = float("-inf")
         self._added = asyncio.Event()
 
     def keep(self, lease: Lease) -> None:
@@ -114,7 +130,14 @@ class LeaseKeeper:
         """Renew until cancelled."""
         # apart, since a renewal that a frozen server does not answer must not hold up the other
         tasks = [
-            asyncio.create_task(self._renew(), name="renew"),
+            asyncio.create_task(
+                keep_renewing(
+                    lambda: self._renew_all(list(self._leases.values())),
+                    self._pause_seconds,
+                    self._change,
+                ),
+                name="renew",
+            ),
             asyncio.create_task(self._watch_overdue(), name="overdue"),
         ]
         try:
@@ -124,25 +147,14 @@ class LeaseKeeper:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _renew(self) -> None:
-        tried_at = clock()
-        while True:
-            if not self._leases:
-                await self._wait_for_new(None)
-                tried_at = clock()
-            left = tried_at + self._pause_seconds() - clock()
-            if left > 0:
-                # a lease that comes meanwhile may be shorter
-                await self._wait_for_new(left)
-                continue
-            tried_at = clock()
-            await self._renew_all(list(self._leases.values()))
-
-    def _pause_seconds(self) -> float:
+    def _pause_seconds(self) -> float | None:
+        """Between renewals, which are for the shortest lease."""
         lengths = [lease.claim.lease_seconds for lease in self._leases.values()]
-        pause = min(lengths, default=LEASE_SECONDS) / RENEWALS_PER_LEASE
-        # the end of an outage must be seen before its time is up
-        return pause / 2 if self._is_away else pause
+        return min(lengths) / RENEWALS_PER_LEASE if lengths else None
+
+    def _change(self) -> Awaitable[object]:
+        """Waits for a new lease, also for one that comes before anybody awaits this."""
+        return self._added.wait()
 
     async def _wait_for_new(self, seconds: float | None) -> None:
         """Wait so long, or until there is a new lease."""
@@ -164,24 +176,32 @@ class LeaseKeeper:
             if left is None or left > 0:
                 await self._wait_for_new(left)
             else:
-                self._stop_overdue(share)
+                self._stop_overdue(share, clock())
 
-    async def _renew_all(self, leases: list[Lease]) -> None:
+    async def _renew_all(self, leases: list[Lease]) -> bool:
+        """One try; whether the server answered. Others may be under way."""
         sent_at = clock()
         try:
             renewals = await self._backend.renew([lease.claim for lease in leases])
         except ServerError as error:
-            if not self._is_away:
-                logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
-            self._is_away = True
-            self._stop_overdue(INTERRUPT_AFTER_LEASE_SHARE)
-            return
-        if self._is_away:
-            logger.info("%s is back; the leases are renewed.", self._backend.address)
-        self._is_away = False
-        for lease, renewal in zip(leases, renewals, strict=True):
-            self._note_epoch(renewal.epoch, sent_at)
-            self._apply(lease, renewal, sent_at)
+            if sent_at > self._answered_at:
+                self._note_outage(error)
+                self._stop_overdue(INTERRUPT_AFTER_LEASE_SHARE, sent_at)
+            return False
+        if sent_at > self._answered_at:  # else a later try knows better
+            self._answered_at = sent_at
+            if self._is_away:
+                logger.info("%s is back; the leases are renewed.", self._backend.address)
+            self._is_away = False
+            for lease, renewal in zip(leases, renewals, strict=True):
+                self._note_epoch(renewal.epoch, sent_at)
+                self._apply(lease, renewal, sent_at)
+        return True
+
+    def _note_outage(self, error: ServerError) -> None:
+        if not self._is_away:
+            logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
+        self._is_away = True
 
     def _note_epoch(self, epoch: str, now: float) -> None:
         if epoch != self._epoch:
@@ -196,12 +216,26 @@ class LeaseKeeper:
         lease.is_resumable = renewal.is_resumable
         if lease.claim.token in self._leases:
             self.guard_group(lease, lease.group)
-        if renewal.cancel_reason is not None:
+        if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
             self.stop(lease, StopReason.CANCELLED)
         elif not lease.needs_live_run:
             self._look_at_process(lease)
-        elif not renewal.is_run_alive and not renewal.is_resumable and self._is_steady(lease):
-            self.stop(lease, StopReason.RUN_GONE)
+        elif not renewal.is_run_alive and self._is_steady(lease):
+            if renewal.is_resumable:
+                lease.on_orphaned()
+            else:
+                self.stop(lease, StopReason.RUN_GONE)
+
+    def _is_to_cancel(self, lease: Lease, order: str) -> bool:
+        if order == lease.refused_order:
+            return False
+        try:
+            self._orders.check_cancel(lease.claim.task_id, order)
+        except UntrustedError as error:
+            lease.refused_order = order
+            self._refusals.note("an order to cancel", error)
+            return False
+        return True
 
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""
@@ -210,9 +244,10 @@ class LeaseKeeper:
             or clock() - self._epoch_since >= lease.claim.lease_seconds
         )
 
-    def _stop_overdue(self, share: float) -> None:
+    def _stop_overdue(self, share: float, when: float) -> None:
+        """Stop what had not been renewed for that share of its lease at that moment."""
         for lease in list(self._leases.values()):
-            if clock() >= lease.renewed_at + lease.claim.lease_seconds * share:
+            if when >= lease.renewed_at + lease.claim.lease_seconds * share:
                 self.stop(lease, StopReason.LEASE_LOST)
 
     def stop(self, lease: Lease, reason: StopReason) -> None:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
 from typing import Any
@@ -23,6 +24,8 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.memory import count_oom_kills
+from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +52,12 @@ class ChildDied:
     Attributes:
         exit_code: negative for the number of the signal that ended it.
         pid: it had.
+        is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
     """
 
     exit_code: int
     pid: int
+    is_out_of_memory: bool = False
 
     def __str__(self) -> str:
         if self.exit_code < 0:
@@ -60,7 +65,8 @@ class ChildDied:
                 name = signal.Signals(-self.exit_code).name
             except ValueError:
                 name = f"signal {-self.exit_code}"
-            return f"its process was killed by {name}"
+            cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
+            return f"its process was killed by {name}{cause}"
         return f"its process ended with exit code {self.exit_code}"
 
 
@@ -69,6 +75,21 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
+
+
+def _start_deaf(process: ForkServerProcess) -> None:
+    """Start a child, and with the first one the fork server, with SIGTERM blocked.
+
+    A supervisor may send it to every process of a worker. The fork server must not die of it,
+    since a draining worker learns of the ends of its children through it, nor a child before it
+    can ignore it; ``child_main`` unblocks it.
+    """
+    resource_tracker.ensure_running()  # first, as its start unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Slot:
@@ -103,6 +124,9 @@ class Slot:
         self._exited: asyncio.Future[int] | None = None
         self._tasks_done = 0
         self._must_replace = False
+        self._has_task = False
+        self._preparing = asyncio.Lock()
+        self._oom_kills = 0
 
     @property
     def pid(self) -> int:
@@ -110,28 +134,35 @@ class Slot:
         return self._process.pid or 0 if self._process else 0
 
     async def prepare(self) -> None:
-        """Have a child that is ready for a task.
+        """Have a child that is ready for a task, unless there is one that executes a task.
 
         Raises:
             SlotError: the child could not import the user's modules, or did not come up.
         """
-        if self._process is not None and not self._is_spent():
-            return
-        await self.stop()
-        await self._start()
+        async with self._preparing:
+            if self._has_task or (self._process is not None and not self._is_spent()):
+                return
+            await self.stop()
+            await self._start()
+
+    def retire(self) -> None:
+        """Have the child replaced when it has no task any more: the next ``prepare`` does it."""
+        self._must_replace = True
 
     def _is_spent(self) -> bool:
         assert self._exited is not None
         return self._must_replace or self._exited.done()
 
     async def _start(self) -> None:
+        self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
         ours, theirs = socket.socketpair()
+        self._oom_kills = count_oom_kills()
         # the standard library keeps the fork server's state behind a lock and may wait for it
         process = self._context.Process(
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
         )
         try:
-            await asyncio.to_thread(process.start)
+            await asyncio.to_thread(_start_deaf, process)
         except (OSError, EOFError) as error:
             ours.close()
             raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error
@@ -143,7 +174,6 @@ class Slot:
         self._exited = self._watch_exit(process)
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._tasks_done = 0
-        self._must_replace = False
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
         if isinstance(answer, ChildDied) or answer["kind"] != "ready":
             reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
@@ -167,26 +197,45 @@ class Slot:
         return exited
 
     async def run(
-        self, task: dict[str, Any], on_child: Callable[[int], None]
+        self,
+        task: dict[str, Any],
+        on_child: Callable[[int], None],
+        on_started: Callable[[], None] = lambda: None,
     ) -> dict[str, Any] | ChildDied:
         """Execute a task; the child's answer, or how it died.
 
         Args:
             task: what ``child`` reads.
             on_child: called with the child's process group before it is given the task.
+            on_started: called when the child has begun with it.
 
         Raises:
             SlotError: the child died before it had begun, and no other one comes up.
         """
+        try:
+            return await self._run(task, on_child, on_started)
+        finally:
+            self._has_task = False
+
+    async def _run(
+        self,
+        task: dict[str, Any],
+        on_child: Callable[[int], None],
+        on_started: Callable[[], None],
+    ) -> dict[str, Any] | ChildDied:
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
+            self._has_task = False
             await self.prepare()
+            self._has_task = True
             on_child(self.pid)
+            self._oom_kills = count_oom_kills()
             answer = await self._send(task)
             if isinstance(answer, dict):
                 break
             if not last:
                 return answer
             logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
+        on_started()
         answer = await self._next_message(None)
         self._tasks_done += 1
         if isinstance(answer, ChildDied):
@@ -240,13 +289,21 @@ class Slot:
         if not self._exited.done():
             logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
             kill_group(pid)
-        return ChildDied(await self._exited, pid)
+        exit_code = await self._exited
+        was_killed = exit_code == -signal.SIGKILL
+        return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
 
     def interrupt(self) -> None:
         """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
         self._must_replace = True
         if self._exited is not None and not self._exited.done():
             kill(self.pid, signal.SIGTERM)
+
+    def warn(self) -> None:
+        """Tell the child that its task's soft time limit is over."""
+        self._must_replace = True  # whatever the exception has torn
+        if self._exited is not None and not self._exited.done():
+            kill(self.pid, SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
         """SIGKILL to the child and everything it has started."""

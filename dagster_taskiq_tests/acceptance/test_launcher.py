@@ -541,6 +541,27 @@ def test_a_former_process_that_still_lives(resuming: Stack) -> None:
     assert run.steps(DagsterEventType.STEP_FAILURE) == []
 
 
+def test_a_run_that_is_given_up_though_it_might_be_resumed(resuming: Stack) -> None:
+    """A step goes on while its run may get another process, and stops when Dagster has failed it.
+
+    Nobody calls ``terminate`` then, as when the launch of the resumed run fails.
+    """
+    run = launch(resuming, "gated_then_more")
+    (started,) = run.await_notes("started")
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    with resuming.redis() as redis:
+        until(
+            lambda: not redis.exists(f"{resuming.prefix}:run:{run.run_id}:loop"), "it is orphaned"
+        )
+    assert is_running(started.pid)
+    resuming.instance.report_run_failed(run.dagster_run, "The test has given it up.")
+    given_up_at = time.monotonic()
+    until(lambda: not is_running(started.pid), "its step is stopped")
+    assert time.monotonic() - given_up_at < LEASE_SECONDS + 5 + _SLACK_SECONDS
+    assert run.notes("ran") == []
+
+
 def launch_on_its_own_worker(
     stack: Stack, job: str, *, run_slots: int = 1
 ) -> tuple[LaunchedRun, WorkerProcess]:

@@ -24,6 +24,7 @@ from dagster import (
 from dagster_taskiq import core_execution_loop as loop_module
 from dagster_taskiq import executor as executor_module
 from dagster_taskiq import tasks
+from dagster_taskiq._dagster import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
@@ -831,3 +832,46 @@ def test_a_failing_loop_stops_its_steps_and_waits_for_the_word(
     assert fake.closed == [False]
     (end,) = (event for event in ran.events if event.event_type is DagsterEventType.RUN_FAILURE)
     assert "ZeroDivisionError" in str(end.event_specific_data)
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("has_started", [True, False])
+def test_a_resumed_loop_judges_before_it_sends_again(
+    fake: FakeDispatcher,
+    instance: DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    has_started: bool,
+) -> None:
+    """What nobody has any more after a flush is not sent before the watch is conclusive.
+
+    Then an attempt that had started counts as lost, and only one that had not is sent again.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
+        fake.plan["one"] = [HOLD if has_started else WAIT]
+        interrupt_once(fake, 10, lambda: None)
+        first = execute(jobs.diamond_job, instance)
+    (task,) = fake.sent
+    fake.states[task.task_id] = TaskState.UNKNOWN
+    fake.waiting.clear()
+    resumed_at = fake.clock.now
+    fake.is_conclusive = False
+
+    def watch(_: int) -> None:
+        fake.is_conclusive = fake.clock.now - resumed_at > 300
+        assert fake.is_conclusive or fake.sent == [task]
+
+    fake.on_wait = watch
+    execute_or_resume_run(instance, first.run_id, is_resumed=True)
+    ran = Ran(instance, first.run_id)
+    assert ran.said("Resumed the run; 1 steps are queued or running") == 1
+    if has_started:
+        assert ran.status is FAILURE
+        assert fake.sent == [task]
+        assert "lease" in ran.error("one")
+    else:
+        assert ran.status is SUCCESS
+        assert [it.step_key for it in fake.sent] == ["one", "one", "left", "right", "total"]
+        assert fake.sent[1].task_id == task.task_id

@@ -1,0 +1,56 @@
+"""A worker with a fault built in: ``python -m dagster_taskiq_tests.faults.fatal_worker``.
+
+Its arguments are those of ``dagster-taskiq``; the variable ``FAULT`` says which fault. The fault is
+patched into the worker's own process here, so that the package needs no hooks for it.
+"""
+
+import os
+import signal
+
+from dagster_taskiq.backend.redis import RedisBackend
+from dagster_taskiq.brokers.redis import RedisTaskBroker
+from dagster_taskiq.cli import main as command_line
+from dagster_taskiq.worker import station
+from dagster_taskiq.worker.slot import Slot
+
+FAULT_VARIABLE = "DAGSTER_TASKIQ_TEST_FAULT"
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def _patch(owner: type, name: str, *, is_done_first: bool) -> None:
+    """Let the process die at the call of a coroutine method, before or after it is executed."""
+    original = getattr(owner, name)
+
+    async def fatal(*arguments: object, **more: object) -> None:
+        if is_done_first:
+            await original(*arguments, **more)
+        _die()
+
+    setattr(owner, name, fatal)
+
+
+def main() -> None:
+    # how long a task that it has taken stays out of reach; no test need wait for the usual time
+    RedisTaskBroker.in_hand_seconds = 2.0
+    fault = os.environ[FAULT_VARIABLE]
+    if fault == "taken":
+        _patch(RedisBackend, "claim", is_done_first=False)
+    elif fault == "claimed":
+        _patch(RedisBackend, "claim", is_done_first=True)
+    elif fault == "acked":
+        _patch(Slot, "run", is_done_first=False)
+    elif fault == "ended":
+        _patch(RedisBackend, "complete", is_done_first=False)
+    elif fault == "other protocol":
+        station.PROTOCOL += 1
+    else:
+        raise ValueError(fault)
+    command_line(prog_name="dagster-taskiq")
+
+
+if __name__ == "__main__":
+    main()

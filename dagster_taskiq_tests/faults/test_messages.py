@@ -1,0 +1,101 @@
+"""Messages that a worker cannot do anything with: a word to who waits, else refused and counted.
+
+The embedded server has the same broker as Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+from taskiq import BrokerMessage
+
+from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack, until
+from dagster_taskiq_tests.acceptance.test_worker import GARBAGE
+from dagster_taskiq_tests.faults.checks import (
+    FAILURE,
+    LONG_SECONDS,
+    check_each_once,
+    executions,
+    fatal_worker,
+    start,
+)
+from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
+
+FORGED_COUNT = 1000
+
+
+def forgeries(queue: str) -> list[bytes]:
+    """A real message cut short at some places, and all that is no task."""
+    envelope = Envelope(
+        task_id=str(uuid.uuid4()),
+        name=TaskName.EXECUTE_PLAN,
+        run_id=str(uuid.uuid4()),
+        step_key="quick",
+        attempt=1,
+        queue="dagster",
+        priority=5,
+        lease_seconds=30.0,
+        cancel_grace_seconds=30.0,
+        epoch="",
+        payload={},
+    )
+    whole = json.dumps(envelope.to_message(queue).model_dump()).encode()
+    cuts = [whole[: len(whole) * number // 10] for number in range(1, 10)]
+    return list(itertools.islice(itertools.cycle([*GARBAGE, *cuts]), FORGED_COUNT))
+
+
+async def send_forgeries(stack: Stack) -> None:
+    """Put them all into the default queue, before whatever else waits there."""
+    assert stack.broker is not None
+    broker = open_broker(stack.broker)
+    await broker.startup()
+    queue = physical_queue(stack.prefix, QueueKind.STEPS, "dagster")
+    labels = {"queue_name": queue, "priority": 10}
+    try:
+        await broker.kick_many(
+            [
+                BrokerMessage(task_id=f"f{n}", task_name="x", message=data, labels=labels)
+                for n, data in enumerate(forgeries(queue))
+            ]
+        )
+    finally:
+        await broker.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+def test_a_thousand_forged_messages(kind: BrokerKind, tmp_path: Path) -> None:
+    """All are refused, acked and counted, and the worker goes on with all its slots.
+
+    There are a thousand before the worker's first step, and another thousand while both its slots
+    are held.
+    """
+    with open_stack(kind, tmp_path) as stack:
+        asyncio.run(send_forgeries(stack))
+        run = start(stack, "varied")
+        run.await_message("Sending step")
+        worker = stack.worker(slots=2).await_ready()
+        until(lambda: worker.log.count("Refused a message") == FORGED_COUNT, "all are refused")
+        run.await_notes("ran", 3)
+        asyncio.run(send_forgeries(stack))
+        run.open_gate()
+        check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+        until(lambda: worker.log.count("Refused a message") == 2 * FORGED_COUNT, "all are refused")
+        assert asyncio.run(stack.depth("dagster")) == 0
+
+
+def test_a_worker_of_another_version(stack: Stack) -> None:
+    """Its steps fail with the reason, which names both versions; they have not begun."""
+    fatal_worker(stack, "other protocol", slots=1).await_ready()
+    run = start(stack, "single").wait()
+    assert run.status is FAILURE
+    assert executions(run) == {}
+    reason = run.failure("quick")
+    assert "which speaks version 2 of the protocol, and the run version 1" in reason
+    assert "install the same on both sides" in reason
