@@ -274,11 +274,12 @@ def _start_in_background(name: str) -> None:
         arguments[2:2] = ["--name", name]
     home = Path(os.getenv("DAGSTER_HOME") or ".").expanduser()
     log = home / "dagster_taskiq" / "logs" / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.mkdir(parents=True, exist_ok=True)
+    for directory in (log.parent.parent, log.parent):
+        directory.mkdir(exist_ok=True, mode=0o700)
     reader, writer = os.pipe()
     arguments[2:2] = ["--ready-fd", str(writer)]
-    with log.open("ab") as output:
-        log.chmod(0o600)
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dagster_taskiq", *arguments],
             stdin=subprocess.DEVNULL,

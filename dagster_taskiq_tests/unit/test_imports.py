@@ -230,6 +230,32 @@ def test_all_is_exact() -> None:
 
 def test_nothing_is_pickled() -> None:
     """A message must not be able to run code by being read."""
-    dangerous = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    dangerous = {"pickle", "_pickle", "cloudpickle", "dill", "jsonpickle", "marshal", "shelve"}
     for module, tree in TREES.items():
         assert not {name.partition(".")[0] for name in _imports(tree)} & dangerous, module
+
+
+#: What makes objects or code of a text.
+_UNSAFE = {
+    "eval",
+    "exec",
+    "compile",
+    "yaml.load",
+    "yaml.load_all",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "yaml.Loader",
+    "yaml.UnsafeLoader",
+}
+
+
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_no_text_becomes_code(module: str) -> None:
+    """YAML is read with ``safe_load``, and nothing is evaluated."""
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(TREES[module])
+        if isinstance(node, (ast.Attribute, ast.Name))
+    }
+    imported = set(_imports(TREES[module]))
+    assert not (used | imported) & _UNSAFE
