@@ -15,14 +15,19 @@ from dagster_shared.libraries import DagsterLibraryRegistry
 from dagster_taskiq.version import __version__
 
 if TYPE_CHECKING:
+    from dagster_taskiq.errors import SoftTimeLimitError
     from dagster_taskiq.executor import taskiq_executor
     from dagster_taskiq.launcher import TaskiqRunLauncher
 
-__all__ = ["TaskiqRunLauncher", "__version__", "taskiq_executor"]
+__all__ = ["SoftTimeLimitError", "TaskiqRunLauncher", "__version__", "taskiq_executor"]
 
 DagsterLibraryRegistry.register("dagster-taskiq", __version__, is_dagster_package=False)
 
-_MODULES = {"TaskiqRunLauncher": "launcher", "taskiq_executor": "executor"}
+_MODULES = {
+    "SoftTimeLimitError": "errors",
+    "TaskiqRunLauncher": "launcher",
+    "taskiq_executor": "executor",
+}
 
 
 def __getattr__(name: str) -> Any:

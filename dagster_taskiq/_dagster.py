@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -53,7 +54,7 @@ from dagster._serdes import (
     unpack_value,
 )
 from dagster._utils.error import serializable_error_info_from_exc_info
-from dagster._utils.interrupts import capture_interrupts
+from dagster._utils.interrupts import capture_interrupts, raise_interrupts_as
 from dagster_shared.error import SerializableErrorInfo
 
 from dagster_taskiq.errors import MalformedResultError
@@ -105,6 +106,7 @@ __all__ = [
     "process_schema",
     "replay_log",
     "retry_or_fail_step",
+    "runs_user_code",
     "seconds_to_next_ready",
     "serialize_value",
     "tag_concurrency_limits_field",
@@ -247,6 +249,16 @@ def retry_or_fail_step(
     decide = decide or executor.get_failure_or_retry_event_after_crash
     event: DagsterEvent = decide(step_context, error, active.get_known_state())
     return event
+
+
+def runs_user_code() -> bool:
+    """Whether Dagster would raise an interrupt here and now, rather than keep it for later.
+
+    It does within its error boundaries around user code, where it has exchanged the handler of
+    SIGINT for one that raises.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    return getattr(handler, "__qualname__", "").startswith(f"{raise_interrupts_as.__qualname__}.")
 
 
 def plain_error(message: str, error_class: str) -> SerializableErrorInfo:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,16 +24,24 @@ from rich.table import Table
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.config import Settings, check_config, load_yaml
 from dagster_taskiq.connections import Servers, find_running_backend, find_servers
-from dagster_taskiq.defaults import DEFAULT_QUEUE, DRAIN_TIMEOUT_SECONDS
+from dagster_taskiq.control import refuses, worker_order
+from dagster_taskiq.defaults import (
+    DEFAULT_QUEUE,
+    DRAIN_TIMEOUT_SECONDS,
+    LONGEST_TIME_LIMIT_SECONDS,
+)
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
-from dagster_taskiq.worker.celery_arguments import read_celery_arguments
+from dagster_taskiq.worker.celery_arguments import CeleryArguments, read_celery_arguments
 from dagster_taskiq.worker.worker import Worker, WorkerOptions
 
 #: Exit code of a worker that had to cancel steps in order to stop.
 EXIT_CUT_SHORT = 3
 
 LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
+_SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,6 +115,17 @@ def worker() -> None:
 @click.option("--max-tasks-per-child", type=click.IntRange(min=1), help="Replace a child after.")
 @click.option("--max-memory-per-child", type=click.IntRange(min=1), help="... above so many KiB.")
 @click.option(
+    "--soft-time-limit",
+    type=_SECONDS,
+    help="Seconds until a step gets an exception, unless its tags say otherwise.",
+)
+@click.option(
+    "--time-limit", type=_SECONDS, help="Seconds until a step is killed, unless its tags say ..."
+)
+@click.option(
+    "--reload", is_flag=True, help="For development: run changed code of this directory at once."
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
     default=DRAIN_TIMEOUT_SECONDS,
@@ -116,65 +135,75 @@ def worker() -> None:
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
 @say_errors
 def worker_start(
-    name: str | None,
     config_yaml: str | None,
-    queues: tuple[str, ...],
     background: bool,
-    includes: tuple[str, ...],
-    loglevel: str,
     app: str | None,
-    concurrency: int | None,
-    run_slots: int | None,
-    max_tasks_per_child: int | None,
-    max_memory_per_child: int | None,
-    drain_timeout: float,
     ready_fd: int | None,
     celery_arguments: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Start a worker. Celery's own arguments may follow after --."""
     del app
     _check_platform()
     settings = _settings(config_yaml)
     celery = read_celery_arguments(celery_arguments)
-    name = name or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
+    given["name"] = given["name"] or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
     if background:
-        _start_in_background(name)
+        _start_in_background(given["name"])
         return
-    source = settings.source
-    slots = next(
-        (
-            count
-            for count in (concurrency, celery.concurrency, source.worker_concurrency)
-            if count is not None
-        ),
-        os.cpu_count() or 1,
-    )
-    if not slots and not run_slots:
-        raise ConfigError("A worker without slots does nothing: set --concurrency or --run-slots.")
-    options = WorkerOptions(
-        name=name.partition("@")[0],
-        queues=_queues((*queues, *celery.queues), settings),
-        slots=slots,
-        run_slots=slots if run_slots is None else run_slots,
-        include=tuple(dict.fromkeys((*settings.include, *includes, *celery.include))),
-        log_level=(celery.log_level or loglevel).upper(),
-        max_tasks_per_child=(
-            max_tasks_per_child
-            or celery.max_tasks_per_child
-            or source.worker_max_tasks_per_child
-            or 0
-        ),
-        max_memory_per_child_kib=(
-            max_memory_per_child
-            or celery.max_memory_per_child
-            or source.worker_max_memory_per_child
-            or 0
-        ),
-        drain_timeout_seconds=drain_timeout,
-        result_expires_seconds=source.result_expires,
-    )
+    options = _worker_options(given, celery, settings)
     _configure_logging(options.log_level)
     sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
+
+
+def _worker_options(
+    given: Mapping[str, Any], celery: CeleryArguments, settings: Settings
+) -> WorkerOptions:
+    """What the command line says; else Celery's arguments after --; else the settings."""
+    source = settings.source
+    slots = _first(given["concurrency"], celery.concurrency, source.worker_concurrency)
+    slots = (os.cpu_count() or 1) if slots is None else slots
+    run_slots = _first(given["run_slots"], slots)
+    if not slots and not run_slots:
+        raise ConfigError("A worker without slots does nothing: set --concurrency or --run-slots.")
+    return WorkerOptions(
+        name=given["name"].partition("@")[0],
+        queues=_queues((*given["queues"], *celery.queues), settings),
+        slots=slots,
+        run_slots=run_slots,
+        include=tuple(dict.fromkeys((*settings.include, *given["includes"], *celery.include))),
+        log_level=(celery.log_level or given["loglevel"]).upper(),
+        max_tasks_per_child=_first(
+            given["max_tasks_per_child"],
+            celery.max_tasks_per_child,
+            source.worker_max_tasks_per_child,
+            0,
+        ),
+        max_memory_per_child_kib=_first(
+            given["max_memory_per_child"],
+            celery.max_memory_per_child,
+            source.worker_max_memory_per_child,
+            0,
+        ),
+        drain_timeout_seconds=given["drain_timeout"],
+        result_expires_seconds=source.result_expires,
+        limits=TimeLimits(given["soft_time_limit"], given["time_limit"])
+        .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
+        .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
+        secrets=_take_secrets(settings),
+        watch=Path.cwd() if given["reload"] else None,
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _take_secrets(settings: Settings) -> dict[str, str]:
+    """Take the signing keys out of the environment, which every process of ours would inherit."""
+    found = {name: os.environ.pop(name, None) for name in settings.signing_variables}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
@@ -187,10 +216,29 @@ async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, this.drain)
+    # under nohup the worker is meant to outlive its terminal
+    ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    loop.add_signal_handler(signal.SIGHUP, _on_hangup, this, ends_with_terminal)
     is_complete = await this.run()
     if not is_complete:
         click.echo("Stopped; steps that were still running have been cancelled.", err=True)
     return 0 if is_complete else EXIT_CUT_SHORT
+
+
+def _on_hangup(this: Worker, ends_with_terminal: bool) -> None:
+    """SIGHUP asks for fresh children, but from a terminal that was closed it means the end."""
+    if ends_with_terminal and not _has_terminal():
+        this.drain()
+    else:
+        this.reload()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _check_platform() -> None:
@@ -264,6 +312,7 @@ def worker_list(config_yaml: str | None) -> None:
         "state",
         "pid",
         "version",
+        "refused",
         box=None,
         padding=(0, 2, 0, 0),
     )
@@ -276,6 +325,7 @@ def worker_list(config_yaml: str | None) -> None:
             record.state,
             str(record.pid),
             record.version,
+            str(record.refused),
         )
     Console(soft_wrap=True).print(table)
 
@@ -287,21 +337,48 @@ def worker_list(config_yaml: str | None) -> None:
 @say_errors
 def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> None:
     """Tell a worker, on whatever host, to finish its steps and stop. Twice: to stop now."""
+    for told in _tell_workers("terminate", name, all_, config_yaml):
+        click.echo(f"Told {told} to stop.")
+
+
+@worker.command("reload")
+@click.argument("name", required=False)
+@click.option("--all", "-a", "all_", is_flag=True, help="Reload all workers.")
+@config_yaml_option
+@say_errors
+def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None:
+    """Tell a worker, on whatever host, to run new code: its children are replaced between steps."""
+    for told in _tell_workers("reload", name, all_, config_yaml):
+        click.echo(f"Told {told} to reload.")
+
+
+def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | None) -> list[str]:
+    """Send a control message to the worker of that name or to all; the names of who was told."""
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
-    async def terminate(backend: Backend) -> list[WorkerRecord]:
+    settings = _settings(config_yaml)
+
+    async def tell(backend: Backend) -> list[str]:
         records = [item for item in await backend.workers() if all_ or _is_named(item, str(name))]
         for record in records:
-            await backend.send_control(record.worker_id, {"kind": "terminate"})
-        return records
+            await _send_order(backend, settings, record, kind)
+        return [record.name for record in records]
 
-    records = asyncio.run(_with_backend(_settings(config_yaml), terminate))
-    if not records:
+    names: list[str] = asyncio.run(_with_backend(settings, tell))
+    if not names:
         what = "No worker is running." if all_ else f"No worker named {name!r} is running."
         raise click.ClickException(what)
-    for record in records:
-        click.echo(f"Told {record.name} to stop.")
+    return names
+
+
+async def _send_order(
+    backend: Backend, settings: Settings, record: WorkerRecord, kind: str
+) -> None:
+    signer = settings.signer()
+    if reason := refuses(signer, record):
+        raise ConfigError(f"The order to {kind} would be of no use: {reason}")
+    await backend.send_control(record.worker_id, worker_order(signer, record.worker_id, kind))
 
 
 def _is_named(record: WorkerRecord, name: str) -> bool:

@@ -17,18 +17,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.control import cancel_order, refusing_workers
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
-from dagster_taskiq.errors import (
-    EmbeddedServerError,
-    MalformedResultError,
-    ServerError,
-    SupersededLoopError,
-)
+from dagster_taskiq.errors import EmbeddedServerError, ServerError, SupersededLoopError
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.renewals import keep_renewing
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.results import NOWHERE, TaskResult, read_result
 from dagster_taskiq.waker import Waker
 
 logger = logging.getLogger(__name__)
@@ -41,8 +38,6 @@ _RETRY_SECONDS = 0.5
 
 #: An outage that begins so long after the last error is a new one, and logged.
 _QUIET_SECONDS = 5.0
-
-_NOWHERE = Place(worker="unknown", worker_id="", host="unknown", pid=0, slot=0)
 
 
 class Client(Dispatcher):
@@ -75,9 +70,14 @@ class Client(Dispatcher):
         self._lease_seconds = lease_seconds
         self._cancel_grace_seconds = cancel_grace_seconds
         self._servers = servers
+        self._signer = servers.signer
+        self._refusals = Refusals(servers.backend.address)
         self._key_prefix = servers.broker.key_prefix
         self._token = uuid.uuid4().hex
         self._epoch = ""
+        self._inspected_epoch = ""
+        self._epoch_since = 0.0
+        self._sent_in: dict[str, str] = {}
         self._steady_since = 0.0
         self._answered_at = 0.0
         self._is_superseded = False
@@ -92,6 +92,7 @@ class Client(Dispatcher):
             raise
         # a loop that takes over from another has not watched the claims yet
         self._steady_since = time.monotonic() if generation else -lease_seconds
+        self._epoch_since = self._steady_since
         self._background = [
             self._thread.spawn(self._collect(), "collect"),
             self._thread.spawn(self._keep_alive(), "keep-alive"),
@@ -127,13 +128,34 @@ class Client(Dispatcher):
                 await asyncio.sleep(_RETRY_SECONDS)
                 await self._revive()
                 continue
-            self._deliver(found)
+            try:
+                await self._deliver(found)
+            except ServerError as error:
+                self._note_outage(error)  # the reconciliation finds what is left
 
-    def _deliver(self, found: Mapping[str, bytes]) -> None:
-        for task_id, data in found.items():
-            self._arrived.put((task_id, _decode(task_id, data)))
+    async def _deliver(self, found: Mapping[str, bytes]) -> None:
+        results = {key: self._read(key, data) for key, data in found.items()}
+        refused = {key: result for key, result in results.items() if result.place is NOWHERE}
+        for task_id, result in results.items():
+            if task_id not in refused:
+                self._arrived.put((task_id, result))
         if found:
             self._waker.wake()
+        if refused:
+            await self._deliver_refused(refused)
+
+    async def _deliver_refused(self, results: Mapping[str, TaskResult]) -> None:
+        """Deliver those whose task is over: a forged one must not end a task that still runs."""
+        _, reports = await self._backend.inspect(self._run_id, list(results))
+        for task_id, result in results.items():
+            if reports[task_id].state is TaskState.DONE:
+                self._arrived.put((task_id, result))
+            else:
+                await self._backend.forget_results(self._run_id, [task_id])
+        self._waker.wake()
+
+    def _read(self, task_id: str, data: bytes) -> TaskResult:
+        return read_result(self._signer, task_id, data, self._refusals)
 
     async def _keep_alive(self) -> None:
         never = asyncio.Event()
@@ -184,7 +206,7 @@ class Client(Dispatcher):
                 self._lease_seconds,
             )
             self._epoch = epoch
-            self._steady_since = time.monotonic()
+            self._steady_since = self._epoch_since = time.monotonic()
 
     # --- the loop's calls ---
 
@@ -192,7 +214,8 @@ class Client(Dispatcher):
         """See ``Dispatcher``."""
         messages = []
         for task in tasks:
-            message = self._envelope(task).to_message(self._physical_queue(task))
+            queue = self._physical_queue(task)
+            message = self._envelope(task).to_message(queue, self._signer)
             messages.append(self._broker.formatter.dumps(message))
         self._thread.call(self._broker.kick_many(messages))
 
@@ -211,12 +234,14 @@ class Client(Dispatcher):
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
         """See ``Dispatcher``."""
+        for task_id in task_ids:
+            self._sent_in.pop(task_id, None)
         self._thread.call(self._backend.forget_results(self._run_id, list(task_ids)))
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
         found = self._thread.call(self._backend.read_results(self._run_id, task_ids))
-        return [(task_id, _decode(task_id, data)) for task_id, data in found.items()]
+        return [(task_id, self._read(task_id, data)) for task_id, data in found.items()]
 
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         """See ``Dispatcher``."""
@@ -225,19 +250,18 @@ class Client(Dispatcher):
     async def _inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         epoch, reports = await self._backend.inspect(self._run_id, [t.task_id for t in tasks])
         self._note_epoch(epoch)
+        self._inspected_epoch = epoch
         waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
-        served = await self._served_queues() if waiting else frozenset()
+        workers = await self._backend.workers() if waiting else []
+        served = frozenset(name for it in workers if it.slots for name in it.queues)
         return Inspection(
             is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
             reports=reports,
             absent=frozenset(await self._absent(waiting)),
             unserved_queues=frozenset(t.queue for t in waiting) - served,
             served_queues=served,
+            refusing_workers=refusing_workers(self._signer, [it for it in workers if it.slots]),
         )
-
-    async def _served_queues(self) -> frozenset[str]:
-        workers = await self._backend.workers()
-        return frozenset(name for worker in workers if worker.slots for name in worker.queues)
 
     async def _absent(self, tasks: Sequence[StepTask]) -> set[str]:
         by_queue: dict[str, list[str]] = {}
@@ -255,21 +279,32 @@ class Client(Dispatcher):
     async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         task_ids = [task.task_id for task in tasks]
         # first the tombstones: from then on nobody can claim what is still queued
-        states = await self._backend.cancel(self._run_id, task_ids, reason=reason)
+        orders = {task_id: cancel_order(self._signer, task_id, reason) for task_id in task_ids}
+        states = await self._backend.cancel(self._run_id, orders)
         by_queue: dict[str, list[str]] = {}
         for task in tasks:
             if states[task.task_id] is TaskState.CANCELLED:
                 by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
         for name, ids in by_queue.items():
             await self._broker.withdraw(name, ids)
-        return states
+        epoch, _ = await self._backend.inspect(self._run_id, [])
+        self._note_epoch(epoch)
+        if time.monotonic() - self._epoch_since >= self._lease_seconds:
+            return states
+        # a worker that lives may not have said yet, to a server that has forgotten it, what it
+        # holds: that a task has never started is not known before a lease has passed
+        unknown = TaskState.EXPIRED
+        return {t: unknown if s is TaskState.CANCELLED else s for t, s in states.items()}
 
     def condemn(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
+        self._sent_in.pop(task_id, None)
         return self._thread.call(self._backend.condemn(self._run_id, task_id))
 
     def reopen(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
+        # the epoch of the verdict: if it is over by now, so is what was found out
+        self._sent_in[task_id] = self._inspected_epoch
         return self._thread.call(self._backend.reopen(self._run_id, task_id))
 
     def close(self, *, leave_running: bool = False) -> None:
@@ -304,18 +339,12 @@ class Client(Dispatcher):
             priority=task.priority,
             lease_seconds=self._lease_seconds,
             cancel_grace_seconds=self._cancel_grace_seconds,
-            epoch=self._epoch,
+            # the first one, where a submission is repeated that may have arrived: the server may
+            # have forgotten since then that a worker has claimed it
+            epoch=self._sent_in.setdefault(task.task_id, self._epoch),
             payload=task.payload,
+            limits=task.limits,
         )
 
     def _physical_queue(self, task: StepTask) -> str:
         return physical_queue(self._key_prefix, QueueKind.STEPS, task.queue)
-
-
-def _decode(task_id: str, data: bytes) -> TaskResult:
-    try:
-        return TaskResult.from_bytes(data)
-    except MalformedResultError as error:
-        # as after a death, Dagster's log says what came of the step
-        reason = f"The result of task {task_id} cannot be read: {error}."
-        return TaskResult(Outcome.DIED, _NOWHERE, reason=reason)

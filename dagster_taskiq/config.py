@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from dagster import Any as AnyType
 from dagster import (
     Array,
     Field,
@@ -34,6 +35,8 @@ from dagster_taskiq._dagster import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.celery_names import CELERY_SETTINGS
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, redact, scheme_of
+from dagster_taskiq.signing import Signer, parse_keys
+from dagster_taskiq.tls_settings import parse_tls, read_tls
 
 _SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
 
@@ -53,6 +56,15 @@ CONNECTION_SCHEMA: dict[str, Field] = {
         description=(
             "URL of the Redis or Valkey that keeps results and claims. Default: "
             f"${defaults.BACKEND_URL_VARIABLE}, else the broker's own server when that is Redis."
+        ),
+    ),
+    "signing_key": Field(
+        Noneable(AnyType),
+        is_required=False,
+        description=(
+            "Key that signs and verifies tasks, results and control messages, best as {env: NAME}; "
+            "or a list of keys: the first one signs, all verify. Default: "
+            f"${defaults.SIGNING_KEY_VARIABLE}; without any nothing is signed or verified."
         ),
     ),
     "include": Field(
@@ -112,10 +124,13 @@ class ConfigSource:
         result_expires: seconds that an unread result is kept.
         broker_connection_timeout: seconds until a server that does not answer is unreachable.
         broker_heartbeat: seconds between the heartbeats of an AMQP connection.
-        broker_use_ssl, redis_backend_use_ssl: TLS options of broker and backend.
+        broker_use_ssl, redis_backend_use_ssl: TLS of broker and backend, also where the URL does
+            not say so.
         worker_concurrency: slots of a worker.
         worker_max_tasks_per_child: tasks after which a slot's child process is replaced.
         worker_max_memory_per_child: KiB of memory above which it is replaced.
+        task_soft_time_limit, task_time_limit: seconds that a step may take on a worker, until it
+            gets an exception and until it is killed; 0 is no limit.
         key_prefix: start of the name of every key and queue on the servers.
     """
 
@@ -125,11 +140,13 @@ class ConfigSource:
     result_expires: float = defaults.RESULT_EXPIRES_SECONDS
     broker_connection_timeout: float = defaults.CONNECT_TIMEOUT_SECONDS
     broker_heartbeat: int | None = None
-    broker_use_ssl: Tls = Tls()
-    redis_backend_use_ssl: Tls = Tls()
+    broker_use_ssl: Tls | None = None
+    redis_backend_use_ssl: Tls | None = None
     worker_concurrency: int | None = None
     worker_max_tasks_per_child: int | None = None
     worker_max_memory_per_child: int | None = None
+    task_soft_time_limit: float | None = None
+    task_time_limit: float | None = None
     key_prefix: str = defaults.KEY_PREFIX
 
     @classmethod
@@ -153,6 +170,7 @@ class Settings:
     """The whole configuration of an executor, a launcher or a worker; see the schema's texts.
 
     ``broker_url`` None means the embedded server, ``backend_url`` None the broker's own server.
+    ``signing_variables`` are the environment variables that may hold signing keys.
     """
 
     broker_url: str | None = field(default=None, repr=False)
@@ -165,6 +183,8 @@ class Settings:
     tag_concurrency_limits: tuple[Mapping[str, Any], ...] = ()
     lease_seconds: float = defaults.LEASE_SECONDS
     cancel_grace_seconds: float = defaults.CANCEL_GRACE_SECONDS
+    signing_keys: tuple[str, ...] = field(default=(), repr=False)
+    signing_variables: tuple[str, ...] = (defaults.SIGNING_KEY_VARIABLE,)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
@@ -174,6 +194,7 @@ class Settings:
             ConfigError: something in it cannot be used; the message names it.
         """
         source = ConfigSource.from_mapping(_config_source(config.get("config_source")))
+        keys, variables = _signing_keys(config.get("signing_key"))
         broker_url = config.get("broker") or os.getenv(defaults.BROKER_URL_VARIABLE) or None
         settings = cls(
             broker_url=broker_url,
@@ -190,6 +211,8 @@ class Settings:
             cancel_grace_seconds=_seconds(
                 config, "cancel_grace_seconds", defaults.CANCEL_GRACE_SECONDS
             ),
+            signing_keys=keys,
+            signing_variables=variables,
         )
         settings.check()
         return settings
@@ -211,8 +234,13 @@ class Settings:
         if self.max_concurrent is not None and self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent is {self.max_concurrent}, it must be at least 1.")
 
-    def server_options(self, url: str, tls: Tls) -> ServerOptions:
-        """How to reach one of the servers with these settings."""
+    def signer(self) -> Signer:
+        """Signs and verifies with these settings' keys, for their deployment."""
+        return Signer(self.signing_keys, self.source.key_prefix)
+
+    def server_options(self, url: str, tls: Tls | None) -> ServerOptions:
+        """How to reach one of the servers with these settings; see ``read_tls``."""
+        url, tls = read_tls(url, tls)
         return ServerOptions(
             url=url,
             key_prefix=self.source.key_prefix,
@@ -285,26 +313,44 @@ def _config_source(value: Any) -> Mapping[str, Any]:
 
 
 def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:
-    if backend is not None and backend.startswith("rpc"):
+    is_rpc = backend is not None and backend.startswith("rpc")
+    if is_rpc:
         warnings.warn(
             "backend 'rpc://' keeps no state that outlives a connection, so "
-            f"{defaults.BACKEND_URL_VARIABLE} or a Redis broker's own server is used instead.",
+            f"{defaults.BACKEND_URL_VARIABLE} is used instead.",
             stacklevel=2,
         )
         backend = None
     backend = backend or os.getenv(defaults.BACKEND_URL_VARIABLE) or None
     if backend is None:
-        if broker_url is None or is_redis(broker_url) or source.task_always_eager:
+        has_own = broker_url is None or is_redis(broker_url)
+        if source.task_always_eager or (has_own and not is_rpc):
             return None
         raise ConfigError(
-            "RabbitMQ alone cannot keep results and claims: set 'backend' or "
-            f"{defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or Valkey."
+            f"{'rpc://' if is_rpc else 'RabbitMQ alone'} cannot keep results and claims: set "
+            f"'backend' or {defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or "
+            "Valkey."
         )
     if is_amqp(backend):
         raise ConfigError(
             "backend must be a Redis or Valkey (redis://, rediss:// or unix://), not RabbitMQ."
         )
     return backend
+
+
+def _signing_keys(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys, and the environment variables that may hold some."""
+    variables = [defaults.SIGNING_KEY_VARIABLE]
+    if value is None:
+        text = os.getenv(defaults.SIGNING_KEY_VARIABLE)
+        keys = parse_keys(f"${defaults.SIGNING_KEY_VARIABLE}", [text]) if text else ()
+        return keys, tuple(variables)
+    items = value if isinstance(value, list) else [value]
+    if not items:
+        raise ConfigError("signing_key is an empty list: leave it out to sign nothing.")
+    variables += [str(item["env"]) for item in items if isinstance(item, Mapping) and "env" in item]
+    keys = parse_keys("signing_key", [_from_env(item) for item in items])
+    return keys, tuple(dict.fromkeys(variables))
 
 
 def _retries(config: Mapping[str, Any]) -> str:
@@ -375,6 +421,13 @@ def _positive_number(name: str, value: Any) -> float:
     return number
 
 
+def _time_limit(name: str, value: Any) -> float:
+    seconds = _number(name, value)
+    if not 0 <= seconds <= defaults.LONGEST_TIME_LIMIT_SECONDS:
+        raise ConfigError(f"{name} is {value!r}, expected seconds, 0 for no limit.")
+    return seconds
+
+
 def _integer(name: str, value: Any) -> int:
     try:
         if isinstance(value, bool):
@@ -405,31 +458,10 @@ def _text(name: str, value: Any) -> str:
     raise ConfigError(f"{name} is {value!r}, expected a text that is not empty.")
 
 
-#: Keys of ``broker_use_ssl`` in kombu's two spellings, and the field of ``Tls`` each one sets.
-_TLS_KEYS = {
-    "ca_certs": "ca_file",
-    "ssl_ca_certs": "ca_file",
-    "certfile": "cert_file",
-    "ssl_certfile": "cert_file",
-    "keyfile": "key_file",
-    "ssl_keyfile": "key_file",
-    "cert_reqs": "verify",
-    "ssl_cert_reqs": "verify",
-}
-
-
-def _tls(name: str, value: Any) -> Tls:
-    if value is None or isinstance(value, bool):
-        return Tls()
-    values: dict[str, Any] = {}
-    for key, raw in _mapping(name, value).items():
-        if key not in _TLS_KEYS:
-            raise ConfigError(f"{name} has no option {key!r}.{_hint(key, _TLS_KEYS)}")
-        text = _text(f"{name}.{key}", str(_from_env(raw)))
-        # ssl.CERT_NONE is 0; kombu takes its name too
-        is_verified = text.upper() not in ("0", "NONE", "CERT_NONE")
-        values[_TLS_KEYS[key]] = is_verified if _TLS_KEYS[key] == "verify" else text
-    return Tls(**values)
+def _tls(name: str, value: Any) -> Tls | None:
+    if isinstance(value, Mapping):
+        value = {key: _from_env(option) for key, option in value.items()}
+    return parse_tls(name, value)
 
 
 _CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {
@@ -444,6 +476,8 @@ _CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "worker_concurrency": _positive_integer,
     "worker_max_tasks_per_child": _positive_integer,
     "worker_max_memory_per_child": _positive_integer,
+    "task_soft_time_limit": _time_limit,
+    "task_time_limit": _time_limit,
     "key_prefix": _text,
 }
 if set(_CONFIG_SOURCE_PARSERS) != {item.name for item in fields(ConfigSource)}:

@@ -10,7 +10,8 @@ from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions, Tls
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class Servers:
     """The broker and the backend, which may be the same server.
 
     Attributes:
+        signer: of what is written there.
         embedded_home: the DAGSTER_HOME whose embedded server it is; None for others.
     """
 
     broker: ServerOptions
     backend: ServerOptions
+    signer: Signer
     embedded_home: Path | None = None
 
     def revive(self) -> None:
@@ -47,13 +50,13 @@ def find_servers(settings: Settings) -> Servers:
     source = settings.source
     home = None if settings.broker_url else _dagster_home()
     if home is not None:
-        broker = settings.server_options(use_embedded_server(home), Tls())
+        broker = settings.server_options(use_embedded_server(home), None)
     else:
         broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
     if settings.backend_url is None:
-        return Servers(broker, broker, home)
+        return Servers(broker, broker, settings.signer(), home)
     backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
-    return Servers(broker, backend, home)
+    return Servers(broker, backend, settings.signer(), home)
 
 
 def find_running_backend(settings: Settings) -> ServerOptions | None:
@@ -65,7 +68,7 @@ def find_running_backend(settings: Settings) -> ServerOptions | None:
     if settings.broker_url is not None or settings.backend_url is not None:
         return find_servers(settings).backend
     url = find_embedded_server(_dagster_home())
-    return settings.server_options(url, Tls()) if url else None
+    return settings.server_options(url, None) if url else None
 
 
 def _dagster_home() -> Path:

@@ -52,7 +52,12 @@ from dagster_taskiq.errors import (
     UnreachableServerError,
 )
 from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.tags import has_misleading_priority, step_queue, task_priority
+from dagster_taskiq.tags import (
+    has_misleading_priority,
+    step_queue,
+    step_time_limits,
+    task_priority,
+)
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
 #: time between the two as the wait in the queue.
@@ -133,6 +138,7 @@ class _Flight:
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         is_reported_unserved: whether the log says that nobody listens on its queue.
+        is_reported_refused: whether the log says that workers there refuse it.
     """
 
     task: StepTask
@@ -141,6 +147,7 @@ class _Flight:
     place: Place | None = None
     absent_since: float | None = None
     is_reported_unserved: bool = False
+    is_reported_refused: bool = False
 
 
 class _Loop:
@@ -263,6 +270,7 @@ class _Loop:
             ),
             priority=self._priority_of(step),
             payload=self._make_payload(step, cut_known_state(self._active, step)),
+            limits=step_time_limits(step.tags),
         )
 
     def _send(self) -> Iterator[DagsterEvent]:
@@ -420,6 +428,7 @@ class _Loop:
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
             yield from self._judge(flight, TaskState.UNKNOWN)
             return
+        yield from self._report_refusal(flight, inspection)
         is_unserved = flight.task.queue in inspection.unserved_queues
         if not is_unserved:
             flight.is_reported_unserved = False
@@ -433,6 +442,17 @@ class _Loop:
                 EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
             )
 
+    def _report_refusal(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+        """Say that workers do not take what this run sends: they would drop it without a word."""
+        refusal = inspection.refusing_workers.get(flight.task.queue)
+        if refusal and not flight.is_reported_refused:
+            flight.is_reported_refused = True
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" waits: {refusal}',
+                EngineEventData(metadata={"queue": flight.task.queue}),
+            )
+
     def _judge(self, flight: _Flight, state: TaskState) -> Iterator[DagsterEvent]:
         """Decide over a task that nobody works on any more and that has no result.
 
@@ -441,8 +461,12 @@ class _Loop:
         """
         task_id = flight.task.task_id
         ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
+        has_started = ended or self._has_started(flight)
+        if state is TaskState.CANCELLED and self._is_stopping and not has_started:
+            yield from self._withdraw(flight)
+            return
         may_reopen = state in _MAY_REOPEN and not self._is_stopping
-        if may_reopen and not ended and not self._has_started(flight):
+        if may_reopen and not has_started:
             if self._dispatcher.reopen(task_id):
                 yield from self._send_again(flight)
             return
@@ -514,15 +538,19 @@ class _Loop:
         for task in self._to_cancel:
             flight = self._flights.get(task.task_id)
             if flight is not None and states[task.task_id] is TaskState.CANCELLED:
-                self._drop(flight)
-                yield DagsterEvent.engine_event(
-                    self._context.for_step(flight.step),
-                    f'Withdrew step "{flight.step.key}" from queue "{task.queue}" before a worker '
-                    "had started it.",
-                    EngineEventData(marker_end=QUEUE_WAIT_MARKER),
-                )
+                yield from self._withdraw(flight)
         self._to_cancel = []
         self._is_server_away = False
+
+    def _withdraw(self, flight: _Flight) -> Iterator[DagsterEvent]:
+        """A cancelled task never started and never will."""
+        self._drop(flight)
+        yield DagsterEvent.engine_event(
+            self._context.for_step(flight.step),
+            f'Withdrew step "{flight.step.key}" from queue "{flight.task.queue}" before a worker '
+            "had started it.",
+            EngineEventData(marker_end=QUEUE_WAIT_MARKER),
+        )
 
     def _drop(self, flight: _Flight) -> None:
         """Forget a task that is known not to run."""

@@ -43,6 +43,9 @@ KILL_AFTER_LEASE_SHARE = 5 / 6
 #: Time between SIGTERM and SIGKILL for a cancelled step.
 CANCEL_GRACE_SECONDS = 30.0
 
+#: The longest time limit of a step: thirty years, which every clock can count.
+LONGEST_TIME_LIMIT_SECONDS = 1e9
+
 #: How long the backend keeps a result that nobody has read. The event log is the record.
 RESULT_EXPIRES_SECONDS = 24 * 3600
 
@@ -63,6 +66,9 @@ IN_HAND_SECONDS = 15.0
 HEARTBEAT_SECONDS = 5.0
 WORKER_EXPIRES_SECONDS = 30.0
 
+#: How old a signed order to a worker may be, and how far the clocks of two hosts may differ.
+CONTROL_AGE_SECONDS = 300.0
+
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0
 
@@ -72,3 +78,4 @@ DRAIN_TIMEOUT_SECONDS = 3600.0
 #: Name of the environment variables that configure what the YAML leaves out.
 BROKER_URL_VARIABLE = "DAGSTER_TASKIQ_BROKER_URL"
 BACKEND_URL_VARIABLE = "DAGSTER_TASKIQ_BACKEND_URL"
+SIGNING_KEY_VARIABLE = "DAGSTER_TASKIQ_SIGNING_KEY"

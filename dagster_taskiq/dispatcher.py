@@ -12,6 +12,7 @@ from typing import Any
 
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.results import TaskResult
+from dagster_taskiq.time_limits import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepTask:
         queue: as people name it.
         priority: 0..10, higher first.
         payload: Dagster's packed arguments.
+        limits: how long the attempt may take.
     """
 
     task_id: str
@@ -32,6 +34,7 @@ class StepTask:
     queue: str
     priority: int
     payload: Mapping[str, Any]
+    limits: TimeLimits = TimeLimits()
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Inspection:
         absent: ids of unclaimed tasks that the broker does not hold either.
         unserved_queues: queues of unclaimed tasks that no worker listens on.
         served_queues: those that workers do listen on.
+        refusing_workers: by queue, what to say of workers there that refuse this run's tasks.
     """
 
     is_conclusive: bool
@@ -52,6 +56,7 @@ class Inspection:
     absent: frozenset[str] = frozenset()
     unserved_queues: frozenset[str] = frozenset()
     served_queues: frozenset[str] = field(default_factory=frozenset)
+    refusing_workers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Dispatcher(ABC):
@@ -89,7 +94,11 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
-        """Stop tasks; see ``RunBackend.cancel``."""
+        """Stop tasks; see ``RunBackend.cancel``.
+
+        Returns:
+            the same, but for EXPIRED: a worker may have it, which is for the loop to judge.
+        """
 
     @abstractmethod
     def condemn(self, task_id: str) -> bool:

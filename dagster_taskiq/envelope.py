@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
@@ -17,11 +17,14 @@ from taskiq.message import TaskiqMessage
 
 from dagster_taskiq.defaults import (
     LONGEST_SECONDS,
+    LONGEST_TIME_LIMIT_SECONDS,
     MAX_PRIORITY,
     MIN_LEASE_SECONDS,
     MIN_PRIORITY,
 )
 from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.signing import SIGNATURE, Purpose, Signer
+from dagster_taskiq.time_limits import TimeLimits
 
 #: Raised when payload or results change. The header's fields keep their meaning for ever, so that
 #: a worker can say to the loop of another version that it cannot execute what it was sent.
@@ -31,7 +34,7 @@ PROTOCOL = 1
 _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
 
 #: Labels of ours; any other one could change how Taskiq treats the message, so it is refused.
-_LABELS = frozenset({"queue_name", "priority"})
+_LABELS = frozenset({"queue_name", "priority", SIGNATURE})
 
 
 class TaskName(str, Enum):
@@ -65,6 +68,7 @@ class Envelope:
         cancel_grace_seconds: time between SIGTERM and SIGKILL when it is cancelled.
         epoch: the backend's epoch at the time it was sent.
         payload: Dagster's packed arguments.
+        limits: how long a step may take; the worker's own limits hold where they say nothing.
         protocol: of the sender.
     """
 
@@ -79,6 +83,7 @@ class Envelope:
     cancel_grace_seconds: float
     epoch: str
     payload: Mapping[str, Any]
+    limits: TimeLimits = TimeLimits()
     protocol: int = PROTOCOL
 
     @property
@@ -89,26 +94,31 @@ class Envelope:
     def header(self) -> dict[str, Any]:
         """Everything but the payload, ready for JSON."""
         header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
-        return {**header, "name": self.name.value}
+        return {**header, "name": self.name.value, "limits": asdict(self.limits)}
 
-    def to_message(self, physical_queue: str) -> TaskiqMessage:
+    def to_message(self, physical_queue: str, signer: Signer) -> TaskiqMessage:
         """The Taskiq message to send to a physical queue."""
-        labels = {"queue_name": physical_queue, "priority": self.priority}
+        labels: dict[str, Any] = {"queue_name": physical_queue, "priority": self.priority}
+        content = {"header": self.header(), "payload": dict(self.payload)}
+        signature = signer.sign(Purpose.TASK, "", content)
+        if signature:
+            labels[SIGNATURE] = signature
         return TaskiqMessage(
             task_id=self.task_id,
             task_name=self.name.value,
             labels=labels,
             labels_types=None,
             args=[],
-            kwargs={"header": self.header(), "payload": dict(self.payload)},
+            kwargs=content,
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Envelope:
+    def from_bytes(cls, data: bytes, signer: Signer) -> Envelope:
         """The envelope of a raw message as a broker delivers it.
 
         Raises:
             MalformedTaskError: the bytes are not JSON, no Taskiq message, or not a task of ours.
+            UntrustedError: it is not signed with a key of ours.
         """
         try:
             message = TaskiqMessage.model_validate(json.loads(data))
@@ -119,6 +129,8 @@ class Envelope:
             raise MalformedTaskError(f"it has labels that no task of ours has: {sorted(unknown)}")
         if message.args or set(message.kwargs) != {"header", "payload"}:
             raise MalformedTaskError("its arguments are not 'header' and 'payload'")
+        # all that is ever done with a task stands in these two
+        signer.verify(Purpose.TASK, "", message.kwargs, message.labels.get(SIGNATURE))
         envelope = cls.from_header(message.kwargs["header"], message.kwargs["payload"])
         if (envelope.task_id, envelope.name.value) != (message.task_id, message.task_name):
             raise MalformedTaskError("its header and its message name different tasks")
@@ -148,6 +160,7 @@ class Envelope:
                 cancel_grace_seconds=_seconds(header, "cancel_grace_seconds", 0),
                 epoch=_text(header, "epoch"),
                 payload=payload,
+                limits=_limits(header["limits"]),
                 protocol=_number(header, "protocol", int, 1, 2**31),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -189,6 +202,18 @@ def _text(header: Mapping[str, Any], key: str) -> str:
 def _seconds(header: Mapping[str, Any], key: str, low: float) -> float:
     seconds: float = _number(header, key, float, low, LONGEST_SECONDS)
     return seconds
+
+
+def _limits(values: Any) -> TimeLimits:
+    if not isinstance(values, dict) or set(values) != {"soft_seconds", "hard_seconds"}:
+        raise TypeError("limits must be a mapping of soft_seconds and hard_seconds")
+    return TimeLimits(
+        **{
+            name: _number(values, name, float, 0, LONGEST_TIME_LIMIT_SECONDS)
+            for name, value in values.items()
+            if value is not None
+        }
+    )
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:

@@ -9,6 +9,8 @@
     ├── EmbeddedServerError      the embedded server cannot be started
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
+    ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
+    ├── UntrustedError           not signed with a key of ours, or a replay
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -68,8 +70,24 @@ class MalformedResultError(DagsterTaskiqError):
     """A stored result cannot be decoded."""
 
 
+class UntrustedError(DagsterTaskiqError):
+    """What was read is not signed with a key of ours, is for somebody else, or a replay."""
+
+
 class SupersededLoopError(DagsterTaskiqError):
     """Another execution loop of the same run, started later, has taken over."""
+
+
+class SoftTimeLimitError(DagsterTaskiqError):
+    """A step has run for longer than its soft time limit.
+
+    Raised in the middle of the step's code, which may catch it to clean up; otherwise the attempt
+    fails with it and the step's retry policy decides.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The step's soft time limit of {seconds:g} s is over.")
+        self.seconds = seconds
 
 
 class SlotError(DagsterTaskiqError):

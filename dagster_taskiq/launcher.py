@@ -141,10 +141,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
         self._client.submit(envelope)
-        served = self._client.served_queues()
+        served, refusing = self._client.look_at_workers()
         self._instance.report_engine_event(
             f'Sent the run to queue "{queue}".'
-            + ("" if queue in served else f" No worker executes runs of it yet. {_list(served)}"),
+            + ("" if queue in served else f" No worker executes runs of it yet. {_list(served)}")
+            + (f" It waits: {refusing[queue]}" if queue in refusing else ""),
             run,
             EngineEventData(
                 metadata={"queue": queue, "priority": envelope.priority, "task id": task_id},
@@ -247,7 +248,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         since = self._absent_since.setdefault(task_id, time.monotonic())
         if time.monotonic() - since < max(self._settings.lease_seconds, IN_HAND_SECONDS):
             return WorkerStatus.RUNNING, "The servers do not know the run; waiting for a worker to."
-        return WorkerStatus.NOT_FOUND, "Neither a worker nor a queue has the run's task any more."
+        _, refusing = self._client.look_at_workers()
+        refusal = refusing.get(run_queue(run.tags, self._settings.default_queue), "")
+        reason = "Neither a worker nor a queue has the run's task any more."
+        return WorkerStatus.NOT_FOUND, f"{reason} {refusal}".rstrip()
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ssl import SSLContext
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
-from dagster_taskiq.servers import ServerOptions, redact
+from dagster_taskiq.servers import ServerOptions, redact, reset_hint, tls_refusal
 
 #: One more try, for a connection that the server closed while it was idle.
 _RETRIES = 1
@@ -30,22 +31,34 @@ def connection_arguments(options: ServerOptions, *, timeout_seconds: float) -> d
         "retry": Retry(NoBackoff(), _RETRIES),
         "protocol": 2,
     }
-    if options.url.startswith("rediss://"):
-        tls = options.tls
-        arguments |= {
-            "ssl_ca_certs": tls.ca_file,
-            "ssl_certfile": tls.cert_file,
-            "ssl_keyfile": tls.key_file,
-            "ssl_cert_reqs": "required" if tls.verify else "none",
-            "ssl_check_hostname": tls.verify,
-        }
     return arguments
 
 
 def open_redis(options: ServerOptions, *, timeout_seconds: float) -> Redis:
     """A client with its own connections; nothing is sent yet."""
     arguments = connection_arguments(options, timeout_seconds=timeout_seconds)
-    return Redis.from_url(options.url, **arguments)
+    client = Redis.from_url(options.url, **arguments)
+    use_tls(client.connection_pool, options)
+    return client
+
+
+def use_tls(pool: ConnectionPool, options: ServerOptions) -> None:
+    """Have a pool's connections verify the server of a ``rediss://`` URL as the options say.
+
+    Raises:
+        ConfigError: a TLS file cannot be loaded.
+    """
+    if options.url.lower().startswith("rediss://"):
+        pool.connection_class = _TlsConnection
+        pool.connection_kwargs["context"] = options.tls.context()
+
+
+class _TlsConnection(SSLConnection):
+    """With our context: what redis-py makes of a CA file trusts all of the system's too."""
+
+    def __init__(self, *, context: SSLContext, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.ssl_context.context = context
 
 
 @contextmanager
@@ -63,8 +76,10 @@ def server_errors(address: str) -> Iterator[None]:
             address, f"{address} refuses the credentials: {redact(str(error))}. Check the URL."
         ) from error
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
+        if refusal := tls_refusal(address, error):
+            raise refusal from error
         raise UnreachableServerError(
-            address, f"Cannot reach {address}: {_sentence(error)}."
+            address, f"Cannot reach {address}: {_sentence(error)}.{reset_hint(address, error)}"
         ) from error
     except exceptions.RedisError as error:
         raise _refusal(address, error) from error

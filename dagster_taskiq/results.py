@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.errors import MalformedResultError, UntrustedError
+from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.signing import Purpose, Signer
 
 
 class Outcome(str, Enum):
@@ -49,6 +51,10 @@ class Place:
             raise MalformedResultError(f"it does not say where it ran: {error}") from None
 
 
+#: Of a task that nobody is known to have executed.
+NOWHERE = Place(worker="unknown", worker_id="", host="unknown", pid=0, slot=0)
+
+
 @dataclass(frozen=True)
 class TaskResult:
     """What one task came to.
@@ -71,19 +77,25 @@ class TaskResult:
     exit_code: int | None = None
     is_cancelled: bool = False
 
-    def to_bytes(self) -> bytes:
-        """JSON."""
-        return json.dumps({**asdict(self), "outcome": self.outcome.value}).encode()
+    def to_bytes(self, signer: Signer | None = None, task_id: str = "") -> bytes:
+        """JSON for whoever reads it; with a signer, the signed result of a task."""
+        values = {**asdict(self), "outcome": self.outcome.value}
+        if signer is not None:
+            values = signer.signed(Purpose.RESULT, task_id, values)
+        return json.dumps(values).encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> TaskResult:
-        """The result that ``to_bytes`` wrote.
+    def from_bytes(cls, data: bytes, signer: Signer | None = None, task_id: str = "") -> TaskResult:
+        """The result that ``to_bytes`` wrote; without a signer whoever wrote it.
 
         Raises:
             MalformedResultError: it is none.
+            UntrustedError: it is not signed with a key of ours as the result of that task.
         """
         try:
             values = json.loads(data)
+            if signer is not None:
+                values = signer.verified(Purpose.RESULT, task_id, values)
             events = tuple(values.pop("events"))
             if not all(isinstance(event, str) for event in events):
                 raise TypeError("an event is no text")
@@ -97,3 +109,16 @@ class TaskResult:
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MalformedResultError(f"it is not a result of ours: {error!r}") from None
+
+
+def read_result(signer: Signer, task_id: str, data: bytes, refusals: Refusals) -> TaskResult:
+    """What a task came to; for what cannot be read, or was not signed, a death ``NOWHERE``.
+
+    What came of the task is then for Dagster's log to say.
+    """
+    try:
+        return TaskResult.from_bytes(data, signer, task_id)
+    except (MalformedResultError, UntrustedError) as error:
+        refusals.note("a result", error)
+        reason = f"The result of task {task_id} was refused: {error}."
+        return TaskResult(Outcome.DIED, NOWHERE, reason=reason)

@@ -7,16 +7,18 @@ that was away is reached again by the next call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.control import cancel_order, refusing_workers
 from dagster_taskiq.envelope import Envelope, physical_queue
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.loop_thread import LoopThread
-from dagster_taskiq.results import TaskResult
+from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.results import TaskResult, read_result
 
 T = TypeVar("T")
 
@@ -32,6 +34,8 @@ class RunClient:
 
     def __init__(self, servers: Servers) -> None:
         self._servers = servers
+        self._signer = servers.signer
+        self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._broker: TaskBroker
@@ -50,7 +54,7 @@ class RunClient:
         queue = physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
 
         async def submit() -> None:
-            message = self._broker.formatter.dumps(envelope.to_message(queue))
+            message = self._broker.formatter.dumps(envelope.to_message(queue, self._signer))
             await self._broker.kick(message)
 
         self._call(submit)
@@ -60,9 +64,13 @@ class RunClient:
 
         async def look() -> tuple[TaskReport, TaskResult | None]:
             _, reports = await self._backend.inspect(run_id, [task_id])
-            found = await self._backend.read_results(run_id, [task_id])
-            data = found.get(task_id)
-            return reports[task_id], TaskResult.from_bytes(data) if data else None
+            report = reports[task_id]
+            if report.state is not TaskState.DONE:
+                return report, None
+            data = (await self._backend.read_results(run_id, [task_id])).get(task_id)
+            if data is None:
+                return report, None
+            return report, read_result(self._signer, task_id, data, self._refusals)
 
         return self._call(look)
 
@@ -79,21 +87,23 @@ class RunClient:
 
         async def cancel() -> TaskState:
             await self._backend.disown_run(run_id)
-            states = await self._backend.cancel(run_id, [task_id], reason=reason)
+            orders = {task_id: cancel_order(self._signer, task_id, reason)}
+            states = await self._backend.cancel(run_id, orders)
             if states[task_id] is TaskState.CANCELLED:
                 await self._broker.withdraw(physical, [task_id])
             return states[task_id]
 
         return self._call(cancel)
 
-    def served_queues(self) -> set[str]:
-        """Queues whose runs some worker executes."""
+    def look_at_workers(self) -> tuple[set[str], Mapping[str, str]]:
+        """Queues whose runs some worker executes, and see ``refusing_workers``."""
 
-        async def served() -> set[str]:
-            workers = await self._backend.workers()
-            return {name for worker in workers if worker.run_slots for name in worker.queues}
+        async def look() -> tuple[set[str], Mapping[str, str]]:
+            workers = [it for it in await self._backend.workers() if it.run_slots]
+            served = {name for worker in workers for name in worker.queues}
+            return served, refusing_workers(self._signer, workers)
 
-        return self._call(served)
+        return self._call(look)
 
     def close(self) -> None:
         """Leave the servers."""

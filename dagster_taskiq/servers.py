@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
-from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.errors import ConfigError, RefusedByServerError
 
 AMQP_SCHEMES = ("amqp", "amqps", "pyamqp")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -21,13 +21,15 @@ class Tls:
     Attributes:
         ca_file: PEM file of the authorities to trust instead of the system's.
         cert_file, key_file: PEM files of the certificate that we show.
-        verify: whether the server's certificate and host name are checked.
+        verify: whether the server's certificate is checked, and with it its host name.
+        check_hostname: whether that is, too.
     """
 
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
     verify: bool = True
+    check_hostname: bool = True
 
     def context(self) -> ssl.SSLContext:
         """The same as Python's TLS library takes it.
@@ -42,8 +44,8 @@ class Tls:
         except OSError as error:
             files = ", ".join(filter(None, (self.ca_file, self.cert_file, self.key_file)))
             raise ConfigError(f"Cannot load the TLS files {files}: {error}.") from None
+        context.check_hostname = self.verify and self.check_hostname
         if not self.verify:
-            context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
 
@@ -73,6 +75,58 @@ class ServerOptions:
 
     def __repr__(self) -> str:
         return f"ServerOptions({self.address!r}, key_prefix={self.key_prefix!r})"
+
+
+#: What OpenSSL calls a failure, in the texts of all libraries above it, and its explanation.
+_TLS_FAILURE = re.compile(r"\[SSL: (?P<name>\w+)\] ?(?P<text>[^(\[]*)")
+
+
+_TLS_SETTING = "config_source.broker_use_ssl (of the backend: redis_backend_use_ssl)"
+
+
+def tls_refusal(address: str, error: BaseException) -> RefusedByServerError | None:
+    """The error to raise where TLS failed, which no second try mends; None where it did not."""
+    match = _TLS_FAILURE.search(_texts(error))
+    if match is None:
+        return None
+    name = match["name"]
+    text = match["text"].strip(" .:").removeprefix("certificate verify failed: ")
+    if name == "CERTIFICATE_VERIFY_FAILED":
+        problem = f"its certificate cannot be trusted: {text}"
+        advice = (
+            "Use a host name that is in it"
+            if "mismatch" in text
+            else f"Set ca_certs in {_TLS_SETTING} to the file of the CA that has signed it"
+        )
+    elif "ALERT" in name:
+        problem = f"it refuses our side of TLS: {text}"
+        advice = (
+            f"Set certfile and keyfile in {_TLS_SETTING} to a client certificate that it accepts"
+        )
+    else:
+        problem = f"TLS failed: {name} {text}".rstrip()
+        advice = "Check the scheme and the port of the URL"
+    return RefusedByServerError(address, f"Cannot use {address}: {problem}. {advice}.")
+
+
+def reset_hint(address: str, error: BaseException) -> str:
+    """What a connection that was reset may mean; empty for another error."""
+    is_tls = address.lower().startswith(("rediss://", "amqps://"))
+    if not is_tls or not re.search("reset|closed|EOF", _texts(error), re.IGNORECASE):
+        return ""
+    return (
+        " (A server that demands a client certificate and gets none may do this too: set certfile "
+        f"and keyfile in {_TLS_SETTING}.)"
+    )
+
+
+def _texts(error: BaseException | None) -> str:
+    """The texts of an error and of what it came from."""
+    texts: list[str] = []
+    while error is not None and len(texts) < 10:
+        texts.append(str(error))
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
 
 
 #: Up to the last "@", as everybody reads URLs: user names and passwords may have one in them.

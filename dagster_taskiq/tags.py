@@ -5,14 +5,23 @@ Our tags come first; dagster-celery's are fallbacks, so that an existing code ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from dagster_taskiq.defaults import DEFAULT_RUN_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
+from dagster_taskiq.defaults import (
+    DEFAULT_RUN_PRIORITY,
+    LONGEST_TIME_LIMIT_SECONDS,
+    MAX_PRIORITY,
+    MIN_PRIORITY,
+)
 from dagster_taskiq.errors import TagError
+from dagster_taskiq.time_limits import TimeLimits
 
 QUEUE_TAG = "dagster-taskiq/queue"
 PRIORITY_TAG = "dagster-taskiq/priority"
 RUN_PRIORITY_TAG = "dagster-taskiq/run_priority"
+SOFT_TIMEOUT_TAG = "dagster-taskiq/soft_timeout_seconds"
+TIMEOUT_TAG = "dagster-taskiq/timeout_seconds"
 TASK_ID_TAG = "dagster-taskiq/task_id"
 
 CELERY_QUEUE_TAG = "dagster-celery/queue"
@@ -80,6 +89,15 @@ def clamp_priority(priority: int) -> int:
     return max(MIN_PRIORITY, min(MAX_PRIORITY, priority))
 
 
+def step_time_limits(step_tags: Mapping[str, str]) -> TimeLimits:
+    """How long an attempt of the step may take, where its tags say it.
+
+    Raises:
+        TagError: a tag is not a number of seconds.
+    """
+    return TimeLimits(_seconds(step_tags, SOFT_TIMEOUT_TAG), _seconds(step_tags, TIMEOUT_TAG))
+
+
 def has_misleading_priority(step_tags: Mapping[str, str]) -> bool:
     """Whether a step carries Dagster's own priority tag but none that counts here."""
     return DAGSTER_PRIORITY_TAG in step_tags and not (
@@ -101,3 +119,15 @@ def _integer(tag: str, value: str) -> int:
         return int(value)
     except ValueError:
         raise TagError(tag, value, "an integer") from None
+
+
+def _seconds(tags: Mapping[str, str], tag: str) -> float | None:
+    if tag not in tags:
+        return None
+    try:
+        seconds = float(tags[tag])
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= LONGEST_TIME_LIMIT_SECONDS:
+        raise TagError(tag, tags[tag], "a number of seconds, 0 for no limit")
+    return seconds

@@ -106,6 +106,17 @@ def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, 
     )
 
 
+def is_run_over(payload: Mapping[str, Any]) -> bool:
+    """Whether the run that a step belongs to is finished, or is not there any more.
+
+    Args:
+        payload: of the step's task.
+    """
+    args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+    run = _instance(args.instance_ref).get_run_by_id(args.run_id)
+    return run is None or run.is_finished
+
+
 def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
     """Execute one step.
 

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Iterator
 
+import hypothesis
 import psutil
 import pytest
 
@@ -21,6 +22,11 @@ SESSION_VARIABLE = "DAGSTER_TASKIQ_TEST_SESSION"
 LEFTOVER_SECONDS = 15.0
 
 _OPTIONS = {"redis": redis_options, "valkey": valkey_options, "rabbitmq": amqp_options}
+
+
+# how long an example takes says nothing on a machine with other things to do
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(params=["redis", "valkey", "rabbitmq"])

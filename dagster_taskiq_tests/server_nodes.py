@@ -88,9 +88,11 @@ class Node(ABC):
 class RabbitMQNode(Node):
     """A RabbitMQ of our own; ``environment`` is how rabbitmqctl reaches it."""
 
-    def __init__(self, server: str, port: int, epmd_port: int, directory: Path) -> None:
+    def __init__(
+        self, server: str, port: int, epmd_port: int, directory: Path, settings: str
+    ) -> None:
         config = directory / "rabbitmq.conf"  # in the place of the host's own, which may name ports
-        config.write_text(f"listeners.tcp.local = 127.0.0.1:{port}\n")
+        config.write_text(f"listeners.tcp.local = 127.0.0.1:{port}\n{settings}")
         self._server = server
         self.environment = {
             "ERL_CRASH_DUMP": str(directory / "erl_crash.dump"),
@@ -115,8 +117,11 @@ class RabbitMQNode(Node):
 
 
 @contextmanager
-def started_rabbitmq() -> Iterator[RabbitMQNode]:
+def started_rabbitmq(settings: str = "") -> Iterator[RabbitMQNode]:
     """Start a node.
+
+    Args:
+        settings: more lines of rabbitmq.conf.
 
     Raises:
         UnavailableError: this host has no RabbitMQ.
@@ -129,7 +134,7 @@ def started_rabbitmq() -> Iterator[RabbitMQNode]:
         # our own epmd in the foreground, since the one that a node starts daemonises and stays
         command = [epmd, "-port", str(epmd_port), "-address", "127.0.0.1"]
         stack.callback(stop, popen(command, directory / "epmd.log"))
-        node = RabbitMQNode(server, free_port(), epmd_port, directory)
+        node = RabbitMQNode(server, free_port(), epmd_port, directory, settings)
         stack.callback(node.stop)
         yield node
 

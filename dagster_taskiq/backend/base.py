@@ -25,7 +25,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from dagster_taskiq.results import Place
 
@@ -85,14 +84,14 @@ class Renewal:
 
     Attributes:
         is_held: whether the claim still is ours.
-        cancel_reason: why the task should stop; None if it should not.
+        cancel_order: the order to stop the task, as ``cancel`` was given it; None if there is none.
         is_run_alive: whether an execution loop of its run is alive.
         is_resumable: whether a run whose loop died may get another one.
         epoch: of the backend, now.
     """
 
     is_held: bool
-    cancel_reason: str | None
+    cancel_order: str | None
     is_run_alive: bool
     is_resumable: bool
     epoch: str
@@ -118,6 +117,8 @@ class WorkerRecord:
         run_slots, busy_run_slots: the same for whole runs.
         state: ``running`` or ``draining``.
         started_at: seconds since the epoch.
+        refused: how many messages it has refused.
+        key_ids: names of the keys that it verifies signatures with, see ``Signer``.
     """
 
     worker_id: str
@@ -132,6 +133,8 @@ class WorkerRecord:
     state: str = "running"
     started_at: float = 0.0
     version: str = "unknown"
+    refused: int = 0
+    key_ids: tuple[str, ...] = ()
 
 
 class RunBackend(ABC):
@@ -185,10 +188,11 @@ class RunBackend(ABC):
         """The epoch, and what is known of each task, in one round trip."""
 
     @abstractmethod
-    async def cancel(
-        self, run_id: str, task_ids: Sequence[str], *, reason: str
-    ) -> dict[str, TaskState]:
+    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
         """Stop tasks: unclaimed ones become cancelled, holders of claimed ones are told.
+
+        Args:
+            orders: by task id, what the holder is told, ready to be sent.
 
         Returns:
             the state of each when it was told: CANCELLED means that it never started and never
@@ -244,14 +248,16 @@ class ControlBackend(ABC):
         """The live workers, by name."""
 
     @abstractmethod
-    async def send_control(self, worker_id: str, message: Mapping[str, Any]) -> None:
-        """Put a message into the worker's control mailbox."""
+    async def send_control(self, worker_id: str, order: str) -> None:
+        """Put an order, ready to be sent, into the worker's control mailbox."""
 
     @abstractmethod
-    async def wait_for_control(
-        self, worker_id: str, timeout_seconds: float
-    ) -> list[dict[str, Any]]:
-        """The messages that arrived, as soon as there is one; empty after the timeout."""
+    async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
+        """The orders that arrived, whoever sent them, as soon as there is one.
+
+        Returns:
+            none after the timeout.
+        """
 
 
 class Backend(RunBackend, ClaimBackend, ControlBackend):

@@ -9,6 +9,7 @@ in ``workers``. What must happen at once is in ``redis_scripts``.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -31,10 +32,12 @@ from dagster_taskiq.backend.base import (
     WorkerRecord,
 )
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
-from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.errors import MalformedResultError, SupersededLoopError
 from dagster_taskiq.redis_client import open_redis, server_errors
 from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
+
+logger = logging.getLogger(__name__)
 
 #: How many tasks one script looks at: it holds up every other client of the server meanwhile.
 _BATCH = 500
@@ -154,19 +157,17 @@ class RedisBackend(Backend):
             first, *rest = await self._script(scripts.INSPECT, keys, arguments)
             epoch = _text(first)
             for task, state, place in zip(batch, rest[::2], rest[1::2], strict=True):
-                where = Place.from_dict(json.loads(place)) if place else None
-                reports[task] = TaskReport(TaskState(_text(state)), where)
+                reports[task] = TaskReport(TaskState(_text(state)), _place_of(place))
         return epoch, reports
 
-    async def cancel(
-        self, run_id: str, task_ids: Sequence[str], *, reason: str
-    ) -> dict[str, TaskState]:
+    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
         """See ``RunBackend``."""
         states: dict[str, TaskState] = {}
-        for batch in _batches(task_ids):
+        for batch in _batches(list(orders)):
             claims, mailboxes = self._key("claim:"), self._key("control:")
             expiries = [_CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
-            arguments = [reason, claims, mailboxes, *expiries, *batch]
+            pairs = [part for task in batch for part in (task, orders[task])]
+            arguments = [claims, mailboxes, *expiries, *pairs]
             answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
             states |= {t: TaskState(_text(s)) for t, s in zip(batch, answer, strict=True)}
         return states
@@ -214,12 +215,12 @@ class RedisBackend(Backend):
         return [
             Renewal(
                 is_held=bool(held),
-                cancel_reason=_text(reason) or None,
+                cancel_order=order.decode(errors="replace") or None,
                 is_run_alive=bool(alive),
                 is_resumable=bool(resumable),
                 epoch=_text(epoch),
             )
-            for held, reason, alive, resumable, epoch in answers
+            for held, order, alive, resumable, epoch in answers
         ]
 
     async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
@@ -279,20 +280,18 @@ class RedisBackend(Backend):
             if not ids:
                 return []
             values: Any = await self._redis.mget([self._key("worker:", item) for item in ids])
-        records = [_record_of(json.loads(value)) for value in values if value]
-        return sorted(records, key=lambda record: record.name)
+        records = [_record_of(value) for value in values if value]
+        return sorted((it for it in records if it), key=lambda record: record.name)
 
-    async def send_control(self, worker_id: str, message: Mapping[str, Any]) -> None:
+    async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
         mailbox = self._key("control:", worker_id)
         async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.rpush(mailbox, json.dumps(message))
+            pipeline.rpush(mailbox, order)
             pipeline.expire(mailbox, _CONTROL_EXPIRES_SECONDS)
             await pipeline.execute()
 
-    async def wait_for_control(
-        self, worker_id: str, timeout_seconds: float
-    ) -> list[dict[str, Any]]:
+    async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
         """See ``ControlBackend``."""
         mailbox = self._key("control:", worker_id)
         first = await self._wait_on(mailbox, timeout_seconds)
@@ -300,7 +299,7 @@ class RedisBackend(Backend):
             return []
         async with self._server():
             rest: Any = await self._redis.lpop(mailbox, _BATCH)
-        return [json.loads(item) for item in [first, *(rest or [])]]
+        return [first, *(rest or [])]
 
     # --- keys and calls ---
 
@@ -354,10 +353,27 @@ class RedisBackend(Backend):
         return None if answer is None else answer[1]
 
 
-def _record_of(values: dict[str, Any]) -> WorkerRecord:
-    """A worker's record; what another version has added to it or leaves out does no harm."""
-    known = {item.name: values.get(item.name, item.default) for item in fields(WorkerRecord)}
-    return WorkerRecord(**{**known, "queues": tuple(known["queues"])})
+def _record_of(data: bytes) -> WorkerRecord | None:
+    """A worker's record; what another version has added to it or leaves out does no harm.
+
+    None for what is none: the listing shows the others.
+    """
+    try:
+        values = json.loads(data)
+        known = {item.name: values.get(item.name, item.default) for item in fields(WorkerRecord)}
+        lists = {key: tuple(map(str, known[key])) for key in ("queues", "key_ids")}
+        return WorkerRecord(**{**known, **lists, "name": str(known["name"])})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("Ignored the record of a worker that cannot be read: %r", error)
+        return None
+
+
+def _place_of(data: bytes) -> Place | None:
+    """Where a task runs, for people; None where it does not say."""
+    try:
+        return Place.from_dict(json.loads(data)) if data else None
+    except (ValueError, RecursionError, MalformedResultError):
+        return None
 
 
 def _claim_arguments(claim: Claim) -> list[Any]:

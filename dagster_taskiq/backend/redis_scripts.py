@@ -7,7 +7,7 @@ changes with a restart (perhaps from an older snapshot) or a fail-over to a repl
 States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``, ``cancelled``,
 ``lost``; ``dropped:<epoch>`` where a worker has dropped the message in that epoch, in which nobody
 had claimed it, and ``dropped:`` where the message was of an older epoch. Field ``c:<task id>`` is
-the reason of a cancel that the task's worker was told.
+the order to cancel that the task's worker was given.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ return {'granted', now}
 )
 
 #: KEYS epoch, record, loop, claim. ARGV fresh epoch, task, epoch of the claim, token, place,
-#: lease ms, record expiry s. Returns {held, cancel reason or '', loop alive, resumable, epoch}.
+#: lease ms, record expiry s. Returns {held, cancel order or '', loop alive, resumable, epoch}.
 RENEW = (
     _PRELUDE
     + _IS_OPEN
@@ -214,25 +214,26 @@ return answer
 """
 )
 
-#: KEYS record. ARGV reason, prefix of the claims' keys, prefix of the control mailboxes' keys,
-#: mailbox expiry s, record expiry s, tasks ... Returns the state of each.
+#: KEYS record. ARGV prefix of the claims' keys, prefix of the control mailboxes' keys, mailbox
+#: expiry s, record expiry s, then each task and the order for its worker, which may be signed.
+#: Returns the state of each.
 CANCEL = """
 local answer = {}
-for index = 6, #ARGV do
-  local task = ARGV[index]
+for index = 5, #ARGV, 2 do
+  local task, order = ARGV[index], ARGV[index + 1]
   local state = redis.call('HGET', KEYS[1], 't:' .. task)
-  local place = redis.call('HGET', ARGV[2] .. task, 'place')
+  local place = redis.call('HGET', ARGV[1] .. task, 'place')
   if state and string.match(state, '^done') then
     answer[#answer + 1] = 'done'
   elseif place then
-    redis.call('HSET', KEYS[1], 'c:' .. task, ARGV[1])
-    local mailbox = ARGV[3] .. cjson.decode(place).worker_id
-    redis.call('RPUSH', mailbox, cjson.encode({kind = 'cancel', task_id = task, reason = ARGV[1]}))
-    redis.call('EXPIRE', mailbox, ARGV[4])
+    redis.call('HSET', KEYS[1], 'c:' .. task, order)
+    local mailbox = ARGV[2] .. cjson.decode(place).worker_id
+    redis.call('RPUSH', mailbox, order)
+    redis.call('EXPIRE', mailbox, ARGV[3])
     answer[#answer + 1] = 'claimed'
   elseif state == 'claimed' then
     -- it may have started, so it is for the loop to judge; a worker that lives is told
-    redis.call('HSET', KEYS[1], 'c:' .. task, ARGV[1])
+    redis.call('HSET', KEYS[1], 'c:' .. task, order)
     answer[#answer + 1] = 'expired'
   elseif state == 'lost' then
     answer[#answer + 1] = 'lost'
@@ -241,7 +242,7 @@ for index = 6, #ARGV do
     answer[#answer + 1] = 'cancelled'
   end
 end
-redis.call('EXPIRE', KEYS[1], ARGV[5])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
 return answer
 """
 

@@ -49,7 +49,7 @@ from dagster_taskiq.errors import (
     ServerError,
     UnreachableServerError,
 )
-from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact
+from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact, reset_hint, tls_refusal
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.
@@ -490,7 +490,10 @@ def _server_errors(address: str) -> Iterator[None]:
     ) as error:
         raise RefusedByServerError(address, _refusal(address, error)) from error
     except CONNECTION_EXCEPTIONS as error:
-        raise _unreachable(address, redact(str(error))) from error
+        if refusal := tls_refusal(address, error):
+            raise refusal from error
+        hint = reset_hint(address, error)
+        raise _unreachable(address, redact(str(error)), hint) from error
     except asyncio.CancelledError as error:
         # not ours: one of aiormq's ways to end the calls on a lost connection
         raise _unreachable(address) from error
@@ -501,9 +504,9 @@ def _server_errors(address: str) -> Iterator[None]:
         raise _unreachable(address) from error
 
 
-def _unreachable(address: str, text: str = "") -> UnreachableServerError:
+def _unreachable(address: str, text: str = "", hint: str = "") -> UnreachableServerError:
     reason = text.rstrip(".") or "the connection was lost"
-    return UnreachableServerError(address, f"Cannot reach {address}: {reason}.")
+    return UnreachableServerError(address, f"Cannot reach {address}: {reason}.{hint}")
 
 
 def _refusal(address: str, error: exceptions.AMQPError) -> str:

@@ -12,12 +12,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
+from functools import cached_property
 from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
-from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError
+from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError, UntrustedError
+from dagster_taskiq.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +105,20 @@ class TaskBroker(AsyncBroker):
     queues: Sequence[str]
 
     #: Called with the bytes of each message before it is handed on; raises ``MalformedTaskError``
-    #: for what is no task of ours, which is then acked, counted and dropped here, since Taskiq's
-    #: receiver would neither ack it nor give its place free.
+    #: or ``UntrustedError`` for what is no task of ours, which is then acked, counted and dropped
+    #: here, since Taskiq's receiver would neither ack it nor give its place free.
     admit: Callable[[bytes], object] | None = None
 
-    #: How many messages ``admit`` has refused.
-    refused_count: int = 0
-
     _is_shut_down: bool = False
+
+    @cached_property
+    def _refusals(self) -> Refusals:
+        return Refusals(self.address)
+
+    @property
+    def refused_count(self) -> int:
+        """How many messages ``admit`` has refused."""
+        return self._refusals.count
 
     async def shutdown(self) -> None:
         """Close the connections; listeners end. What is unsettled goes back to its queue."""
@@ -129,9 +137,8 @@ class TaskBroker(AsyncBroker):
         try:
             if self.admit is not None:
                 self.admit(delivery.data)
-        except MalformedTaskError as error:
-            self.refused_count += 1
-            logger.error("Refused a message from %s: %s.", self.address, error)
+        except (MalformedTaskError, UntrustedError) as error:
+            self._refusals.note("a message", error)
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False

@@ -50,7 +50,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
-from dagster_taskiq.redis_client import connection_arguments, server_errors
+from dagster_taskiq.redis_client import connection_arguments, server_errors, use_tls
 from dagster_taskiq.servers import ServerOptions
 
 #: How long an idle worker waits for the bell before it looks into its queues all the same.
@@ -251,6 +251,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
             raise ConfigError(f"Cannot use {self.address} as a server: {error}") from None
         # whatever the URL says, which redis-py prefers to its arguments
         self.connection_pool.connection_kwargs["socket_timeout"] = read_seconds
+        use_tls(self.connection_pool, options)
         self._redis: Redis = Redis(connection_pool=self.connection_pool)
         self._sequence = f"{options.key_prefix}.sequence"
 
@@ -261,8 +262,6 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
             ServerError: it is away or refuses; raised within the connect timeout.
             ConfigError: a TLS file cannot be loaded.
         """
-        if self.options.url.startswith("rediss://"):
-            self.options.tls.context()  # its error is clearer than that of the first connection
         await self._execute(("PING",), *_loads())
         self._is_shut_down = False
         await super().startup()

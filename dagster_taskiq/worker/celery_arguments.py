@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dagster_taskiq.defaults import LONGEST_TIME_LIMIT_SECONDS
 from dagster_taskiq.errors import ConfigError
 
 
@@ -21,6 +22,8 @@ class CeleryArguments:
     log_level: str | None
     max_tasks_per_child: int | None
     max_memory_per_child: int | None
+    soft_time_limit: float | None
+    time_limit: float | None
 
 
 #: Options of ``celery worker`` (5.6) that mean nothing here, and whether each takes a value.
@@ -38,10 +41,8 @@ _MEANINGLESS = {
     "--purge": False,
     "--scheduler": True,
     "--schedule-filename": True,
-    "--soft-time-limit": True,
     "--statedb": True,
     "--task-events": False,
-    "--time-limit": True,
     "--uid": True,
     "--umask": True,
     "--without-gossip": False,
@@ -80,6 +81,8 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
     parser.add_argument("-l", "--loglevel")
     parser.add_argument("--max-tasks-per-child", type=_count)
     parser.add_argument("--max-memory-per-child", type=_count)
+    parser.add_argument("--soft-time-limit", type=_seconds)
+    parser.add_argument("--time-limit", type=_seconds)
     for option, takes_value in _MEANINGLESS.items():
         action = "store" if takes_value else "store_true"
         parser.add_argument(option, action=action, dest=option)
@@ -97,6 +100,8 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
         log_level=values.loglevel,
         max_tasks_per_child=values.max_tasks_per_child,
         max_memory_per_child=values.max_memory_per_child,
+        soft_time_limit=values.soft_time_limit,
+        time_limit=values.time_limit,
     )
 
 
@@ -105,6 +110,13 @@ def _count(text: str) -> int:
     if count < 0:  # 0 is Celery's word for its default, as it is for ours
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return count
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= LONGEST_TIME_LIMIT_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return seconds
 
 
 def _split(values: list[str]) -> tuple[str, ...]:

@@ -14,14 +14,19 @@ import signal
 import socket
 import sys
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
-from dagster_taskiq.tasks import execute_plan, execute_run
+from dagster_taskiq.tasks import execute_plan, execute_run, is_run_over
 from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
+
+#: Name of the question of ``run_watch``, beside those of tasks.
+LOOK_AT_RUN = "look_at_run"
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class ChildOptions:
         include: modules to import before it counts as ready.
         log_level: of the root logger, a name.
         slot: the number of its slot.
+        environment: variables that it has and other children have not; may be secret.
     """
 
     include: tuple[str, ...]
     log_level: str
     slot: int
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def child_main(connection: socket.socket, options: ChildOptions) -> None:
@@ -46,9 +53,13 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     before any of its code runs, then ``result``.
     """
     os.setsid()
+    os.environ.update(options.environment)
     # between tasks a signal means nothing; during one, Dagster listens to it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(SOFT_LIMIT_SIGNAL, signal.SIG_IGN)
+    # the fork server was started with it blocked, see ``slot``; what a step starts must not be
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
     reason = _import_modules(options.include)
@@ -58,12 +69,12 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     connection.sendall(frames.encode({"kind": "ready"}))
     while (task := frames.receive(connection)) is not None:
         connection.sendall(frames.encode({"kind": "started"}))
-        connection.sendall(frames.encode(_execute(task)))
+        answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
+        connection.sendall(frames.encode({**answer, "resident_kib": _resident_kib()}))
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
-    if os.getcwd() not in sys.path and "" not in sys.path:  # noqa: PTH109 - a text is wanted
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    _find_code_here()
     for module in modules:
         try:
             importlib.import_module(module)
@@ -74,11 +85,22 @@ def _import_modules(modules: tuple[str, ...]) -> str:
     return ""
 
 
+def _find_code_here() -> None:
+    """Let modules of the worker's directory be found, wherever the run's process was started.
+
+    Dagster takes the first entry for the script's directory and skips it when it loads a job, so
+    the directory is the second one.
+    """
+    here = str(Path.cwd())
+    sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
+
+
 def _execute(task: dict[str, Any]) -> dict[str, Any]:
     place = Place.from_dict(task["place"])
     name = TaskName(task["name"])
     if name is TaskName.EXECUTE_PLAN:
-        result = execute_plan(task["payload"], place, task["queue"])
+        with soft_time_limit(task.get("soft_timeout_seconds")):
+            result = execute_plan(task["payload"], place, task["queue"])
     else:
         result = execute_run(name, task["payload"], place, task["queue"])
     sys.stdout.flush()
@@ -86,8 +108,14 @@ def _execute(task: dict[str, Any]) -> dict[str, Any]:
     return {
         "kind": "result",
         "result": result.to_bytes().decode(),
-        "resident_kib": _resident_kib(),
     }
+
+
+def _look_at_run(task: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"kind": "run", "is_over": is_run_over(task["payload"]), "error": ""}
+    except Exception as error:
+        return {"kind": "run", "is_over": False, "error": f"{type(error).__name__}: {error}"}
 
 
 def _resident_kib() -> int:

@@ -18,13 +18,15 @@ from enum import Enum
 import psutil
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
+from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
     INTERRUPT_AT_LATEST_LEASE_SHARE,
     KILL_AFTER_LEASE_SHARE,
     RENEWALS_PER_LEASE,
 )
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ServerError, UntrustedError
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.renewals import keep_renewing
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
@@ -53,22 +55,26 @@ class Lease:
         group: the process group of the child that executes it.
         renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
         on_stop: called once, when the task may not go on.
+        on_orphaned: called at each renewal while its run has no process but may get another one.
         needs_live_run: whether it ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
         is_lost: whether the backend has said that the claim is not ours any more.
         is_resumable: whether another process would take over a run.
         suspended_since: since when its process has been seen stopped.
+        refused_order: to cancel it, which is found again at each renewal.
     """
 
     claim: Claim
     group: int
     renewed_at: float
     on_stop: Callable[[], None]
+    on_orphaned: Callable[[], None]
     needs_live_run: bool = True
     stop_reason: StopReason | None = None
     is_lost: bool = False
     is_resumable: bool = False
     suspended_since: float | None = None
+    refused_order: str | None = None
 
     @property
     def ends_at(self) -> float:
@@ -77,11 +83,20 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Keeps the claims of one worker; ``run`` is its background task."""
+    """Keeps the claims of one worker; ``run`` is its background task.
 
-    def __init__(self, backend: Backend, guard: GuardClient) -> None:
+    Args:
+        orders: verifies the orders to cancel that renewals find.
+        refusals: counts those that are refused.
+    """
+
+    def __init__(
+        self, backend: Backend, guard: GuardClient, orders: OrderReader, refusals: Refusals
+    ) -> None:
         self._backend = backend
         self._guard = guard
+        self._orders = orders
+        self._refusals = refusals
         self._leases: dict[str, Lease] = {}
         self._epoch = ""
         self._epoch_since = 0.0
@@ -201,12 +216,26 @@ class LeaseKeeper:
         lease.is_resumable = renewal.is_resumable
         if lease.claim.token in self._leases:
             self.guard_group(lease, lease.group)
-        if renewal.cancel_reason is not None:
+        if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
             self.stop(lease, StopReason.CANCELLED)
         elif not lease.needs_live_run:
             self._look_at_process(lease)
-        elif not renewal.is_run_alive and not renewal.is_resumable and self._is_steady(lease):
-            self.stop(lease, StopReason.RUN_GONE)
+        elif not renewal.is_run_alive and self._is_steady(lease):
+            if renewal.is_resumable:
+                lease.on_orphaned()
+            else:
+                self.stop(lease, StopReason.RUN_GONE)
+
+    def _is_to_cancel(self, lease: Lease, order: str) -> bool:
+        if order == lease.refused_order:
+            return False
+        try:
+            self._orders.check_cancel(lease.claim.task_id, order)
+        except UntrustedError as error:
+            lease.refused_order = order
+            self._refusals.note("an order to cancel", error)
+            return False
+        return True
 
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""

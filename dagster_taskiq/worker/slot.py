@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
 from typing import Any
@@ -24,6 +25,7 @@ from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.memory import count_oom_kills
+from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,21 @@ def fork_server() -> ForkServerContext:
     return context
 
 
+def _start_deaf(process: ForkServerProcess) -> None:
+    """Start a child, and with the first one the fork server, with SIGTERM blocked.
+
+    A supervisor may send it to every process of a worker. The fork server must not die of it,
+    since a draining worker learns of the ends of its children through it, nor a child before it
+    can ignore it; ``child_main`` unblocks it.
+    """
+    resource_tracker.ensure_running()  # first, as its start unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 class Slot:
     """One slot of a worker.
 
@@ -107,6 +124,8 @@ class Slot:
         self._exited: asyncio.Future[int] | None = None
         self._tasks_done = 0
         self._must_replace = False
+        self._has_task = False
+        self._preparing = asyncio.Lock()
         self._oom_kills = 0
 
     @property
@@ -115,21 +134,27 @@ class Slot:
         return self._process.pid or 0 if self._process else 0
 
     async def prepare(self) -> None:
-        """Have a child that is ready for a task.
+        """Have a child that is ready for a task, unless there is one that executes a task.
 
         Raises:
             SlotError: the child could not import the user's modules, or did not come up.
         """
-        if self._process is not None and not self._is_spent():
-            return
-        await self.stop()
-        await self._start()
+        async with self._preparing:
+            if self._has_task or (self._process is not None and not self._is_spent()):
+                return
+            await self.stop()
+            await self._start()
+
+    def retire(self) -> None:
+        """Have the child replaced when it has no task any more: the next ``prepare`` does it."""
+        self._must_replace = True
 
     def _is_spent(self) -> bool:
         assert self._exited is not None
         return self._must_replace or self._exited.done()
 
     async def _start(self) -> None:
+        self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
         ours, theirs = socket.socketpair()
         self._oom_kills = count_oom_kills()
         # the standard library keeps the fork server's state behind a lock and may wait for it
@@ -137,7 +162,7 @@ class Slot:
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
         )
         try:
-            await asyncio.to_thread(process.start)
+            await asyncio.to_thread(_start_deaf, process)
         except (OSError, EOFError) as error:
             ours.close()
             raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error
@@ -149,7 +174,6 @@ class Slot:
         self._exited = self._watch_exit(process)
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._tasks_done = 0
-        self._must_replace = False
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
         if isinstance(answer, ChildDied) or answer["kind"] != "ready":
             reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
@@ -173,19 +197,36 @@ class Slot:
         return exited
 
     async def run(
-        self, task: dict[str, Any], on_child: Callable[[int], None]
+        self,
+        task: dict[str, Any],
+        on_child: Callable[[int], None],
+        on_started: Callable[[], None] = lambda: None,
     ) -> dict[str, Any] | ChildDied:
         """Execute a task; the child's answer, or how it died.
 
         Args:
             task: what ``child`` reads.
             on_child: called with the child's process group before it is given the task.
+            on_started: called when the child has begun with it.
 
         Raises:
             SlotError: the child died before it had begun, and no other one comes up.
         """
+        try:
+            return await self._run(task, on_child, on_started)
+        finally:
+            self._has_task = False
+
+    async def _run(
+        self,
+        task: dict[str, Any],
+        on_child: Callable[[int], None],
+        on_started: Callable[[], None],
+    ) -> dict[str, Any] | ChildDied:
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
+            self._has_task = False
             await self.prepare()
+            self._has_task = True
             on_child(self.pid)
             self._oom_kills = count_oom_kills()
             answer = await self._send(task)
@@ -194,6 +235,7 @@ class Slot:
             if not last:
                 return answer
             logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
+        on_started()
         answer = await self._next_message(None)
         self._tasks_done += 1
         if isinstance(answer, ChildDied):
@@ -256,6 +298,12 @@ class Slot:
         self._must_replace = True
         if self._exited is not None and not self._exited.done():
             kill(self.pid, signal.SIGTERM)
+
+    def warn(self) -> None:
+        """Tell the child that its task's soft time limit is over."""
+        self._must_replace = True  # whatever the exception has torn
+        if self._exited is not None and not self._exited.done():
+            kill(self.pid, SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
         """SIGKILL to the child and everything it has started."""

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,17 @@ from taskiq import Context, TaskiqDepends
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
-from dagster_taskiq.errors import ServerError, SlotError
+from dagster_taskiq.errors import ServerError, SlotError, UntrustedError
+from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.signing import Signer
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+from dagster_taskiq.worker.limit_timers import LimitTimers
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
+from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
@@ -49,8 +54,12 @@ class Station:
         backend: where tasks are claimed.
         leases: keeps the claims.
         slots: not yet prepared.
+        run_watch: asks after runs whose process is gone.
         place: of the worker; pid and slot are filled in for each task.
         result_expires_seconds: how long an unread result is kept.
+        limits: of steps whose tags say nothing.
+        signer: verifies tasks and signs results.
+        queues: that it listens on, as people name them.
     """
 
     def __init__(
@@ -60,8 +69,12 @@ class Station:
         backend: Backend,
         leases: LeaseKeeper,
         slots: list[Slot],
+        run_watch: RunWatch,
         place: Place,
         result_expires_seconds: float,
+        limits: TimeLimits,
+        signer: Signer,
+        queues: Collection[str],
     ) -> None:
         self.kind = kind
         self._broker = broker
@@ -69,11 +82,16 @@ class Station:
         self._leases = leases
         self._slots = slots
         self._idle = list(reversed(slots))
+        self._run_watch = run_watch
+        self._looks: dict[str, asyncio.Task[None]] = {}
         self._place = place
         self._result_expires_seconds = result_expires_seconds
+        self._limits = limits
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
-        broker.admit = Envelope.from_bytes
+        self._signer = signer
+        self._queues = queues
+        broker.admit = self._admit
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
@@ -97,11 +115,33 @@ class Station:
         self._is_draining = drain.is_set
         await SettlingReceiver(self._broker, len(self._slots)).listen(drain)
 
+    async def reload(self) -> None:
+        """Give every slot a fresh child: at once where it is idle, else after its task."""
+        for slot in self._slots:
+            slot.retire()
+        failures = await asyncio.gather(*(_prepare(slot) for slot in list(self._idle)))
+        for failure in filter(None, failures):
+            logger.error("No child: %s. The next task fails with that reason.", failure)
+
     async def stop(self) -> None:
         """Kill what still runs, and leave the broker."""
         for slot in self._slots:
             await slot.stop()
+        await end_tasks(self._looks.values())
+        await self._run_watch.stop()
         await self._broker.shutdown()
+
+    @property
+    def refused_count(self) -> int:
+        """How many messages were refused."""
+        return self._broker.refused_count
+
+    def _admit(self, data: bytes) -> None:
+        """Raises UntrustedError or MalformedTaskError for what must not be executed here."""
+        envelope = Envelope.from_bytes(data, self._signer)
+        is_ours = envelope.kind is self.kind and envelope.queue in self._queues
+        if self._signer.is_active and not is_ours:
+            raise UntrustedError(f"it was sent to the {envelope.kind.value} of {envelope.queue!r}")
 
     # --- one task ---
 
@@ -156,6 +196,7 @@ class Station:
             slot.pid,
             claimed_at,
             lambda: self._stop_task(slot, envelope),
+            lambda: self._look_after_orphan(lease, envelope),
             needs_live_run=is_step,
         )
         self._leases.keep(lease)
@@ -175,19 +216,28 @@ class Station:
     async def _run_in(self, slot: Slot, envelope: Envelope, lease: Lease) -> TaskResult:
         title = _title(envelope)
         logger.info("%s: starting in slot %d.", title, slot.number)
-        task = {
+        task: dict[str, Any] = {
             "name": envelope.name.value,
             "payload": dict(envelope.payload),
             "place": vars(lease.claim.place),
             "queue": envelope.queue,
         }
         started_at = time.monotonic()
+        timers = LimitTimers(slot, envelope.limits.or_else(self._limits))
+        task["soft_timeout_seconds"] = timers.limits.soft_seconds
         try:
-            answer = await slot.run(task, lambda pid: self._leases.guard_group(lease, pid))
+            answer = await slot.run(
+                task, lambda pid: self._leases.guard_group(lease, pid), timers.start
+            )
+            result = _result_of(answer, lease, timers.verdict)
         except SlotError as error:
-            return TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
-        logger.info("%s: ended after %.3f s.", title, time.monotonic() - started_at)
-        return _result_of(answer, lease)
+            result = TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
+        finally:
+            timers.cancel()
+        level = logging.INFO if result.outcome is Outcome.FINISHED else logging.WARNING
+        seconds = time.monotonic() - started_at
+        logger.log(level, "%s: ended after %.3f s. %s", title, seconds, _cause(result))
+        return result
 
     async def _store(self, lease: Lease, result: TaskResult) -> None:
         """Store a result as long as the lease may hold."""
@@ -195,7 +245,7 @@ class Station:
             try:
                 is_stored = await self._backend.complete(
                     lease.claim,
-                    result.to_bytes(),
+                    result.to_bytes(self._signer, lease.claim.task_id),
                     expires_seconds=self._result_expires_seconds,
                 )
             except ServerError as error:
@@ -222,6 +272,20 @@ class Station:
 
         asyncio.get_running_loop().call_later(envelope.cancel_grace_seconds, kill)
 
+    def _look_after_orphan(self, lease: Lease, envelope: Envelope) -> None:
+        """Stop a step whose run has no process, once Dagster has given the run up."""
+        token = lease.claim.token
+
+        async def look() -> None:
+            try:
+                if await self._run_watch.is_over(envelope.payload):
+                    self._leases.stop(lease, StopReason.RUN_GONE)
+            finally:
+                del self._looks[token]
+
+        if token not in self._looks:
+            self._looks[token] = asyncio.create_task(look(), name=f"look after {envelope.run_id}")
+
 
 def _title(envelope: Envelope) -> str:
     if envelope.step_key is None:
@@ -229,9 +293,10 @@ def _title(envelope: Envelope) -> str:
     return f"Step {envelope.step_key} of run {envelope.run_id}, attempt {envelope.attempt}"
 
 
-def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease) -> TaskResult:
+def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str) -> TaskResult:
     if isinstance(answer, ChildDied):
-        why = f" after {lease.stop_reason.value}" if lease.stop_reason else ""
+        why = lease.stop_reason.value if lease.stop_reason else verdict
+        why = why and f" after {why}"
         return TaskResult(
             Outcome.DIED,
             lease.claim.place,
@@ -240,6 +305,11 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease) -> TaskResul
             is_cancelled=lease.stop_reason is StopReason.CANCELLED,
         )
     return TaskResult.from_bytes(answer["result"].encode())
+
+
+def _cause(result: TaskResult) -> str:
+    """Why a task ended other than by its own end; empty where there is nothing to say."""
+    return result.reason or str((result.error or {}).get("message", ""))
 
 
 def _foreign_protocol(envelope: Envelope) -> str:

@@ -4,7 +4,8 @@ A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseK
 their claims and stops what may not go on; the guard kills what the worker cannot.
 
 Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
-``guard``. When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
+``guard``, ``reload`` and perhaps ``code-watch``. When one of them fails the worker stops loudly.
+Stopping is one ordered list, ``_stop``.
 """
 
 from __future__ import annotations
@@ -16,25 +17,36 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.errors import DagsterTaskiqError, EmbeddedServerError, ServerError
+from dagster_taskiq.errors import (
+    DagsterTaskiqError,
+    EmbeddedServerError,
+    ServerError,
+    UntrustedError,
+)
 from dagster_taskiq.loop_thread import end_tasks
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.code_watch import CodeWatch
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import Slot, fork_server
 from dagster_taskiq.worker.station import Station
 
@@ -61,6 +73,9 @@ class WorkerOptions:
         max_tasks_per_child, max_memory_per_child_kib: see ``Slot``; 0 is never.
         drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
         result_expires_seconds: how long an unread result is kept.
+        limits: how long a step may take whose tags say nothing.
+        watch: directory whose changes of code give every slot a fresh child; None for none.
+        secrets: environment variables of the runs' processes that steps do not get.
     """
 
     name: str
@@ -73,6 +88,9 @@ class WorkerOptions:
     max_memory_per_child_kib: int = 0
     drain_timeout_seconds: float = 3600.0
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
+    limits: TimeLimits = TimeLimits()
+    watch: Path | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class WorkerFailedError(DagsterTaskiqError):
@@ -103,10 +121,14 @@ class Worker:
         self._started_at = time.time()
         self._backend: Backend = open_backend(servers.backend)
         self._guard = GuardClient()
-        self._leases = LeaseKeeper(self._backend, self._guard)
+        self._orders = OrderReader(servers.signer, self._worker_id)
+        self._refusals = Refusals(self._backend.address)
+        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
+        self._reload = asyncio.Event()
+        self._code_watch = CodeWatch(options.watch, self.reload) if options.watch else None
         self._was_cut_short = False
 
     def _make_stations(self) -> Iterator[Station]:
@@ -120,7 +142,13 @@ class Worker:
                 Slot(
                     context,
                     self._guard,
-                    ChildOptions(options.include, options.log_level, number),
+                    ChildOptions(
+                        options.include,
+                        options.log_level,
+                        number,
+                        # a run signs its steps
+                        environment={} if is_step else options.secrets,
+                    ),
                     # a run gets a fresh process, as from Dagster's other launchers
                     max_tasks=options.max_tasks_per_child if is_step else 1,
                     max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
@@ -135,8 +163,12 @@ class Worker:
                 self._backend,
                 self._leases,
                 slots,
+                RunWatch(Slot(context, self._guard, ChildOptions((), options.log_level, 0))),
                 Place(self.name, self._worker_id, self._host, pid=0, slot=0),
                 options.result_expires_seconds,
+                options.limits,
+                self._servers.signer,
+                options.queues,
             )
 
     # --- life ---
@@ -173,20 +205,28 @@ class Worker:
         self._drain.set()
         self._leases.hand_over_runs()
 
+    def reload(self) -> None:
+        """Give every slot a fresh child, between tasks, which imports the present code."""
+        self._reload.set()
+
     async def _start(self) -> None:
         await self._backend.startup()
         self._guard.start()
+        if self._code_watch:  # before the children import code
+            await self._code_watch.start()
         for station in self._stations:
             await station.start()
         await self._send_heartbeat()
         logger.info(
-            "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s.",
+            "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
+            "tasks %s.",
             self.name,
             self._options.slots,
             self._options.run_slots,
             ", ".join(self._options.queues),
             self._servers.broker.address,
             self._backend.address,
+            "must be signed" if self._servers.signer.is_active else "need no signature",
         )
         self._on_ready()
 
@@ -200,7 +240,10 @@ class Worker:
             asyncio.create_task(self._heartbeats(), name="heartbeat"),
             asyncio.create_task(self._obey_control(), name="control"),
             asyncio.create_task(self._guard.monitor(), name="guard"),
+            asyncio.create_task(self._reload_when_told(), name="reload"),
         ]
+        if self._code_watch:
+            others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
         draining = asyncio.create_task(self._drain.wait(), name="drain")
         try:
             await self._until_one_ends([*working, draining, *others])
@@ -239,6 +282,8 @@ class Worker:
 
     async def _stop(self) -> None:
         """Stop in order: first what others rely on, last what protects them from us."""
+        if self._code_watch:
+            self._code_watch.stop()
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()
@@ -251,6 +296,14 @@ class Worker:
         self._guard.close()
 
     # --- background ---
+
+    async def _reload_when_told(self) -> None:
+        while True:
+            await self._reload.wait()
+            self._reload.clear()
+            logger.info("Reloading: every slot gets a fresh child, a busy one after its task.")
+            await asyncio.gather(*(station.reload() for station in self._stations))
+            logger.info("Reloaded: idle slots run the present code.")
 
     async def _heartbeats(self) -> None:
         while True:
@@ -284,6 +337,8 @@ class Worker:
             state="draining" if self._drain.is_set() else "running",
             started_at=self._started_at,
             version=__version__,
+            refused=self._refusals.count + sum(it.refused_count for it in self._stations),
+            key_ids=self._servers.signer.key_ids,
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 
@@ -297,7 +352,10 @@ class Worker:
                 await asyncio.sleep(_RETRY_SECONDS)  # a cancel is also seen at the next renewal
                 continue
             for message in messages:
-                self._obey(message)
+                try:
+                    self._obey(self._orders.read(message))
+                except UntrustedError as error:
+                    self._refusals.note("an order", error)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")
@@ -307,5 +365,7 @@ class Worker:
                 self._leases.stop(lease, StopReason.CANCELLED)
         elif kind == "terminate":
             self.drain()
+        elif kind == "reload":
+            self.reload()
         else:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)

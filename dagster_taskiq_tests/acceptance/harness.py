@@ -6,6 +6,7 @@ together; closing it ends them all. At the end of a module no process of its sta
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import json
@@ -23,7 +24,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,8 +45,13 @@ from dagster import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
+from dagster_taskiq.backend import WorkerRecord, open_backend
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
+from dagster_taskiq.defaults import (
+    BACKEND_URL_VARIABLE,
+    BROKER_URL_VARIABLE,
+    SIGNING_KEY_VARIABLE,
+)
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.acceptance import jobs
@@ -365,7 +371,7 @@ class Stack:
         inherited = {
             key: value
             for key, value in os.environ.items()
-            if key not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE)
+            if key not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, SIGNING_KEY_VARIABLE)
         }
         return {
             **inherited,
@@ -543,6 +549,24 @@ class Stack:
             return sum([await broker.depth(name) for name in names])
         finally:
             await broker.shutdown()
+
+    def worker_records(self) -> list[WorkerRecord]:
+        """The live workers, as they describe themselves."""
+
+        async def look() -> list[WorkerRecord]:
+            options = self.backend or self.broker
+            assert options is not None
+            backend = open_backend(replace(options, key_prefix=self.prefix))
+            try:
+                return await backend.workers()
+            finally:
+                await backend.shutdown()
+
+        return asyncio.run(look())
+
+    def refused_count(self) -> int:
+        """How many messages the workers have refused."""
+        return sum(record.refused for record in self.worker_records())
 
     def new_log(self, name: str) -> Path:
         """A file for what a process writes; it is shown when the test fails."""

@@ -28,6 +28,7 @@ from dagster_taskiq_tests.acceptance.jobs import (
     note,
     one,
     ran,
+    stubborn,
 )
 
 # --- on workers ---------------------------------------------------------------------------------
@@ -84,6 +85,11 @@ def in_process_gated() -> None:
 @job(executor_def=in_process_executor)
 def in_process_to_cancel() -> None:
     cleans_up()
+
+
+@job(executor_def=in_process_executor)
+def in_process_stubborn() -> None:
+    stubborn()
 
 
 @op

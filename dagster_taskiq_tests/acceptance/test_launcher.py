@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import signal
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import yaml
 from dagster import (
-    DagsterEvent,
     DagsterEventType,
     DagsterInstance,
-    DagsterRun,
     DagsterRunStatus,
-    RunsFilter,
 )
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob
-from dagster._core.launcher import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher import WorkerStatus
 from dagster._core.storage.runs.schema import RunsTable, RunTagsTable
-from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 from dagster._serdes import serialize_value
 
 from dagster_taskiq import TaskiqRunLauncher
@@ -39,15 +32,20 @@ from dagster_taskiq.tags import QUEUE_TAG, RUN_PRIORITY_TAG, TASK_ID_TAG
 from dagster_taskiq.tasks import EXIT_SUPERSEDED
 from dagster_taskiq_tests.acceptance import launcher_jobs
 from dagster_taskiq_tests.acceptance.harness import (
-    PATIENCE_SECONDS,
-    BrokerKind,
     Note,
-    Run,
     Stack,
     WorkerProcess,
     is_running,
     open_stack,
     until,
+)
+from dagster_taskiq_tests.acceptance.launched import (
+    LEASE_SECONDS,
+    LaunchedRun,
+    create,
+    launch,
+    metadata,
+    open_launching_stack,
 )
 from dagster_taskiq_tests.servers import private_redis
 
@@ -57,161 +55,8 @@ STARTED = DagsterRunStatus.STARTED
 STARTING = DagsterRunStatus.STARTING
 SUCCESS = DagsterRunStatus.SUCCESS
 
-LEASE_SECONDS = 3.0
-
 #: How long a loaded machine may take, beside what a promise allows.
 _SLACK_SECONDS = 3.0
-
-
-class LaunchedRun(Run):
-    """A run that was given to the launcher."""
-
-    def __init__(self, stack: Stack, run_id: str) -> None:
-        self.stack = stack
-        self.run_id = run_id
-
-    @property
-    def dagster_run(self) -> DagsterRun:
-        """As the instance knows it."""
-        run = self.stack.instance.get_run_by_id(self.run_id)
-        assert run is not None
-        return run
-
-    def wait(self, timeout_seconds: float = PATIENCE_SECONDS) -> LaunchedRun:
-        """Wait until Dagster holds it for finished."""
-        try:
-            until(lambda: self.dagster_run.is_finished, "the run is finished", timeout_seconds)
-        except AssertionError:
-            self.explain()
-            raise
-        return self
-
-    def await_status(self, status: DagsterRunStatus) -> None:
-        """Wait until Dagster says so."""
-        until(lambda: self.status is status, f"the run is {status.value}")
-
-    def events(
-        self, kind: DagsterEventType | None = None, step: str | None = None
-    ) -> list[DagsterEvent]:
-        """Its events; those of one kind are found fast in a long log."""
-        kinds = {kind} if kind else set(DagsterEventType)
-        entries = self.stack.instance.all_logs(self.run_id, of_type=kinds)
-        events = [entry.dagster_event for entry in entries if entry.dagster_event]
-        return [event for event in events if step in (None, event.step_key)]
-
-    def starts(self) -> list[DagsterEvent]:
-        """The events of the workers that executed it."""
-        events = self.events(DagsterEventType.ENGINE_EVENT)
-        return [e for e in events if (e.message or "").startswith("Executing the run on worker")]
-
-    def await_start(self, count: int = 1) -> int:
-        """Wait until it is executed for the so manieth time; the process's id."""
-        events = until(lambda: self.starts()[count - 1 :], f"start {count} of the run")
-        return int(str(_metadata(events[0])["pid"]))
-
-    def terminate(self) -> bool:
-        """As the UI does it."""
-        return self.stack.instance.run_launcher.terminate(self.run_id)
-
-    def health(self) -> CheckRunHealthResult:
-        """What run monitoring is told."""
-        return self.stack.instance.run_launcher.check_run_worker_health(self.dagster_run)
-
-    def await_death(self) -> CheckRunHealthResult:
-        """Wait until run monitoring is told that its process is gone."""
-        alive = (WorkerStatus.RUNNING, WorkerStatus.SUCCESS)
-        seen = [self.health()]
-
-        def is_dead() -> bool:
-            seen.append(self.health())
-            return seen[-1].status not in alive
-
-        until(is_dead, "the run's process is known to be gone")
-        return seen[-1]
-
-    def monitor(self) -> None:
-        """Wait until its process is known to be gone, then do what the daemon does about it."""
-        self.await_death()
-        (record,) = self.stack.instance.get_run_records(RunsFilter(run_ids=[self.run_id]))
-        monitor_started_run(
-            self.stack.instance, cast("Any", None), record, logging.getLogger("monitoring")
-        )
-
-    def signal_process(self, number: int) -> int:
-        """Send a signal to the process that executes it; its id."""
-        pid = int(str(_metadata(self.starts()[-1])["pid"]))
-        os.kill(pid, number)
-        return pid
-
-
-def _metadata(event: DagsterEvent) -> dict[str, Any]:
-    return {key: value.value for key, value in event.engine_event_data.metadata.items()}
-
-
-def launch(
-    stack: Stack,
-    job: str,
-    *,
-    tags: Mapping[str, str] | None = None,
-    ops: Mapping[str, Any] | None = None,
-    lease_seconds: float = LEASE_SECONDS,
-) -> LaunchedRun:
-    """Launch a run of one of ``launcher_jobs``."""
-    run_id = create(stack, job, tags=tags, ops=ops, lease_seconds=lease_seconds)
-    stack.instance.launch_run(run_id, cast("Any", None))
-    return LaunchedRun(stack, run_id)
-
-
-def create(
-    stack: Stack,
-    job: str,
-    *,
-    tags: Mapping[str, str] | None = None,
-    ops: Mapping[str, Any] | None = None,
-    lease_seconds: float = LEASE_SECONDS,
-) -> str:
-    """A run that waits to be launched."""
-    reconstructable = ReconstructableJob.for_module(launcher_jobs.__name__, job)
-    definition = reconstructable.get_definition()
-    run_config: dict[str, Any] = {"ops": ops} if ops else {}
-    if definition.executor_def.name == "taskiq":
-        run_config["execution"] = {"config": {**stack.config, "lease_seconds": lease_seconds}}
-    return stack.instance.create_run_for_job(
-        definition,
-        run_config=run_config,
-        tags=tags,
-        job_code_origin=reconstructable.get_python_origin(),
-    ).run_id
-
-
-@contextmanager
-def open_launching_stack(kind: BrokerKind, directory: Path, *, resumes: int = 0) -> Iterator[Stack]:
-    """A stack whose instance has the launcher.
-
-    Args:
-        kind: of the broker.
-        directory: an empty one.
-        resumes: how often a run whose process died is resumed.
-    """
-    with open_stack(kind, directory) as stack:
-        settings = {
-            "telemetry": {"enabled": False},
-            "run_launcher": {
-                "module": "dagster_taskiq.launcher",
-                "class": "TaskiqRunLauncher",
-                "config": {**stack.config, "lease_seconds": LEASE_SECONDS},
-            },
-            # four processes less for each run and step
-            "compute_logs": {
-                "module": "dagster._core.storage.noop_compute_log_manager",
-                "class": "NoOpComputeLogManager",
-            },
-            "run_monitoring": {"enabled": True, "max_resume_run_attempts": resumes},
-        }
-        (stack.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
-        stack.instance = DagsterInstance.from_config(str(stack.home))
-        stack.exit_stack.callback(stack.instance.dispose)
-        yield stack
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +118,10 @@ def test_a_run_on_a_worker(final: Stack) -> None:
     assert run.wait().is_success
     assert until(lambda: run.health().status is WorkerStatus.SUCCESS, "the health is SUCCESS")
     (started,) = run.starts()
-    (worker,) = {str(_metadata(started)["worker"])}
+    (worker,) = {str(metadata(started)["worker"])}
     assert worker.startswith("main@")
-    assert _metadata(started)["queue"] == "dagster"
-    assert int(_metadata(started)["slot"]) in (1, 2)
+    assert metadata(started)["queue"] == "dagster"
+    assert int(metadata(started)["slot"]) in (1, 2)
     run.await_message('Sent the run to queue "dagster".')
     # a fresh process for each run, and other ones for the steps
     assert pid not in {note.pid for note in run.notes()}
@@ -299,7 +144,7 @@ def test_dagster_s_own_executors(final: Stack, job: str) -> None:
     assert run.output("add_one") == 2
     (started,) = run.starts()
     (note,) = run.notes("ran")
-    assert (str(note.pid) == _metadata(started)["pid"]) is (job == "in_process")
+    assert (str(note.pid) == metadata(started)["pid"]) is (job == "in_process")
 
 
 def test_a_run_that_fails(final: Stack) -> None:
@@ -312,11 +157,11 @@ def test_a_run_that_fails(final: Stack) -> None:
 
 
 def test_many_runs_at_once(final: Stack) -> None:
-    """Runs never take the slots of their own steps: ten at once, on two of each, all succeed."""
-    runs = [launch(final, "single") for _ in range(10)]
+    """Runs never take the slots of their own steps: 20 at once, on two of each, all succeed."""
+    runs = [launch(final, "single") for _ in range(20)]
     for run in runs:
         assert run.wait().is_success
-    assert len({_metadata(run.starts()[0])["pid"] for run in runs}) == 10
+    assert len({metadata(run.starts()[0])["pid"] for run in runs}) == 20
 
 
 def test_code_that_does_not_load(final: Stack) -> None:
@@ -368,7 +213,7 @@ def test_queue_and_priority(final: Stack, narrow: str) -> None:
     blocker.open_gate()
     for run in (blocker, *runs.values()):
         assert run.wait().is_success
-        assert str(_metadata(run.starts()[0])["worker"]).startswith("narrow@")
+        assert str(metadata(run.starts()[0])["worker"]).startswith("narrow@")
     times = {name: run.notes("ran")[0].time for name, run in runs.items()}
     assert sorted(times, key=times.__getitem__) == ["high", "middle", "low"]
 
@@ -466,6 +311,25 @@ def test_terminating_steps_in_the_run_s_process(final: Stack) -> None:
     assert run.terminate() is True
     assert run.wait().status is CANCELED
     assert len(run.notes("cleaned")) == 1
+
+
+def test_terminating_a_run_that_ignores_it(tmp_path: Path) -> None:
+    """A run's process that SIGTERM does not end is killed after the grace period, with its own."""
+    grace_seconds = 2.0
+    launcher = {"cancel_grace_seconds": grace_seconds}
+    with open_launching_stack("redis", tmp_path, launcher=launcher) as stack:
+        stack.worker().await_ready()
+        run = launch(stack, "in_process_stubborn")
+        (note,) = run.await_notes("started")
+        asked_at = time.monotonic()
+        assert run.terminate() is True
+        until(lambda: not is_running(note.pid), "the run's process is gone")
+        assert time.monotonic() >= asked_at + grace_seconds
+        assert run.wait().status is CANCELED
+        assert not is_running(note.more["child"])
+        assert run.terminate() is False
+        # its slot is free again
+        assert launch(stack, "single").wait().is_success
 
 
 def test_terminating_what_does_not_exist(final: Stack) -> None:
@@ -677,6 +541,27 @@ def test_a_former_process_that_still_lives(resuming: Stack) -> None:
     assert run.steps(DagsterEventType.STEP_FAILURE) == []
 
 
+def test_a_run_that_is_given_up_though_it_might_be_resumed(resuming: Stack) -> None:
+    """A step goes on while its run may get another process, and stops when Dagster has failed it.
+
+    Nobody calls ``terminate`` then, as when the launch of the resumed run fails.
+    """
+    run = launch(resuming, "gated_then_more")
+    (started,) = run.await_notes("started")
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    with resuming.redis() as redis:
+        until(
+            lambda: not redis.exists(f"{resuming.prefix}:run:{run.run_id}:loop"), "it is orphaned"
+        )
+    assert is_running(started.pid)
+    resuming.instance.report_run_failed(run.dagster_run, "The test has given it up.")
+    given_up_at = time.monotonic()
+    until(lambda: not is_running(started.pid), "its step is stopped")
+    assert time.monotonic() - given_up_at < LEASE_SECONDS + 5 + _SLACK_SECONDS
+    assert run.notes("ran") == []
+
+
 def launch_on_its_own_worker(
     stack: Stack, job: str, *, run_slots: int = 1
 ) -> tuple[LaunchedRun, WorkerProcess]:
@@ -725,7 +610,7 @@ def test_a_run_goes_from_worker_to_worker(resuming: Stack) -> None:
     assert len(run.notes("started")) == len(run.notes("ran")) == 1
     assert run.steps(DagsterEventType.STEP_SUCCESS) == ["gated", "after"]
     names = [worker.full_name for worker in (first, second, third)]
-    assert [_metadata(event)["worker"] for event in run.starts()] == names
+    assert [metadata(event)["worker"] for event in run.starts()] == names
 
 
 def test_terminating_runs_whose_worker_is_dead(resuming: Stack) -> None:

@@ -230,6 +230,24 @@ def test_second_signal_cancels(stack: Stack) -> None:
     assert len(run.notes("cleaned")) == 1
 
 
+def test_sigterm_to_every_process(stack: Stack) -> None:
+    """A supervisor that signals the whole group takes nothing from a worker that drains.
+
+    But for the step's own process: to Dagster a SIGTERM there means that the step is to end.
+    """
+    worker = stack.worker(slots=2).await_ready()
+    run = stack.start("blocker")
+    (started,) = run.await_notes("started")
+    for process in worker.descendants():
+        if process.pid != started.pid:
+            process.terminate()
+    worker.terminate()
+    worker.await_log("1 running may finish")
+    run.open_gate()
+    assert run.wait().is_success
+    assert worker.wait() == 0
+
+
 def test_drain_timeout(stack: Stack) -> None:
     """After ``--drain-timeout`` the running step is cancelled; the exit code says so."""
     worker = stack.worker("--drain-timeout", "1", slots=1).await_ready()
@@ -447,10 +465,11 @@ async def send_garbage(stack: Stack) -> None:
 
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
 def test_garbage_in_the_queue(kind: BrokerKind, tmp_path: Path) -> None:
-    """Messages that are no tasks are refused, each with a line; the worker's slots stay free."""
+    """Messages that are no tasks are refused and counted; the worker's slots stay free."""
     with open_stack(kind, tmp_path) as stack:
         asyncio.run(send_garbage(stack))
         worker = stack.worker(slots=1).await_ready()
-        until(lambda: worker.log.count("Refused a message") == len(GARBAGE), "all are refused")
+        worker.await_log("Refused a message")
+        until(lambda: stack.refused_count() == len(GARBAGE), "all are refused")
         assert stack.run("diamond").is_success
         assert asyncio.run(stack.depth("dagster")) == 0

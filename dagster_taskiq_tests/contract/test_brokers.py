@@ -620,7 +620,7 @@ def test_a_refused_message_is_dropped_and_the_listener_goes_on(
             assert await consumer.broker.absent(queue, ["bad 1"]) == {"bad 1"}
 
     run(test())
-    assert sum("it is bad" in record.getMessage() for record in caplog.records) == 2
+    assert sum("it is bad" in record.getMessage() for record in caplog.records) == 1  # per reason
 
 
 # --- looking into a queue ---
@@ -914,13 +914,11 @@ def test_tls_servers_are_verified(
                     await consumer.broker.kick(task(queue, "secret"))
                     assert await consumer.finish() == "secret"
             unverified = open_broker(options)
-            with pytest.raises(UnreachableServerError, match="CERTIFICATE_VERIFY_FAILED"):
+            with pytest.raises(RefusedByServerError, match="certificate cannot be trusted"):
                 await unverified.startup()
             await unverified.shutdown()
-            no_file = open_broker(replace(options, tls=Tls(ca_file="/no/such/file")))
             with pytest.raises(ConfigError, match="/no/such/file"):
-                await no_file.startup()
-            await no_file.shutdown()
+                await open_broker(replace(options, tls=Tls(ca_file="/no/such/file"))).startup()
 
     run(test())
 

@@ -16,6 +16,7 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.test_worker import GARBAGE
 from dagster_taskiq_tests.faults.checks import (
@@ -49,7 +50,7 @@ def forgeries(queue: str) -> list[bytes]:
         epoch="",
         payload={},
     )
-    whole = json.dumps(envelope.to_message(queue).model_dump()).encode()
+    whole = json.dumps(envelope.to_message(queue, Signer()).model_dump()).encode()
     cuts = [whole[: len(whole) * number // 10] for number in range(1, 10)]
     return list(itertools.islice(itertools.cycle([*GARBAGE, *cuts]), FORGED_COUNT))
 

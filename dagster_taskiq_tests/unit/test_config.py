@@ -21,6 +21,7 @@ from dagster_taskiq.config import (
 )
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import Tls
+from dagster_taskiq.signing import Signer
 
 SECRET = "s3cr3t-w0rd"
 
@@ -90,6 +91,7 @@ def test_the_schema_has_all_of_dagster_celerys_options_and_ours() -> None:
         "tag_concurrency_limits",
         "lease_seconds",
         "cancel_grace_seconds",
+        "signing_key",
     }
     assert set(EXECUTOR_SCHEMA) == celery | ours
     assert not any(field.is_required for field in EXECUTOR_SCHEMA.values())
@@ -268,16 +270,13 @@ def test_rpc_warns_and_uses_the_variable(monkeypatch: pytest.MonkeyPatch) -> Non
     assert given.backend_url == "redis://h"
 
 
-def test_rpc_without_the_variable_says_what_to_set() -> None:
-    """With RabbitMQ and no variable there is nothing to use instead: an error says so."""
+@pytest.mark.parametrize("broker", ["amqp://h", "redis://h", None])
+def test_rpc_without_the_variable_says_what_to_set(broker: str | None) -> None:
+    """Whoever asks for it has to say what takes its place, whatever the broker."""
     with pytest.warns(UserWarning, match="rpc"):
-        assert defaults.BACKEND_URL_VARIABLE in refusal(broker="amqp://h", backend="rpc://")
-
-
-def test_rpc_beside_a_redis_broker_uses_that_server() -> None:
-    """A team that only sets dagster-celery's broker to Redis keeps its default backend."""
-    with pytest.warns(UserWarning, match="rpc"):
-        assert settings(broker="redis://h", backend="rpc://").backend_url is None
+        text = refusal(broker=broker, backend="rpc://")
+    assert "rpc://" in text
+    assert defaults.BACKEND_URL_VARIABLE in text
 
 
 def test_eager_needs_no_backend() -> None:
@@ -349,6 +348,8 @@ GOOD: Mapping[str, tuple[Any, Any]] = {
     "worker_concurrency": (4, 4),
     "worker_max_tasks_per_child": ("100", 100),
     "worker_max_memory_per_child": (200_000, 200_000),
+    "task_soft_time_limit": ("1.5", 1.5),
+    "task_time_limit": (0, 0.0),
     "key_prefix": ("staging", "staging"),
 }
 
@@ -364,6 +365,8 @@ BAD: Mapping[str, tuple[Any, ...]] = {
     "worker_concurrency": (0, "many", True),
     "worker_max_tasks_per_child": (0, "x"),
     "worker_max_memory_per_child": (-1, "1GB"),
+    "task_soft_time_limit": (-1, "soon", float("nan"), 1e10),
+    "task_time_limit": (-1, None, float("inf")),
     "key_prefix": ("", None),
 }
 
@@ -401,7 +404,45 @@ def test_every_tls_option_of_kombu_in_both_spellings() -> None:
         assert source(broker_use_ssl=options).broker_use_ssl == Tls("/ca", "/cert", "/key")
     assert source(broker_use_ssl=True).broker_use_ssl == Tls()
     for unverified in (0, "none", "CERT_NONE"):
-        assert not source(broker_use_ssl={"cert_reqs": unverified}).broker_use_ssl.verify
+        assert source(broker_use_ssl={"cert_reqs": unverified}).broker_use_ssl == Tls(verify=False)
+    for nothing in (False, None, {}):
+        assert source(broker_use_ssl=nothing).broker_use_ssl is None
+
+
+@pytest.mark.parametrize(
+    ("url", "tls", "expected_url", "expected"),
+    [
+        ("rediss://h/0", None, "rediss://h/0", Tls()),
+        ("rediss://h/0", Tls("/ca"), "rediss://h/0", Tls("/ca")),
+        ("rediss://h/0?ssl_cert_reqs=CERT_NONE", None, "rediss://h/0", Tls(verify=False)),
+        ("rediss://h?ssl_cert_reqs=none", Tls("/ca"), "rediss://h", Tls("/ca", verify=False)),
+        ("rediss://h?ssl_cert_reqs=CERT_REQUIRED", Tls(verify=False), "rediss://h", Tls()),
+        (
+            "rediss://:p%40@h:1/2?ssl_ca_certs=%2Fca&timeout=3&ssl_certfile=/c&ssl_keyfile=/k",
+            None,
+            "rediss://:p%40@h:1/2?timeout=3",
+            Tls("/ca", "/c", "/k"),
+        ),
+        ("rediss://h?ssl_check_hostname=false", None, "rediss://h", Tls(check_hostname=False)),
+        ("redis://h:1/0", Tls("/ca"), "rediss://h:1/0", Tls("/ca")),
+        ("pyamqp://u:p@h//", Tls("/ca"), "amqps://u:p@h//", Tls("/ca")),
+        ("amqps://h/", None, "amqps://h/", Tls()),
+        ("amqp://h/", None, "amqp://h/", Tls()),
+        ("unix:///s", Tls(), "unix:///s", Tls()),
+    ],
+)
+def test_tls_as_celerys_users_write_it(
+    url: str, tls: Tls | None, expected_url: str, expected: Tls
+) -> None:
+    """In the URL, which goes first, or beside it, which turns it on as it does for Celery."""
+    options = settings(broker=url, backend="redis://b").server_options(url, tls)
+    assert (options.url, options.tls) == (expected_url, expected)
+
+
+def test_a_tls_parameter_without_a_value_is_refused() -> None:
+    """It must not turn verification off, or on with other authorities than were meant."""
+    with pytest.raises(ConfigError, match="ssl_ca_certs"):
+        settings().server_options("rediss://h?ssl_ca_certs=", None)
 
 
 def test_default_queue_goes_before_celerys_key() -> None:
@@ -606,3 +647,60 @@ def test_a_variable_that_is_no_config_source(text: str, monkeypatch: pytest.Monk
     """It is refused in one line, which shows no password."""
     monkeypatch.setenv("SOURCE", text)
     assert "config_source" in refusal(config_source={"env": "SOURCE"})
+
+
+KEY, OTHER_KEY = "k" * 32, "o" * 32
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"{KEY},{OTHER_KEY}",
+        [KEY, OTHER_KEY],
+        {"env": "MY_KEYS"},
+        [{"env": "MY_KEY"}, OTHER_KEY],
+        None,
+    ],
+    ids=["text", "list", "variable", "list with a variable", "the usual variable"],
+)
+def test_signing_keys(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any of these forms; the settings know which variables may hold some."""
+    monkeypatch.setenv("MY_KEYS", f"{KEY} {OTHER_KEY}")
+    monkeypatch.setenv("MY_KEY", KEY)
+    usual = "DAGSTER_TASKIQ_SIGNING_KEY"
+    monkeypatch.setenv(usual, f"{KEY},{OTHER_KEY}" if value is None else "ignored")
+    config = check_config({"signing_key": value}, "test")
+    found = Settings.from_config(config)
+    assert found.signing_keys == (KEY, OTHER_KEY)
+    assert found.signer().key_ids == Signer([KEY, OTHER_KEY]).key_ids
+    named = {name for name in ("MY_KEY", "MY_KEYS") if f"{name!r}}}" in repr(value)}
+    assert set(found.signing_variables) == {usual, *named}
+
+
+def test_a_key_prefix_is_a_deployment_of_its_own() -> None:
+    """What was signed for one deployment is nothing to another with the same key."""
+    sources = ({"key_prefix": "a"}, {"key_prefix": "b"})
+    one, two = (settings(signing_key=KEY, config_source=source).signer() for source in sources)
+    assert not one.is_accepted_by(two.key_ids)
+
+
+def test_without_a_key_nothing_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before there were keys; an empty variable is none, as for the URLs."""
+    monkeypatch.setenv("DAGSTER_TASKIQ_SIGNING_KEY", "")
+    assert settings().signing_keys == ()
+
+
+@pytest.mark.parametrize("value", ["", [], [KEY, ""], {"env": "EMPTY"}, {"x": 1}, "hunter2", 7])
+def test_what_is_no_signing_key_is_an_error(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for signatures must not go without; the error does not show what was given."""
+    monkeypatch.setenv("EMPTY", "")
+    with pytest.raises(ConfigError, match="signing_key") as caught:
+        settings(signing_key=value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_settings_do_not_show_signing_keys() -> None:
+    """In no text that is made of them."""
+    found = settings(signing_key=[KEY, OTHER_KEY])
+    assert KEY not in f"{found!r} {found.signer()!r}"
+    assert OTHER_KEY not in f"{found!r} {found.signer()!r}"

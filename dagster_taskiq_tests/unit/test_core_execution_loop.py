@@ -24,6 +24,7 @@ from dagster import (
 from dagster_taskiq import core_execution_loop as loop_module
 from dagster_taskiq import executor as executor_module
 from dagster_taskiq import tasks
+from dagster_taskiq._dagster import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
@@ -760,6 +761,33 @@ def test_an_interrupt_finds_a_dead_workers_step(
     assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
 
 
+def test_an_interrupt_after_a_flush_waits_until_nobody_can_have_the_steps(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """That the server calls them cancelled says nothing before a lease of watching it.
+
+    Then the one that had started counts as lost, and the other one as withdrawn.
+    """
+    fake.plan["left"], fake.plan["right"] = [HOLD], [WAIT]
+
+    def cancel(tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        for task in tasks:
+            fake.states[task.task_id] = TaskState.CANCELLED
+        return {task.task_id: TaskState.EXPIRED for task in tasks}
+
+    def watch() -> None:
+        fake.is_conclusive = fake.clock.now > 1010 + 300
+
+    fake.cancel = cancel  # type: ignore[method-assign]
+    fake.is_conclusive = False
+    interrupt_once(fake, 10, watch)
+    ran = execute(jobs.diamond_job, instance)
+    assert fake.clock.now > 1010 + 300
+    assert ran.count(DagsterEventType.STEP_FAILURE, "left") == 1
+    assert ran.count(DagsterEventType.STEP_FAILURE, "right") == 0
+    assert ran.said('Withdrew step "right"') == 1
+
+
 def test_a_run_that_will_resume_leaves_its_steps_alone(
     fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -849,3 +877,46 @@ def test_a_failing_loop_stops_its_steps_and_waits_for_the_word(
     assert fake.closed == [False]
     (end,) = (event for event in ran.events if event.event_type is DagsterEventType.RUN_FAILURE)
     assert "ZeroDivisionError" in str(end.event_specific_data)
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("has_started", [True, False])
+def test_a_resumed_loop_judges_before_it_sends_again(
+    fake: FakeDispatcher,
+    instance: DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    has_started: bool,
+) -> None:
+    """What nobody has any more after a flush is not sent before the watch is conclusive.
+
+    Then an attempt that had started counts as lost, and only one that had not is sent again.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
+        fake.plan["one"] = [HOLD if has_started else WAIT]
+        interrupt_once(fake, 10, lambda: None)
+        first = execute(jobs.diamond_job, instance)
+    (task,) = fake.sent
+    fake.states[task.task_id] = TaskState.UNKNOWN
+    fake.waiting.clear()
+    resumed_at = fake.clock.now
+    fake.is_conclusive = False
+
+    def watch(_: int) -> None:
+        fake.is_conclusive = fake.clock.now - resumed_at > 300
+        assert fake.is_conclusive or fake.sent == [task]
+
+    fake.on_wait = watch
+    execute_or_resume_run(instance, first.run_id, is_resumed=True)
+    ran = Ran(instance, first.run_id)
+    assert ran.said("Resumed the run; 1 steps are queued or running") == 1
+    if has_started:
+        assert ran.status is FAILURE
+        assert fake.sent == [task]
+        assert "lease" in ran.error("one")
+    else:
+        assert ran.status is SUCCESS
+        assert [it.step_key for it in fake.sent] == ["one", "one", "left", "right", "total"]
+        assert fake.sent[1].task_id == task.task_id

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from taskiq.formatters.json_formatter import JSONFormatter
 
-from dagster_taskiq.defaults import LONGEST_SECONDS, MIN_LEASE_SECONDS
+from dagster_taskiq.defaults import LONGEST_SECONDS, LONGEST_TIME_LIMIT_SECONDS, MIN_LEASE_SECONDS
 from dagster_taskiq.envelope import (
     PROTOCOL,
     Envelope,
@@ -22,8 +22,12 @@ from dagster_taskiq.envelope import (
     run_task_id,
     step_task_id,
 )
-from dagster_taskiq.errors import MalformedTaskError
+from dagster_taskiq.errors import MalformedTaskError, UntrustedError
+from dagster_taskiq.signing import Signer
+from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker.station import _foreign_protocol
+
+UNSIGNED = Signer()
 
 # Python's JSON turns lone surrogates into themselves, but no server takes them
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -33,6 +37,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=5,
 )
+
+LIMIT = st.none() | st.floats(0, LONGEST_TIME_LIMIT_SECONDS)
 
 
 @st.composite
@@ -51,6 +57,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
         cancel_grace_seconds=draw(st.floats(0, LONGEST_SECONDS)),
         epoch=draw(TEXT),
         payload=draw(st.dictionaries(st.text(), JSON)),
+        limits=TimeLimits(draw(LIMIT), draw(LIMIT)),
     )
 
 
@@ -71,9 +78,9 @@ ENVELOPE = Envelope(
 )
 
 
-def raw(envelope: Envelope) -> bytes:
+def raw(envelope: Envelope, signer: Signer = UNSIGNED) -> bytes:
     """The bytes that a broker carries."""
-    message = envelope.to_message(physical_queue("p", envelope.kind, envelope.queue))
+    message = envelope.to_message(physical_queue("p", envelope.kind, envelope.queue), signer)
     return JSONFormatter().dumps(message).message
 
 
@@ -85,14 +92,14 @@ def decoded() -> dict[str, Any]:
 def refuse(message: Any) -> str:
     data = message if isinstance(message, bytes) else json.dumps(message).encode()
     with pytest.raises(MalformedTaskError) as caught:
-        Envelope.from_bytes(data)
+        Envelope.from_bytes(data, UNSIGNED)
     return str(caught.value)
 
 
 @given(envelopes())
 def test_an_envelope_survives_the_way(envelope: Envelope) -> None:
     """What a worker reads is what was sent, whatever is in its texts and payload."""
-    assert Envelope.from_bytes(raw(envelope)) == envelope
+    assert Envelope.from_bytes(raw(envelope), UNSIGNED) == envelope
 
 
 @given(envelopes())
@@ -136,10 +143,10 @@ def test_a_header_with_any_other_value_never_raises_anything_else(data: st.DataO
     numbers = st.floats() | st.integers() | st.just(10**400)
     header[field] = data.draw(JSON | numbers | st.text(st.characters(categories=["Cs"])))
     try:
-        envelope = Envelope.from_bytes(json.dumps(message).encode())
+        envelope = Envelope.from_bytes(json.dumps(message).encode(), UNSIGNED)
     except MalformedTaskError:
         return
-    assert Envelope.from_bytes(raw(envelope)) == envelope
+    assert Envelope.from_bytes(raw(envelope), UNSIGNED) == envelope
 
 
 WRONG: Mapping[str, tuple[Any, ...]] = {
@@ -153,6 +160,17 @@ WRONG: Mapping[str, tuple[Any, ...]] = {
     "lease_seconds": (0, 0.5, -1, float("nan"), float("inf"), 10**400, "30", None, 86401, True),
     "cancel_grace_seconds": (-0.1, float("nan"), float("inf"), 10**400, "1", None, 86401),
     "epoch": ("", None, 5, "\ud800"),
+    "limits": (
+        None,
+        {},
+        [],
+        {"soft_seconds": 1},
+        *(
+            {"soft_seconds": value, "hard_seconds": None}
+            for value in (-1, "5", float("nan"), float("inf"), 2e9, True)
+        ),
+        {"soft_seconds": None, "hard_seconds": None, "more": 1},
+    ),
     "protocol": (0, -1, 1.5, "1", None, [], True),
 }
 
@@ -182,7 +200,7 @@ def test_another_protocol_is_read_so_that_the_run_gets_an_answer() -> None:
     """Dropped in silence, its step would wait for ever: the worker fails it with the reason."""
     message = decoded()
     message["kwargs"]["header"]["protocol"] = 99
-    envelope = Envelope.from_bytes(json.dumps(message).encode())
+    envelope = Envelope.from_bytes(json.dumps(message).encode(), UNSIGNED)
     assert envelope.task_id == TASK_ID
     reason = _foreign_protocol(envelope)
     assert "99" in reason
@@ -294,3 +312,33 @@ def test_the_kind_follows_from_the_name() -> None:
     run = Envelope.from_header({**ENVELOPE.header(), "name": "execute_job", "attempt": 0}, {})
     assert run.kind is QueueKind.RUNS
     assert run.step_key is None
+
+
+KEY = Signer(["k" * 32])
+
+
+@given(envelopes())
+def test_a_signed_envelope_survives_the_way(envelope: Envelope) -> None:
+    """With the key, and without one, which ignores the signature."""
+    for reader in (KEY, UNSIGNED):
+        assert Envelope.from_bytes(raw(envelope, KEY), reader) == envelope
+
+
+@given(envelopes(), st.data())
+def test_no_part_of_a_signed_task_can_be_changed(envelope: Envelope, data: st.DataObject) -> None:
+    """Neither what its header says nor anything in the payload."""
+    message = json.loads(raw(envelope, KEY))
+    part = message["kwargs"][data.draw(st.sampled_from(["header", "payload"]))]
+    key = data.draw(st.sampled_from(sorted(part)) if part else st.text())
+    part[key] = data.draw(JSON.filter(lambda new: json.dumps(new) != json.dumps(part.get(key))))
+    if key not in ("task_id", "name"):  # which must be those of the message
+        with pytest.raises(UntrustedError):
+            Envelope.from_bytes(json.dumps(message).encode(), KEY)
+
+
+@pytest.mark.parametrize("signer", [UNSIGNED, Signer(["o" * 32])])
+def test_a_task_without_our_signature_is_refused(signer: Signer) -> None:
+    """Unsigned, or signed with another key; the error says which."""
+    expected = "another signing_key" if signer.is_active else "it is not signed"
+    with pytest.raises(UntrustedError, match=expected):
+        Envelope.from_bytes(raw(ENVELOPE, signer), KEY)

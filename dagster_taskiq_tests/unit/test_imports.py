@@ -16,10 +16,11 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: The parts from the bottom to the top; what is in one line may import from the lines above it,
 #: and from its own line. Cycles are looked for module by module, so a line may hold several.
 LAYERS = [
-    "version defaults celery_names errors",
+    "version defaults celery_names errors time_limits refusals",
+    "signing",
     "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
-    "waker loop_thread _dagster redis_client",
-    "config backend brokers embedded_keeper renewals",
+    "waker loop_thread _dagster redis_client tls_settings",
+    "config backend brokers control embedded_keeper renewals",
     "embedded dispatcher",
     "connections client core_execution_loop",
     "tasks",
@@ -218,7 +219,12 @@ def test_only_the_faces_import_the_cli() -> None:
 
 def test_all_is_exact() -> None:
     """The package's public names are the documented ones, and each is there."""
-    assert sorted(dagster_taskiq.__all__) == ["TaskiqRunLauncher", "__version__", "taskiq_executor"]
+    assert sorted(dagster_taskiq.__all__) == [
+        "SoftTimeLimitError",
+        "TaskiqRunLauncher",
+        "__version__",
+        "taskiq_executor",
+    ]
     assert all(hasattr(dagster_taskiq, name) for name in dagster_taskiq.__all__)
 
 

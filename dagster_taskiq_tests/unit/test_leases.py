@@ -18,11 +18,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
+from dagster_taskiq.control import OrderReader, cancel_order
 from dagster_taskiq.errors import ServerError, UnreachableServerError
+from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
+from dagster_taskiq.signing import Signer
 from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+
+UNSIGNED = Signer()
 
 #: Of leases, unless a test says otherwise.
 LEASE = 30.0
@@ -82,6 +87,7 @@ class FakeBackend:
         failure: what a call does at a moment: None answers; "refuse" fails at once; "vanish"
             fails after the timeout; "freeze" answers when it is over, or fails after the timeout;
             "lose" does what it is asked and then fails.
+        orders: to cancel, by the claim's token, as the record of the run has them.
         ends: when each token's lease ends, as the server sees it.
     """
 
@@ -93,7 +99,7 @@ class FakeBackend:
     is_run_alive: bool = True
     is_resumable: bool = False
     not_held: set[str] = field(default_factory=set)
-    cancelled: set[str] = field(default_factory=set)
+    orders: dict[str, str] = field(default_factory=dict)
     ends: dict[str, float] = field(default_factory=dict)
     calls: list[tuple[float, tuple[str, ...]]] = field(default_factory=list)
 
@@ -121,7 +127,7 @@ class FakeBackend:
             self.ends[claim.token] = now() + claim.lease_seconds
         return Renewal(
             is_held=held,
-            cancel_reason="enough" if claim.token in self.cancelled else None,
+            cancel_order=self.orders.get(claim.token),
             is_run_alive=self.is_run_alive,
             is_resumable=self.is_resumable,
             epoch=self.epoch,
@@ -131,11 +137,18 @@ class FakeBackend:
 class Scene:
     """A keeper with its backend and guard, in virtual time."""
 
-    def __init__(self, backend: FakeBackend) -> None:
+    def __init__(self, backend: FakeBackend, signer: Signer = UNSIGNED) -> None:
         self.backend = backend
+        self.refusals = Refusals("the backend")
         self.guard = FakeGuard()
-        self.keeper = LeaseKeeper(cast("Backend", backend), cast("GuardClient", self.guard))
+        self.keeper = LeaseKeeper(
+            cast("Backend", backend),
+            cast("GuardClient", self.guard),
+            OrderReader(signer, "worker"),
+            self.refusals,
+        )
         self.stopped_at: dict[str, float] = {}
+        self.orphaned = 0
         self._numbers = itertools.count(1)
 
     def keep(self, lease_seconds: float = LEASE) -> Lease:
@@ -144,13 +157,16 @@ class Scene:
         token = f"token-{number}"
         claim = Claim("run", f"task-{number}", token, lease_seconds, "e1", Place("", "", "", 0, 0))
         self.backend.ends[token] = now() + lease_seconds
-        lease = Lease(claim, number, now(), lambda: self._note_stop(token))
+        lease = Lease(claim, number, now(), lambda: self._note_stop(token), self._note_orphan)
         self.keeper.keep(lease)
         return lease
 
     def _note_stop(self, token: str) -> None:
         assert token not in self.stopped_at, "stopped twice"
         self.stopped_at[token] = now()
+
+    def _note_orphan(self) -> None:
+        self.orphaned += 1
 
     def stop_of(self, lease: Lease) -> float | None:
         return self.stopped_at.get(lease.claim.token)
@@ -162,12 +178,14 @@ class Scene:
 
 
 def play(
-    scenario: Callable[[Scene], Coroutine[Any, Any, None]], backend: FakeBackend | None = None
+    scenario: Callable[[Scene], Coroutine[Any, Any, None]],
+    backend: FakeBackend | None = None,
+    signer: Signer = UNSIGNED,
 ) -> Scene:
     """Run a scenario beside the keeper's background task."""
 
     async def run() -> Scene:
-        scene = Scene(backend or FakeBackend())
+        scene = Scene(backend or FakeBackend(), signer)
         keeping = asyncio.create_task(scene.keeper.run())
         playing = asyncio.create_task(scenario(scene))
         await asyncio.wait({keeping, playing}, return_when=asyncio.FIRST_COMPLETED)
@@ -322,12 +340,31 @@ def test_the_deadline_follows_the_child() -> None:
 # --- stopping ---
 
 
+def test_a_forged_order_to_cancel_stops_nothing() -> None:
+    """With a key an order must be signed, for this task; a refused one counts once."""
+    key = Signer(["k" * 32])
+
+    async def scenario(scene: Scene) -> None:
+        unsigned, foreign, ordered = scene.keep(), scene.keep(), scene.keep()
+        order = cancel_order(key, ordered.claim.task_id, "enough")
+        scene.backend.orders = {
+            unsigned.claim.token: "enough",
+            foreign.claim.token: order,
+            ordered.claim.token: order,
+        }
+        await asyncio.sleep(LEASE)
+        assert unsigned.stop_reason is foreign.stop_reason is None
+        assert ordered.stop_reason is StopReason.CANCELLED
+
+    assert play(scenario, signer=key).refusals.count == 2
+
+
 def test_a_cancelled_task_is_stopped_once() -> None:
     """At the next renewal; its lease is kept, since its result is wanted."""
 
     async def scenario(scene: Scene) -> None:
         lease, other = scene.keep(), scene.keep()
-        scene.backend.cancelled.add(lease.claim.token)
+        scene.backend.orders[lease.claim.token] = "enough"
         await asyncio.sleep(LEASE / 5)
         assert lease.stop_reason is StopReason.CANCELLED
         await asyncio.sleep(10 * LEASE)
@@ -378,6 +415,7 @@ def test_the_end_of_a_run_stops_its_tasks() -> None:
         scene.backend.is_run_alive = False
         await asyncio.sleep(10 * LEASE)
         assert lease.stop_reason is None
+        assert scene.orphaned >= 10  # Dagster is asked after the run meanwhile
         scene.backend.is_resumable = False
         await asyncio.sleep(LEASE / 5)
         assert lease.stop_reason is StopReason.RUN_GONE

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult, read_result
+from dagster_taskiq.signing import Signer
 
 PLACE = Place("w@h", "id", "h", 7, 1)
 
@@ -100,3 +102,44 @@ def test_a_missing_field_is_malformed(field: str) -> None:
     del values[field]
     with pytest.raises(MalformedResultError):
         TaskResult.from_bytes(json.dumps(values).encode())
+
+
+KEY = Signer(["k" * 32])
+
+
+@given(RESULTS)
+def test_a_signed_result_survives_the_way(result: TaskResult) -> None:
+    """With the key, and without one, which ignores the signature."""
+    data = result.to_bytes(KEY, "task")
+    for reader in (KEY, Signer()):
+        refusals = Refusals("here")
+        assert read_result(reader, "task", data, refusals) == result
+        assert refusals.count == 0
+
+
+@pytest.mark.parametrize(
+    ("signer", "task_id", "reason"),
+    [
+        (Signer(), "task", "it is not signed"),
+        (Signer(["o" * 32]), "task", "another signing_key"),
+        (KEY, "other", "something else"),
+    ],
+)
+def test_a_result_of_another_key_or_task_is_refused(
+    signer: Signer, task_id: str, reason: str
+) -> None:
+    """It becomes a death that says so, since then Dagster's log has what came of the task."""
+    refusals = Refusals("here")
+    data = TaskResult(Outcome.FINISHED, PLACE).to_bytes(signer, task_id)
+    result = read_result(KEY, "task", data, refusals)
+    assert result.outcome is Outcome.DIED
+    assert result.place is NOWHERE
+    assert reason in result.reason
+    assert refusals.count == 1
+
+
+def test_what_is_no_result_is_a_death_too() -> None:
+    """With a key or without."""
+    for signer in (KEY, Signer()):
+        for data in (b"", b"[]", b"null", b"7", b"{" * 100_000):
+            assert read_result(signer, "task", data, Refusals("here")).outcome is Outcome.DIED

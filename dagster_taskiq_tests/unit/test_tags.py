@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from dagster_taskiq import tags
 from dagster_taskiq.errors import ConfigError, TagError
+from dagster_taskiq.time_limits import TimeLimits
 
 NAMES = st.text("abc-_ äß", min_size=1).filter(str.strip)
 MAYBE_NAMES = st.none() | NAMES
@@ -107,3 +108,30 @@ def test_dagsters_own_priority_misleads_only_alone() -> None:
     assert not tags.has_misleading_priority({})
     assert not tags.has_misleading_priority({**theirs, tags.PRIORITY_TAG: "3"})
     assert not tags.has_misleading_priority({**theirs, tags.CELERY_PRIORITY_TAG: "3"})
+
+
+LIMIT = st.none() | st.floats(0, 1e9)
+
+
+@given(LIMIT, LIMIT)
+def test_time_limits(soft: float | None, hard: float | None) -> None:
+    """What a tag does not say stays open, for the worker's own limits."""
+    found = tags.step_time_limits(
+        tagged(
+            SOFT_TIMEOUT_TAG=None if soft is None else repr(soft),
+            TIMEOUT_TAG=None if hard is None else repr(hard),
+        )
+    )
+    assert found == TimeLimits(soft, hard)
+    filled = found.or_else(TimeLimits(1.0, 2.0))
+    assert filled.soft_seconds == (1.0 if soft is None else soft)
+    assert filled.hard_seconds == (2.0 if hard is None else hard)
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf", "2e9", "1 s"])
+@pytest.mark.parametrize("tag", [tags.SOFT_TIMEOUT_TAG, tags.TIMEOUT_TAG])
+def test_a_time_limit_that_is_none(tag: str, value: str) -> None:
+    """Each is refused with the tag and the value."""
+    with pytest.raises(TagError, match="a number of seconds") as caught:
+        tags.step_time_limits({tag: value})
+    assert (caught.value.tag, caught.value.value) == (tag, value)

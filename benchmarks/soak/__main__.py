@@ -1,0 +1,73 @@
+"""``python -m benchmarks.soak``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.soak.director import Director
+from benchmarks.soak.evidence import judge, keep_logs, stop_workers
+from benchmarks.soak.faults import faults_of
+from benchmarks.soak.report import figures, table
+from benchmarks.soak.stack import Kind, open_soak_stack
+from dagster_taskiq_tests.acceptance.harness import check_nothing_is_left
+from dagster_taskiq_tests.server_sources import stop_session_servers
+
+
+def soak(kind: Kind, seconds: float, seed: int, directory: Path) -> dict[str, Any]:
+    """One soak; its figures."""
+    with open_soak_stack(kind, directory) as (stack, other_home, server):
+        director = Director(kind, stack, other_home, server, seed)
+        try:
+            director.play(seconds, faults_of(director))
+            verdict = judge(director, director.calm_down())
+            keep_logs(director)
+            stop_workers(director, verdict)
+        finally:
+            director.close()
+    try:
+        check_nothing_is_left()
+    except AssertionError as error:
+        verdict.left["processes"] += 1
+        verdict.others.append(str(error))
+    return figures(director, verdict, seed, seconds)
+
+
+def main() -> int:
+    """Read the arguments, soak, report; 1 where a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--broker", choices=("redis", "embedded", "rabbitmq"), default="redis")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--keep", action="store_true", help="keep logs and trace in any case")
+    arguments = parser.parse_args()
+    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    logging.basicConfig(level="INFO", format="%(message)s", stream=sys.stdout)
+    for noisy in ("dagster", "dagster_taskiq", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    directory = Path(tempfile.mkdtemp(prefix="soak-"))
+    print(f"seed {seed}, logs in {directory}", flush=True)
+    try:
+        values = soak(arguments.broker, arguments.seconds, seed, directory)
+    finally:
+        stop_session_servers()
+    print(table(values))
+    text = json.dumps(values, indent=1)
+    (directory / "figures.json").write_text(text)
+    if arguments.json:
+        arguments.json.write_text(text)
+    if values["good"] and not arguments.keep:
+        shutil.rmtree(directory)
+    return 0 if values["good"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,275 @@
+"""What the trace, Dagster's log, the servers and the processes say: which promise was broken."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import psutil
+from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, RunsFilter
+
+from benchmarks.soak.director import CHILDREN, WORKERS, Director, descriptors
+from benchmarks.soak.jobs import NUMBER_TAG, POOL
+from benchmarks.soak.runs import SoakRun
+from benchmarks.soak.stack import LEASE_SECONDS
+from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq_tests.acceptance.harness import Note, until
+
+#: What a loaded machine may add to a time that a promise names.
+SLACK_SECONDS = 3.0
+
+#: How long after its run's death a step may still be there.
+OUTLIVE_SECONDS = LEASE_SECONDS + 5.0
+
+#: More open files of one kind than that, above what a worker had when it was ready, are a leak:
+#: connection pools grow to what is used at once.
+SPARE_DESCRIPTORS = 12
+
+
+@dataclass
+class Verdict:
+    """What came of a soak.
+
+    Attributes:
+        statuses: how many runs ended how.
+        steps, attempts: executed.
+        lost: runs that never ended, and steps that succeeded without having run.
+        twice: attempts that were executed by two processes.
+        others: what else must not be.
+        left: what was left over, by kind.
+        failures: how often attempts failed, by why.
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    attempts: int = 0
+    lost: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether every promise was kept."""
+        return not (self.lost or self.twice or self.others or +self.left)
+
+
+def judge(director: Director, unfinished: list[SoakRun]) -> Verdict:
+    """Look at everything; workers must be idle by now."""
+    verdict = Verdict(others=[*director.problems, *director.runs.errors])
+    for run in unfinished:
+        known = director.runs.dagster_run(run)
+        status = known.status.value if known else "not there"
+        verdict.lost.append(f"run {run.number} ({run.run_id}, {run.job}) is {status}")
+    _judge_trace(director, verdict)
+    _judge_runs(director, verdict)
+    _look_for_leftovers(director, verdict)
+    return verdict
+
+
+def keep_logs(director: Director) -> None:
+    """Write Dagster's log of every run to a file, since its database goes with the soak."""
+    for run in director.runs.all:
+        if run.run_id is None:
+            continue
+        path = director.stack.directory / f"run-{run.number:03}.events"
+        with path.open("w") as output:
+            output.write(f"{run.run_id} {run.job} {run.faults}\n")
+            for entry in director.stack.instance.all_logs(run.run_id):
+                event = entry.dagster_event
+                kind = event.event_type_value if event else ""
+                when = datetime.fromtimestamp(entry.timestamp, tz=timezone.utc).isoformat()
+                print(when, entry.timestamp, entry.step_key, kind, entry.message, file=output)
+
+
+# --- attempts -----------------------------------------------------------------------------------
+
+
+def _judge_trace(director: Director, verdict: Verdict) -> None:
+    by_attempt: dict[tuple[str, str, int], list[Note]] = defaultdict(list)
+    for note in director.notes():
+        by_attempt[note.run, note.step, note.attempt].append(note)
+        if note.kind == "wrong":
+            verdict.others.append(f"wrong values: {note}")
+    verdict.attempts = len(by_attempt)
+    verdict.steps = len({key[:2] for key in by_attempt})
+    for key, notes in by_attempt.items():
+        starts = [note for note in notes if note.kind == "start"]
+        if len(starts) > 1 or len({note.pid for note in notes}) > 1:
+            seen = [(note.kind, note.pid, note.time) for note in notes if note.kind != "tick"]
+            verdict.twice.append(f"{key}: {seen}")
+        following = by_attempt.get((key[0], key[1], key[2] + 1))
+        if following and following[0].time < notes[-1].time:
+            overlap = notes[-1].time - following[0].time
+            verdict.others.append(f"{key} went on for {overlap:.2f} s beside the next attempt")
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def _judge_runs(director: Director, verdict: Verdict) -> None:
+    by_number = {str(run.number): run for run in director.runs.all}
+    notes: dict[str, list[Note]] = defaultdict(list)
+    for note in director.notes():
+        notes[note.run].append(note)
+    for record in director.stack.instance.get_run_records(RunsFilter()):
+        run = record.dagster_run
+        soak_run = by_number.get(run.tags.get(NUMBER_TAG, ""))
+        if soak_run is None:
+            continue
+        verdict.statuses[run.status.value] += 1
+        for text in _judge_run(
+            director, run, soak_run, record.end_time, notes[run.run_id], verdict
+        ):
+            verdict.others.append(f"run {soak_run.number} ({run.run_id}): {text}")
+
+
+def _judge_run(
+    director: Director,
+    run: DagsterRun,
+    soak_run: SoakRun,
+    end_time: float | None,
+    notes: list[Note],
+    verdict: Verdict,
+) -> Iterator[str]:
+    entries = list(director.stack.instance.all_logs(run.run_id))
+    events = [entry.dagster_event for entry in entries if entry.dagster_event]
+    ended = {(note.step, note.attempt) for note in notes if note.kind == "end"}
+    retries: Counter[str] = Counter()
+    failed = set()
+    for event in events:
+        kind, key = event.event_type, event.step_key or ""
+        if kind is DagsterEventType.STEP_UP_FOR_RETRY:
+            verdict.failures[_why(event.step_retry_data.error)] += 1
+            retries[key] += 1
+        elif kind is DagsterEventType.STEP_FAILURE:
+            verdict.failures[_why(event.step_failure_data.error)] += 1
+            failed.add(key)
+        elif kind is DagsterEventType.STEP_SUCCESS and (key, retries[key] + 1) not in ended:
+            verdict.lost.append(f"{run.run_id} {key}: it has succeeded and not run")
+    text = " ".join(str(entry.message) for entry in entries)
+    if run.status is DagsterRunStatus.FAILURE and not failed and not soak_run.faults:
+        is_late = "taking longer than" in text and bool(director.flushes)
+        if not is_late:
+            yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
+    if "seconds to cancel" in text:
+        yield "its cancel took too long"
+    if end_time is not None and notes:
+        over = run.status is DagsterRunStatus.SUCCESS or (
+            run.status is DagsterRunStatus.CANCELED and "process" not in _end_text(events)
+        )
+        allowed = (0.5 if over else OUTLIVE_SECONDS) + SLACK_SECONDS * (not over)
+        since = max(end_time, 0)
+        if (late := max(note.time for note in notes) - since) > allowed:
+            yield f"{run.status.value}, and a step went on for {late:.2f} s"
+
+
+def _why(error: Any) -> str:
+    if error is None:
+        return "no error"
+    while error.cause is not None and error.cls_name == "RetryRequestedFromPolicy":
+        error = error.cause
+    text = error.message.splitlines()[0]
+    if error.cls_name == "StepLost":
+        text = text.partition("): ")[2].partition(" (")[0]
+    return f"{error.cls_name}: {text[:120]}"
+
+
+def _errors(events: list[Any]) -> str:
+    found = []
+    for event in events:
+        data = event.event_specific_data
+        if getattr(data, "error", None) is not None:
+            found.append(f"{data.error.cls_name}: {data.error.message[:300]}")
+    return " | ".join(found)
+
+
+def _end_text(events: list[Any]) -> str:
+    ends = [e.message or "" for e in events if e.event_type is DagsterEventType.RUN_CANCELED]
+    return ends[-1] if ends else ""
+
+
+# --- what is left -------------------------------------------------------------------------------
+
+
+def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
+    # a result that is acknowledged, a claim that ends: all a matter of moments now
+    for kind in ("claims", "run leases", "in the queues", "pool slots"):
+        deadline = time.monotonic() + 2 * LEASE_SECONDS
+        while (left := _keys(director)[kind]) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if left:
+            verdict.left[kind] += left
+    for worker in director.ready_workers():
+        children = psutil.Process(worker.pid).children(recursive=True)
+        names = [" ".join(child.cmdline()) for child in children]
+        helpers = sum("guard.py" in name or "resource_tracker" in name for name in names)
+        # each slot has a child, which the fork server has forked
+        extra = len(children) - helpers - CHILDREN - 1
+        if extra:
+            verdict.left["child processes"] += abs(extra)
+            verdict.others.append(f"{worker.process.name} has these children: {names}")
+        growth = descriptors(worker.pid) - (worker.fds or Counter())
+        for kind, count in growth.items():
+            if count > SPARE_DESCRIPTORS:
+                verdict.left["file descriptors"] += count
+                verdict.others.append(f"{worker.process.name} has {count} {kind}s more")
+
+
+def _count_pool_slots(director: Director) -> int:
+    info = director.stack.instance.event_log_storage.get_concurrency_info(POOL)
+    return len(info.claimed_slots) + len(info.pending_steps)
+
+
+def _keys(director: Director) -> Counter[str]:
+    """What servers and storage still have of runs that are over."""
+    found: Counter[str] = Counter()
+    prefix = director.stack.broker.key_prefix if director.stack.broker else "dagster-taskiq"
+    with director.server.client() as client:
+        for key in client.scan_iter(match=f"{prefix}*", count=1000):
+            name = key.decode().removeprefix(prefix)
+            if name.startswith(":claim:"):
+                found["claims"] += 1
+            elif name.startswith(":run:") and name.endswith(":loop"):
+                found["run leases"] += 1
+            elif name.endswith((":waiting", ":payloads", ":in-hand", ":places", ":bell")):
+                found["in the queues"] += 1
+    found["pool slots"] = _count_pool_slots(director)
+    if director.kind == "rabbitmq":
+        found["in the queues"] += asyncio.run(_depth(director))
+    return found
+
+
+async def _depth(director: Director) -> int:
+    options = director.stack.broker
+    assert options is not None
+    broker = open_broker(options)
+    await broker.startup()
+    try:
+        names = [physical_queue(options.key_prefix, kind, "dagster") for kind in QueueKind]
+        return sum([await broker.depth(name) for name in names])
+    finally:
+        await broker.shutdown()
+
+
+def stop_workers(director: Director, verdict: Verdict) -> None:
+    """Drain what still runs: idle workers stop at once, with exit code 0."""
+    running = [worker for worker in director.workers if not worker.has_ended]
+    for worker in running:
+        if not worker.is_drained:
+            worker.process.terminate()
+    for worker in running:
+        until(lambda it=worker: it.has_ended, f"{worker.process.name} stops")
+    assert len(director.workers) >= WORKERS
+    for worker in director.workers:
+        was_told = worker.is_drained or worker in running
+        code = worker.process.process.poll()
+        if was_told and code != 0 and not worker.is_harmed:
+            verdict.others.append(f"{worker.process.name} was drained and ended with {code}")

@@ -1,0 +1,342 @@
+"""What can go wrong. Each fault says what it did, or None where it could not happen now."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+from taskiq import BrokerMessage
+
+from benchmarks.soak.director import Director, SoakWorker
+from benchmarks.soak.runs import SoakRun
+from benchmarks.soak.stack import (
+    LEASE_SECONDS,
+    EmbeddedServer,
+    OwnServer,
+    close_broker_connections,
+)
+from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq_tests.acceptance.harness import is_running
+
+Fault = Callable[[Director], "str | None"]
+
+
+def faults_of(director: Director) -> dict[str, Fault]:
+    """The faults that the director's broker can have, by name."""
+    found: dict[str, Fault] = {
+        "kill a step's child": _kill_step_child,
+        "kill an idle child": _kill_idle_child,
+        "SIGTERM to an idle child": _terminate_idle_child,
+        "kill a worker": _kill_worker,
+        "freeze a worker briefly": lambda it: _freeze_worker(it, 0.4 * LEASE_SECONDS),
+        "freeze a worker beyond its lease": lambda it: _freeze_worker(it, 1.7 * LEASE_SECONDS),
+        "drain a worker": _drain_worker,
+        "kill a guard": _kill_guard,
+        "kill a fork server": _kill_fork_server,
+        "kill a run's process": lambda it: _signal_run(it, signal.SIGKILL),
+        "freeze a run's process": lambda it: _signal_run(it, signal.SIGSTOP),
+        "cancel a run": _cancel_run,
+        "kill the backend": _kill_backend,
+        "flush the backend": _flush,
+        "freeze the backend for half a lease": lambda it: _freeze_backend(it, 0.5 * LEASE_SECONDS),
+        "freeze the backend for two leases": lambda it: _freeze_backend(it, 2 * LEASE_SECONDS),
+        "garbage in the queues": _send_garbage,
+    }
+    if isinstance(director.server, OwnServer):
+        found["restart the backend from an older snapshot"] = _go_back
+    if isinstance(director.server, EmbeddedServer):
+        found["kill the embedded server's keeper"] = _kill_keeper
+    if director.kind == "rabbitmq":
+        found["close the broker's connections"] = _close_connections
+    return found
+
+
+# --- children -----------------------------------------------------------------------------------
+
+
+def _kill_step_child(director: Director) -> str | None:
+    pids = director.busy_pids()
+    if not pids:
+        return None
+    pid = director.random.choice(pids)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return f"pid {pid}"
+
+
+def _kill_idle_child(director: Director) -> str | None:
+    return _signal_idle(director, signal.SIGKILL)
+
+
+def _terminate_idle_child(director: Director) -> str | None:
+    return _signal_idle(director, signal.SIGTERM)
+
+
+def _signal_idle(director: Director, number: signal.Signals) -> str | None:
+    worker = _some_worker(director)
+    if worker is None:
+        return None
+    busy = set(director.busy_pids())
+    server = _forkserver(worker)
+    children = server.children() if server else []
+    # a run's process does not tell that it is one; it may be hit as well
+    idle = [child.pid for child in children if child.pid not in busy]
+    if not idle:
+        return None
+    pid = director.random.choice(idle)
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+    for run in director.runs.all:
+        run.faults.append(f"{number.name} to pid {pid}, which may have been its own")
+    return f"pid {pid} of {worker.process.name}"
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+def _some_worker(director: Director) -> SoakWorker | None:
+    workers = director.ready_workers()
+    return director.random.choice(workers) if workers else None
+
+
+def _kill_worker(director: Director) -> str | None:
+    worker = _some_worker(director)
+    if worker is None:
+        return None
+    worker.is_doomed = True
+    worker.process.kill()
+    director.start_worker()
+    return worker.process.name
+
+
+def _freeze_worker(director: Director, seconds: float) -> str | None:
+    worker = _some_worker(director)
+    if worker is None:
+        return None
+    worker.process.process.send_signal(signal.SIGSTOP)
+    worker.thaws_at = time.monotonic() + seconds
+    worker.is_harmed = True
+
+    def thaw() -> None:
+        worker.thaws_at = None
+        worker.process.process.send_signal(signal.SIGCONT)
+
+    director.later(seconds, thaw)
+    return f"{worker.process.name} for {seconds:g} s"
+
+
+def _drain_worker(director: Director) -> str | None:
+    worker = _some_worker(director)
+    if worker is None:
+        return None
+    worker.is_doomed = worker.is_drained = True
+    worker.process.terminate()
+    director.start_worker()
+    return worker.process.name
+
+
+def _kill_guard(director: Director) -> str | None:
+    return _kill_helper(director, "guard.py")
+
+
+def _kill_fork_server(director: Director) -> str | None:
+    return _kill_helper(director, "multiprocessing.forkserver")
+
+
+def _kill_helper(director: Director, text: str) -> str | None:
+    worker = _some_worker(director)
+    process = worker and _child_with(worker, text)
+    if worker is None or process is None:
+        return None
+    worker.is_harmed = True
+    process.kill()
+    if "forkserver" in text:
+        for run in director.runs.all:
+            run.faults.append(f"the fork server of {worker.process.name} was killed")
+    return f"pid {process.pid} of {worker.process.name}"
+
+
+def _forkserver(worker: SoakWorker) -> psutil.Process | None:
+    return _child_with(worker, "multiprocessing.forkserver")
+
+
+def _child_with(worker: SoakWorker, text: str) -> psutil.Process | None:
+    with suppress(psutil.Error):
+        for child in psutil.Process(worker.pid).children():
+            with suppress(psutil.Error):
+                if text in " ".join(child.cmdline()):
+                    return child
+    return None
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def _signal_run(director: Director, number: signal.Signals) -> str | None:
+    running = [(run, _process_of(director, run)) for run in director.runs.look()]
+    found = [(run, pid) for run, pid in running if pid is not None and is_running(pid)]
+    if not found:
+        return None
+    run, pid = director.random.choice(found)
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+    run.faults.append(f"{number.name} to its process {pid}")
+    if number is signal.SIGSTOP:
+        director.later(2 * LEASE_SECONDS, lambda: _thaw(pid))
+    kind = "own" if run.own else "launched"
+    return f"{kind} run {run.number} ({run.run_id}), pid {pid}"
+
+
+def _thaw(pid: int) -> None:
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_STOPPED:
+            process.resume()
+
+
+def _process_of(director: Director, run: SoakRun) -> int | None:
+    """The process that executes a run, by what Dagster's log says."""
+    if run.own is not None:
+        return run.own.process.pid
+    if run.run_id is None:
+        return None
+    for entry in reversed(list(director.stack.instance.all_logs(run.run_id))):
+        event = entry.dagster_event
+        if event and (event.message or "").startswith("Executing the run on worker"):
+            return int(str(event.engine_event_data.metadata["pid"].value))
+    return None
+
+
+def _cancel_run(director: Director) -> str | None:
+    running = [run for run in director.runs.look() if run.run_id is not None]
+    if not running:
+        return None
+    run = director.random.choice(running)
+    run.faults.append("it was cancelled")
+    if run.own is None:
+        director.runs.cancel(run)
+        return f"launched run {run.number} ({run.run_id})"
+    known = director.runs.dagster_run(run)
+    if known is None or known.is_finished:
+        return None
+    director.stack.instance.report_run_canceling(known)
+    with suppress(ProcessLookupError):
+        run.own.signal(signal.SIGTERM)
+    return f"own run {run.number} ({run.run_id})"
+
+
+# --- servers ------------------------------------------------------------------------------------
+
+
+def _kill_backend(director: Director) -> str:
+    director.server.kill()
+    return "it comes back with its data"
+
+
+def _flush(director: Director) -> str:
+    with director.server.client() as client:
+        client.flushall()
+    director.flushes.append(time.time())
+    return "FLUSHALL"
+
+
+def _freeze_backend(director: Director, seconds: float) -> str:
+    director.server.signal(signal.SIGSTOP)
+    # on time, whatever the director is waiting for
+    threading.Timer(seconds, director.server.signal, [signal.SIGCONT]).start()
+    time.sleep(seconds + 0.2)
+    return f"{seconds:g} s"
+
+
+def _go_back(director: Director) -> str:
+    server = director.server
+    assert isinstance(server, OwnServer)
+    server.remember()
+    time.sleep(director.random.uniform(1, 4))
+    server.go_back()
+    director.flushes.append(time.time())
+    return "some seconds older"
+
+
+def _kill_keeper(director: Director) -> str:
+    assert isinstance(director.server, EmbeddedServer)
+    director.server.kill_keeper()
+    return "the server goes with it"
+
+
+def _close_connections(director: Director) -> str:
+    close_broker_connections(director.stack)
+    return "all of them"
+
+
+def _send_garbage(director: Director) -> str:
+    """Into the queues of steps and of runs: no JSON, odd labels, a task of no run, a half one."""
+    options = director.stack.broker or _embedded_options(director)
+
+    async def send() -> int:
+        broker = open_broker(options)
+        await broker.startup()
+        try:
+            messages = [
+                _message(physical_queue(options.key_prefix, kind, "dagster"), data)
+                for kind in QueueKind
+                for data in _garbage()
+            ]
+            await broker.kick_many(messages)
+            return len(messages)
+        finally:
+            await broker.shutdown()
+
+    return f"{asyncio.run(send())} messages"
+
+
+def _embedded_options(director: Director) -> ServerOptions:
+    from dagster_taskiq.embedded import use_embedded_server  # noqa: PLC0415
+
+    return ServerOptions(url=use_embedded_server(director.stack.home))
+
+
+def _message(queue: str, data: bytes) -> BrokerMessage:
+    labels: dict[str, Any] = {"queue_name": queue, "priority": 9}
+    return BrokerMessage(
+        task_id=str(uuid.uuid4()), task_name="execute_plan", message=data, labels=labels
+    )
+
+
+def _garbage() -> list[bytes]:
+    task_id = str(uuid.uuid4())
+    header = {
+        "task_id": task_id,
+        "name": "execute_plan",
+        "run_id": "no-run",
+        "step_key": "no_step",
+        "attempt": 1,
+        "queue": "dagster",
+        "priority": 5,
+        "lease_seconds": 5,
+        "cancel_grace_seconds": 5,
+        "epoch": "no-epoch",
+        "protocol": 1,
+    }
+    forged: dict[str, Any] = {
+        "task_id": task_id,
+        "task_name": "execute_plan",
+        "labels": {"queue_name": "dagster", "priority": 5},
+        "labels_types": None,
+        "args": [],
+        "kwargs": {"header": header, "payload": {}},
+    }
+    whole = json.dumps(forged).encode()
+    odd = json.dumps({**forged, "labels": {"ack_type": "bogus", "timeout": "abc"}}).encode()
+    return [b"\xff\x00garbage", whole[: len(whole) // 2], odd, whole]

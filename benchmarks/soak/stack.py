@@ -1,0 +1,240 @@
+"""Where a soak takes place: servers of its own, two DAGSTER_HOMEs, workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import unquote, urlsplit
+
+import psutil
+import redis
+import yaml
+from dagster import DagsterInstance
+
+from benchmarks.soak.jobs import POOL, POOL_SLOTS
+from dagster_taskiq.embedded import release_embedded_server, use_embedded_server
+from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
+from dagster_taskiq_tests.server_sources import rabbitmqctl
+from dagster_taskiq_tests.servers import (
+    PrivateRedis,
+    amqp_options,
+    postgres_database,
+    private_redis,
+)
+
+Kind = Literal["redis", "embedded", "rabbitmq"]
+
+#: Of claims and runs: short, so that much happens in ten minutes, and long enough for a machine
+#: on which much else runs.
+LEASE_SECONDS = 5.0
+GRACE_SECONDS = 5.0
+
+#: How often a run is resumed.
+RESUMES = 3
+
+
+class StateServer(Protocol):
+    """The Redis that is the backend, and perhaps the broker, as faults see it."""
+
+    def client(self) -> redis.Redis:
+        """A connection."""
+
+    def kill(self) -> None:
+        """SIGKILL, and have it come back with its data."""
+
+    def signal(self, number: int) -> None:
+        """Freeze or thaw it."""
+
+
+class OwnServer:
+    """A Redis or Valkey that the soak started."""
+
+    def __init__(self, server: PrivateRedis) -> None:
+        self.server = server
+        self._copy: Path | None = None
+
+    def client(self) -> redis.Redis:
+        """A connection."""
+        return self.server.client()
+
+    def kill(self) -> None:
+        """Kill it and start it again with what its append-only file has."""
+        self.server.kill()
+        self.server.restart()
+
+    def signal(self, number: int) -> None:
+        """Freeze or thaw it."""
+        if self.server.process.poll() is None:
+            self.server.process.send_signal(number)
+
+    def remember(self) -> None:
+        """Keep a copy of its data."""
+        self._copy = self.server.directory / "copy"
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self._data, self._copy)
+
+    def go_back(self) -> None:
+        """Kill it and start it with the copy."""
+        if self._copy is None:
+            return
+        self.server.kill()
+        shutil.rmtree(self._data)
+        shutil.move(self._copy, self._data)
+        self._copy = None
+        self.server.restart()
+
+    @property
+    def _data(self) -> Path:
+        return self.server.directory / "appendonlydir"
+
+
+class EmbeddedServer:
+    """The embedded server of the soak's DAGSTER_HOME."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def client(self) -> redis.Redis:
+        """A connection."""
+        path = unquote(urlsplit(use_embedded_server(self._home)).path)
+        return redis.Redis(unix_socket_path=path)
+
+    @property
+    def _server(self) -> list[psutil.Process]:
+        return [p for p in self._processes() if "valkey-server" in p.name() or "redis" in p.name()]
+
+    @property
+    def _keeper(self) -> list[psutil.Process]:
+        return [p for p in self._processes() if p not in self._server]
+
+    def _processes(self) -> list[psutil.Process]:
+        directory = str((self._home / "dagster_taskiq").resolve())
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                names = process.name(), " ".join(process.cmdline())
+                is_ours = "embedded_keeper" in names[1] or "-server" in names[0]
+                if is_ours and process.cwd() == directory:
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """Kill it; its keeper starts it again."""
+        for process in self._server:
+            process.kill()
+
+    def kill_keeper(self) -> None:
+        """Kill the keeper, and the server with it; whoever needs them starts them again."""
+        for process in self._keeper:
+            process.kill()
+
+    def signal(self, number: int) -> None:
+        """Freeze or thaw it."""
+        for process in self._server:
+            process.send_signal(number)
+
+    def close(self) -> None:
+        """Be no user of it any more."""
+        release_embedded_server(self._home)
+
+
+@contextmanager
+def open_soak_stack(
+    kind: Kind, directory: Path
+) -> Iterator[tuple[Stack, Path, OwnServer | EmbeddedServer]]:
+    """The stack, the home of runs that are not resumed, and the server that keeps the state."""
+    home, other_home = directory / "home", directory / "other-home"
+    with ExitStack() as resources:
+        database = resources.enter_context(postgres_database())
+        broker, backend, server = _servers(kind, resources, home)
+        for path in (home, other_home):
+            path.mkdir()
+            storage = {"storage": {"postgres": {"postgres_url": database}}}
+            (path / "dagster.yaml").write_text(yaml.safe_dump({**storage, **_quiet()}))
+        if kind == "embedded":
+            # one server for both
+            (home / "dagster_taskiq").mkdir(mode=0o700)
+            (other_home / "dagster_taskiq").symlink_to(home / "dagster_taskiq")
+        resources.enter_context(_variable("DAGSTER_HOME", str(home)))
+        stack = Stack(home, broker, backend, directory)
+        closed_stacks.append(stack.mark)
+        resources.enter_context(stack.exit_stack)
+        launching = {**storage, **_quiet(), **_launching(stack)}
+        (home / "dagster.yaml").write_text(yaml.safe_dump(launching))
+        stack.instance = resources.enter_context(DagsterInstance.from_config(str(home)))
+        stack.instance.event_log_storage.set_concurrency_slots(POOL, POOL_SLOTS)
+        yield stack, other_home, server
+
+
+def _servers(
+    kind: Kind, resources: ExitStack, home: Path
+) -> tuple[ServerOptions | None, ServerOptions | None, OwnServer | EmbeddedServer]:
+    if kind == "embedded":
+        embedded = EmbeddedServer(home)
+        resources.callback(embedded.close)
+        return None, None, embedded
+    server = OwnServer(resources.enter_context(private_redis()))
+    # thawed before it is stopped, whatever happens
+    resources.callback(server.signal, signal.SIGCONT)
+    if kind == "redis":
+        return server.server.options, None, server
+    url = resources.enter_context(amqp_options()).url
+    backend = server.server.options
+    return ServerOptions(url=url, key_prefix=backend.key_prefix), backend, server
+
+
+def close_broker_connections(stack: Stack) -> None:
+    """What RabbitMQ does to its clients when it restarts."""
+    assert stack.broker is not None
+    vhost = unquote(urlsplit(stack.broker.url).path[1:])
+    rabbitmqctl("close_all_connections", "--vhost", vhost, "a fault of the soak")
+
+
+def _quiet() -> dict[str, Any]:
+    return {
+        "telemetry": {"enabled": False},
+        # four processes less for each step
+        "compute_logs": {
+            "module": "dagster._core.storage.noop_compute_log_manager",
+            "class": "NoOpComputeLogManager",
+        },
+    }
+
+
+def _launching(stack: Stack) -> dict[str, Any]:
+    return {
+        "run_launcher": {
+            "module": "dagster_taskiq.launcher",
+            "class": "TaskiqRunLauncher",
+            "config": {
+                **stack.config,
+                "lease_seconds": LEASE_SECONDS,
+                "cancel_grace_seconds": GRACE_SECONDS,
+            },
+        },
+        "run_monitoring": {
+            "enabled": True,
+            "max_resume_run_attempts": RESUMES,
+            "start_timeout_seconds": 90,
+            "cancel_timeout_seconds": 90,
+        },
+    }
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
