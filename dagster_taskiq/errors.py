@@ -51,7 +51,7 @@ class ServerError(DagsterTaskiqError):
 
 
 class UnreachableServerError(ServerError):
-    """Nothing answers at the address, or not in time, or it is full and takes nothing just now."""
+    """Nothing answers at the address, or not in time, or the server takes nothing just now."""
 
 
 class RefusedByServerError(ServerError):

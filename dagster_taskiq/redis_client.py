@@ -66,8 +66,8 @@ def server_errors(address: str) -> Iterator[None]:
     """Turn redis-py's errors into ours, with the address and without the password.
 
     Raises:
-        UnreachableServerError: no connection, no answer in time, or the server's disk is full.
-        RefusedByServerError: the server answered with an error that will not pass.
+        UnreachableServerError: no connection, no answer in time, or a refusal that will pass.
+        RefusedByServerError: the server answered with another error.
     """
     try:
         yield
@@ -85,12 +85,16 @@ def server_errors(address: str) -> Iterator[None]:
         raise _refusal(address, error) from error
 
 
+#: What a server says that takes nothing just now: its disk is full, it is a replica (of a primary
+#: that is away), it has too few replicas, or a script keeps it busy.
+_PASSING = ("MISCONF", "READONLY", "MASTERDOWN", "NOREPLICAS", "BUSY ")
+
+
 def _refusal(address: str, error: exceptions.RedisError) -> ServerError:
     text = redact(str(error))
-    if "MISCONF" in text:
-        return UnreachableServerError(
-            address, f"{address} takes nothing, as it cannot write its file: {_sentence(error)}."
-        )
+    passing = (exceptions.ReadOnlyError, exceptions.MasterDownError)
+    if isinstance(error, passing) or any(word in text for word in _PASSING):
+        return UnreachableServerError(address, f"{address} takes nothing now: {_sentence(error)}.")
     if "OOM" in text or isinstance(error, exceptions.OutOfMemoryError):
         text += " (raise maxmemory; the policy must be noeviction)"
     return RefusedByServerError(address, f"{address} refused a command: {text}.")

@@ -12,12 +12,14 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
+from redis.exceptions import ReadOnlyError
 
 from dagster_taskiq.backend import redis_scripts as scripts
 from dagster_taskiq.backend.base import (
@@ -62,7 +64,7 @@ class RedisBackend(Backend):
 
     async def startup(self) -> None:
         """Reach the server."""
-        with server_errors(self.address):
+        async with self._server():
             await self._redis.ping()
 
     async def shutdown(self) -> None:
@@ -113,7 +115,7 @@ class RedisBackend(Backend):
 
     async def disown_run(self, run_id: str) -> None:
         """See ``RunBackend``."""
-        with server_errors(self.address):
+        async with self._server():
             await self._redis.hset(self._record(run_id), "resumable", "0")
             await self._redis.expire(self._record(run_id), RUN_RECORD_EXPIRES_SECONDS)
 
@@ -132,7 +134,7 @@ class RedisBackend(Backend):
         """See ``RunBackend``."""
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
-            with server_errors(self.address):
+            async with self._server():
                 values: Any = await self._redis.mget([self._key("result:", task) for task in batch])
             found |= {task: value for task, value in zip(batch, values, strict=True) if value}
         return found
@@ -140,7 +142,7 @@ class RedisBackend(Backend):
     async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
         """See ``RunBackend``."""
         for batch in _batches(task_ids):
-            with server_errors(self.address):
+            async with self._server():
                 await self._redis.unlink(*[self._key("result:", task) for task in batch])
 
     async def inspect(
@@ -200,17 +202,16 @@ class RedisBackend(Backend):
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
-        with server_errors(self.address):
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for claim in claims:
-                    keys = [
-                        self._epoch_key,
-                        self._record(claim.run_id),
-                        self._loop(claim.run_id),
-                        self._key("claim:", claim.task_id),
-                    ]
-                    pipeline.eval(scripts.RENEW, len(keys), *keys, *_claim_arguments(claim))
-                answers = await pipeline.execute()
+        async with self._server(), self._redis.pipeline(transaction=False) as pipeline:
+            for claim in claims:
+                keys = [
+                    self._epoch_key,
+                    self._record(claim.run_id),
+                    self._loop(claim.run_id),
+                    self._key("claim:", claim.task_id),
+                ]
+                pipeline.eval(scripts.RENEW, len(keys), *keys, *_claim_arguments(claim))
+            answers = await pipeline.execute()
         return [
             Renewal(
                 is_held=bool(held),
@@ -255,24 +256,22 @@ class RedisBackend(Backend):
     async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
         """See ``ControlBackend``."""
         expires_ms = _milliseconds(expires_seconds)
-        with server_errors(self.address):
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                key = self._key("worker:", record.worker_id)
-                pipeline.set(key, json.dumps(asdict(record)), px=expires_ms)
-                pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
-                await pipeline.execute()
+        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
+            key = self._key("worker:", record.worker_id)
+            pipeline.set(key, json.dumps(asdict(record)), px=expires_ms)
+            pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
+            await pipeline.execute()
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
-        with server_errors(self.address):
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.zrem(self._workers_key, worker_id)
-                pipeline.unlink(self._key("worker:", worker_id), self._key("control:", worker_id))
-                await pipeline.execute()
+        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.zrem(self._workers_key, worker_id)
+            pipeline.unlink(self._key("worker:", worker_id), self._key("control:", worker_id))
+            await pipeline.execute()
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        with server_errors(self.address):
+        async with self._server():
             # records expire by themselves; the set only says which to look for, so hosts whose
             # clocks differ do no harm if what is old is dropped late
             await self._redis.zremrangebyscore(self._workers_key, 0, time.time() - 3600)
@@ -287,11 +286,10 @@ class RedisBackend(Backend):
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
         mailbox = self._key("control:", worker_id)
-        with server_errors(self.address):
-            async with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.rpush(mailbox, order)
-                pipeline.expire(mailbox, _CONTROL_EXPIRES_SECONDS)
-                await pipeline.execute()
+        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.rpush(mailbox, order)
+            pipeline.expire(mailbox, _CONTROL_EXPIRES_SECONDS)
+            await pipeline.execute()
 
     async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
         """See ``ControlBackend``."""
@@ -299,7 +297,7 @@ class RedisBackend(Backend):
         first = await self._wait_on(mailbox, timeout_seconds)
         if first is None:
             return []
-        with server_errors(self.address):
+        async with self._server():
             rest: Any = await self._redis.lpop(mailbox, _BATCH)
         return [first, *(rest or [])]
 
@@ -328,15 +326,27 @@ class RedisBackend(Backend):
     def _task_keys(self, run_id: str, task_id: str) -> list[str]:
         return [self._record(run_id), self._key("claim:", task_id), self._key("result:", task_id)]
 
-    async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+    @asynccontextmanager
+    async def _server(self) -> AsyncIterator[None]:
+        """Where every error of the server becomes one of ours."""
         with server_errors(self.address):
+            try:
+                yield
+            except ReadOnlyError:
+                # after a failover: the address may lead to the new primary, old connections do not
+                for client in (self._redis, self._blocking):
+                    await client.connection_pool.disconnect(inuse_connections=False)
+                raise
+
+    async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        async with self._server():
             if script not in self._scripts:
                 self._scripts[script] = self._redis.register_script(script)
             return await self._scripts[script](keys=list(keys), args=list(arguments))
 
     async def _wait_on(self, mailbox: str, timeout_seconds: float) -> bytes | None:
         client: Redis = self._blocking
-        with server_errors(self.address):
+        async with self._server():
             # to Redis 0 is for ever
             timeout = max(0.001, min(timeout_seconds, _LONGEST_WAIT_SECONDS))
             answer: Any = await client.blpop([mailbox], timeout=timeout)

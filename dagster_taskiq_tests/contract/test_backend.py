@@ -805,6 +805,27 @@ def test_every_call_says_when_the_server_is_gone_and_works_when_it_is_back() -> 
             bench.call(make(call))
 
 
+def test_a_replica_is_an_outage_and_its_connections_are_given_up() -> None:
+    """After a failover the address may lead to another server, where new connections go."""
+    with private_redis() as server:
+        bench = Bench(server.options)
+        bench.open_run()
+        claim = bench.claimed()
+        with server.client() as client:
+            before = {item["id"] for item in client.client_list()}
+            client.execute_command("REPLICAOF", "127.0.0.1", "1")
+            with pytest.raises(UnreachableServerError, match="takes nothing now"):
+                bench.renew_run()
+            with pytest.raises(UnreachableServerError, match="takes nothing now"):
+                bench.renew(claim)
+            client.execute_command("REPLICAOF", "NO", "ONE")
+            bench.renew_run()
+            kept = [item for item in client.client_list() if item["id"] in before]
+            assert len(kept) == 1, "only the test's own connection is an old one"
+        assert bench.claimed()
+        bench.close()
+
+
 def test_a_frozen_server_is_unreachable_after_the_timeout() -> None:
     """It accepts connections and answers nothing."""
     with private_redis() as server:

@@ -76,10 +76,10 @@ def test_the_disk_is_full(tmp_path: Path) -> None:
                 run.open_gate()
                 run.await_notes("ended", 2)
                 second = start(stack, "single", lease_seconds=30)
-                until(lambda: "cannot write its file" in worker.log, "the worker says so")
+                until(lambda: "takes nothing now" in worker.log, "the worker says so")
                 assert "No space left on device" in worker.log
                 assert second.wait(LONG_SECONDS).status is FAILURE
-                assert "cannot write its file" in second.output_of_process
+                assert "takes nothing now" in second.output_of_process
                 filler.unlink()
                 until(lambda: not _is_refused(client), "the server takes something again")
                 check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
