@@ -75,6 +75,11 @@ def server_errors(address: str) -> Iterator[None]:
         raise RefusedByServerError(
             address, f"{address} refuses the credentials: {redact(str(error))}. Check the URL."
         ) from error
+    except exceptions.NoScriptError as error:
+        # scripts are loaded when they are missing: it went away again before the next command
+        raise UnreachableServerError(
+            address, f"{address} was restarted in the middle of a command."
+        ) from error
     except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
         if refusal := tls_refusal(address, error):
             raise refusal from error

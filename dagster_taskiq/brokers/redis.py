@@ -371,7 +371,8 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         except RedisConnectionError:
             if not is_repeatable:
                 raise
-            return await self._pipeline(commands)
+            # what answers now may be another life of the server, without our scripts
+            return await self._round_trip(commands, is_repeatable=False)
 
     async def _pipeline(self, commands: Sequence[_Command]) -> list[Any]:
         pipeline = self._redis.pipeline(transaction=False)

@@ -1119,6 +1119,32 @@ def test_flushed_scripts_are_loaded_again_on_redis(on_redis: ServerOptions) -> N
     run(test())
 
 
+def test_a_server_that_restarts_during_a_command_is_given_the_scripts_on_redis(
+    on_redis: ServerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection breaks, and whoever answers then has forgotten the scripts."""
+    failures = [redis.ConnectionError("the server was killed")]
+
+    async def test() -> None:
+        queue = queue_name(on_redis)
+        async with opened(on_redis) as broker:
+            assert isinstance(broker, RedisTaskBroker)
+            whole = broker._pipeline
+
+            async def breaking(commands: Any) -> list[Any]:
+                if failures:
+                    with redis.Redis.from_url(on_redis.url) as client:
+                        client.script_flush()
+                    raise failures.pop()
+                return await whole(commands)
+
+            monkeypatch.setattr(broker, "_pipeline", breaking)
+            await broker.kick(task(queue, "a"))
+            assert await broker.depth(queue) == 1
+
+    run(test())
+
+
 def test_an_error_of_redis_is_a_refusal_without_the_payload(on_redis: ServerOptions) -> None:
     async def test() -> None:
         queue = queue_name(on_redis)
