@@ -1,0 +1,88 @@
+"""The documents say what is there: links, settings, tags, modules, code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dagster_taskiq import tags
+from dagster_taskiq.config import EXECUTOR_SCHEMA, ConfigSource
+from dagster_taskiq_tests.unit.test_imports import PACKAGE
+
+ROOT = PACKAGE.parent
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf8")
+
+#: Tags that we read for what they mean in dagster-celery or Dagster, or write for ourselves.
+NOT_FOR_PEOPLE = {tags.TASK_ID_TAG, tags.DAGSTER_PRIORITY_TAG}
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf8"), flags=re.DOTALL)
+        for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text):
+            if "://" not in target:
+                yield document, target
+
+
+@pytest.mark.parametrize(("document", "target"), links(), ids=lambda it: Path(str(it)).name)
+def test_a_link_leads_somewhere(document: Path, target: str) -> None:
+    """To a file of the repository, and to a heading in it where it names one."""
+    path, _, anchor = target.partition("#")
+    file = (document.parent / path).resolve() if path else document
+    assert file.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf8"), flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", it).lower().replace(" ", "-") for it in headings}
+
+
+def test_every_setting_is_in_the_readme() -> None:
+    """In its tables, as people write it."""
+    names = {*EXECUTOR_SCHEMA, *(field.name for field in fields(ConfigSource))}
+    assert {name for name in names if f"`{name}`" not in README} == set()
+
+
+def test_every_tag_is_in_the_readme() -> None:
+    """Ours in full, dagster-celery's at least by its last part."""
+    names = {value for key, value in vars(tags).items() if key.endswith("_TAG")} - NOT_FOR_PEOPLE
+    missing = {
+        name
+        for name in names
+        if f"`{name}`" not in README and f"`/{name.partition('/')[2]}`" not in README
+    }
+    assert missing == set()
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    """By its name, so that a reader finds the room."""
+    modules = {
+        path.stem if path.stem != "__init__" else path.parent.name
+        for path in PACKAGE.rglob("*.py")
+        if "demo" not in path.parts and path.name not in ("__main__.py",)
+    } - {"dagster_taskiq"}
+    missing = {
+        name for name in modules if not re.search(rf"`(\w+/)?{name}(/|\.py)?`", ARCHITECTURE)
+    }
+    assert missing == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_code_in_the_documents_can_be_read(document: Path) -> None:
+    """Python compiles, and settings are ones that exist."""
+    text = document.read_text(encoding="utf8")
+    for language, code in re.findall(r"^ *```(python|yaml)\n(.*?)^ *```", text, re.DOTALL | re.M):
+        if language == "python":
+            ast.parse(code)
+        else:
+            execution = (yaml.safe_load(code) or {}).get("execution", {})
+            config = dict.fromkeys(execution.get("config", {}), "x")
+            assert set(config) <= set(EXECUTOR_SCHEMA)
