@@ -34,7 +34,7 @@ def links() -> Iterator[tuple[Path, str]]:
                 yield document, target
 
 
-@pytest.mark.parametrize(("document", "target"), links(), ids=lambda it: Path(str(it)).name)
+@pytest.mark.parametrize(("document", "target"), list(links()), ids=lambda it: Path(str(it)).name)
 def test_a_link_leads_somewhere(document: Path, target: str) -> None:
     """To a file of the repository, and to a heading in it where it names one."""
     path, _, anchor = target.partition("#")
