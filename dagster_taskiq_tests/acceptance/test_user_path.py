@@ -22,9 +22,6 @@ from dagster_taskiq_tests.acceptance.user_stack import (
     open_user_stack,
 )
 
-#: One deployment for the whole file: where tests are spread over processes, in one of them.
-pytestmark = pytest.mark.xdist_group("user-path")
-
 CANCELED = DagsterRunStatus.CANCELED
 QUEUED = DagsterRunStatus.QUEUED
 STARTING = DagsterRunStatus.STARTING

@@ -175,6 +175,11 @@ def open_user_stack(directory: Path) -> Iterator[Web]:
         settings = {
             "storage": {"postgres": {"postgres_url": database}},
             "nux": {"enabled": False},  # it would cover the page that a browser sees first
+            "run_monitoring": {
+                "enabled": True,
+                "max_resume_run_attempts": 2,
+                "poll_interval_seconds": 5,
+            },
             "run_coordinator": {
                 "module": "dagster",
                 "class": "QueuedRunCoordinator",
@@ -187,7 +192,7 @@ def open_user_stack(directory: Path) -> Iterator[Web]:
                 },
             },
         }
-        with open_launching_stack("rabbitmq", directory, resumes=2, dagster_yaml=settings) as stack:
+        with open_launching_stack("rabbitmq", directory, dagster_yaml=settings) as stack:
             yield _start(stack)
 
 
