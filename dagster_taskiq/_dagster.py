@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance
+from dagster import DagsterEvent, DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
@@ -27,7 +28,11 @@ from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
 from dagster._core.events import DagsterEventType, EngineEventData
 from dagster._core.execution import compute_logs
-from dagster._core.execution.api import create_execution_plan, execute_plan_iterator
+from dagster._core.execution.api import (
+    create_execution_plan,
+    execute_plan_iterator,
+    execute_run_iterator,
+)
 from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
@@ -302,14 +307,33 @@ def deserialize_instance_ref(text: str) -> InstanceRef:
 
 
 def execute_or_resume_run(instance: DagsterInstance, run_id: str, *, is_resumed: bool) -> int:
-    """Execute a run in this process, as Dagster's own run workers do; its exit code."""
+    """Execute a run in this process, as Dagster's own run workers do; its exit code.
+
+    With one difference: a run that is cancelled while its code is being loaded is CANCELED. To
+    Dagster it is in a wrong state then, which makes it a FAILURE.
+    """
     body = _resume_run_command_body if is_resumed else _execute_run_command_body
-    return body(
-        run_id=run_id,
-        instance=instance,
-        write_stream_fn=lambda _event: None,
-        set_exit_code_on_failure=True,
-    )
+    grpc_impl: Any = import_module("dagster._grpc.impl")  # Any, as it does not export the name
+    grpc_impl.execute_run_iterator = _execute_unless_cancelled
+    try:
+        return body(
+            run_id=run_id,
+            instance=instance,
+            write_stream_fn=lambda _event: None,
+            set_exit_code_on_failure=True,
+        )
+    finally:
+        grpc_impl.execute_run_iterator = execute_run_iterator
+
+
+def _execute_unless_cancelled(
+    job: Any, dagster_run: DagsterRun, instance: DagsterInstance, **options: Any
+) -> Iterator[DagsterEvent]:
+    """Dagster's ``execute_run_iterator``, called with the run as it is after its code is loaded."""
+    if dagster_run.status is DagsterRunStatus.CANCELING:
+        message = "The run was cancelled before its process had begun with it."
+        return iter([instance.report_run_canceled(dagster_run, message)])
+    return execute_run_iterator(job, dagster_run, instance, **options)
 
 
 def is_own_instance(instance: DagsterInstance) -> bool:
