@@ -69,7 +69,7 @@ def check_each_once(run: Run, steps: Iterable[str]) -> None:
 
 def await_crowd(run: Run) -> list[int]:
     """Wait until the steps of ``crowd`` run that will; their processes and what these started."""
-    notes = run.await_notes("ran", len(CROWD_RUNNING))
+    notes = run.await_notes("ran", len(CROWD_RUNNING), LONG_SECONDS)
     assert {note.step for note in notes} == set(CROWD_RUNNING)
     return [pid for note in notes for pid in (note.pid, note.more["child"])]
 

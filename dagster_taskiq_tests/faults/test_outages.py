@@ -124,7 +124,7 @@ def await_held(run: Run) -> set[int]:
     def pids() -> set[int]:
         return {note.pid for note in run.notes("ran") if note.step.startswith("held")}
 
-    until(lambda: len(pids()) == 2, "both are running")
+    until(lambda: len(pids()) == 2, "both are running", LONG_SECONDS)
     return pids()
 
 
