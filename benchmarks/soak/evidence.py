@@ -159,6 +159,8 @@ def _judge_run(
         is_late = "taking longer than" in text and bool(director.flushes)
         if not is_late:
             yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
+    if "An exception was thrown during execution" in text:
+        yield f"its loop failed: {_errors(events)}"
     if "seconds to cancel" in text:
         yield "its cancel took too long"
     if end_time is not None and notes:
