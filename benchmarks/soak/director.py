@@ -136,8 +136,10 @@ class Director:
         while (left := self.runs.look()) and time.monotonic() < deadline:
             self._keep_going()
             time.sleep(0.2)
-        is_calm: Callable[[], bool] = lambda: not self._later and self._are_all_ready()
-        until(is_calm, "all workers are ready", START_SECONDS)
+        while self._later:
+            self._keep_going()
+            time.sleep(0.1)
+        until(self._are_all_ready, "all workers are ready", START_SECONDS)
         time.sleep(POOL_SLOT_SECONDS + 2 * MONITORING_SECONDS)
         self.runs.stop_monitoring()
         return left

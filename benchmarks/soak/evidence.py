@@ -143,10 +143,15 @@ def _judge_run(
     events = [entry.dagster_event for entry in entries if entry.dagster_event]
     has_failed_step = _judge_steps(run.run_id, events, notes, verdict)
     text = " ".join(str(entry.message) for entry in entries)
-    if "An exception was thrown during execution" in text:
+    # a run that begins while its servers are away fails with their address, as it should
+    if "An exception was thrown during execution" in text and not _began_without_servers(events):
         yield f"its loop failed: {_errors(events)}"
     # a launch that a flush took with it is noticed by its time limit alone
-    is_excused = soak_run.faults or ("taking longer than" in text and director.flushes)
+    is_excused = (
+        soak_run.faults
+        or ("taking longer than" in text and director.flushes)
+        or "surpassed the configured maximum attempts to resume" in text
+    )
     if run.status is DagsterRunStatus.FAILURE and not has_failed_step and not is_excused:
         yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
     if "seconds to cancel" in text:
@@ -201,6 +206,16 @@ def _errors(events: list[Any]) -> str:
         if getattr(data, "error", None) is not None:
             found.append(f"{data.error.cls_name}: {data.error.message[:300]}")
     return " | ".join(found)
+
+
+def _began_without_servers(events: list[Any]) -> bool:
+    ends = [event for event in events if event.event_type is DagsterEventType.RUN_FAILURE]
+    error = ends[-1].event_specific_data.error if ends else None
+    return (
+        error is not None
+        and error.cls_name == "UnreachableServerError"
+        and any("open_dispatcher" in line for line in error.stack)
+    )
 
 
 def _end_text(events: list[Any]) -> str:

@@ -77,9 +77,18 @@ class Lease:
 
 
 class LeaseKeeper:
-    """Keeps the claims of one worker; ``run`` is its background task."""
+    """Keeps the claims of one worker; ``run`` is its background task.
 
-    def __init__(self, backend: Backend, guard: GuardClient) -> None:
+    Args:
+        backend: which holds them.
+        guard: is told of every deadline.
+        now: the clock of the deadlines, in seconds; the guard's own, but for tests.
+    """
+
+    def __init__(
+        self, backend: Backend, guard: GuardClient, now: Callable[[], float] = clock
+    ) -> None:
+        self._now = now
         self._backend = backend
         self._guard = guard
         self._leases: dict[str, Lease] = {}
@@ -125,17 +134,17 @@ class LeaseKeeper:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _renew(self) -> None:
-        tried_at = clock()
+        tried_at = self._now()
         while True:
             if not self._leases:
                 await self._wait_for_new(None)
-                tried_at = clock()
-            left = tried_at + self._pause_seconds() - clock()
+                tried_at = self._now()
+            left = tried_at + self._pause_seconds() - self._now()
             if left > 0:
                 # a lease that comes meanwhile may be shorter
                 await self._wait_for_new(left)
                 continue
-            tried_at = clock()
+            tried_at = self._now()
             await self._renew_all(list(self._leases.values()))
 
     def _pause_seconds(self) -> float:
@@ -160,14 +169,14 @@ class LeaseKeeper:
                 for lease in self._leases.values()
                 if lease.stop_reason is None
             ]
-            left = min(due) - clock() if due else None
+            left = min(due) - self._now() if due else None
             if left is None or left > 0:
                 await self._wait_for_new(left)
             else:
                 self._stop_overdue(share)
 
     async def _renew_all(self, leases: list[Lease]) -> None:
-        sent_at = clock()
+        sent_at = self._now()
         try:
             renewals = await self._backend.renew([lease.claim for lease in leases])
         except ServerError as error:
@@ -207,12 +216,12 @@ class LeaseKeeper:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""
         return (
             self._epoch == lease.claim.epoch
-            or clock() - self._epoch_since >= lease.claim.lease_seconds
+            or self._now() - self._epoch_since >= lease.claim.lease_seconds
         )
 
     def _stop_overdue(self, share: float) -> None:
         for lease in list(self._leases.values()):
-            if clock() >= lease.renewed_at + lease.claim.lease_seconds * share:
+            if self._now() >= lease.renewed_at + lease.claim.lease_seconds * share:
                 self.stop(lease, StopReason.LEASE_LOST)
 
     def stop(self, lease: Lease, reason: StopReason) -> None:
@@ -228,8 +237,8 @@ class LeaseKeeper:
         if not _is_suspended(lease.group):
             lease.suspended_since = None
         elif lease.suspended_since is None:
-            lease.suspended_since = clock()
-        elif clock() - lease.suspended_since >= lease.claim.lease_seconds:
+            lease.suspended_since = self._now()
+        elif self._now() - lease.suspended_since >= lease.claim.lease_seconds:
             self.stop(lease, StopReason.PROCESS_STOPPED)
             kill_group(lease.group)  # it cannot act on a SIGTERM
 
