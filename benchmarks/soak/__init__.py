@@ -12,6 +12,7 @@ module       holds
 ``faults``   what can go wrong
 ``director`` the clock: what happens when
 ``evidence`` what the trace, the logs and the servers say: which promise was broken
+``soak``     one soak from its beginning to its figures
 ``report``   the figures, as a table and as JSON
 ===========  ====================================================================
 """

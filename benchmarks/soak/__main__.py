@@ -10,34 +10,10 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from benchmarks.soak.director import Director
-from benchmarks.soak.evidence import judge, keep_logs, stop_workers
-from benchmarks.soak.faults import faults_of
-from benchmarks.soak.report import figures, table
-from benchmarks.soak.stack import Kind, open_soak_stack
-from dagster_taskiq_tests.acceptance.harness import check_nothing_is_left
+from benchmarks.soak.report import table
+from benchmarks.soak.soak import soak
 from dagster_taskiq_tests.server_sources import stop_session_servers
-
-
-def soak(kind: Kind, seconds: float, seed: int, directory: Path) -> dict[str, Any]:
-    """One soak; its figures."""
-    with open_soak_stack(kind, directory) as (stack, other_home, server):
-        director = Director(kind, stack, other_home, server, seed)
-        try:
-            director.play(seconds, faults_of(director))
-            verdict = judge(director, director.calm_down())
-            keep_logs(director)
-            stop_workers(director, verdict)
-        finally:
-            director.close()
-    try:
-        check_nothing_is_left()
-    except AssertionError as error:
-        verdict.left["processes"] += 1
-        verdict.others.append(str(error))
-    return figures(director, verdict, seed, seconds)
 
 
 def main() -> int:

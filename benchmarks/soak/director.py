@@ -28,6 +28,9 @@ RUNS = 5
 #: Seconds between two faults, on average.
 FAULT_SECONDS = 4.0
 
+#: How long three workers may take to start on a machine that has much else to do.
+START_SECONDS = 180.0
+
 #: How long the last runs may take, with everybody healthy.
 PATIENCE_SECONDS = 240.0
 
@@ -104,22 +107,26 @@ class Director:
 
     # --- the clock ---
 
-    def play(self, seconds: float, faults: dict[str, Callable[[Director], str | None]]) -> None:
+    def play(
+        self,
+        seconds: float,
+        faults: dict[str, Callable[[Director], str | None]],
+        fault_seconds: float,
+    ) -> None:
         """Runs and faults for so long."""
         for _ in range(WORKERS):
             self.start_worker()
-        for worker in self.workers:
-            worker.process.await_ready()
+        until(self._are_all_ready, "all workers are ready", START_SECONDS)
         self.runs.start_monitoring()
         ends_at = time.monotonic() + seconds
-        next_fault = time.monotonic() + FAULT_SECONDS
+        next_fault = time.monotonic() + fault_seconds
         while time.monotonic() < ends_at:
             self._keep_going()
             if len(self.runs.look()) < RUNS:
                 self.runs.start_one()
             if time.monotonic() >= next_fault:
                 self._strike(faults)
-                next_fault = time.monotonic() + self.random.uniform(0.5, 1.5) * FAULT_SECONDS
+                next_fault = time.monotonic() + self.random.uniform(0.5, 1.5) * fault_seconds
             time.sleep(0.1)
 
     def calm_down(self) -> list[SoakRun]:
@@ -129,7 +136,10 @@ class Director:
         while (left := self.runs.look()) and time.monotonic() < deadline:
             self._keep_going()
             time.sleep(0.2)
-        until(lambda: not self._later and self._are_all_ready(), "all workers are ready")
+        while self._later:
+            self._keep_going()
+            time.sleep(0.1)
+        until(self._are_all_ready, "all workers are ready", START_SECONDS)
         time.sleep(POOL_SLOT_SECONDS + 2 * MONITORING_SECONDS)
         self.runs.stop_monitoring()
         return left

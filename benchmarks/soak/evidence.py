@@ -141,9 +141,32 @@ def _judge_run(
 ) -> Iterator[str]:
     entries = list(director.stack.instance.all_logs(run.run_id))
     events = [entry.dagster_event for entry in entries if entry.dagster_event]
+    has_failed_step = _judge_steps(run.run_id, events, notes, verdict)
+    text = " ".join(str(entry.message) for entry in entries)
+    # a run that begins while its servers are away fails with their address, as it should
+    if "An exception was thrown during execution" in text and not _began_without_servers(events):
+        yield f"its loop failed: {_errors(events)}"
+    # a launch that a flush took with it is noticed by its time limit alone
+    is_excused = (
+        soak_run.faults
+        or ("taking longer than" in text and director.flushes)
+        or "surpassed the configured maximum attempts to resume" in text
+    )
+    if run.status is DagsterRunStatus.FAILURE and not has_failed_step and not is_excused:
+        yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
+    if "seconds to cancel" in text:
+        yield "its cancel took too long"
+    if end_time is not None and notes:
+        late = max(note.time for note in notes) - end_time
+        if late > _allowed_seconds(run, events):
+            yield f"{run.status.value}, and a step went on for {late:.2f} s"
+
+
+def _judge_steps(run_id: str, events: list[Any], notes: list[Note], verdict: Verdict) -> bool:
+    """Whether a step has failed for good; what has succeeded must have run to its end."""
     ended = {(note.step, note.attempt) for note in notes if note.kind == "end"}
     retries: Counter[str] = Counter()
-    failed = set()
+    has_failed = False
     for event in events:
         kind, key = event.event_type, event.step_key or ""
         if kind is DagsterEventType.STEP_UP_FOR_RETRY:
@@ -151,24 +174,18 @@ def _judge_run(
             retries[key] += 1
         elif kind is DagsterEventType.STEP_FAILURE:
             verdict.failures[_why(event.step_failure_data.error)] += 1
-            failed.add(key)
+            has_failed = True
         elif kind is DagsterEventType.STEP_SUCCESS and (key, retries[key] + 1) not in ended:
-            verdict.lost.append(f"{run.run_id} {key}: it has succeeded and not run")
-    text = " ".join(str(entry.message) for entry in entries)
-    if run.status is DagsterRunStatus.FAILURE and not failed and not soak_run.faults:
-        is_late = "taking longer than" in text and bool(director.flushes)
-        if not is_late:
-            yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
-    if "seconds to cancel" in text:
-        yield "its cancel took too long"
-    if end_time is not None and notes:
-        over = run.status is DagsterRunStatus.SUCCESS or (
-            run.status is DagsterRunStatus.CANCELED and "process" not in _end_text(events)
-        )
-        allowed = (0.5 if over else OUTLIVE_SECONDS) + SLACK_SECONDS * (not over)
-        since = max(end_time, 0)
-        if (late := max(note.time for note in notes) - since) > allowed:
-            yield f"{run.status.value}, and a step went on for {late:.2f} s"
+            verdict.lost.append(f"{run_id} {key}: it has succeeded and not run")
+    return has_failed
+
+
+def _allowed_seconds(run: DagsterRun, events: list[Any]) -> float:
+    """How long after its run's end a step may go on: not at all, unless the run's process died."""
+    is_over = run.status is DagsterRunStatus.SUCCESS or (
+        run.status is DagsterRunStatus.CANCELED and "process" not in _end_text(events)
+    )
+    return 0.5 if is_over else OUTLIVE_SECONDS + SLACK_SECONDS
 
 
 def _why(error: Any) -> str:
@@ -189,6 +206,16 @@ def _errors(events: list[Any]) -> str:
         if getattr(data, "error", None) is not None:
             found.append(f"{data.error.cls_name}: {data.error.message[:300]}")
     return " | ".join(found)
+
+
+def _began_without_servers(events: list[Any]) -> bool:
+    ends = [event for event in events if event.event_type is DagsterEventType.RUN_FAILURE]
+    error = ends[-1].event_specific_data.error if ends else None
+    return (
+        error is not None
+        and error.cls_name == "UnreachableServerError"
+        and any("open_dispatcher" in line for line in error.stack)
+    )
 
 
 def _end_text(events: list[Any]) -> str:

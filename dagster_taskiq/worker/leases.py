@@ -86,13 +86,22 @@ class LeaseKeeper:
     """Keeps the claims of one worker; ``run`` is its background task.
 
     Args:
+        backend: which holds them.
+        guard: is told of every deadline.
         orders: verifies the orders to cancel that renewals find.
         refusals: counts those that are refused.
+        now: the clock of the deadlines, in seconds; the guard's own, but for tests.
     """
 
     def __init__(
-        self, backend: Backend, guard: GuardClient, orders: OrderReader, refusals: Refusals
+        self,
+        backend: Backend,
+        guard: GuardClient,
+        orders: OrderReader,
+        refusals: Refusals,
+        now: Callable[[], float] = clock,
     ) -> None:
+        self._now = now
         self._backend = backend
         self._guard = guard
         self._orders = orders
@@ -172,15 +181,15 @@ class LeaseKeeper:
                 for lease in self._leases.values()
                 if lease.stop_reason is None
             ]
-            left = min(due) - clock() if due else None
+            left = min(due) - self._now() if due else None
             if left is None or left > 0:
                 await self._wait_for_new(left)
             else:
-                self._stop_overdue(share, clock())
+                self._stop_overdue(share, self._now())
 
     async def _renew_all(self, leases: list[Lease]) -> bool:
         """One try; whether the server answered. Others may be under way."""
-        sent_at = clock()
+        sent_at = self._now()
         try:
             renewals = await self._backend.renew([lease.claim for lease in leases])
         except ServerError as error:
@@ -241,7 +250,7 @@ class LeaseKeeper:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""
         return (
             self._epoch == lease.claim.epoch
-            or clock() - self._epoch_since >= lease.claim.lease_seconds
+            or self._now() - self._epoch_since >= lease.claim.lease_seconds
         )
 
     def _stop_overdue(self, share: float, when: float) -> None:
@@ -263,8 +272,8 @@ class LeaseKeeper:
         if not _is_suspended(lease.group):
             lease.suspended_since = None
         elif lease.suspended_since is None:
-            lease.suspended_since = clock()
-        elif clock() - lease.suspended_since >= lease.claim.lease_seconds:
+            lease.suspended_since = self._now()
+        elif self._now() - lease.suspended_since >= lease.claim.lease_seconds:
             self.stop(lease, StopReason.PROCESS_STOPPED)
             kill_group(lease.group)  # it cannot act on a SIGTERM
 

@@ -304,7 +304,10 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
             exit_code=answer.exit_code,
             is_cancelled=lease.stop_reason is StopReason.CANCELLED,
         )
-    return TaskResult.from_bytes(answer["result"].encode())
+    result = TaskResult.from_bytes(answer["result"].encode())
+    # the child knows that it was interrupted, but not by whom: only a cancel rules out a retry
+    is_cancelled = result.is_cancelled and lease.stop_reason is StopReason.CANCELLED
+    return replace(result, is_cancelled=is_cancelled)
 
 
 def _cause(result: TaskResult) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import pytest
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
@@ -23,7 +23,6 @@ from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
 from dagster_taskiq.signing import Signer
-from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 
@@ -146,6 +145,7 @@ class Scene:
             cast("GuardClient", self.guard),
             OrderReader(signer, "worker"),
             self.refusals,
+            now,
         )
         self.stopped_at: dict[str, float] = {}
         self.orphaned = 0
@@ -196,12 +196,10 @@ def play(
         return scene
 
     loop = VirtualLoop()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leases_module, "clock", loop.time)
-        try:
-            return loop.run_until_complete(run())
-        finally:
-            loop.close()
+    try:
+        return loop.run_until_complete(run())
+    finally:
+        loop.close()
 
 
 def during(*spans: tuple[float, float, str]) -> Callable[[float], str | None]:
@@ -446,6 +444,7 @@ def test_in_a_new_epoch_the_run_has_a_lease_to_come_back() -> None:
 # --- outages ---
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     gaps=st.lists(st.floats(LEASE / 4, LEASE), min_size=1, max_size=4),
     away=st.floats(0, 0.49 * LEASE),
@@ -534,10 +533,8 @@ def test_other_errors_end_the_keeper_loudly() -> None:
             await scene.keeper.run()
 
     loop = VirtualLoop()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leases_module, "clock", loop.time)
-        loop.run_until_complete(run())
-        assert not asyncio.all_tasks(loop)
+    loop.run_until_complete(run())
+    assert not asyncio.all_tasks(loop)
     loop.close()
 
 
@@ -568,6 +565,7 @@ SPANS = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spans=SPANS,
     latency=st.floats(0, LEASE / 3),
