@@ -100,7 +100,7 @@ __all__ = [
     "deserialize_event",
     "deserialize_instance_ref",
     "error_info",
-    "events_of_attempt",
+    "events_by_step",
     "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
@@ -208,27 +208,13 @@ def cut_known_state(active: ActiveExecution, step: ExecutionStep) -> KnownExecut
     )
 
 
-def events_of_attempt(
-    instance: DagsterInstance, run_id: str, step_key: str, attempt: int
-) -> list[DagsterEvent]:
-    """The events in Dagster's log of one attempt of a step, in their order.
-
-    Args:
-        instance: that the run belongs to.
-        run_id: the run.
-        step_key: the step.
-        attempt: counted from 1 within this run: what follows the step's ``attempt - 1``-th
-            STEP_UP_FOR_RETRY.
-    """
-    events = []
-    retries = 0
+def events_by_step(instance: DagsterInstance, run_id: str) -> dict[str, list[DagsterEvent]]:
+    """The events of a run in Dagster's log by their step's key, in their order."""
+    events: dict[str, list[DagsterEvent]] = {}
     for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
         event = entry.dagster_event
-        if event is None or event.step_key != step_key:
-            continue
-        if retries == attempt - 1:
-            events.append(event)
-        retries += event.is_step_up_for_retry
+        if event is not None and event.step_key is not None:
+            events.setdefault(event.step_key, []).append(event)
     return events
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from dagster import DagsterEvent
@@ -29,12 +29,9 @@ from dagster_taskiq._dagster import (
     SerializableErrorInfo,
     cut_known_state,
     deserialize_event,
-    events_of_attempt,
     fail_step,
     hold_pool_slot,
-    is_end_of_attempt,
     is_in_flight,
-    plain_error,
     replay_log,
     retry_or_fail_step,
     seconds_to_next_ready,
@@ -51,6 +48,13 @@ from dagster_taskiq.errors import (
     SupersededLoopError,
     UnreachableServerError,
 )
+from dagster_taskiq.flights import (
+    QUEUE_WAIT_MARKER,
+    Flight,
+    RunLog,
+    error_of,
+    says_sent,
+)
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tags import (
     has_misleading_priority,
@@ -58,10 +62,6 @@ from dagster_taskiq.tags import (
     step_time_limits,
     task_priority,
 )
-
-#: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
-#: time between the two as the wait in the queue.
-QUEUE_WAIT_MARKER = "taskiq_queue_wait"
 
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
@@ -129,27 +129,6 @@ def core_execution_loop(
             dispatcher.close(leave_running=loop.leaves_steps_running)
 
 
-@dataclass
-class _Flight:
-    """A task that was sent and has not come back.
-
-    Attributes:
-        sent_at: monotonic seconds; of the last time it was sent.
-        place: where it was last seen running.
-        absent_since: since when neither broker nor backend know it.
-        is_reported_unserved: whether the log says that nobody listens on its queue.
-        is_reported_refused: whether the log says that workers there refuse it.
-    """
-
-    task: StepTask
-    step: ExecutionStep
-    sent_at: float
-    place: Place | None = None
-    absent_since: float | None = None
-    is_reported_unserved: bool = False
-    is_reported_refused: bool = False
-
-
 class _Loop:
     def __init__(
         self,
@@ -169,7 +148,7 @@ class _Loop:
         self._make_payload = make_payload
         self._priority_of = priority_of
         self._first_attempts: dict[str, int] = {}
-        self._flights: dict[str, _Flight] = {}
+        self._flights: dict[str, Flight] = {}
         self._unsent: list[StepTask] = []
         self._to_cancel: list[StepTask] = []
         self._handled: list[str] = []
@@ -184,7 +163,7 @@ class _Loop:
     def adopt(self) -> Iterator[DagsterEvent]:
         """Take over the run from a former process: its steps go on, finished ones stay finished."""
         instance, run_id = self._context.instance, self._context.run_id
-        replayed = replay_log(self._active, instance, run_id, _says_sent)
+        replayed = replay_log(self._active, instance, run_id, says_sent)
         for key, count in replayed.retries.items():
             attempts = self._active.retry_state.get_attempt_count(key)
             self._first_attempts[key] = attempts - count + 1
@@ -192,7 +171,7 @@ class _Loop:
             step = self._active.get_step_by_key(key)
             task = self._task_for(step)
             hold_pool_slot(self._concurrency, step)
-            self._flights[task.task_id] = _Flight(task, step, sent_at=time.monotonic())
+            self._flights[task.task_id] = self._flight(task, step)
         yield DagsterEvent.engine_event(
             self._context,
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
@@ -255,8 +234,12 @@ class _Loop:
                     marker_start=QUEUE_WAIT_MARKER,
                 ),
             )
-            self._flights[task.task_id] = _Flight(task, step, sent_at=time.monotonic())
+            self._flights[task.task_id] = self._flight(task, step)
             self._unsent.append(task)
+
+    def _flight(self, task: StepTask, step: ExecutionStep) -> Flight:
+        attempt_in_run = task.attempt - self._first_attempts[step.key] + 1
+        return Flight(task, step, attempt_in_run, sent_at=time.monotonic())
 
     def _task_for(self, step: ExecutionStep) -> StepTask:
         attempt = self._active.retry_state.get_attempt_count(step.key) + 1
@@ -314,7 +297,7 @@ class _Loop:
             return  # they expire by themselves; nothing waits for this
         self._handled = []
 
-    def _finish(self, flight: _Flight, result: TaskResult) -> Iterator[DagsterEvent]:
+    def _finish(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """Feed what came of an attempt to ``ActiveExecution``, so that it is in flight no more."""
         try:
             events = [deserialize_event(text) for text in result.events]
@@ -326,7 +309,7 @@ class _Loop:
             error = None
         if result.outcome is Outcome.DIED:
             # what the child logged before it died; its result has no events
-            events = self._logged_events(flight)
+            events = self._read_log().outcome(flight)
         for event in events:
             yield event
             if event.step_key == flight.step.key:
@@ -334,11 +317,11 @@ class _Loop:
                 if event.is_resource_init_failure:
                     error = event.engine_event_data.error
         if is_in_flight(self._active, flight.step.key):
-            error = error or _error_of(flight, result)
+            error = error or error_of(flight, result)
             yield from self._fail(flight, error, may_retry=not result.is_cancelled)
 
     def _fail(
-        self, flight: _Flight, error: SerializableErrorInfo, *, may_retry: bool
+        self, flight: Flight, error: SerializableErrorInfo, *, may_retry: bool
     ) -> Iterator[DagsterEvent]:
         """Log the end of an attempt that did not log one itself."""
         step_context = self._context.for_step(flight.step)
@@ -349,33 +332,8 @@ class _Loop:
         yield event
         self._active.handle_event(event)
 
-    def _logged_events(self, flight: _Flight) -> list[DagsterEvent]:
-        """The attempt's events in Dagster's log that ``ActiveExecution`` has to know."""
-        first = self._first_attempts[flight.step.key]
-        return [
-            event
-            for event in events_of_attempt(
-                self._context.instance,
-                self._context.run_id,
-                flight.step.key,
-                flight.task.attempt - first + 1,
-            )
-            if is_end_of_attempt(event) or event.is_successful_output
-        ]
-
-    def _has_started(self, flight: _Flight) -> bool:
-        """Whether a worker has logged anything of this attempt."""
-        first = self._first_attempts[flight.step.key]
-        events = events_of_attempt(
-            self._context.instance,
-            self._context.run_id,
-            flight.step.key,
-            flight.task.attempt - first + 1,
-        )
-        return any(
-            not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
-            for event in events
-        )
+    def _read_log(self) -> RunLog:
+        return RunLog(self._context.instance, self._context.run_id)
 
     # --- reconciliation ---
 
@@ -392,9 +350,10 @@ class _Loop:
             inspection = self._dispatcher.inspect([flight.task for flight in flights])
             self._is_server_away = False
             yield from self._receive(self._fetch_done(inspection))
+            log = self._read_log()  # one for all: after an outage there may be hundreds to judge
             for flight in flights:
                 if flight.task.task_id in self._flights:
-                    yield from self._compare(flight, inspection)
+                    yield from self._compare(flight, inspection, log)
         except UnreachableServerError as error:
             yield from self._note_outage(error)
             if now > self._stop_deadline:
@@ -404,21 +363,23 @@ class _Loop:
         done = [key for key, report in inspection.reports.items() if report.state is TaskState.DONE]
         return self._dispatcher.fetch(done) if done else []
 
-    def _compare(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+    def _compare(
+        self, flight: Flight, inspection: Inspection, log: RunLog
+    ) -> Iterator[DagsterEvent]:
         """Act on what broker and backend know of one task."""
         report = inspection.reports[flight.task.task_id]
         if report.state is TaskState.UNKNOWN:
-            yield from self._look_after_waiting(flight, inspection)
+            yield from self._look_after_waiting(flight, inspection, log)
             return
         flight.absent_since = None
         if report.state is TaskState.CLAIMED:
             flight.place = report.place
         elif report.state in (TaskState.DONE, TaskState.DROPPED) or inspection.is_conclusive:
             # done, but the result is gone: the log has what came of it
-            yield from self._judge(flight, report.state)
+            yield from self._judge(flight, report.state, log)
 
     def _look_after_waiting(
-        self, flight: _Flight, inspection: Inspection
+        self, flight: Flight, inspection: Inspection, log: RunLog
     ) -> Iterator[DagsterEvent]:
         now = time.monotonic()
         if flight.task.task_id not in inspection.absent:
@@ -426,7 +387,7 @@ class _Loop:
         elif flight.absent_since is None:
             flight.absent_since = now
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
-            yield from self._judge(flight, TaskState.UNKNOWN)
+            yield from self._judge(flight, TaskState.UNKNOWN, log)
             return
         yield from self._report_refusal(flight, inspection)
         is_unserved = flight.task.queue in inspection.unserved_queues
@@ -442,7 +403,7 @@ class _Loop:
                 EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
             )
 
-    def _report_refusal(self, flight: _Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
+    def _report_refusal(self, flight: Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
         """Say that workers do not take what this run sends: they would drop it without a word."""
         refusal = inspection.refusing_workers.get(flight.task.queue)
         if refusal and not flight.is_reported_refused:
@@ -453,15 +414,15 @@ class _Loop:
                 EngineEventData(metadata={"queue": flight.task.queue}),
             )
 
-    def _judge(self, flight: _Flight, state: TaskState) -> Iterator[DagsterEvent]:
+    def _judge(self, flight: Flight, state: TaskState, log: RunLog) -> Iterator[DagsterEvent]:
         """Decide over a task that nobody works on any more and that has no result.
 
         What Dagster's log says of the attempt decides: its end counts as its result, a start
         without an end makes it a failure, and one that never started is sent again.
         """
         task_id = flight.task.task_id
-        ended = any(is_end_of_attempt(event) for event in self._logged_events(flight))
-        has_started = ended or self._has_started(flight)
+        ended = log.has_ended(flight)
+        has_started = ended or log.has_started(flight)
         if state is TaskState.CANCELLED and self._is_stopping and not has_started:
             yield from self._withdraw(flight)
             return
@@ -481,7 +442,7 @@ class _Loop:
         )
         yield from self._finish(flight, lost)
 
-    def _send_again(self, flight: _Flight) -> Iterator[DagsterEvent]:
+    def _send_again(self, flight: Flight) -> Iterator[DagsterEvent]:
         yield DagsterEvent.engine_event(
             self._context.for_step(flight.step),
             f'Sending step "{flight.step.key}" to queue "{flight.task.queue}" again: its task '
@@ -542,7 +503,7 @@ class _Loop:
         self._to_cancel = []
         self._is_server_away = False
 
-    def _withdraw(self, flight: _Flight) -> Iterator[DagsterEvent]:
+    def _withdraw(self, flight: Flight) -> Iterator[DagsterEvent]:
         """A cancelled task never started and never will."""
         self._drop(flight)
         yield DagsterEvent.engine_event(
@@ -552,7 +513,7 @@ class _Loop:
             EngineEventData(marker_end=QUEUE_WAIT_MARKER),
         )
 
-    def _drop(self, flight: _Flight) -> None:
+    def _drop(self, flight: Flight) -> None:
         """Forget a task that is known not to run."""
         del self._flights[flight.task.task_id]
         self._concurrency.free_step(flight.step.key)
@@ -613,19 +574,3 @@ def _warn_of_misleading_priorities(context: PlanOrchestrationContext, plan: Exec
             "dagster-taskiq/priority: %s. Set both where both are meant.",
             ", ".join(keys),
         )
-
-
-def _says_sent(event: DagsterEvent) -> bool:
-    """Whether this is the event of a loop that sends a step."""
-    return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
-
-
-def _error_of(flight: _Flight, result: TaskResult) -> SerializableErrorInfo:
-    """Why an attempt without an end of its own failed, for the step's page in the UI."""
-    reason = result.reason or "It ended without saying whether it had succeeded."
-    place = result.place
-    return plain_error(
-        f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
-        f"{place.slot}, pid {place.pid}): {reason}",
-        "StepLost" if result.outcome is Outcome.DIED else "StepError",
-    )

@@ -27,10 +27,10 @@ from dagster_taskiq._dagster import (
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import find_servers
-from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
 from dagster_taskiq.defaults import IN_HAND_SECONDS
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
 from dagster_taskiq.errors import ServerError
+from dagster_taskiq.flights import QUEUE_WAIT_MARKER
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue

@@ -31,9 +31,9 @@ from dagster_taskiq._dagster import (
     serialize_value,
     unpack_value,
 )
-from dagster_taskiq.core_execution_loop import QUEUE_WAIT_MARKER
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.flights import QUEUE_WAIT_MARKER
 from dagster_taskiq.results import Outcome, Place, TaskResult
 
 #: Keys of a step's payload, and of a run's.

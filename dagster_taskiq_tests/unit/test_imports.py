@@ -22,7 +22,7 @@ LAYERS = [
     "waker loop_thread _dagster redis_client tls_settings",
     "config backend brokers control embedded_keeper renewals",
     "embedded dispatcher",
-    "connections client core_execution_loop",
+    "connections client flights core_execution_loop",
     "tasks",
     "eager",
     "executor run_client",

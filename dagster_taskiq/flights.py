@@ -1,0 +1,98 @@
+"""Attempts that were sent and have not come back, and what Dagster's log says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dagster import DagsterEvent, DagsterInstance
+
+from dagster_taskiq._dagster import (
+    ExecutionStep,
+    SerializableErrorInfo,
+    events_by_step,
+    is_end_of_attempt,
+    plain_error,
+)
+from dagster_taskiq.dispatcher import StepTask
+from dagster_taskiq.results import Outcome, Place, TaskResult
+
+#: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
+#: time between the two as the wait in the queue.
+QUEUE_WAIT_MARKER = "taskiq_queue_wait"
+
+
+@dataclass
+class Flight:
+    """A task that was sent and has not come back.
+
+    Attributes:
+        attempt_in_run: of the step, from 1; a re-executed run goes on counting in the task.
+        sent_at: monotonic seconds; of the last time it was sent.
+        place: where it was last seen running.
+        absent_since: since when neither broker nor backend know it.
+        is_reported_unserved: whether the log says that nobody listens on its queue.
+        is_reported_refused: whether the log says that workers there refuse it.
+    """
+
+    task: StepTask
+    step: ExecutionStep
+    attempt_in_run: int
+    sent_at: float
+    place: Place | None = None
+    absent_since: float | None = None
+    is_reported_unserved: bool = False
+    is_reported_refused: bool = False
+
+
+class RunLog:
+    """What Dagster's log says of a run's attempts: all of it is read, once, when it is asked."""
+
+    def __init__(self, instance: DagsterInstance, run_id: str) -> None:
+        self._instance = instance
+        self._run_id = run_id
+
+    @cached_property
+    def _events(self) -> dict[str, list[DagsterEvent]]:
+        return events_by_step(self._instance, self._run_id)
+
+    def _of(self, flight: Flight) -> list[DagsterEvent]:
+        """The events of one attempt: what follows the step's previous STEP_UP_FOR_RETRY."""
+        found = []
+        attempt = 1
+        for event in self._events.get(flight.step.key, ()):
+            if attempt == flight.attempt_in_run:
+                found.append(event)
+            attempt += event.is_step_up_for_retry
+        return found
+
+    def outcome(self, flight: Flight) -> list[DagsterEvent]:
+        """What ``ActiveExecution`` has to know of an attempt: its outputs and its end."""
+        return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
+
+    def has_ended(self, flight: Flight) -> bool:
+        """Whether the end of the attempt is there."""
+        return any(is_end_of_attempt(event) for event in self._of(flight))
+
+    def has_started(self, flight: Flight) -> bool:
+        """Whether a worker has written anything of the attempt."""
+        return any(
+            not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
+            for event in self._of(flight)
+        )
+
+
+def says_sent(event: DagsterEvent) -> bool:
+    """Whether this is the event of a loop that sends a step."""
+    return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
+
+
+def error_of(flight: Flight, result: TaskResult) -> SerializableErrorInfo:
+    """Why an attempt without an end of its own failed, for the step's page in the UI."""
+    reason = result.reason or "It ended without saying whether it had succeeded."
+    place = result.place
+    return plain_error(
+        f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
+        f"{place.slot}, pid {place.pid}): {reason}",
+        "StepLost" if result.outcome is Outcome.DIED else "StepError",
+    )
