@@ -167,10 +167,12 @@ class LeaseKeeper:
 
     async def _wait_for_new(self, seconds: float | None) -> None:
         """Wait so long, or until there is a new lease."""
+        # not wait_for, which before Python 3.12 loses a cancellation that meets a new lease
+        added = asyncio.ensure_future(self._added.wait())
         try:
-            await asyncio.wait_for(self._added.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
+            await asyncio.wait({added}, timeout=seconds)
+        finally:
+            added.cancel()
 
     async def _watch_overdue(self) -> None:
         """Stop what a renewal that fails has not stopped, since it still waits for its answer."""
