@@ -31,6 +31,7 @@ from dagster_taskiq._dagster import (
     deserialize_event,
     events_of_attempt,
     fail_step,
+    free_pool_slot,
     hold_pool_slot,
     is_end_of_attempt,
     is_in_flight,
@@ -183,6 +184,8 @@ class _Loop:
             task = self._task_for(step)
             hold_pool_slot(self._concurrency, step)
             self._flights[task.task_id] = _Flight(task, step, sent_at=time.monotonic())
+        for key in replayed.ended:
+            free_pool_slot(self._concurrency, self._active.get_step_by_key(key))
         yield DagsterEvent.engine_event(
             self._context,
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",
