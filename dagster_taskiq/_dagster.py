@@ -340,10 +340,12 @@ class Replayed:
 
     Attributes:
         sent: keys of the steps that were sent and have not come to an end.
+        ended: keys of the others of which an attempt has ended.
         retries: how many attempts of a step, by key, asked for another one.
     """
 
     sent: tuple[str, ...]
+    ended: tuple[str, ...]
     retries: Mapping[str, int]
 
 
@@ -389,7 +391,8 @@ def replay_log(
                 for known in (*made, event):
                     active.handle_event(known)
                 _date_retry(active, event, entry.timestamp)
-    return Replayed(tuple(key for key in sent if put_in_flight(active, key)), retries)
+    in_flight = tuple(key for key in sent if put_in_flight(active, key))
+    return Replayed(in_flight, tuple(key for key in retries if key not in in_flight), retries)
 
 
 def put_in_flight(active: ActiveExecution, step_key: str) -> bool:
@@ -428,6 +431,12 @@ def hold_pool_slot(concurrency: InstanceConcurrencyContext, step: ExecutionStep)
     """Take over the pool slot that a step was given by the run's former process."""
     if pool_of(step) is not None:
         concurrency._claims.add(step.key)
+
+
+def free_pool_slot(concurrency: InstanceConcurrencyContext, step: ExecutionStep) -> None:
+    """Give back the pool slot of a step that may have ended while its run had no process."""
+    hold_pool_slot(concurrency, step)
+    concurrency.free_step(step.key)
 
 
 def pool_of(step: ExecutionStep) -> str | None:

@@ -30,6 +30,7 @@ from dagster_taskiq._dagster import (
     cut_known_state,
     deserialize_event,
     fail_step,
+    free_pool_slot,
     hold_pool_slot,
     is_in_flight,
     replay_log,
@@ -172,6 +173,8 @@ class _Loop:
             task = self._task_for(step)
             hold_pool_slot(self._concurrency, step)
             self._flights[task.task_id] = self._flight(task, step)
+        for key in replayed.ended:
+            free_pool_slot(self._concurrency, self._active.get_step_by_key(key))
         yield DagsterEvent.engine_event(
             self._context,
             f"Resumed the run; {len(replayed.sent)} steps are queued or running.",

@@ -238,10 +238,11 @@ def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
         children = psutil.Process(worker.pid).children(recursive=True)
         names = [" ".join(child.cmdline()) for child in children]
         helpers = sum("guard.py" in name or "resource_tracker" in name for name in names)
-        # each slot has a child, which the fork server has forked
+        # each slot has one child of the fork server, or none where that was killed while it was
+        # idle: a slot whose child is gone gets another one with its next task
         extra = len(children) - helpers - CHILDREN - 1
-        if extra:
-            verdict.left["child processes"] += abs(extra)
+        if extra > 0:
+            verdict.left["child processes"] += extra
             verdict.others.append(f"{worker.process.name} has these children: {names}")
         growth = descriptors(worker.pid) - (worker.fds or Counter())
         for kind, count in growth.items():

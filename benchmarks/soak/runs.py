@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster._daemon.monitoring.run_monitoring import (
     monitor_canceling_run,
@@ -217,9 +217,15 @@ class Runs:
             ended_at = (run and run.end_time) or time.time()
             if time.time() - ended_at > POOL_SLOT_SECONDS:
                 storage.free_concurrency_slots_for_run(run_id)
-                if not faults.get(run_id):
+                if not faults.get(run_id) and not _has_lost_its_process(instance, run_id):
                     self.errors.append(f"run {run_id} has ended and left a slot of the pool")
 
     def _note(self, error: Exception, what: str) -> None:
         logger.exception("%s", what)
         self.errors.append(f"{what}: {error!r}")
+
+
+def _has_lost_its_process(instance: DagsterInstance, run_id: str) -> bool:
+    """Whether monitoring has ended the run, as its process was gone once too often."""
+    ends = instance.all_logs(run_id, of_type=DagsterEventType.RUN_FAILURE)
+    return any("Detected run worker status" in str(entry.message) for entry in ends)

@@ -647,6 +647,8 @@ def _execute(
     log: str,
 ) -> None:
     """The life of a run's process."""
+    # the fork server may have been started by a test of slots, which has it deaf
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -213,3 +213,8 @@ def pool_twice() -> None:
 @job(executor_def=taskiq_executor)
 def pool_held() -> None:
     after(pooled_gated())
+
+
+@job(executor_def=taskiq_executor)
+def pool_in_turn() -> None:
+    pooled_after(pooled_gated())

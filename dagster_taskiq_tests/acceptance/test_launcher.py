@@ -519,6 +519,24 @@ def test_resume_of_a_step_in_a_pool(resuming: Stack) -> None:
     assert info.active_slot_count == 0
 
 
+def test_resume_after_a_step_in_a_pool_has_ended(resuming: Stack) -> None:
+    """A step that ends while its run has no process does not keep its pool slot.
+
+    With a pool of one the run's next step would wait for that slot for ever.
+    """
+    resuming.instance.event_log_storage.set_concurrency_slots(launcher_jobs.POOL, 1)
+    run = launch(resuming, "pool_in_turn")
+    run.await_notes("pooled started")
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    run.open_gate()
+    until(lambda: run.steps(DagsterEventType.STEP_SUCCESS), "the step ends without its run")
+    run.monitor()
+    assert run.wait().is_success
+    info = resuming.instance.event_log_storage.get_concurrency_info(launcher_jobs.POOL)
+    assert not info.active_run_ids
+
+
 def test_a_former_process_that_still_lives(resuming: Stack) -> None:
     """Of two processes of one run the former ends, and leaves the run and its steps alone."""
     run = launch(resuming, "gated_then_more")

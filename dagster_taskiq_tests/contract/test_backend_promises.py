@@ -277,7 +277,7 @@ class Promises(RuleBasedStateMachine):
         renewal = self.bench.renew(execution.claim)
         if not renewal.is_held:
             execution.is_alive = False
-        elif renewal.cancel_reason is not None:
+        elif renewal.cancel_order is not None:
             execution.is_told = True
 
     # --- time and the server ---

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -43,6 +44,7 @@ class Keeping(RuleBasedStateMachine):
         self.gone_since: float | None = None
         self.is_draining = False
         self.epoch_since = 0.0
+        self.claimed_at: dict[str, float] = {}
         self.judged_at: dict[str, float] = {}
 
     async def _make(self) -> Scene:
@@ -66,6 +68,7 @@ class Keeping(RuleBasedStateMachine):
         async def keep() -> Lease:
             lease = self.scene.keep()
             lease.needs_live_run = not is_run
+            lease.claim = replace(lease.claim, epoch=self.backend.epoch)
             note = lease.on_stop
 
             def on_stop() -> None:
@@ -76,6 +79,7 @@ class Keeping(RuleBasedStateMachine):
             return lease
 
         self.kept.append(self.call(keep()))
+        self.claimed_at[self.kept[-1].claim.token] = self.now
 
     @precondition(lambda self: self.living())
     @rule(data=st.data())
@@ -125,10 +129,10 @@ class Keeping(RuleBasedStateMachine):
         self.call(hand_over())
         self.is_draining = False
         for lease in self.living():
-            is_new = lease.claim.token in self.scene.stopped_at and lease.claim.token not in before
-            may_go = not lease.needs_live_run and lease.is_resumable
-            assert is_new == (may_go and lease.claim.token not in before)
-            assert not is_new or lease.stop_reason is StopReason.HANDED_OVER
+            if lease.claim.token in before:
+                continue
+            is_handed_over = lease.stop_reason is StopReason.HANDED_OVER
+            assert is_handed_over == (not lease.needs_live_run and lease.is_resumable)
 
     @rule(seconds=st.sampled_from([0.1, SOON, LEASE / 2, LEASE, 2 * LEASE]))
     def time_passes(self, seconds: float) -> None:
@@ -179,9 +183,10 @@ class Keeping(RuleBasedStateMachine):
         assert self.now - lease.renewed_at < SOON, "it is not renewed"
         judged_at = self.judged_at.get(lease.claim.token, self.now)
         assert self.now - judged_at < SOON, "what was judged goes on"
-        gone_for = 0.0 if self.gone_since is None else self.now - self.gone_since
+        gone_since = self.now if self.gone_since is None else self.gone_since
+        gone_for = self.now - max(gone_since, self.claimed_at[lease.claim.token])
         # an epoch that has just begun gives the run a lease to come back
-        steady_for = self.now - self.epoch_since
+        steady_for = self.now - max(self.epoch_since, self.well_since)
         if lease.needs_live_run and steady_for > LEASE + SOON:
             assert gone_for < SOON, "a step outlives its run"
 
