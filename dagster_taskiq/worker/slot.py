@@ -315,14 +315,12 @@ class Slot:
     def interrupt(self) -> None:
         """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
         self._must_replace = True
-        if self._exited is not None and not self._exited.done():
-            kill(self.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
 
     def warn(self) -> None:
         """Tell the child that its task's soft time limit is over."""
         self._must_replace = True  # whatever the exception has torn
-        if self._exited is not None and not self._exited.done():
-            kill(self.pid, SOFT_LIMIT_SIGNAL)
+        self._signal(SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
         """SIGKILL to the child and everything it has started."""
@@ -330,8 +328,13 @@ class Slot:
         if self._exited is not None and not self._exited.done():
             kill_group(self.pid)
             # it leads the group only a moment after its start
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        if self._exited is not None and not self._exited.done():
+            # the guard may have killed it, and nobody have told us yet
             with suppress(ProcessLookupError):
-                kill(self.pid, signal.SIGKILL)
+                kill(self.pid, number)
 
     async def stop(self) -> None:
         """Kill the child and everything it has started, and wait for its end."""

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def forgeries(queue: str) -> list[bytes]:
 async def send_forgeries(stack: Stack) -> None:
     """Put them all into the default queue, before whatever else waits there."""
     assert stack.broker is not None
-    broker = open_broker(stack.broker)
+    # a loaded machine may take its time for a thousand
+    broker = open_broker(replace(stack.broker, connect_timeout_seconds=60))
     await broker.startup()
     queue = physical_queue(stack.prefix, QueueKind.STEPS, "dagster")
     labels = {"queue_name": queue, "priority": 10}

@@ -411,6 +411,25 @@ def test_stopping_does_not_wait_for_a_child_that_has_just_begun(tmp_path: Path) 
     play(scenario())
 
 
+def test_signals_to_a_child_that_nobody_knows_to_be_dead() -> None:
+    """The guard may have killed it a moment ago: that is no error of the worker's."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            await slot.prepare()
+            child = psutil.Process(slot.pid)
+            child.kill()
+            deadline = time.monotonic() + SECONDS
+            while child.is_running():  # without a turn of the event loop, which would note the end
+                assert time.monotonic() < deadline
+            slot.interrupt()
+            slot.warn()
+            slot.kill()
+            assert await pid_of(slot) != child.pid
+
+    play(scenario())
+
+
 def test_stopping_twice_and_before_the_start_does_nothing() -> None:
     """A worker that fails early stops in the same order as any other."""
 
