@@ -45,6 +45,9 @@ _BATCH = 500
 #: A control message that no worker has taken by then is for a worker that is gone.
 _CONTROL_EXPIRES_SECONDS = 600
 
+#: So many connections are no crowd.
+_IDLE_CONNECTIONS = 4
+
 #: The longest a blocking command may wait, and what its connection allows for the answer.
 _LONGEST_WAIT_SECONDS = 20.0
 _BLOCKING_TIMEOUT_SECONDS = 30.0
@@ -61,6 +64,9 @@ class RedisBackend(Backend):
         self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
         self._runs: dict[str, tuple[int, bool]] = {}
         self._scripts: dict[str, AsyncScript] = {}
+        # calls under way at the same time, each on a connection of its own: now, at most since the
+        # last heartbeat, at most since idle connections were closed
+        self._calls = self._recent_peak = self._peak = 0
 
     async def startup(self) -> None:
         """Reach the server."""
@@ -261,6 +267,7 @@ class RedisBackend(Backend):
             pipeline.set(key, json.dumps(asdict(record)), px=expires_ms)
             pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
+        await self._close_idle_connections()
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
@@ -329,6 +336,9 @@ class RedisBackend(Backend):
     @asynccontextmanager
     async def _server(self) -> AsyncIterator[None]:
         """Where every error of the server becomes one of ours."""
+        self._calls += 1
+        self._recent_peak = max(self._recent_peak, self._calls)
+        self._peak = max(self._peak, self._calls)
         with server_errors(self.address):
             try:
                 yield
@@ -337,6 +347,15 @@ class RedisBackend(Backend):
                 for client in (self._redis, self._blocking):
                     await client.connection_pool.disconnect(inuse_connections=False)
                 raise
+            finally:
+                self._calls -= 1
+
+    async def _close_idle_connections(self) -> None:
+        """After an outage, in which renewals overlap, there are many more than are of use."""
+        if self._peak > max(_IDLE_CONNECTIONS, 2 * self._recent_peak):
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            self._peak = self._recent_peak
+        self._recent_peak = self._calls
 
     async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         async with self._server():

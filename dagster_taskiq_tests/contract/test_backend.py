@@ -1201,3 +1201,26 @@ def test_one_tasks_life(options_of: Callable[[], Any]) -> None:
             suppress_health_check=list(HealthCheck),
         )
         case("runTest").debug()
+
+
+def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
+    """Calls that overlapped, as in an outage, leave no connections that nobody needs."""
+
+    async def scenario(server: PrivateRedis) -> None:
+        backend = open_backend(ServerOptions(url=server.url))
+        await backend.startup()
+        try:
+            await asyncio.gather(*(backend.workers() for _ in range(20)))
+            assert clients_of(server) > 15
+            for _ in range(2):
+                await backend.heartbeat(record("w"), expires_seconds=30)
+            assert clients_of(server) < 5
+        finally:
+            await backend.shutdown()
+
+    def clients_of(server: PrivateRedis) -> int:
+        with redis.Redis.from_url(server.url) as client:
+            return len(client.client_list()) - 1
+
+    with private_redis() as server:
+        asyncio.run(scenario(server))
