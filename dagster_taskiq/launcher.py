@@ -181,11 +181,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         state = self._client.cancel(
             run_id, task_id, self._physical_queue(run), "The run was terminated"
         )
-        if state is TaskState.CLAIMED:
+        # if Dagster saw it start, the server was flushed and has forgotten who executes it
+        is_forgotten = state is TaskState.CANCELLED and self._has_started(run_id)
+        if state is TaskState.CLAIMED or is_forgotten:
             # its process ends the run as soon as its steps have stopped, if it still can
+            settings = self._settings
+            patience = settings.lease_seconds + settings.cancel_grace_seconds if is_forgotten else 0
             threading.Thread(
                 target=self._see_to_its_end,
-                args=(run_id, task_id),
+                args=(run_id, task_id, patience),
                 name="see-to-its-end",
                 daemon=True,
             ).start()
@@ -201,15 +205,27 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
         return True
 
-    def _see_to_its_end(self, run_id: str, task_id: str) -> None:
-        """End a cancelled run whose process was killed, or whose worker is gone with it."""
+    def _has_started(self, run_id: str) -> bool:
+        record = self._instance.get_run_record_by_id(run_id)
+        return record is not None and record.start_time is not None
+
+    def _see_to_its_end(self, run_id: str, task_id: str, patience_seconds: float) -> None:
+        """End a cancelled run whose process was killed, or whose worker is gone with it.
+
+        Args:
+            patience_seconds: to wait though the backend knows of no process.
+        """
+        deadline = time.monotonic() + patience_seconds
         while True:
             time.sleep(_LOOK_SECONDS)
+            run = self._instance.get_run_by_id(run_id)
+            if run is None or run.is_finished:
+                return
             try:
                 report, _ = self._client.look(run_id, task_id)
             except ServerError:
                 continue
-            if report.state is not TaskState.CLAIMED:
+            if report.state is not TaskState.CLAIMED and time.monotonic() >= deadline:
                 break
         run = self._instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:

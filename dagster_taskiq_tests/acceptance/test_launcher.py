@@ -303,6 +303,20 @@ def test_terminating_a_running_run(final: Stack) -> None:
     assert len(run.notes("started")) == 2
 
 
+def test_terminating_a_run_that_the_backend_has_forgotten(tmp_path: Path) -> None:
+    """A running run is not called cancelled before its process has ended, also after a flush."""
+    with open_launching_stack("redis", tmp_path) as stack:
+        stack.worker().await_ready()
+        run = launch(stack, "in_process_to_cancel")
+        (started,) = run.await_notes("started")
+        with stack.redis() as redis:
+            redis.delete(*redis.scan_iter(f"*{stack.prefix}*", count=1000))
+        assert run.terminate() is True
+        assert run.wait().status is CANCELED
+        assert len(run.notes("cleaned")) == 1
+        until(lambda: not is_running(started.pid), "its process ends")
+
+
 def test_terminating_steps_in_the_run_s_process(final: Stack) -> None:
     """A run with the in-process executor is CANCELED after its clean-up code; here without tag."""
     run = launch(final, "in_process_to_cancel")
