@@ -93,10 +93,13 @@ class Client(Dispatcher):
         # a loop that takes over from another has not watched the claims yet
         self._steady_since = time.monotonic() if generation else -lease_seconds
         self._epoch_since = self._steady_since
+        self._failure: BaseException | None = None
         self._background = [
             self._thread.spawn(self._collect(), "collect"),
             self._thread.spawn(self._keep_alive(), "keep-alive"),
         ]
+        for task in self._background:
+            task.add_done_callback(self._note_failure)
 
     async def _connect(self, generation: int, is_resumable: bool) -> tuple[TaskBroker, Backend]:
         task_broker = open_broker(self._servers.broker)
@@ -118,6 +121,12 @@ class Client(Dispatcher):
         return task_broker, state
 
     # --- background ---
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """Without its background tasks a run would wait for ever: the loop is told instead."""
+        if not task.cancelled() and (error := task.exception()):
+            self._failure = error
+            self._waker.wake()
 
     async def _collect(self) -> None:
         while True:
@@ -223,6 +232,8 @@ class Client(Dispatcher):
         """See ``Dispatcher``."""
         if self._arrived.empty():
             self._waker.wait(timeout_seconds)
+        if self._failure is not None:
+            raise self._failure
         if self._is_superseded:
             raise SupersededLoopError(
                 f"Run {self._run_id} has been taken over by another process: this one stops."

@@ -102,3 +102,16 @@ def test_a_cancel_is_no_proof_before_live_workers_have_asserted_their_claims(ben
     while bench.client.cancel([TASK], "enough")[TASK.task_id] is TaskState.EXPIRED:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_background_task_that_fails_ends_the_loop(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody has thought of is raised in the loop, which would wait for ever."""
+
+    async def fail(*_: object, **__: object) -> None:
+        raise ValueError("nobody has thought of this")
+
+    monkeypatch.setattr(bench.client._backend, "renew_run", fail)
+    with pytest.raises(ValueError, match="nobody has thought of this"):
+        bench.client.wait(PATIENCE_SECONDS)
