@@ -39,9 +39,10 @@ _POSITIVE = click.IntRange(min=1)
 )
 @click.option("--keep", is_flag=True, help="Keep the logs of what fails or does not end.")
 @click.pass_context
-def main(context: click.Context, **options: Any) -> None:
+def main(context: click.Context, /, **options: Any) -> None:
     """Measure dagster-taskiq beside dagster-celery and Dagster's own executors."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, _interrupt)
     if context.invoked_subcommand is None:
         _measure(**options)
 
@@ -86,6 +87,9 @@ def _line(sample: Sample) -> str:
 
 
 def _interrupt(*_: object) -> NoReturn:
+    """End the program; a second signal must not keep it from clearing up."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -58,8 +58,12 @@ class Case:
 
     def sized(self, steps: int | None, slots: int | None, limit_seconds: float | None) -> Plan:
         """The plan with what the command line says."""
-        given = {"steps": steps, "slots": slots, "limit_seconds": limit_seconds}
-        return replace(self.plan, **{key: value for key, value in given.items() if value})
+        return replace(
+            self.plan,
+            steps=steps or self.plan.steps,
+            slots=slots or self.plan.slots,
+            limit_seconds=limit_seconds or self.plan.limit_seconds,
+        )
 
 
 _CASES: Sequence[Case] = (

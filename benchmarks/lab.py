@@ -30,7 +30,13 @@ from dagster import (
 from benchmarks.assets import LOADS_VARIABLE
 from benchmarks.contenders import Contender, Namespace
 from benchmarks.jobs import EXECUTOR_VARIABLE, JOBS_VARIABLE
-from benchmarks.processes import DidNotEndError, FailedError, Processes, tree, wait_for
+from benchmarks.processes import (
+    LOOK_AT_STORAGE_SECONDS,
+    FailedError,
+    Processes,
+    tree,
+    wait_for,
+)
 from dagster_taskiq.defaults import (
     BACKEND_URL_VARIABLE,
     BROKER_URL_VARIABLE,
@@ -199,7 +205,7 @@ class Lab:
                 self.events(run.dagster_run.run_id, DagsterEventType.STEP_START) for run in runs
             )
 
-        wait_for(is_started, f"{job} did not start", START_SECONDS)
+        wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
         return process.pid
 
     def launch(self, job: str, plan: Plan) -> float:
@@ -222,7 +228,9 @@ class Lab:
                 self._succeeded(failed[0].dagster_run.run_id)
             return all(record.dagster_run.is_finished for record in records)
 
-        wait_for(are_finished, f"{plan.runs} runs of {job} did not end", plan.limit_seconds)
+        what = f"{plan.runs} runs of {job} did not end"
+        # the moment of the end is in the storage; to look more often would slow what is measured
+        wait_for(are_finished, what, plan.limit_seconds, LOOK_AT_STORAGE_SECONDS)
         ends = [self._succeeded(run_id).end_time or 0.0 for run_id in launched["run_ids"]]
         return max(ends) - float(launched["began"])
 
@@ -265,7 +273,8 @@ class Lab:
             while error is not None and error.cause is not None:
                 error = error.cause
             if error is not None:
-                return " ".join(str(error.message).split())[:300]
+                text = " ".join(str(error.message).split())
+                return text.partition(" Stack Trace: ")[0][:300]
         return "its log names no error"
 
     def events(self, run_id: str, *kinds: DagsterEventType) -> Sequence[EventLogEntry]:
@@ -314,7 +323,7 @@ def open_lab(
             yield lab
         finally:
             lab.close()
-    except (FailedError, DidNotEndError):
+    except Exception:
         is_kept = keep
         raise
     finally:

@@ -48,12 +48,11 @@ def write_plots(results: Results, plans: Mapping[str, Any], path: Path) -> list[
         colours = [_COLOURS[CONTENDERS[name].family] for name in names]
         bars = axes.barh(names, list(medians.values()), color=colours)
         axes.bar_label(bars, [f" {number(value)} s" for value in medians.values()])
-        axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.invert_yaxis()
         axes.set_title(case.title.format(**plans[case.name]), loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    all_axes[-1, 0].set_xlabel("seconds, logarithmic; the median of the repeats")
+    all_axes[-1, 0].set_xlabel("seconds, the median of the repeats")
     files = [path.with_suffix(".png"), path.with_suffix(".svg")]
     for file in files:
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -19,7 +19,9 @@ MARK_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK"
 #: How long a worker may take to end, and then what it has left to stop by itself.
 END_SECONDS = 10.0
 
-_LOOK_SECONDS = 0.02
+#: How often to look at what costs nothing to look at, and at what another server must answer.
+LOOK_SECONDS = 0.02
+LOOK_AT_STORAGE_SECONDS = 0.25
 
 
 class DidNotEndError(Exception):
@@ -86,7 +88,12 @@ class Processes:
         return found
 
 
-def wait_for(condition: Callable[[], bool], what: str, limit_seconds: float) -> None:
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    limit_seconds: float,
+    look_seconds: float = LOOK_SECONDS,
+) -> None:
     """Wait until it holds.
 
     Raises:
@@ -96,7 +103,7 @@ def wait_for(condition: Callable[[], bool], what: str, limit_seconds: float) -> 
     while not condition():
         if time.monotonic() > deadline:
             raise DidNotEndError(what, limit_seconds)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(look_seconds)
 
 
 def tree(pid: int) -> list[psutil.Process]:

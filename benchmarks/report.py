@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cases import CASES, Case
@@ -62,7 +63,7 @@ def _case_table(case: Case, results: Results, plan: Mapping[str, Any]) -> Table:
         cells = [_cell(results, case.name, name, metric) for metric in metrics]
         stopped = results.problem(case.name, name)
         count = sum(not sample.problem for sample in results.of(case.name, name))
-        table.add_row(name, *cells, str(count), (stopped and stopped.problem) or "")
+        table.add_row(name, *cells, str(count), escape((stopped and stopped.problem) or ""))
     return table
 
 
@@ -111,7 +112,7 @@ def _targets_table(cases: list[Case], results: Results) -> Table:
                 verdict.contender,
                 str(verdict.target),
                 _reached(verdict),
-                f"[{style}]{_said(verdict)}[/{style}]",
+                f"[{style}]{escape(_said(verdict))}[/{style}]",
             )
     return table
 

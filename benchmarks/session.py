@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,4 +95,7 @@ def _take_sample(
         return Sample(case.name, name, repeat, problem=str(error), limit_seconds=limit)
     except FailedError as error:
         return Sample(case.name, name, repeat, problem=str(error))
+    except Exception as error:  # a defect of ours or a server's: the other contenders go on
+        traceback.print_exc()
+        return Sample(case.name, name, repeat, problem=f"{type(error).__name__}: {error}")
     return Sample(case.name, name, repeat, metrics)
