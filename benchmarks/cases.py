@@ -35,6 +35,7 @@ class Case:
         contenders: who takes part unless the command line says otherwise.
         targets: for the contenders of taskiq.
         headline: the metric that the plot and the first column show.
+        has_own_redis: whether a contender on Redis gets a server that nobody else uses.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     headline: str
     targets: tuple[Target, ...] = ()
     repeats: int = 5
+    has_own_redis: bool = False
 
     def job_names(self, plan: Plan) -> list[str]:
         """The jobs that workers and runs have to define for a plan."""
@@ -179,6 +181,7 @@ _CASES: Sequence[Case] = (
             Target("run_cpu_percent", "at most", 1),
         ),
         repeats=3,
+        has_own_redis=True,
     ),
     Case(
         "memory",

@@ -111,7 +111,6 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
 
 def idle(lab: Lab, plan: Plan) -> Metrics:
     """What a worker and a run cost that wait, of a core and in commands to Redis."""
-    others = _commands_per_second(lab, plan.window_seconds / 4)
     _warm_worker(lab, plan)
     time.sleep(_SETTLE_SECONDS)
     metrics = _watch(lab, plan, "worker", lab.worker_processes)
@@ -120,10 +119,8 @@ def idle(lab: Lab, plan: Plan) -> Metrics:
     time.sleep(_SETTLE_SECONDS)
     both = _watch(lab, plan, "run", lambda: tree(run))
     if "worker_commands_per_s" in metrics:
-        # of the worker alone and together with a run; the server counts for everybody
+        # the server has counted those of the worker too
         both["run_commands_per_s"] -= metrics["worker_commands_per_s"]
-        metrics["worker_commands_per_s"] -= others or 0.0
-        metrics["others_commands_per_s"] = others or 0.0
     return {**metrics, **both}
 
 

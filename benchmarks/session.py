@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Namespace
 from benchmarks.lab import Plan, open_lab
+from benchmarks.namespace import with_own_redis
 from benchmarks.processes import DidNotEndError, FailedError
 from benchmarks.report import WORKER_START
 from benchmarks.results import Results, Sample
@@ -86,7 +88,10 @@ def _take_sample(
     if not space.offers(contender.broker):
         return Sample(case.name, name, repeat, problem="its server is not there")
     try:
-        with open_lab(contender, space, case.job_names(plan), keep) as lab:
+        with ExitStack() as resources:
+            if case.has_own_redis and contender.broker != "embedded":
+                space = resources.enter_context(with_own_redis(space))
+            lab = resources.enter_context(open_lab(contender, space, case.job_names(plan), keep))
             metrics = case.measure(lab, plan)
             if lab.worker_start_seconds is not None:
                 metrics[WORKER_START] = lab.worker_start_seconds
