@@ -1,0 +1,338 @@
+"""Where one measurement takes place: a DAGSTER_HOME, workers, the processes of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import redis
+import yaml
+from dagster import (
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRunStatus,
+    EventLogEntry,
+    RunRecord,
+    RunsFilter,
+)
+
+from benchmarks.assets import LOADS_VARIABLE
+from benchmarks.contenders import Contender, Namespace
+from benchmarks.jobs import EXECUTOR_VARIABLE, JOBS_VARIABLE
+from benchmarks.processes import (
+    LOOK_AT_STORAGE_SECONDS,
+    FailedError,
+    Processes,
+    tree,
+    wait_for,
+)
+from dagster_taskiq.defaults import (
+    BACKEND_URL_VARIABLE,
+    BROKER_URL_VARIABLE,
+    SIGNING_KEY_VARIABLE,
+)
+from dagster_taskiq.embedded import find_embedded_server
+
+ROOT = Path(__file__).parents[1]
+
+#: How long a worker may take to be ready, and a run to exist.
+START_SECONDS = 120.0
+
+_NOT_INHERITED = (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, SIGNING_KEY_VARIABLE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large a measurement is.
+
+    Attributes:
+        steps: of the job, or of each of its jobs.
+        slots: of the worker, or of the executor that has none.
+        runs: that are launched at once.
+        limit_seconds: after which a run counts as one that does not end.
+        window_seconds: how long an idle process is watched.
+    """
+
+    steps: int
+    slots: int
+    runs: int = 1
+    limit_seconds: float = 600.0
+    window_seconds: float = 20.0
+
+
+class Lab:
+    """One contender's place; ``open_lab`` opens and closes it."""
+
+    def __init__(
+        self, contender: Contender, space: Namespace, directory: Path, jobs: Sequence[str]
+    ) -> None:
+        self.contender = contender
+        self.directory = directory
+        self.home = directory / "home"
+        self.workers: list[subprocess.Popen[bytes]] = []
+        self.worker_start_seconds: float | None = None
+        self._space = space
+        self.home.mkdir()
+        (self.home / "dagster.yaml").write_text(yaml.safe_dump(self._dagster_yaml()))
+        self.instance = DagsterInstance.from_config(str(self.home))
+        self._processes = Processes(self._environment(jobs), directory)
+
+    def close(self) -> None:
+        """End all processes."""
+        try:
+            self._processes.close()
+        finally:
+            self.instance.dispose()
+
+    def _dagster_yaml(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "telemetry": {"enabled": False},
+            "storage": {"postgres": {"postgres_url": self._space.postgres_url}},
+            # runs are launched by the driver, so no daemon is needed
+            "run_coordinator": {
+                "module": "dagster._core.run_coordinator",
+                "class": "DefaultRunCoordinator",
+            },
+        }
+        launcher = self.contender.run_launcher(self._space)
+        return {**settings, **({"run_launcher": launcher} if launcher else {})}
+
+    def _environment(self, jobs: Sequence[str]) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return {
+            **inherited,
+            "DAGSTER_HOME": str(self.home),
+            # dagster-celery calls `celery` by its name
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            JOBS_VARIABLE: " ".join(dict.fromkeys(jobs)),
+            EXECUTOR_VARIABLE: self.contender.job_executor,
+            LOADS_VARIABLE: str(self.loads_file),
+        }
+
+    # --- workers ---
+
+    def start_workers(self, slots: int, run_slots: int = 0) -> None:
+        """Start them, and wait until they take steps.
+
+        Raises:
+            FailedError: one of them has ended.
+            DidNotEndError: one of them is not ready in time.
+        """
+        settings = self.directory / "settings.yaml"
+        config = self.contender.connection(self._space)
+        settings.write_text(yaml.safe_dump({"execution": {"config": config}}))
+        commands = self.contender.worker_command(str(settings), slots, run_slots)
+        began = time.monotonic()
+        started = [self._processes.start("worker", command) for command in commands]
+        for process, log in started:
+
+            def is_ready(process: subprocess.Popen[bytes] = process, log: Path = log) -> bool:
+                if process.poll() is not None:
+                    raise FailedError(f"The worker ended: {_last_line(log)}")
+                return self.contender.ready_text in log.read_text(errors="replace")
+
+            wait_for(is_ready, "The worker was not ready", START_SECONDS)
+            self.workers.append(process)
+        if started:
+            self.worker_start_seconds = time.monotonic() - began
+
+    def worker_processes(self) -> list[psutil.Process]:
+        """The workers and all below them."""
+        return [process for worker in self.workers for process in tree(worker.pid)]
+
+    # --- runs ---
+
+    def run(
+        self,
+        job: str,
+        plan: Plan,
+        *,
+        module: str = "benchmarks.jobs",
+        watch: Callable[[int], None] | None = None,
+        profile: Path | None = None,
+        execution: Mapping[str, Any] | None = None,
+    ) -> RunRecord:
+        """A run in a process of its own that has succeeded.
+
+        Args:
+            job: one that the module defines.
+            plan: its slots count for an executor without worker, and its time limit.
+            watch: is called with the process's id, as long as it runs.
+            profile: a file for what cProfile sees in the process.
+            execution: more of the executor's config.
+
+        Raises:
+            FailedError, DidNotEndError: it has not.
+        """
+        process, log, result = self._drive(
+            job, plan, module=module, profile=profile, execution=execution
+        )
+
+        def has_ended() -> bool:
+            if process.poll() is None and watch is not None:
+                watch(process.pid)
+            return process.poll() is not None
+
+        wait_for(has_ended, f"{job} did not end", plan.limit_seconds)
+        if process.returncode:
+            raise FailedError(f"The process of {job} failed: {_last_line(log)}")
+        (run_id,) = json.loads(result.read_text())["run_ids"]
+        return self._succeeded(run_id)
+
+    def start_run(self, job: str, plan: Plan) -> int:
+        """Start a run of one step and wait until its step is executed; its process's id."""
+        process, log, _ = self._drive(job, plan)
+
+        def is_started() -> bool:
+            if process.poll() is not None:
+                raise FailedError(f"The process of {job} ended: {_last_line(log)}")
+            runs = self.instance.get_run_records(RunsFilter(job_name=job), limit=1)
+            return any(
+                self.events(run.dagster_run.run_id, DagsterEventType.STEP_START) for run in runs
+            )
+
+        wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
+        return process.pid
+
+    def launch(self, job: str, plan: Plan) -> float:
+        """Launch runs all at once; the seconds from the first launch to the end of the last run.
+
+        Raises:
+            FailedError, DidNotEndError: not all of them have succeeded.
+        """
+        process, log, result = self._drive(job, plan, launches=plan.runs)
+        wait_for(lambda: process.poll() is not None, "Launching did not end", START_SECONDS)
+        if process.returncode:
+            raise FailedError(f"The runs were not launched: {_last_line(log)}")
+        launched = json.loads(result.read_text())
+        chosen = RunsFilter(run_ids=launched["run_ids"])
+
+        def are_finished() -> bool:
+            records = self.instance.get_run_records(chosen)
+            failed = [r for r in records if r.dagster_run.status is DagsterRunStatus.FAILURE]
+            if failed:
+                self._succeeded(failed[0].dagster_run.run_id)
+            return all(record.dagster_run.is_finished for record in records)
+
+        what = f"{plan.runs} runs of {job} did not end"
+        # the moment of the end is in the storage; to look more often would slow what is measured
+        wait_for(are_finished, what, plan.limit_seconds, LOOK_AT_STORAGE_SECONDS)
+        ends = [self._succeeded(run_id).end_time or 0.0 for run_id in launched["run_ids"]]
+        return max(ends) - float(launched["began"])
+
+    def _drive(
+        self,
+        job: str,
+        plan: Plan,
+        *,
+        module: str = "benchmarks.jobs",
+        launches: int = 0,
+        profile: Path | None = None,
+        execution: Mapping[str, Any] | None = None,
+    ) -> tuple[subprocess.Popen[bytes], Path, Path]:
+        result = self.directory / f"result-{time.monotonic_ns()}.json"
+        config = {**self.contender.execution_config(self._space, plan.slots), **(execution or {})}
+        order = {
+            "module": module,
+            "job": job,
+            "launches": launches,
+            "run_config": {"execution": {"config": config}} if config else {},
+            "profile": str(profile or ""),
+            "result": str(result),
+        }
+        command = [sys.executable, "-m", "benchmarks.driver", json.dumps(order)]
+        process, log = self._processes.start(job, command)
+        return process, log, result
+
+    def _succeeded(self, run_id: str) -> RunRecord:
+        record = self.instance.get_run_record_by_id(run_id)
+        assert record is not None
+        if record.dagster_run.status is not DagsterRunStatus.SUCCESS:
+            raise FailedError(f"A run is {record.dagster_run.status.value}: {self._reason(run_id)}")
+        return record
+
+    def _reason(self, run_id: str) -> str:
+        """The innermost error in the run's log, in one line."""
+        for entry in self.instance.all_logs(run_id):
+            event = entry.dagster_event
+            error = getattr(event and event.event_specific_data, "error", None)
+            while error is not None and error.cause is not None:
+                error = error.cause
+            if error is not None:
+                text = " ".join(str(error.message).split())
+                return text.partition(" Stack Trace: ")[0][:300]
+        return "its log names no error"
+
+    def events(self, run_id: str, *kinds: DagsterEventType) -> Sequence[EventLogEntry]:
+        """The run's events of these kinds, in their order."""
+        return list(self.instance.all_logs(run_id, of_type=set(kinds)))
+
+    # --- what there is to see ---
+
+    @property
+    def loads_file(self) -> Path:
+        """Where ``benchmarks.assets`` notes its loads."""
+        return self.directory / "loads"
+
+    def redis(self) -> redis.Redis | None:
+        """A connection to the contender's Redis, if it has one now."""
+        if self.contender.broker == "embedded":
+            url = find_embedded_server(self.home)
+            return redis.Redis.from_url(url) if url else None
+        if self.contender.broker is None or self._space.redis is None:
+            return None
+        is_rpc = self.contender.name == "celery-rabbitmq"
+        return None if is_rpc else redis.Redis.from_url(self._space.redis.url)
+
+
+def seconds_of(record: RunRecord) -> float:
+    """From the start of execution to the end of the run."""
+    assert record.start_time is not None
+    assert record.end_time is not None
+    return record.end_time - record.start_time
+
+
+@contextmanager
+def open_lab(
+    contender: Contender, space: Namespace, jobs: Sequence[str], keep: bool = False
+) -> Iterator[Lab]:
+    """A lab whose workers and runs know these jobs.
+
+    Args:
+        keep: leave the directory with the logs where the measurement fails.
+    """
+    directory = Path(tempfile.mkdtemp(prefix=f"benchmark-{contender.name}-"))
+    is_kept = False
+    try:
+        lab = Lab(contender, space, directory, jobs)
+        try:
+            yield lab
+        finally:
+            lab.close()
+    except Exception:
+        is_kept = keep
+        raise
+    finally:
+        if is_kept:
+            print(f"Logs: {directory}", file=sys.stderr)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it wrote nothing"

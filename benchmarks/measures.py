@@ -1,0 +1,170 @@
+"""What is measured: each function takes one sample of one contender."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import psutil
+from dagster import DagsterEventType
+
+from benchmarks.lab import Lab, Plan, seconds_of
+from benchmarks.processes import cpu_seconds, pss_mib, tree
+
+Metrics = dict[str, float]
+Measure = Callable[[Lab, Plan], Metrics]
+
+#: How long to let a worker come to rest before its idleness is measured.
+_SETTLE_SECONDS = 3.0
+
+#: How much larger the large plan of ``growth`` is.
+GROWTH = 10
+
+
+def warm_up_job(plan: Plan) -> str:
+    """A job that keeps each slot busy for half a second, so that each child loads the code."""
+    return f"sleep_{plan.slots}_500"
+
+
+def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
+    if lab.contender.has_worker:
+        lab.start_workers(plan.slots, run_slots)
+        # a launcher's contender may have runs that are not for workers of steps
+        if lab.contender.job_executor == lab.contender.family:
+            lab.run(warm_up_job(plan), plan)
+
+
+def wall(job: str) -> Measure:
+    """The wall time of one run."""
+
+    def measure(lab: Lab, plan: Plan) -> Metrics:
+        _warm_worker(lab, plan)
+        return {"seconds": seconds_of(lab.run(job.format(steps=plan.steps), plan))}
+
+    return measure
+
+
+def launched(job: str) -> Measure:
+    """The wall time of runs that are launched at once, each of them to a run slot."""
+
+    def measure(lab: Lab, plan: Plan) -> Metrics:
+        _warm_worker(lab, plan, run_slots=plan.runs)
+        return {"seconds": lab.launch(job.format(steps=plan.steps), plan)}
+
+    return measure
+
+
+def latency(lab: Lab, plan: Plan) -> Metrics:
+    """From a step's success to the start of the step that waits for it, in a chain."""
+    _warm_worker(lab, plan)
+    record = lab.run(f"chain_{plan.steps}", plan)
+    kinds = (DagsterEventType.STEP_START, DagsterEventType.STEP_SUCCESS)
+    gaps, succeeded = [], None
+    for entry in lab.events(record.dagster_run.run_id, *kinds):
+        if entry.dagster_event_type is DagsterEventType.STEP_SUCCESS:
+            succeeded = entry.timestamp
+        elif succeeded is not None:
+            gaps.append((entry.timestamp - succeeded) * 1000)
+    return {
+        "p50_ms": statistics.median(gaps),
+        "p99_ms": statistics.quantiles(gaps, n=100, method="inclusive")[98],
+    }
+
+
+def sleepers(pause_seconds: float) -> Measure:
+    """The share of the ideal: all slots asleep all the time."""
+
+    def measure(lab: Lab, plan: Plan) -> Metrics:
+        _warm_worker(lab, plan)
+        job = f"sleep_{plan.steps}_{round(pause_seconds * 1000)}"
+        seconds = seconds_of(lab.run(job, plan))
+        ideal = -(-plan.steps // plan.slots) * pause_seconds
+        return {"seconds": seconds, "percent_of_ideal": 100 * ideal / seconds}
+
+    return measure
+
+
+def growth(lab: Lab, plan: Plan) -> Metrics:
+    """The cost of a step in a plan ten times as large, over that in the plan itself."""
+    _warm_worker(lab, plan)
+    small = seconds_of(lab.run(f"parallel_{plan.steps}", plan)) / plan.steps
+    count = plan.steps * GROWTH
+    large = seconds_of(lab.run(f"parallel_{count}", plan)) / count
+    return {"small_step_ms": small * 1000, "large_step_ms": large * 1000, "growth": large / small}
+
+
+def loads(lab: Lab, plan: Plan) -> Metrics:
+    """How often one child of the worker builds the code location for two jobs in turn."""
+    lab.start_workers(plan.slots)
+    drivers: set[int] = set()
+    seconds = [
+        seconds_of(lab.run(job, plan, module="benchmarks.assets", watch=drivers.add))
+        for job in ("head", "tail", "head", "tail")
+    ]
+    pids = [int(line) for line in lab.loads_file.read_text().split()]
+    counts = Counter(pid for pid in pids if pid not in drivers)
+    return {"loads": max(counts.values()), "seconds": sum(seconds[2:])}
+
+
+def idle(lab: Lab, plan: Plan) -> Metrics:
+    """What a worker and a run cost that wait, of a core and in commands to Redis."""
+    _warm_worker(lab, plan)
+    time.sleep(_SETTLE_SECONDS)
+    metrics = _watch(lab, plan, "worker", lab.worker_processes)
+    pause_ms = round((plan.window_seconds + 60) * 1000)
+    run = lab.start_run(f"sleep_1_{pause_ms}", plan)
+    time.sleep(_SETTLE_SECONDS)
+    both = _watch(lab, plan, "run", lambda: tree(run))
+    if "worker_commands_per_s" in metrics:
+        # the server has counted those of the worker too
+        both["run_commands_per_s"] -= metrics["worker_commands_per_s"]
+    return {**metrics, **both}
+
+
+def _watch(
+    lab: Lab, plan: Plan, name: str, processes: Callable[[], Sequence[psutil.Process]]
+) -> Metrics:
+    began, used = time.monotonic(), cpu_seconds(processes())
+    commands = _commands_per_second(lab, plan.window_seconds)
+    if commands is None:
+        time.sleep(plan.window_seconds)
+    used = cpu_seconds(processes()) - used
+    metrics = {f"{name}_cpu_percent": 100 * used / (time.monotonic() - began)}
+    return metrics if commands is None else {**metrics, f"{name}_commands_per_s": commands}
+
+
+def _commands_per_second(lab: Lab, seconds: float) -> float | None:
+    """Commands that the contender's Redis gets, but for ours; None if there is none now."""
+    client = lab.redis()
+    if client is None:
+        return None
+    with client:
+        counts: list[int] = []
+        for pause in (seconds, 0.0):
+            stats = cast("Mapping[str, Any]", client.info("commandstats"))
+            counts.append(sum(it["calls"] for it in stats.values()))
+            time.sleep(pause)
+        return max(0.0, (counts[1] - counts[0] - 1) / seconds)
+
+
+def memory(lab: Lab, plan: Plan) -> Metrics:
+    """Memory of a worker whose slots are warm, and the most that a run's process has."""
+    _warm_worker(lab, plan)
+    metrics = {}
+    if lab.contender.has_worker:
+        metrics["worker_mib"] = pss_mib(lab.worker_processes())
+    peak, looked = 0.0, 0.0
+
+    def watch(pid: int) -> None:
+        nonlocal peak, looked
+        if time.monotonic() - looked > 0.5:  # a look takes some milliseconds
+            peak, looked = max(peak, pss_mib([psutil.Process(pid)])), time.monotonic()
+
+    lab.run(f"parallel_{plan.steps}", plan, watch=watch)
+    metrics["run_mib"] = peak
+    if lab.contender.has_worker:
+        metrics["worker_after_mib"] = pss_mib(lab.worker_processes())
+    return metrics
