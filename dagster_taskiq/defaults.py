@@ -43,6 +43,9 @@ KILL_AFTER_LEASE_SHARE = 5 / 6
 #: Time between SIGTERM and SIGKILL for a cancelled step.
 CANCEL_GRACE_SECONDS = 30.0
 
+#: The same, at most, for a step whose run is dead: nobody waits for it.
+ORPHAN_GRACE_SECONDS = 5.0
+
 #: The longest time limit of a step: thirty years, which every clock can count.
 LONGEST_TIME_LIMIT_SECONDS = 1e9
 

@@ -20,6 +20,7 @@ from taskiq import Context, TaskiqDepends
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
+from dagster_taskiq.defaults import ORPHAN_GRACE_SECONDS
 from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import ServerError, SlotError, UntrustedError
 from dagster_taskiq.loop_thread import end_tasks
@@ -195,7 +196,7 @@ class Station:
             claim,
             slot.pid,
             claimed_at,
-            lambda: self._stop_task(slot, envelope),
+            lambda: self._stop_task(slot, envelope, lease),
             lambda: self._look_after_orphan(lease, envelope),
             needs_live_run=is_step,
         )
@@ -261,16 +262,19 @@ class Station:
                 )
             return
 
-    def _stop_task(self, slot: Slot, envelope: Envelope) -> None:
+    def _stop_task(self, slot: Slot, envelope: Envelope, lease: Lease) -> None:
         """SIGTERM now, SIGKILL after the grace period unless it has ended by then."""
         slot.interrupt()
         pid = slot.pid
+        grace_seconds = envelope.cancel_grace_seconds
+        if lease.stop_reason is StopReason.RUN_GONE:
+            grace_seconds = min(grace_seconds, ORPHAN_GRACE_SECONDS)
 
         def kill() -> None:
             if slot.pid == pid:
                 slot.kill()
 
-        asyncio.get_running_loop().call_later(envelope.cancel_grace_seconds, kill)
+        asyncio.get_running_loop().call_later(grace_seconds, kill)
 
     def _look_after_orphan(self, lease: Lease, envelope: Envelope) -> None:
         """Stop a step whose run has no process, once Dagster has given the run up."""

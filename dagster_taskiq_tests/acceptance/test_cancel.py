@@ -109,6 +109,16 @@ def test_steps_do_not_outlive_a_killed_run(shared: Stack) -> None:
     check_worker_is_free(shared)
 
 
+def test_a_stubborn_step_does_not_outlive_a_killed_run(shared: Stack) -> None:
+    """Nobody waits for its clean-up: it is killed soon, whatever the run's grace period."""
+    run = shared.start("stubborn_job", lease_seconds=3.0, cancel_grace_seconds=120.0)
+    (note,) = run.await_notes("started")
+    run.signal(signal.SIGKILL)
+    pids = [note.pid, note.more["child"]]
+    until(lambda: not any(map(is_running, pids)), "it is killed with what it has started")
+    check_worker_is_free(shared)
+
+
 def test_queued_steps_of_a_killed_run_never_start(stack: Stack) -> None:
     """What a killed run has left in a queue is dropped by the worker that finds it."""
     run = stack.start("routed", lease_seconds=1.0)

@@ -93,7 +93,10 @@ class Keeping(RuleBasedStateMachine):
     @rule(data=st.data(), how=st.sampled_from(["cancel", "forget"]))
     def judge(self, data: st.DataObject, how: str) -> None:
         token = data.draw(st.sampled_from(self.living())).claim.token
-        (self.backend.cancelled if how == "cancel" else self.backend.not_held).add(token)
+        if how == "cancel":
+            self.backend.orders[token] = "the order to cancel"
+        else:
+            self.backend.not_held.add(token)
         self.judged_at.setdefault(token, self.now)
 
     @rule(failure=st.sampled_from([None, None, "refuse", "freeze", "vanish", "lose"]))
@@ -167,7 +170,7 @@ class Keeping(RuleBasedStateMachine):
         token, reason = lease.claim.token, lease.stop_reason
         assert token not in self.released, "stopped after its end"
         if reason is StopReason.CANCELLED:
-            assert token in self.backend.cancelled
+            assert token in self.backend.orders
         elif reason is StopReason.RUN_GONE:
             assert lease.needs_live_run
             assert self.gone_since is not None, "its run lives, or may be resumed"
