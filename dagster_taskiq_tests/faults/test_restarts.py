@@ -7,10 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dagster import DagsterEventType
+from dagster import DagsterEventType, DagsterRunStatus
+from dagster._core.launcher import WorkerStatus
 
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, until
+from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
 from dagster_taskiq_tests.faults.checks import (
     LONG_SECONDS,
     TEST_SECONDS,
@@ -101,3 +103,22 @@ def test_postgresql_is_restarted(tmp_path: Path) -> None:
             second = start(stack, "varied")
             second.open_gate()
             check_each_once(second.wait(LONG_SECONDS), VARIED_STEPS)
+
+
+def test_postgresql_is_restarted_under_the_launcher(tmp_path: Path) -> None:
+    """A launched run, its process and the launcher that is asked after it outlive the restart."""
+    with private_postgres() as node:
+        storage = {"storage": {"postgres": {"postgres_url": node.url}}}
+        with open_launching_stack("redis", tmp_path, dagster_yaml=storage) as stack:
+            stack.worker(slots=1).await_ready()
+            run = launch(stack, "gated_then_more")
+            run.await_notes("started")
+            node.restart()
+            assert run.health().status is WorkerStatus.RUNNING
+            run.open_gate()
+            assert run.wait().is_success
+            again = launch(stack, "to_cancel")
+            again.await_notes("started")
+            node.restart()
+            assert again.terminate() is True
+            assert again.wait().status is DagsterRunStatus.CANCELED
