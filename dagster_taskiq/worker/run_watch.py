@@ -23,7 +23,7 @@ class RunWatch:
     """Asks one question at a time.
 
     Args:
-        slot: of its own; it has no child until there is something to ask.
+        slot: of its own; it has a child only while there is something to ask.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -43,6 +43,8 @@ class RunWatch:
             except SlotError as error:
                 logger.warning("Cannot ask Dagster after a run whose process is gone: %s.", error)
                 return False
+            finally:
+                await self._slot.stop()  # it is rare that there is something to ask
         if isinstance(answer, ChildDied) or answer["error"]:
             reason = answer if isinstance(answer, ChildDied) else answer["error"]
             logger.warning("Cannot ask Dagster after a run whose process is gone: %s.", reason)
