@@ -308,9 +308,16 @@ class Slot:
         if not self._exited.done():
             logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
             kill_group(pid)
-        exit_code = await self._exited
+        exit_code = await self._exit_code()
         was_killed = exit_code == -signal.SIGKILL
         return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
+
+    async def _exit_code(self) -> int:
+        """Wait for the child's end."""
+        assert self._exited is not None
+        # not awaited itself: who is cancelled here would cancel it for all others
+        await asyncio.wait({self._exited})
+        return self._exited.result()
 
     def interrupt(self) -> None:
         """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
@@ -340,9 +347,8 @@ class Slot:
         """Kill the child and everything it has started, and wait for its end."""
         if self._process is None:
             return
-        assert self._exited is not None
         self.kill()
-        await self._exited
+        await self._exit_code()
         if self._writer is not None:
             self._writer.close()
         self._process.close()

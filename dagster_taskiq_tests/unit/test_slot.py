@@ -430,6 +430,25 @@ def test_signals_to_a_child_that_nobody_knows_to_be_dead() -> None:
     play(scenario())
 
 
+def test_who_is_cancelled_while_a_child_ends_spoils_nothing() -> None:
+    """The child's end is still noted, and who stops the slot after that gets through."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            for _ in range(5):
+                await slot.prepare()
+                pid = slot.pid
+                stopping = asyncio.create_task(slot.stop())
+                await asyncio.sleep(0)  # it waits for the child's end now
+                stopping.cancel()
+                await asyncio.gather(stopping, return_exceptions=True)
+                await slot.stop()
+                await until(lambda pid=pid: not is_running(pid))
+            assert await pid_of(slot)
+
+    play(scenario())
+
+
 def test_stopping_twice_and_before_the_start_does_nothing() -> None:
     """A worker that fails early stops in the same order as any other."""
 
