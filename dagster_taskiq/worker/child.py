@@ -15,6 +15,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,12 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
         lambda path, target: say({"kind": "log", "path": path, "target": target}),
         lambda path: say({"kind": "log-end", "path": path}),
     )
-    say({"kind": "ready"})
-    while (task := frames.receive(connection)) is not None:
-        say({"kind": "started"})
-        answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
-        say({**answer, "resident_kib": _resident_kib()})
+    with suppress(ConnectionError):  # the worker is gone, and its guard says so to us
+        say({"kind": "ready"})
+        while (task := frames.receive(connection)) is not None:
+            say({"kind": "started"})
+            answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
+            say({**answer, "resident_kib": _resident_kib()})
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
