@@ -55,7 +55,8 @@ def executor() -> ExecutorDefinition:
     if name == "celery":
         from dagster_celery import celery_executor  # noqa: PLC0415
 
-        return celery_executor
+        found: ExecutorDefinition = celery_executor
+        return found
     return {"multiprocess": multiprocess_executor, "in-process": in_process_executor}[name]
 
 

@@ -12,14 +12,13 @@ import subprocess
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
 from dagster_taskiq.config import Settings, check_config, load_yaml
@@ -34,6 +33,7 @@ from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.celery_arguments import CeleryArguments, read_celery_arguments
+from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.worker import Worker, WorkerOptions
 
 #: Exit code of a worker that had to cancel steps in order to stop.
@@ -133,25 +133,45 @@ def worker() -> None:
 )
 @click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
+def worker_start(app: str | None, background: bool, **given: Any) -> None:
+    """Start a worker. Celery's own arguments may follow after --."""
+    del app
+    if background:
+        _start_worker(None, **given)
+        return
+    # first of all: what is read, opened or changed from here on stays out of the children
+    with _stoppable(), closing(start_early()) as server:
+        _start_worker(server, **given)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End with all clean-up if a SIGTERM comes before the worker listens to signals itself."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @say_errors
-def worker_start(
+def _start_worker(
+    server: EarlyForkServer | None,
+    *,
     config_yaml: str | None,
-    background: bool,
-    app: str | None,
     ready_fd: int | None,
     celery_arguments: tuple[str, ...],
     **given: Any,
 ) -> None:
-    """Start a worker. Celery's own arguments may follow after --."""
-    del app
     _check_platform()
     settings = _settings(config_yaml)
     celery = read_celery_arguments(celery_arguments)
     given["name"] = given["name"] or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
-    if background:
+    if server is None:
         _start_in_background(given["name"])
         return
     options = _worker_options(given, celery, settings)
+    server.begin(forget=settings.signing_variables)
     _configure_logging(options.log_level)
     sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
 
@@ -190,6 +210,7 @@ def _worker_options(
         limits=TimeLimits(given["soft_time_limit"], given["time_limit"])
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
+        keeps_connections=not source.database_short_lived_sessions,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )
@@ -202,8 +223,7 @@ def _first(*values: Any) -> Any:
 
 def _take_secrets(settings: Settings) -> dict[str, str]:
     """Take the signing keys out of the environment, which every process of ours would inherit."""
-    found = {name: os.environ.pop(name, None) for name in settings.signing_variables}
-    return {name: value for name, value in found.items() if value is not None}
+    return take_variables(settings.signing_variables)
 
 
 async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
@@ -305,6 +325,10 @@ def worker_list(config_yaml: str | None) -> None:
     if not records:
         click.echo("No worker is running.")
         return
+    # here, as a worker that starts has no use for it
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
     table = Table(
         "worker",
         "queues",

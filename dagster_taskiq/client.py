@@ -12,7 +12,9 @@ import logging
 import queue
 import time
 import uuid
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
@@ -22,6 +24,7 @@ from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, SupersededLoopError
+from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.renewals import keep_renewing
@@ -50,6 +53,7 @@ class Client(Dispatcher):
         is_resumable: whether another loop may take over when this one dies.
         lease_seconds: of the run's own lease and of the claims on its tasks.
         cancel_grace_seconds: see ``Envelope``.
+        events: writes what the loop reports.
 
     Raises:
         ServerError: a server cannot be reached or refuses; nothing is left open then.
@@ -65,10 +69,12 @@ class Client(Dispatcher):
         is_resumable: bool,
         lease_seconds: float,
         cancel_grace_seconds: float,
+        events: EventWriter,
     ) -> None:
         self._run_id = run_id
         self._lease_seconds = lease_seconds
         self._cancel_grace_seconds = cancel_grace_seconds
+        self._events = events
         self._servers = servers
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
@@ -82,6 +88,7 @@ class Client(Dispatcher):
         self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: queue.SimpleQueue[tuple[str, TaskResult]] = queue.SimpleQueue()
+        self._handled: deque[str] = deque()
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")
         try:
@@ -191,7 +198,15 @@ class Client(Dispatcher):
         elif sent_at > self._answered_at:  # else a later try knows better
             self._answered_at = sent_at
             self._note_epoch(epoch)
+            await self._forget_handled()
         return True
+
+    async def _forget_handled(self) -> None:
+        """Delete the results that the loop has acted on."""
+        task_ids = [self._handled.popleft() for _ in range(len(self._handled))]
+        if task_ids:
+            with suppress(ServerError):  # they expire by themselves
+                await self._backend.forget_results(self._run_id, task_ids)
 
     def _note_outage(self, error: ServerError) -> None:
         now = time.monotonic()
@@ -221,11 +236,13 @@ class Client(Dispatcher):
 
     def submit(self, tasks: Sequence[StepTask]) -> None:
         """See ``Dispatcher``."""
+        self._events.begin_writing()
         messages = []
         for task in tasks:
             queue = self._physical_queue(task)
             message = self._envelope(task).to_message(queue, self._signer)
             messages.append(self._broker.formatter.dumps(message))
+        self._events.flush()  # a loop that takes over must find in the log what was sent
         self._thread.call(self._broker.kick_many(messages))
 
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
@@ -247,7 +264,8 @@ class Client(Dispatcher):
         """See ``Dispatcher``."""
         for task_id in task_ids:
             self._sent_in.pop(task_id, None)
-        self._thread.call(self._backend.forget_results(self._run_id, list(task_ids)))
+        # with the next renewal of the run: the loop has better things to do than to wait for this
+        self._handled.extend(task_ids)
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
@@ -331,6 +349,7 @@ class Client(Dispatcher):
         try:
             if not leave_running:
                 await self._backend.close_run(self._run_id, token=self._token)
+            await self._forget_handled()
         except ServerError as error:
             # its lease runs out by itself, which says the same a little later
             logger.warning("Run %s: cannot say that it is over: %s", self._run_id, error)
@@ -353,7 +372,7 @@ class Client(Dispatcher):
             # the first one, where a submission is repeated that may have arrived: the server may
             # have forgotten since then that a worker has claimed it
             epoch=self._sent_in.setdefault(task.task_id, self._epoch),
-            payload=task.payload,
+            payload=task.make_payload(),
             limits=task.limits,
         )
 

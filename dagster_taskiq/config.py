@@ -131,6 +131,8 @@ class ConfigSource:
         worker_max_memory_per_child: KiB of memory above which it is replaced.
         task_soft_time_limit, task_time_limit: seconds that a step may take on a worker, until it
             gets an exception and until it is killed; 0 is no limit.
+        database_short_lived_sessions: open a connection to Dagster's database for each statement,
+            as Dagster does, rather than keep one.
         key_prefix: start of the name of every key and queue on the servers.
     """
 
@@ -147,6 +149,7 @@ class ConfigSource:
     worker_max_memory_per_child: int | None = None
     task_soft_time_limit: float | None = None
     task_time_limit: float | None = None
+    database_short_lived_sessions: bool = False
     key_prefix: str = defaults.KEY_PREFIX
 
     @classmethod
@@ -468,6 +471,7 @@ _CONFIG_SOURCE_PARSERS: dict[str, Callable[[str, Any], Any]] = {
     "task_default_priority": _integer,
     "task_default_queue": _text,
     "task_always_eager": _boolean,
+    "database_short_lived_sessions": _boolean,
     "result_expires": _positive_number,
     "broker_connection_timeout": _positive_number,
     "broker_heartbeat": _positive_integer,

@@ -28,7 +28,7 @@ from dagster_taskiq._dagster import (
     PlanOrchestrationContext,
     SerializableErrorInfo,
     cut_known_state,
-    deserialize_event,
+    deserialize_events,
     fail_step,
     free_pool_slot,
     hold_pool_slot,
@@ -66,6 +66,10 @@ from dagster_taskiq.tags import (
 
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
+
+#: Steps that become ready together are sent in so many seconds' worth of them, since to write the
+#: events of thousands takes a while, in which workers would be idle.
+_SEND_EVERY_SECONDS = 0.02
 
 #: States of a task that nobody works on and that has not ended.
 _MAY_REOPEN = (TaskState.UNKNOWN, TaskState.EXPIRED, TaskState.DROPPED)
@@ -152,10 +156,10 @@ class _Loop:
         self._flights: dict[str, Flight] = {}
         self._unsent: list[StepTask] = []
         self._to_cancel: list[StepTask] = []
-        self._handled: list[str] = []
         self._is_stopping = False
         self._stop_deadline = float("inf")
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
+        self._sent_at = 0.0
         self._is_server_away = False
         self.leaves_steps_running = False
 
@@ -204,7 +208,6 @@ class _Loop:
             yield from self._send()
             yield from self._receive(self._dispatcher.wait(self._seconds_to_wait()))
             yield from self._reconcile()
-        self._acknowledge()
         if self._is_stopping:
             raise DagsterExecutionInterruptedError("The run was interrupted while steps were left.")
 
@@ -239,6 +242,8 @@ class _Loop:
             )
             self._flights[task.task_id] = self._flight(task, step)
             self._unsent.append(task)
+            if time.monotonic() - self._sent_at > _SEND_EVERY_SECONDS and not self._is_server_away:
+                yield from self._send()
 
     def _flight(self, task: StepTask, step: ExecutionStep) -> Flight:
         attempt_in_run = task.attempt - self._first_attempts[step.key] + 1
@@ -255,11 +260,12 @@ class _Loop:
                 step.tags, self._context.dagster_run.tags, self._settings.default_queue
             ),
             priority=self._priority_of(step),
-            payload=self._make_payload(step, cut_known_state(self._active, step)),
+            make_payload=lambda: self._make_payload(step, cut_known_state(self._active, step)),
             limits=step_time_limits(step.tags),
         )
 
     def _send(self) -> Iterator[DagsterEvent]:
+        self._sent_at = time.monotonic()
         if not self._unsent:
             return
         try:
@@ -286,24 +292,13 @@ class _Loop:
             flight = self._flights.pop(task_id, None)
             if flight is None:
                 continue  # a second copy of what the reconciliation has fetched, or of a lost one
-            self._handled.append(task_id)
             yield from self._finish(flight, result)
-        if results:
-            self._acknowledge()
-
-    def _acknowledge(self) -> None:
-        if not self._handled:
-            return
-        try:
-            self._dispatcher.acknowledge(self._handled)
-        except UnreachableServerError:
-            return  # they expire by themselves; nothing waits for this
-        self._handled = []
+            self._dispatcher.acknowledge([task_id])
 
     def _finish(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """Feed what came of an attempt to ``ActiveExecution``, so that it is in flight no more."""
         try:
-            events = [deserialize_event(text) for text in result.events]
+            events = deserialize_events(result.events)
             error = None if result.error is None else unpack_error(result.error)
         except MalformedResultError as malformed:
             # as after a death, the log says what came of the step
@@ -315,10 +310,13 @@ class _Loop:
             events = self._read_log().outcome(flight)
         for event in events:
             yield event
-            if event.step_key == flight.step.key:
+            if event.step_key != flight.step.key:
+                continue
+            if event.is_resource_init_failure:
+                # no end of the attempt, though older versions of Dagster take it for one
+                error = event.engine_event_data.error
+            else:
                 self._active.handle_event(event)
-                if event.is_resource_init_failure:
-                    error = event.engine_event_data.error
         if is_in_flight(self._active, flight.step.key):
             error = error or error_of(flight, result)
             yield from self._fail(flight, error, may_retry=not result.is_cancelled)

@@ -56,13 +56,17 @@ RESULT_EXPIRES_SECONDS = 24 * 3600
 #: redelivered within this time is recognised as an old one.
 RUN_RECORD_EXPIRES_SECONDS = 7 * 24 * 3600
 
+#: The same for a run whose loop has come to its end: a message of it that is redelivered finds no
+#: loop, and is dropped for that. Some 100 bytes for each attempt are kept so long.
+CLOSED_RECORD_EXPIRES_SECONDS = 3600
+
 #: How often the execution loop compares what it waits for with what broker and backend know.
 RECONCILE_SECONDS = 3.0
 
 #: How long a task may sit in a queue that no worker listens on before the run's log says so.
 UNSERVED_QUEUE_SECONDS = 5.0
 
-#: A worker that took a message and has not claimed it within this time is held to be dead.
+#: A worker that has a message in hand and was not heard of for this time is held to be dead.
 IN_HAND_SECONDS = 15.0
 
 #: How often a worker tells the backend that it lives, and how long that holds.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ class StepTask:
         attempt: from 1.
         queue: as people name it.
         priority: 0..10, higher first.
-        payload: Dagster's packed arguments.
+        make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
     """
 
@@ -33,7 +33,7 @@ class StepTask:
     attempt: int
     queue: str
     priority: int
-    payload: Mapping[str, Any]
+    make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
 
 
@@ -68,7 +68,10 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def submit(self, tasks: Sequence[StepTask]) -> None:
-        """Send tasks, in this order; sending one twice does no harm."""
+        """Send tasks, in this order; sending one twice does no harm.
+
+        What the loop has reported so far is in Dagster's log before any of them is sent.
+        """
 
     @abstractmethod
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:

@@ -10,22 +10,31 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.results import Place, TaskResult
-from dagster_taskiq.tasks import execute_plan
+from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq.waker import Waker
 
 
 class EagerDispatcher(Dispatcher):
-    """Runs one step at each ``wait``, the one of the highest priority first."""
+    """Runs one step at each ``wait``, the one of the highest priority first.
 
-    def __init__(self) -> None:
+    Args:
+        events: writes what the loop reports.
+        keeps_connections: see ``TaskRunner``.
+    """
+
+    def __init__(self, events: EventWriter, *, keeps_connections: bool = True) -> None:
+        self._events = events
         host = socket.gethostname()
         self._place = Place(f"eager@{host}", "eager", host, os.getpid(), 0)
         self._waiting: deque[StepTask] = deque()
         self._waker = Waker()
+        self._runner = TaskRunner(keeps_connections=keeps_connections)
 
     def submit(self, tasks: Sequence[StepTask]) -> None:
         """See ``Dispatcher``."""
+        self._events.flush()  # the runner has an instance of its own
         self._waiting.extend(tasks)
         self._waiting = deque(sorted(self._waiting, key=lambda task: -task.priority))
 
@@ -36,8 +45,8 @@ class EagerDispatcher(Dispatcher):
             return []
         task = self._waiting.popleft()
         # what would not survive the way to a worker must not work here
-        payload = json.loads(json.dumps(task.payload))
-        result = execute_plan(payload, self._place, task.queue)
+        payload = json.loads(json.dumps(task.make_payload()))
+        result = self._runner.execute_plan(payload, self._place, task.queue)
         return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
@@ -68,4 +77,5 @@ class EagerDispatcher(Dispatcher):
     def close(self, *, leave_running: bool = False) -> None:
         """Forget what waits."""
         self._waiting.clear()
+        self._runner.close()
         self._waker.close()

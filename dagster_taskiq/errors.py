@@ -70,6 +70,10 @@ class MalformedResultError(DagsterTaskiqError):
     """A stored result cannot be decoded."""
 
 
+class EventsNotWrittenError(DagsterTaskiqError):
+    """Dagster's event log did not take what was to be written."""
+
+
 class UntrustedError(DagsterTaskiqError):
     """What was read is not signed with a key of ours, is for somebody else, or a replay."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from dagster import DagsterEvent, Executor, InitExecutorContext, executor
@@ -26,6 +27,8 @@ from dagster_taskiq.core_execution_loop import core_execution_loop
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
 from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.event_batches import EventWriter, batched_events
+from dagster_taskiq.storage_connections import kept_connections
 from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY, EXIT_SUPERSEDED
 
 
@@ -86,25 +89,34 @@ class TaskiqExecutor(Executor):
     ) -> Iterator[DagsterEvent]:
         """Execute the plan's steps on workers; yields their events."""
 
-        def open_dispatcher() -> Dispatcher:
-            return _open_dispatcher(self._settings, plan_context)
-
         def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
             return _payload(plan_context, step, known_state)
 
+        is_kept = not self._settings.source.database_short_lived_sessions
         try:
-            yield from core_execution_loop(
-                plan_context, execution_plan, self._settings, open_dispatcher, make_payload
-            )
+            with (
+                kept_connections(plan_context.instance) if is_kept else nullcontext(),
+                batched_events(plan_context.instance) as events,
+            ):
+
+                def open_dispatcher() -> Dispatcher:
+                    return _open_dispatcher(self._settings, plan_context, events)
+
+                yield from core_execution_loop(
+                    plan_context, execution_plan, self._settings, open_dispatcher, make_payload
+                )
         except SupersededLoopError as error:
             # any exception would be written to the log as the end of a run that goes on elsewhere
             plan_context.log.warning(str(error))
             os._exit(EXIT_SUPERSEDED)
 
 
-def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> Dispatcher:
+def _open_dispatcher(
+    settings: Settings, context: PlanOrchestrationContext, events: EventWriter
+) -> Dispatcher:
     if settings.source.task_always_eager:
-        return EagerDispatcher()
+        is_kept = not settings.source.database_short_lived_sessions
+        return EagerDispatcher(events, keeps_connections=is_kept)
     instance, run_id = context.instance, context.run_id
     return Client(
         servers=find_servers(settings),
@@ -113,6 +125,7 @@ def _open_dispatcher(settings: Settings, context: PlanOrchestrationContext) -> D
         is_resumable=instance.run_will_resume(run_id),
         lease_seconds=settings.lease_seconds,
         cancel_grace_seconds=settings.cancel_grace_seconds,
+        events=events,
     )
 
 

@@ -66,6 +66,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._settings = settings
         self._opened: RunClient | None = None
         self._absent_since: dict[str, float] = {}
+        self._disposed = threading.Event()
 
     # --- configuration ---
 
@@ -93,7 +94,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return self._opened
 
     def dispose(self) -> None:
-        """Leave the servers."""
+        """Leave the servers; runs that are being cancelled are left to Dagster's monitoring."""
+        self._disposed.set()
+        self._disposed = threading.Event()  # it may be used again
         if self._opened is not None:
             self._opened.close()
             self._opened = None
@@ -189,7 +192,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             patience = settings.lease_seconds + settings.cancel_grace_seconds if is_forgotten else 0
             threading.Thread(
                 target=self._see_to_its_end,
-                args=(run_id, task_id, patience),
+                args=(self._instance, self._disposed, run_id, task_id, patience),
                 name="see-to-its-end",
                 daemon=True,
             ).start()
@@ -209,27 +212,41 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         record = self._instance.get_run_record_by_id(run_id)
         return record is not None and record.start_time is not None
 
-    def _see_to_its_end(self, run_id: str, task_id: str, patience_seconds: float) -> None:
+    def _see_to_its_end(
+        self,
+        instance: DagsterInstance,
+        disposed: threading.Event,
+        run_id: str,
+        task_id: str,
+        patience_seconds: float,
+    ) -> None:
         """End a cancelled run whose process was killed, or whose worker is gone with it.
 
         Args:
+            instance: which the launcher alone does not keep alive.
+            disposed: set when the launcher is not to be used any more.
             patience_seconds: to wait though the backend knows of no process.
         """
         deadline = time.monotonic() + patience_seconds
-        while True:
-            time.sleep(_LOOK_SECONDS)
-            run = self._instance.get_run_by_id(run_id)
+        while not disposed.wait(_LOOK_SECONDS):
+            run = instance.get_run_by_id(run_id)
             if run is None or run.is_finished:
                 return
             try:
                 report, _ = self._client.look(run_id, task_id)
             except ServerError:
                 continue
+            except Exception:
+                if disposed.is_set():  # in the midst of the call
+                    return
+                raise
             if report.state is not TaskState.CLAIMED and time.monotonic() >= deadline:
                 break
-        run = self._instance.get_run_by_id(run_id)
+        else:
+            return
+        run = instance.get_run_by_id(run_id)
         if run is not None and not run.is_finished:
-            self._instance.report_run_canceled(run, "The run was cancelled; its process is gone.")
+            instance.report_run_canceled(run, "The run was cancelled; its process is gone.")
 
     # --- monitoring ---
 

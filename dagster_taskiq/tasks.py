@@ -7,11 +7,11 @@ process's output. What is costly to make and the same for many steps is kept bet
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
 
 from dagster_taskiq._dagster import (
     DagsterExecutionInterruptedError,
@@ -20,10 +20,8 @@ from dagster_taskiq._dagster import (
     ExecuteRunArgs,
     ExecuteStepArgs,
     InstanceRef,
-    ReconstructableJob,
+    KnownExecutionState,
     capture_interrupts,
-    create_execution_plan,
-    deserialize_instance_ref,
     error_info,
     execute_or_resume_run,
     execute_plan_iterator,
@@ -33,8 +31,11 @@ from dagster_taskiq._dagster import (
 )
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.event_batches import EventWriter, batched_events
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.step_plans import RunPlans
+from dagster_taskiq.storage_connections import kept_connections
 
 #: Keys of a step's payload, and of a run's.
 ARGS_KEY = "execute_step_args_packed"
@@ -52,36 +53,167 @@ class StepRefusedError(DagsterTaskiqError):
     """The step or run must not or cannot be executed here; the message says why."""
 
 
-def execute_run(name: TaskName, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
-    """Execute or resume a whole run; this process is its process.
+class TaskRunner:
+    """Executes one task after the other, in one process.
 
     Args:
-        name: which of the two.
-        payload: ``ExecuteRunArgs``, packed.
-        place: where this is, for the run's events.
-        queue: that the run was taken from.
-
-    Returns:
-        the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
-        workers, it is not 0 where the run failed.
+        keeps_connections: whether the database of Dagster's storage may be left connected.
     """
-    with capture_interrupts():
+
+    def __init__(self, *, keeps_connections: bool = True) -> None:
+        self._keeps_connections = keeps_connections
+        self._plans = RunPlans()
+        self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
+        self._events = EventWriter()
+        self._resources = ExitStack()
+
+    def close(self) -> None:
+        """Close the instance and its connections."""
+        self._known = None
+        self._events = EventWriter()
+        self._resources.close()
+
+    def execute_run(
+        self,
+        name: TaskName,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_begun: Callable[[], None],
+    ) -> TaskResult:
+        """Execute or resume a whole run; this process is its process.
+
+        Args:
+            name: which of the two.
+            payload: ``ExecuteRunArgs``, packed.
+            place: where this is, for the run's events.
+            queue: that the run was taken from.
+            on_begun: called when the log says that the run has started.
+
+        Returns:
+            the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
+            workers, it is not 0 where the run failed.
+        """
+        with capture_interrupts():
+            try:
+                args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+                instance = self._instance(args.instance_ref)
+                run = _startable_run(instance, args.run_id, name)
+                _report_run_start(instance, run, place, queue)
+                self._events.flush()
+                return _execute_run(instance, run, name, place, on_begun)
+            except StepRefusedError as refusal:
+                return TaskResult(Outcome.ERROR, place, reason=str(refusal))
+            except Exception:
+                return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
+
+    def execute_plan(self, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+        """Execute one step.
+
+        Args:
+            payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
+            place: where this is, for the step's events.
+            queue: that the step was taken from.
+
+        Returns:
+            the events of the step, also when it failed or was interrupted, since Dagster reports
+            both as events; an error only where the step could not be brought to run.
+        """
+        events: list[str] = []
+        with capture_interrupts():
+            try:
+                args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+                for event in self._step_events(args, payload[EXECUTABLE_KEY], place, queue):
+                    events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+            except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+                return TaskResult(
+                    Outcome.FINISHED,
+                    place,
+                    tuple(events),
+                    reason="It was interrupted before it had started.",
+                    is_cancelled=True,
+                )
+            except StepRefusedError as refusal:
+                return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
+            except Exception:
+                error = pack_value(error_info())
+                return TaskResult(Outcome.ERROR, place, tuple(events), error=error)
+        return TaskResult(Outcome.FINISHED, place, tuple(events))
+
+    def _step_events(
+        self, args: ExecuteStepArgs, executable: Mapping[str, Any], place: Place, queue: str
+    ) -> Iterator[DagsterEvent]:
+        instance = self._instance(args.instance_ref)
+        run = _live_run(instance, args.run_id)
+        (step_key,) = args.step_keys_to_execute or ()
+        location = run.remote_job_origin.location_name if run.remote_job_origin else None
+        instance.inject_env_vars(location)
+        run_plan = self._plans.of_run(run, executable)
+        plan = run_plan.of_step(step_key, args.known_state or KnownExecutionState())
         try:
-            args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
-            instance = _instance(args.instance_ref)
-            run = _startable_run(instance, args.run_id, name)
-            _report_run_start(instance, run, place, queue)
-            exit_code = execute_or_resume_run(
-                instance, args.run_id, is_resumed=name is TaskName.RESUME_JOB
+            yield _report_start(instance, run, step_key, place, queue)
+            self._events.flush()  # who looks for the step after a crash must find that it began
+            yield from execute_plan_iterator(
+                execution_plan=plan,
+                job=run_plan.job,
+                dagster_run=run,
+                instance=instance,
+                retry_mode=args.retry_mode,
+                run_config=run_plan.run_config,
             )
-            run = instance.get_run_by_id(args.run_id) or run
-            if not run.is_finished:
-                reason = f"The run's process ended while the run was {run.status.value}."
-                return TaskResult(Outcome.FINISHED, place, reason=reason, exit_code=EXIT_UNFINISHED)
-        except StepRefusedError as refusal:
-            return TaskResult(Outcome.ERROR, place, reason=str(refusal))
-        except Exception:
-            return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
+        finally:
+            self._events.flush()
+
+    def is_run_over(self, payload: Mapping[str, Any]) -> bool:
+        """Whether the run that a step belongs to is finished, or is not there any more.
+
+        Args:
+            payload: of the step's task.
+        """
+        args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+        run = _find_run(self._instance(args.instance_ref), args.run_id)
+        return run is None or run.is_finished
+
+    def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
+        """Fail a run whose process died before the run had started, unless somebody else has.
+
+        Args:
+            payload: of the run's task.
+            reason: what became of its process.
+        """
+        args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+        instance = self._instance(args.instance_ref)
+        run = _find_run(instance, args.run_id)
+        if run is not None and run.status is DagsterRunStatus.STARTING:
+            instance.report_run_failed(run, f"Before the run had started, {reason}")
+
+    def _instance(self, ref: InstanceRef | None) -> DagsterInstance:
+        """The instance of the message, or this process's own where it was sent by reference."""
+        if self._known is None or self._known[0] != ref:
+            self.close()
+            instance = _own_instance() if ref is None else DagsterInstance.from_ref(ref)
+            self._resources.callback(instance.dispose)
+            if self._keeps_connections:
+                self._resources.enter_context(kept_connections(instance))
+            self._events = self._resources.enter_context(batched_events(instance))
+            self._known = (ref, instance)
+        return self._known[1]
+
+
+def _execute_run(
+    instance: DagsterInstance,
+    run: DagsterRun,
+    name: TaskName,
+    place: Place,
+    on_begun: Callable[[], None],
+) -> TaskResult:
+    exit_code = execute_or_resume_run(
+        instance, run.run_id, is_resumed=name is TaskName.RESUME_JOB, on_begun=on_begun
+    )
+    run = instance.get_run_by_id(run.run_id) or run
+    if not run.is_finished:
+        reason = f"The run's process ended while the run was {run.status.value}."
+        return TaskResult(Outcome.FINISHED, place, reason=reason, exit_code=EXIT_UNFINISHED)
     return TaskResult(Outcome.FINISHED, place, exit_code=exit_code)
 
 
@@ -106,77 +238,6 @@ def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, 
     )
 
 
-def is_run_over(payload: Mapping[str, Any]) -> bool:
-    """Whether the run that a step belongs to is finished, or is not there any more.
-
-    Args:
-        payload: of the step's task.
-    """
-    args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-    run = _instance(args.instance_ref).get_run_by_id(args.run_id)
-    return run is None or run.is_finished
-
-
-def execute_plan(payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
-    """Execute one step.
-
-    Args:
-        payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
-        place: where this is, for the step's events.
-        queue: that the step was taken from.
-
-    Returns:
-        the events of the step, also when it failed or was interrupted, since Dagster reports
-        both as events; an error only where the step could not be brought to run.
-    """
-    events: list[str] = []
-    with capture_interrupts():
-        try:
-            args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-            for event in _step_events(args, payload[EXECUTABLE_KEY], place, queue):
-                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
-        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
-            return TaskResult(
-                Outcome.FINISHED,
-                place,
-                tuple(events),
-                reason="It was interrupted before it had started.",
-                is_cancelled=True,
-            )
-        except StepRefusedError as refusal:
-            return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
-        except Exception:
-            return TaskResult(Outcome.ERROR, place, tuple(events), error=pack_value(error_info()))
-    return TaskResult(Outcome.FINISHED, place, tuple(events))
-
-
-def _step_events(
-    args: ExecuteStepArgs, executable: Mapping[str, Any], place: Place, queue: str
-) -> Any:
-    instance = _instance(args.instance_ref)
-    run = _live_run(instance, args.run_id)
-    (step_key,) = args.step_keys_to_execute or ()
-    location = run.remote_job_origin.location_name if run.remote_job_origin else None
-    instance.inject_env_vars(location)
-    job = ReconstructableJob.from_dict(dict(executable))
-    plan = create_execution_plan(
-        job,
-        run.run_config,
-        step_keys_to_execute=[step_key],
-        known_state=args.known_state,
-        repository_load_data=job.repository.repository_load_data,
-    )
-    yield _report_start(instance, run, step_key, place, queue)
-    yield from execute_plan_iterator(
-        execution_plan=plan,
-        job=job,
-        dagster_run=run,
-        instance=instance,
-        retry_mode=args.retry_mode,
-        run_config=run.run_config,
-    )
-
-
 def _report_start(
     instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, queue: str
 ) -> DagsterEvent:
@@ -198,8 +259,13 @@ def _metadata(place: Place, queue: str) -> dict[str, Any]:
     }
 
 
+def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
+    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
+    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
+
+
 def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = instance.get_run_by_id(run_id)
+    run = _find_run(instance, run_id)
     if run is None:
         raise StepRefusedError(
             f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
@@ -220,19 +286,6 @@ def _describe(instance: DagsterInstance) -> str:
     return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
 
 
-def _instance(ref: InstanceRef | None) -> DagsterInstance:
-    """The instance of the message, or this process's own where it was sent by reference."""
-    if ref is not None:
-        return _instance_of(serialize_value(ref))
-    return _own_instance()
-
-
-@lru_cache(maxsize=4)
-def _instance_of(serialized_ref: str) -> DagsterInstance:
-    return DagsterInstance.from_ref(deserialize_instance_ref(serialized_ref))
-
-
-@lru_cache(maxsize=1)
 def _own_instance() -> DagsterInstance:
     if not os.getenv("DAGSTER_HOME"):
         raise StepRefusedError(

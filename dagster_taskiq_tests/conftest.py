@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import re
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import psutil
 import pytest
 
+import dagster_taskiq
+import dagster_taskiq_tests
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
@@ -27,6 +32,27 @@ _OPTIONS = {"redis": redis_options, "valkey": valkey_options, "rabbitmq": amqp_o
 # how long an example takes says nothing on a machine with other things to do
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile our modules once, which else each of some hundred processes would do for itself.
+
+    Here, since a shell may keep Python from doing it, and modules that tests write must stay
+    uncompiled: one that is changed within a second may be taken for the compiled one.
+    """
+    if not hasattr(config, "workerinput"):  # the controller of pytest-xdist
+        for package in (dagster_taskiq, dagster_taskiq_tests):
+            compileall.compile_dir(Path(str(package.__file__)).parent, quiet=2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Let pytest keep the test modules that it has compiled in its own way, for the same reason."""
+    is_kept_from_it, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    try:
+        return (yield)
+    finally:
+        sys.dont_write_bytecode = is_kept_from_it
 
 
 @pytest.fixture(params=["redis", "valkey", "rabbitmq"])

@@ -133,7 +133,8 @@ def started_rabbitmq(settings: str = "") -> Iterator[RabbitMQNode]:
         epmd_port = free_port()
         # our own epmd in the foreground, since the one that a node starts daemonises and stays
         command = [epmd, "-port", str(epmd_port), "-address", "127.0.0.1"]
-        stack.callback(stop, popen(command, directory / "epmd.log"))
+        # it ignores SIGTERM
+        stack.callback(stop, popen(command, directory / "epmd.log"), signal.SIGKILL)
         node = RabbitMQNode(server, free_port(), epmd_port, directory, settings)
         stack.callback(node.stop)
         yield node

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import psutil
@@ -146,7 +147,7 @@ def _judge_run(
     # a run that begins while its servers are away fails with their address, as it should
     if "An exception was thrown during execution" in text and not _began_without_servers(events):
         yield f"its loop failed: {_errors(events)}"
-    # a launch that a flush took with it is noticed by its time limit alone
+    # a launch that a flush took is noticed by its time limit alone
     is_excused = (
         soak_run.faults
         or ("taking longer than" in text and director.flushes)
@@ -294,7 +295,7 @@ def stop_workers(director: Director, verdict: Verdict) -> None:
         if not worker.is_drained:
             worker.process.terminate()
     for worker in running:
-        until(lambda it=worker: it.has_ended, f"{worker.process.name} stops")
+        until(partial(getattr, worker, "has_ended"), f"{worker.process.name} stops")
     assert len(director.workers) >= WORKERS
     for worker in director.workers:
         was_told = worker.is_drained or worker in running

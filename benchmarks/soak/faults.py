@@ -147,35 +147,47 @@ def _drain_worker(director: Director) -> str | None:
 
 
 def _kill_guard(director: Director) -> str | None:
-    return _kill_helper(director, "guard.py")
+    return _kill_helper(director, _guard)
 
 
 def _kill_fork_server(director: Director) -> str | None:
-    return _kill_helper(director, "multiprocessing.forkserver")
+    return _kill_helper(director, _forkserver)
 
 
-def _kill_helper(director: Director, text: str) -> str | None:
+def _kill_helper(
+    director: Director, find: Callable[[SoakWorker], psutil.Process | None]
+) -> str | None:
     worker = _some_worker(director)
-    process = worker and _child_with(worker, text)
+    process = find(worker) if worker else None
     if worker is None or process is None:
         return None
     worker.is_harmed = True
     process.kill()
-    if "forkserver" in text:
+    if find is _forkserver:
         for run in director.runs.all:
             run.faults.append(f"the fork server of {worker.process.name} was killed")
     return f"pid {process.pid} of {worker.process.name}"
 
 
+def _guard(worker: SoakWorker) -> psutil.Process | None:
+    return _child_with(worker, lambda command: "guard.py" in " ".join(command))
+
+
 def _forkserver(worker: SoakWorker) -> psutil.Process | None:
-    return _child_with(worker, "multiprocessing.forkserver")
+    """A fork of the worker, or in its place one that the standard library has started."""
+    with suppress(psutil.Error):
+        own = psutil.Process(worker.pid).cmdline()
+        return _child_with(worker, lambda it: it == own or "multiprocessing.forkserver" in str(it))
+    return None
 
 
-def _child_with(worker: SoakWorker, text: str) -> psutil.Process | None:
+def _child_with(
+    worker: SoakWorker, is_wanted: Callable[[list[str]], bool]
+) -> psutil.Process | None:
     with suppress(psutil.Error):
         for child in psutil.Process(worker.pid).children():
             with suppress(psutil.Error):
-                if text in " ".join(child.cmdline()):
+                if is_wanted(child.cmdline()):
                     return child
     return None
 

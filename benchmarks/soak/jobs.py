@@ -133,7 +133,7 @@ def crashing(context: OpExecutionContext, x: int) -> int:
         {
             0: lambda: os._exit(3),
             1: lambda: os.kill(os.getpid(), signal.SIGKILL),
-            2: lambda: ctypes.string_at(0),
+            2: lambda: ctypes.string_at(0),  # type: ignore[no-untyped-call]
         }[chance.randrange(3)]()
     note(context, "end")
     return x

@@ -87,7 +87,10 @@ class Runs:
         number = self._started
         job = self._random.choice(JOBS)
         tags = {SEED_TAG: str(self._seed), NUMBER_TAG: str(number)}
-        config = {"lease_seconds": LEASE_SECONDS, "cancel_grace_seconds": GRACE_SECONDS}
+        config: dict[str, Any] = {
+            "lease_seconds": LEASE_SECONDS,
+            "cancel_grace_seconds": GRACE_SECONDS,
+        }
         if self._random.random() < 0.4:
             own = self._stack.start(
                 f"{jobs.__name__}:{job}",

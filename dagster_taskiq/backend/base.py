@@ -9,6 +9,9 @@ The backend is the one place that decides who may run a task. A task's life in i
         |--cancel--> cancelled
         '--a claim that is refused for its epoch or run--> dropped --claim, reopen, cancel, ...
 
+A launched run is claimed ``until_begun``: nobody judges it as a loop judges its steps, so while it
+has not begun, a claim on it that has ended is as good as none.
+
 ``done``, ``lost`` and ``cancelled`` are tombstones: a second delivery finds them and is dropped.
 They live in the record of the run. Every operation is atomic and may be repeated after an answer
 that was lost.
@@ -36,6 +39,8 @@ class ClaimAnswer(str, Enum):
     GRANTED = "granted"
     #: Another worker holds it, or held it until its lease ended: the loop will judge.
     CLAIMED = "claimed"
+    #: Another worker holds it and has not begun: it is for somebody else if that one dies.
+    PENDING = "pending"
     DONE = "done"
     CANCELLED = "cancelled"
     LOST = "lost"
@@ -212,8 +217,20 @@ class ClaimBackend(ABC):
     """The worker's side."""
 
     @abstractmethod
-    async def claim(self, claim: Claim, *, needs_live_run: bool) -> ClaimAnswer:
-        """Claim a task; the same claim may be repeated."""
+    async def claim(
+        self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
+    ) -> ClaimAnswer:
+        """Claim a task; the same claim may be repeated.
+
+        Args:
+            needs_live_run: whether only a task whose run has a living loop is granted.
+            until_begun: whether a claim whose lease has ended counts only after ``begin``. Before,
+                it must be certain otherwise that its holder has done nothing.
+        """
+
+    @abstractmethod
+    async def begin(self, claim: Claim) -> None:
+        """A task that was claimed ``until_begun`` has begun: nobody else may claim it any more."""
 
     @abstractmethod
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
@@ -226,10 +243,6 @@ class ClaimBackend(ABC):
         Returns:
             False when the claim was not ours any more; nothing was stored then.
         """
-
-    @abstractmethod
-    async def abandon(self, claim: Claim) -> None:
-        """Give a claim back before the task has started, so that another worker can take it."""
 
 
 class ControlBackend(ABC):

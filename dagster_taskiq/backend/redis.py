@@ -8,6 +8,7 @@ in ``workers``. What must happen at once is in ``redis_scripts``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
-from redis.exceptions import ReadOnlyError
+from redis.exceptions import NoScriptError, ReadOnlyError
 
 from dagster_taskiq.backend import redis_scripts as scripts
 from dagster_taskiq.backend.base import (
@@ -38,6 +39,8 @@ from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
 
 logger = logging.getLogger(__name__)
+
+_RENEW_DIGEST = hashlib.sha1(scripts.RENEW.encode(), usedforsecurity=False).hexdigest()
 
 #: How many tasks one script looks at: it holds up every other client of the server meanwhile.
 _BATCH = 500
@@ -131,10 +134,9 @@ class RedisBackend(Backend):
         task_id = await self._wait_on(mailbox, timeout_seconds)
         if task_id is None:
             return {}
-        found = await self._script(scripts.COLLECT, [mailbox], [_BATCH, self._key("result:")])
-        results = {_text(found[i]): found[i + 1] for i in range(0, len(found), 2)}
-        results |= await self.read_results(run_id, [_text(task_id)])
-        return results
+        arguments = [_BATCH, self._key("result:"), task_id]
+        found = await self._script(scripts.COLLECT, [mailbox], arguments)
+        return {_text(found[i]): found[i + 1] for i in range(0, len(found), 2)}
 
     async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:
         """See ``RunBackend``."""
@@ -191,7 +193,9 @@ class RedisBackend(Backend):
 
     # --- the worker's side ---
 
-    async def claim(self, claim: Claim, *, needs_live_run: bool) -> ClaimAnswer:
+    async def claim(
+        self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
+    ) -> ClaimAnswer:
         """See ``ClaimBackend``."""
         answer = await self._script(
             scripts.CLAIM,
@@ -202,22 +206,29 @@ class RedisBackend(Backend):
                 self._key("claim:", claim.task_id),
                 self._key("result:", claim.task_id),
             ],
-            [*_claim_arguments(claim), int(needs_live_run)],
+            [*_claim_arguments(claim), int(needs_live_run), int(until_begun)],
         )
         return ClaimAnswer(_text(answer[0]))
 
+    async def begin(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        await self._script(
+            scripts.BEGIN,
+            [self._record(claim.run_id), self._key("claim:", claim.task_id)],
+            [claim.task_id, claim.token, RUN_RECORD_EXPIRES_SECONDS],
+        )
+
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
-        async with self._server(), self._redis.pipeline(transaction=False) as pipeline:
-            for claim in claims:
-                keys = [
-                    self._epoch_key,
-                    self._record(claim.run_id),
-                    self._loop(claim.run_id),
-                    self._key("claim:", claim.task_id),
-                ]
-                pipeline.eval(scripts.RENEW, len(keys), *keys, *_claim_arguments(claim))
-            answers = await pipeline.execute()
+        async with self._server():
+            answers = await self._renew(claims)
+            if any(isinstance(answer, NoScriptError) for answer in answers):
+                # the server has been restarted; to renew a claim twice does no harm
+                await self._redis.script_load(scripts.RENEW)
+                answers = await self._renew(claims)
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
         return [
             Renewal(
                 is_held=bool(held),
@@ -228,6 +239,19 @@ class RedisBackend(Backend):
             )
             for held, order, alive, resumable, epoch in answers
         ]
+
+    async def _renew(self, claims: Sequence[Claim]) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for claim in claims:
+                keys = [
+                    self._epoch_key,
+                    self._record(claim.run_id),
+                    self._loop(claim.run_id),
+                    self._key("claim:", claim.task_id),
+                ]
+                pipeline.evalsha(_RENEW_DIGEST, len(keys), *keys, *_claim_arguments(claim))
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
 
     async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
         """See ``ClaimBackend``."""
@@ -251,11 +275,6 @@ class RedisBackend(Backend):
             ],
         )
         return bool(answer)
-
-    async def abandon(self, claim: Claim) -> None:
-        """See ``ClaimBackend``."""
-        keys = [self._record(claim.run_id), self._key("claim:", claim.task_id)]
-        await self._script(scripts.ABANDON, keys, [claim.task_id, claim.token])
 
     # --- the list of workers, and messages to them ---
 

@@ -7,10 +7,13 @@ changes with a restart (perhaps from an older snapshot) or a fail-over to a repl
 States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``, ``cancelled``,
 ``lost``; ``dropped:<epoch>`` where a worker has dropped the message in that epoch, in which nobody
 had claimed it, and ``dropped:`` where the message was of an older epoch. Field ``c:<task id>`` is
-the order to cancel that the task's worker was given.
+the order to cancel that the task's worker was given, ``b:<task id>`` is there when a launched run
+has begun. ``closed`` is there when the run's loop has come to its end.
 """
 
 from __future__ import annotations
+
+from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
 
 _PRELUDE = """
 -- the epoch's id; `fresh` becomes it when this is a new life of the server
@@ -20,6 +23,14 @@ local function epoch(key, fresh)
   if known[1] and known[2] == server then return known[1] end
   redis.call('HSET', key, 'id', fresh, 'server', server)
   return fresh
+end
+"""
+
+_KEEP = f"""
+-- a record outlives its last change by so much, and by less when its run is over
+local function keep(record, seconds)
+  local is_over = redis.call('HEXISTS', record, 'closed') == 1
+  redis.call('EXPIRE', record, is_over and {CLOSED_RECORD_EXPIRES_SECONDS} or seconds)
 end
 """
 
@@ -43,6 +54,7 @@ if tonumber(ARGV[2]) < generation
   return {false, generation}
 end
 redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'resumable', ARGV[4])
+redis.call('HDEL', KEYS[2], 'closed')
 redis.call('EXPIRE', KEYS[2], ARGV[6])
 redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[5])
 return {now}
@@ -71,28 +83,36 @@ return now
 )
 
 #: KEYS record, loop, mailbox. ARGV token.
-CLOSE_RUN = """
+CLOSE_RUN = (
+    _KEEP
+    + """
 if redis.call('GET', KEYS[2]) == ARGV[1] then
   redis.call('DEL', KEYS[2], KEYS[3])
-  redis.call('HSET', KEYS[1], 'resumable', '0')
+  redis.call('HSET', KEYS[1], 'resumable', '0', 'closed', '1')
+  keep(KEYS[1])
 end
 return 1
 """
+)
 
 #: KEYS epoch, record, loop, claim, result. ARGV fresh epoch, task, epoch of the task, token,
-#: place, lease ms, record expiry s, needs a live run. Returns {answer, epoch}.
+#: place, lease ms, record expiry s, needs a live run, is ours until it has begun.
+#: Returns {answer, epoch}.
 CLAIM = (
     _PRELUDE
+    + _KEEP
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local holder = redis.call('HGET', KEYS[4], 'token')
+local waits = ARGV[9] == '1' and redis.call('HEXISTS', KEYS[2], 'b:' .. ARGV[2]) == 0
 if holder then
   if holder == ARGV[4] then return {'granted', now} end
-  return {'claimed', now}
+  return {waits and 'pending' or 'claimed', now}
 end
 local field = 't:' .. ARGV[2]
 local state = redis.call('HGET', KEYS[2], field)
-if state and not string.match(state, '^dropped') then return {string.match(state, '^%a+'), now} end
+local is_free = not state or string.match(state, '^dropped') or (waits and state == 'claimed')
+if not is_free then return {string.match(state, '^%a+'), now} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
 if ARGV[8] == '1' then
   -- nobody sends a whole run again, but it starts only if Dagster says that it still waits to
@@ -100,14 +120,14 @@ if ARGV[8] == '1' then
   if is_stale or redis.call('EXISTS', KEYS[3]) == 0 then
     -- a loop that lives after all must not wait for what is in no queue any more
     redis.call('HSET', KEYS[2], field, 'dropped:' .. (is_stale and '' or now))
-    redis.call('EXPIRE', KEYS[2], ARGV[7])
+    keep(KEYS[2], ARGV[7])
     return {is_stale and 'stale' or 'run-gone', now}
   end
 end
 redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
 redis.call('PEXPIRE', KEYS[4], ARGV[6])
 redis.call('HSET', KEYS[2], field, 'claimed')
-redis.call('EXPIRE', KEYS[2], ARGV[7])
+keep(KEYS[2], ARGV[7])
 return {'granted', now}
 """
 )
@@ -116,6 +136,7 @@ return {'granted', now}
 #: lease ms, record expiry s. Returns {held, cancel order or '', loop alive, resumable, epoch}.
 RENEW = (
     _PRELUDE
+    + _KEEP
     + _IS_OPEN
     + """
 local now = epoch(KEYS[1], ARGV[1])
@@ -129,7 +150,7 @@ if held then
   redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
   redis.call('PEXPIRE', KEYS[4], ARGV[6])
   redis.call('HSET', KEYS[2], field, 'claimed')
-  redis.call('EXPIRE', KEYS[2], ARGV[7])
+  keep(KEYS[2], ARGV[7])
 end
 return {held and 1 or 0,
   redis.call('HGET', KEYS[2], 'c:' .. ARGV[2]) or '',
@@ -143,6 +164,7 @@ return {held and 1 or 0,
 #: result, result expiry s, record expiry s. Returns 1, or 0 when the claim is not held.
 COMPLETE = (
     _PRELUDE
+    + _KEEP
     + _IS_OPEN
     + """
 local now = epoch(KEYS[1], ARGV[1])
@@ -157,7 +179,7 @@ end
 redis.call('SET', KEYS[4], ARGV[5], 'EX', ARGV[6])
 redis.call('HSET', KEYS[2], field, 'done:' .. ARGV[4])
 redis.call('HDEL', KEYS[2], 'c:' .. ARGV[2])
-redis.call('EXPIRE', KEYS[2], ARGV[7])
+keep(KEYS[2], ARGV[7])
 redis.call('DEL', KEYS[3])
 redis.call('RPUSH', KEYS[5], ARGV[2])
 redis.call('EXPIRE', KEYS[5], ARGV[7])
@@ -165,23 +187,25 @@ return 1
 """
 )
 
-#: KEYS record, claim. ARGV task, token.
-ABANDON = """
+#: KEYS record, claim. ARGV task, token, record expiry s.
+BEGIN = (
+    _KEEP
+    + """
 if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then
-  redis.call('DEL', KEYS[2])
-  if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then
-    redis.call('HSET', KEYS[1], 't:' .. ARGV[1], 'cancelled')
-  else
-    redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
-  end
+  redis.call('HSET', KEYS[1], 'b:' .. ARGV[1], '1')
+  keep(KEYS[1], ARGV[3])
 end
 return 1
 """
+)
 
-#: KEYS mailbox. ARGV most, prefix of the results' keys. Returns {task, result, ...}.
+#: KEYS mailbox. ARGV most, prefix of the results' keys, a task that was in the mailbox. Returns
+#: {task, result, ...} for that one and for what is in the mailbox.
 COLLECT = """
 local found = {}
-for _, task in ipairs(redis.call('LPOP', KEYS[1], ARGV[1]) or {}) do
+local tasks = redis.call('LPOP', KEYS[1], ARGV[1]) or {}
+tasks[#tasks + 1] = ARGV[3]
+for _, task in ipairs(tasks) do
   local result = redis.call('GET', ARGV[2] .. task)
   if result then
     found[#found + 1] = task
@@ -217,7 +241,9 @@ return answer
 #: KEYS record. ARGV prefix of the claims' keys, prefix of the control mailboxes' keys, mailbox
 #: expiry s, record expiry s, then each task and the order for its worker, which may be signed.
 #: Returns the state of each.
-CANCEL = """
+CANCEL = (
+    _KEEP
+    + """
 local answer = {}
 for index = 5, #ARGV, 2 do
   local task, order = ARGV[index], ARGV[index + 1]
@@ -242,21 +268,25 @@ for index = 5, #ARGV, 2 do
     answer[#answer + 1] = 'cancelled'
   end
 end
-redis.call('EXPIRE', KEYS[1], ARGV[4])
+keep(KEYS[1], ARGV[4])
 return answer
 """
+)
 
 #: KEYS record, claim, result. ARGV task, record expiry s. Returns 1, or 0 when there is a claim or
 #: a result.
-CONDEMN = """
+CONDEMN = (
+    _KEEP
+    + """
 local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and string.match(state, '^done')) then
   return 0
 end
 redis.call('HSET', KEYS[1], 't:' .. ARGV[1], 'lost')
-redis.call('EXPIRE', KEYS[1], ARGV[2])
+keep(KEYS[1], ARGV[2])
 return 1
 """
+)
 
 #: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled.
 REOPEN = (

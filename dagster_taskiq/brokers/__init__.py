@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
-from dagster_taskiq.brokers.amqp import AmqpTaskBroker
 from dagster_taskiq.brokers.base import Delivery, TaskBroker
-from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.servers import ServerOptions, is_amqp
 
 __all__ = ["Delivery", "TaskBroker", "open_broker"]
@@ -22,6 +21,7 @@ def open_broker(options: ServerOptions, queues: Sequence[str] = ()) -> TaskBroke
     Raises:
         ConfigError: no broker speaks the URL's scheme.
     """
-    if is_amqp(options.url):
-        return AmqpTaskBroker(options, queues)
-    return RedisTaskBroker(options, queues)
+    # by name, so that every run and worker does not load the client libraries of both servers
+    kind = ("amqp", "AmqpTaskBroker") if is_amqp(options.url) else ("redis", "RedisTaskBroker")
+    broker: TaskBroker = getattr(import_module(f"{__name__}.{kind[0]}"), kind[1])(options, queues)
+    return broker

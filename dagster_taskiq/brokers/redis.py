@@ -9,7 +9,7 @@ What a physical queue is made of; none of it exists while the queue is empty:
     hash of the messages of waiting tasks and of those in hand.
 ``<queue>:in-hand``
     sorted set of the ids that a worker has taken and not settled; the score is the time (that of
-    the server, in microseconds) at which its worker is held to be dead.
+    the server, in microseconds) at which its worker is held to be dead. A living one puts it off.
 ``<queue>:places``
     hash of the places that the tasks in hand go back to.
 ``<queue>:bell``
@@ -48,6 +48,7 @@ from dagster_taskiq.brokers.base import (
     priority_of,
     queue_of,
 )
+from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.redis_client import connection_arguments, server_errors, use_tls
@@ -168,6 +169,23 @@ end
 return false
 """)
 
+# KEYS: the queue. ARGV: microseconds that a task may be in hand, then the id and the token of each
+# delivery. Returns the deliveries' new tokens, empty for a task that is in other hands by now.
+_HOLD = _Script("""
+local queue, tokens = queue_at(1), {}
+local time = redis.call('TIME')
+local token = string.format('%.0f', time[1] * 1000000 + time[2] + ARGV[1])
+for i = 2, #ARGV, 2 do
+  local known = redis.call('ZSCORE', queue.in_hand, ARGV[i])
+  local is_held = known and tonumber(known) == tonumber(ARGV[i + 1])
+  if is_held then
+    redis.call('ZADD', queue.in_hand, token, ARGV[i])
+  end
+  table.insert(tokens, is_held and token or '')
+end
+return tokens
+""")
+
 # KEYS: the queue. ARGV: the id. Wherever it is: a worker that was slow to ack has claimed the task,
 # so a copy that went back to its queue meanwhile is of no use to anybody.
 _ACK = _Script("""
@@ -215,7 +233,7 @@ end
 return absent
 """)
 
-_SCRIPTS = (_SEND, _TAKE, _ACK, _RELEASE, _WITHDRAW, _ABSENT)
+_SCRIPTS = (_SEND, _TAKE, _HOLD, _ACK, _RELEASE, _WITHDRAW, _ABSENT)
 
 
 class RedisTaskBroker(TaskBroker, BaseRedisBroker):
@@ -232,8 +250,11 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         ConfigError: the URL cannot be read.
     """
 
-    #: How long a taken task may stay unsettled before it goes back to its queue.
+    #: How long a taken task stays out of reach after its worker was last heard of.
     in_hand_seconds: float = IN_HAND_SECONDS
+
+    #: How often a worker says that it still has what it has taken and not settled.
+    hold_every_seconds: float = IN_HAND_SECONDS / 3
 
     def __init__(self, options: ServerOptions, queues: Sequence[str] = ()) -> None:
         self.address = options.address
@@ -254,6 +275,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         use_tls(self.connection_pool, options)
         self._redis: Redis = Redis(connection_pool=self.connection_pool)
         self._sequence = f"{options.key_prefix}.sequence"
+        self._in_hand = InHand(self._hold, self.hold_every_seconds)
 
     async def startup(self) -> None:
         """Reach the server.
@@ -265,6 +287,11 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         await self._execute(("PING",), *_loads())
         self._is_shut_down = False
         await super().startup()
+
+    async def shutdown(self) -> None:
+        """Close the connections; what is in hand goes back after ``in_hand_seconds``."""
+        await self._in_hand.close()
+        await super().shutdown()
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send one message; see ``TaskBroker``."""
@@ -323,13 +350,25 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         return bells[rung[0]] if rung else None
 
     def _delivery(self, queue: str, task_id: bytes, payload: bytes, token: bytes) -> Delivery:
+        held = Held(queue, task_id, token)
+        self._in_hand.add(held)
+
         async def ack() -> None:
+            self._in_hand.discard(held)  # whatever comes of it: who acks has claimed the task
             await self._execute(_ACK(_keys_of(queue), task_id))
 
         async def release() -> None:
-            await self._execute(_RELEASE(_keys_of(queue), task_id, token))
+            self._in_hand.discard(held)
+            async with self._in_hand.tokens_change:
+                await self._execute(_RELEASE(_keys_of(queue), task_id, held.token))
 
         return Delivery(data=payload, ack=ack, release=release)
+
+    async def _hold(self, queue: str, held: Sequence[Held]) -> Sequence[bytes]:
+        microseconds = round(self.in_hand_seconds * 1_000_000)
+        words = [word for it in held for word in (it.task_id, it.token)]
+        (tokens,) = await self._execute(_HOLD(_keys_of(queue), microseconds, *words))
+        return list(tokens)
 
     async def _ids(self, command: _Command, *, is_repeatable: bool = True) -> set[str]:
         (ids,) = await self._execute(command, is_repeatable=is_repeatable)

@@ -14,21 +14,22 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_taskiq._dagster import copy_logs_by
+from dagster_taskiq._dagster import copy_logs_by, keep_definitions
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.results import Place
-from dagster_taskiq.tasks import execute_plan, execute_run, is_run_over
+from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
 
-#: Name of the question of ``run_watch``, beside those of tasks.
+#: Names of what ``run_watch`` has to say, beside those of tasks.
 LOOK_AT_RUN = "look_at_run"
+FAIL_RUN = "fail_run"
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class ChildOptions:
         include: modules to import before it counts as ready.
         log_level: of the root logger, a name.
         slot: the number of its slot.
+        keeps_connections: whether it leaves Dagster's database connected between statements.
         environment: variables that it has and other children have not; may be secret.
     """
 
     include: tuple[str, ...]
     log_level: str
     slot: int
+    keeps_connections: bool = True
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -52,8 +55,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     """The child's whole life, in its main thread.
 
     Messages to the parent: ``ready``, or ``failed`` with the reason; for each task ``started``
-    before any of its code runs, ``log`` and ``log-end`` around each of its captured outputs, and
-    ``result``.
+    before any of its code runs, ``log`` and ``log-end`` around each of its captured outputs,
+    ``begun`` for a run whose start is in Dagster's log, and ``result``.
     """
     os.setsid()
     os.environ.update(options.environment)
@@ -69,19 +72,29 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     def say(message: dict[str, Any]) -> None:
         connection.sendall(frames.encode(message))
 
+    def mention(**message: Any) -> None:
+        """Say something in the midst of a task, whose error it is not that the worker is gone."""
+        with suppress(ConnectionError):
+            say(message)
+
     reason = _import_modules(options.include)
     if reason:
         say({"kind": "failed", "reason": reason})
         return
+    keep_definitions()
+    runner = TaskRunner(keeps_connections=options.keeps_connections)
     copy_logs_by(
-        lambda path, target: say({"kind": "log", "path": path, "target": target}),
-        lambda path: say({"kind": "log-end", "path": path}),
+        lambda path, target: mention(kind="log", path=path, target=target),
+        lambda path: mention(kind="log-end", path=path),
     )
     with suppress(ConnectionError):  # the worker is gone, and its guard says so to us
         say({"kind": "ready"})
         while (task := frames.receive(connection)) is not None:
             say({"kind": "started"})
-            answer = _look_at_run(task) if task["name"] == LOOK_AT_RUN else _execute(task)
+            if task["name"] in (LOOK_AT_RUN, FAIL_RUN):
+                answer = _look_after_run(runner, task)
+            else:
+                answer = _execute(runner, task, on_begun=lambda: mention(kind="begun"))
             say({**answer, "resident_kib": _resident_kib()})
 
 
@@ -107,14 +120,16 @@ def _find_code_here() -> None:
     sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
 
 
-def _execute(task: dict[str, Any]) -> dict[str, Any]:
+def _execute(
+    runner: TaskRunner, task: dict[str, Any], on_begun: Callable[[], None]
+) -> dict[str, Any]:
     place = Place.from_dict(task["place"])
     name = TaskName(task["name"])
     if name is TaskName.EXECUTE_PLAN:
         with soft_time_limit(task.get("soft_timeout_seconds")):
-            result = execute_plan(task["payload"], place, task["queue"])
+            result = runner.execute_plan(task["payload"], place, task["queue"])
     else:
-        result = execute_run(name, task["payload"], place, task["queue"])
+        result = runner.execute_run(name, task["payload"], place, task["queue"], on_begun)
     sys.stdout.flush()
     sys.stderr.flush()
     return {
@@ -123,11 +138,16 @@ def _execute(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _look_at_run(task: dict[str, Any]) -> dict[str, Any]:
+def _look_after_run(runner: TaskRunner, task: dict[str, Any]) -> dict[str, Any]:
+    answer = {"kind": "run", "is_over": False, "error": ""}
     try:
-        return {"kind": "run", "is_over": is_run_over(task["payload"]), "error": ""}
+        if task["name"] == LOOK_AT_RUN:
+            answer["is_over"] = runner.is_run_over(task["payload"])
+        else:
+            runner.fail_run(task["payload"], task["reason"])
     except Exception as error:
-        return {"kind": "run", "is_over": False, "error": f"{type(error).__name__}: {error}"}
+        answer["error"] = f"{type(error).__name__}: {error}"
+    return answer
 
 
 def _resident_kib() -> int:

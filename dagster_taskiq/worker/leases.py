@@ -62,6 +62,7 @@ class Lease:
         is_resumable: whether another process would take over a run.
         suspended_since: since when its process has been seen stopped.
         refused_order: to cancel it, which is found again at each renewal.
+        is_executed: whether only its result is left to be stored, so that there is nothing to stop.
     """
 
     claim: Claim
@@ -75,6 +76,7 @@ class Lease:
     is_resumable: bool = False
     suspended_since: float | None = None
     refused_order: str | None = None
+    is_executed: bool = False
 
     @property
     def ends_at(self) -> float:
@@ -112,6 +114,7 @@ class LeaseKeeper:
         self._is_away = False
         self._answered_at = float("-inf")
         self._added = asyncio.Event()
+        self._hands_over = False
 
     def keep(self, lease: Lease) -> None:
         """Renew a claim from now on."""
@@ -181,7 +184,7 @@ class LeaseKeeper:
             due = [
                 lease.renewed_at + lease.claim.lease_seconds * share
                 for lease in self._leases.values()
-                if lease.stop_reason is None
+                if lease.stop_reason is None and not lease.is_executed
             ]
             left = min(due) - self._now() if due else None
             if left is None or left > 0:
@@ -229,6 +232,8 @@ class LeaseKeeper:
             self.guard_group(lease, lease.group)
         if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
             self.stop(lease, StopReason.CANCELLED)
+        elif not lease.needs_live_run and self._hands_over and lease.is_resumable:
+            self.stop(lease, StopReason.HANDED_OVER)
         elif not lease.needs_live_run:
             self._look_at_process(lease)
         elif not renewal.is_run_alive and self._is_steady(lease):
@@ -265,6 +270,9 @@ class LeaseKeeper:
         """Stop a task, once."""
         if lease.stop_reason is not None or lease.claim.token not in self._leases:
             return
+        # a renewal that the server answers after it has stored the result finds no claim
+        if lease.is_executed:
+            return
         lease.stop_reason = reason
         logger.warning("Stopping task %s: %s.", lease.claim.task_id, reason.value)
         lease.on_stop()
@@ -288,6 +296,7 @@ class LeaseKeeper:
                 self.stop(lease, StopReason.HANDED_OVER)
             else:
                 logger.info("Waiting for run %s: it cannot be resumed.", lease.claim.run_id)
+        self._hands_over = True  # also one whose code is still being loaded, as soon as it can be
 
     def count(self, *, runs: bool) -> int:
         """How many claims on runs, or on steps."""

@@ -1,8 +1,11 @@
-"""Whether Dagster has given up a run whose process is gone.
+"""What a worker has to ask and to tell Dagster about runs, when their own process cannot.
 
 Steps of a run that may be resumed go on without its process. When it is not resumed after all (the
 resume failed, somebody marked the run as failed or deleted it), nobody tells the worker, so it asks
-Dagster: through a child process, as the worker itself has no Dagster instance.
+Dagster. And it tells Dagster of a launched run whose process died before the run had started, which
+nobody else would notice before its start timeout.
+
+Both through a child process, as the worker itself has no Dagster instance.
 """
 
 from __future__ import annotations
@@ -13,17 +16,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_taskiq.errors import SlotError
-from dagster_taskiq.worker.child import LOOK_AT_RUN
+from dagster_taskiq.worker.child import FAIL_RUN, LOOK_AT_RUN
 from dagster_taskiq.worker.slot import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
 
 
 class RunWatch:
-    """Asks one question at a time.
+    """Asks or tells one thing at a time.
 
     Args:
-        slot: of its own; it has a child only while there is something to ask.
+        slot: of its own; it has a child only while there is something to say.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -36,20 +39,33 @@ class RunWatch:
         Args:
             payload: of the step's task.
         """
+        answer = await self._say({"name": LOOK_AT_RUN, "payload": dict(payload)})
+        return answer is not None and bool(answer["is_over"])
+
+    async def fail(self, payload: Mapping[str, Any], reason: str) -> None:
+        """Fail a run that still waits to be started.
+
+        Args:
+            payload: of the run's task.
+            reason: what became of its process.
+        """
+        await self._say({"name": FAIL_RUN, "payload": dict(payload), "reason": reason})
+
+    async def _say(self, task: dict[str, Any]) -> Mapping[str, Any] | None:
+        """The child's answer, or None where there is none."""
         async with self._turn:
             try:
-                task = {"name": LOOK_AT_RUN, "payload": dict(payload)}
                 answer = await self._slot.run(task, lambda _: None)
             except SlotError as error:
-                logger.warning("Cannot ask Dagster after a run whose process is gone: %s.", error)
-                return False
+                logger.warning("Cannot reach Dagster about a run without a process: %s.", error)
+                return None
             finally:
-                await self._slot.stop()  # it is rare that there is something to ask
+                await self._slot.stop()  # it is rare that there is something to say
         if isinstance(answer, ChildDied) or answer["error"]:
             reason = answer if isinstance(answer, ChildDied) else answer["error"]
-            logger.warning("Cannot ask Dagster after a run whose process is gone: %s.", reason)
-            return False
-        return bool(answer["is_over"])
+            logger.warning("Cannot reach Dagster about a run without a process: %s.", reason)
+            return None
+        return answer
 
     async def stop(self) -> None:
         """End the child."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
+from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
@@ -30,16 +30,14 @@ from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
 
-#: What every child finds already imported, with what Dagster's storages need. User code is not
-#: among it: a fresh child must run what stands on disk now, and a broken module must break one
-#: child only.
-_PRELOAD = ["__main__", "dagster", "dagster_taskiq.worker.child", "alembic.command", "sqlalchemy"]
-
 #: How long a child may take to import the user's modules.
 _READY_TIMEOUT_SECONDS = 300.0
 
 #: How long the exit code of a child that hung up may be on its way.
 _EXIT_TIMEOUT_SECONDS = 5.0
+
+#: How long the last message of a child that has ended may be in the socket.
+_LAST_MESSAGE_SECONDS = 0.1
 
 #: A child that dies before it has begun to execute is replaced and the task given to the new one,
 #: so often.
@@ -69,28 +67,6 @@ class ChildDied:
             cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
             return f"its process was killed by {name}{cause}"
         return f"its process ended with exit code {self.exit_code}"
-
-
-def fork_server() -> ForkServerContext:
-    """The context that forks children from a process with everything preloaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
-
-
-def _start_deaf(process: ForkServerProcess) -> None:
-    """Start a child, and with the first one the fork server, with SIGTERM blocked.
-
-    A supervisor may send it to every process of a worker. The fork server must not die of it,
-    since a draining worker learns of the ends of its children through it, nor a child before it
-    can ignore it; ``child_main`` unblocks it.
-    """
-    resource_tracker.ensure_running()  # first, as its start unblocks the signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Slot:
@@ -166,7 +142,7 @@ class Slot:
             target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
         )
         try:
-            await asyncio.to_thread(_start_deaf, process)
+            await asyncio.to_thread(start_deaf, process)
         except (OSError, EOFError) as error:
             ours.close()
             raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error
@@ -177,6 +153,7 @@ class Slot:
         self._process = process
         self._exited = self._watch_exit(process)
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._exited.add_done_callback(partial(_hang_up, self._writer))
         self._tasks_done = 0
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
         if isinstance(answer, ChildDied) or answer["kind"] != "ready":
@@ -205,6 +182,7 @@ class Slot:
         task: dict[str, Any],
         on_child: Callable[[int], None],
         on_started: Callable[[], None] = lambda: None,
+        on_begun: Callable[[], None] = lambda: None,
     ) -> dict[str, Any] | ChildDied:
         """Execute a task; the child's answer, or how it died.
 
@@ -212,12 +190,13 @@ class Slot:
             task: what ``child`` reads.
             on_child: called with the child's process group before it is given the task.
             on_started: called when the child has begun with it.
+            on_begun: called when the log of a run says that it has started.
 
         Raises:
             SlotError: the child died before it had begun, and no other one comes up.
         """
         try:
-            return await self._run(task, on_child, on_started)
+            return await self._run(task, on_child, on_started, on_begun)
         finally:
             self._has_task = False
 
@@ -226,6 +205,7 @@ class Slot:
         task: dict[str, Any],
         on_child: Callable[[int], None],
         on_started: Callable[[], None],
+        on_begun: Callable[[], None],
     ) -> dict[str, Any] | ChildDied:
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
             self._has_task = False
@@ -240,7 +220,7 @@ class Slot:
                 return answer
             logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
         on_started()
-        answer = await self._result()
+        answer = await self._result(on_begun)
         self._tasks_done += 1
         if isinstance(answer, ChildDied):
             return answer
@@ -256,7 +236,7 @@ class Slot:
             pass  # it is gone; reading says how
         return await self._next_message(None)
 
-    async def _result(self) -> dict[str, Any] | ChildDied:
+    async def _result(self, on_begun: Callable[[], None]) -> dict[str, Any] | ChildDied:
         """The child's last message of a task, or its death."""
         pid = self.pid
         while True:
@@ -269,6 +249,9 @@ class Slot:
             elif answer["kind"] == "log-end":
                 self._tails.end(pid, answer["path"])
                 continue
+            elif answer["kind"] == "begun":
+                on_begun()
+                continue
             return answer
 
     def _note_use(self, answer: dict[str, Any]) -> None:
@@ -280,25 +263,10 @@ class Slot:
     async def _next_message(self, timeout_seconds: float | None) -> dict[str, Any] | ChildDied:
         """The child's next message, or its death."""
         assert self._reader is not None
-        assert self._exited is not None
-        reading = asyncio.ensure_future(frames.read(self._reader))
         try:
-            # a grandchild that inherited the socket would hide the child's end, so watch both
-            either: set[asyncio.Future[Any]] = {reading, self._exited}
-            await asyncio.wait(
-                either,
-                timeout=timeout_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if self._exited.done() and not reading.done():
-                # it may have died with its last message still in the socket
-                await asyncio.wait({reading}, timeout=0.1)
-            if reading.done() and reading.exception() is None:
-                return reading.result()
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
-        return await self._death()
+            return await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
+        except (EOFError, OSError, ValueError, asyncio.TimeoutError):
+            return await self._death()
 
     async def _death(self) -> ChildDied:
         assert self._exited is not None
@@ -353,3 +321,9 @@ class Slot:
             self._writer.close()
         self._process.close()
         self._process = self._reader = self._writer = self._exited = None
+
+
+def _hang_up(writer: asyncio.StreamWriter, exited: asyncio.Future[int]) -> None:
+    """End the connection to a child that has ended: a grandchild that has inherited the other side
+    would keep it open."""
+    exited.get_loop().call_later(_LAST_MESSAGE_SECONDS, writer.transport.abort)

@@ -2,6 +2,9 @@
 
     message --> claim --> ack --> slot --result--> complete
 
+A launched run is acked when it has begun: until then nobody but its message's broker would notice
+that it died with its worker, since Dagster does not look after a run that is STARTING.
+
 Steps and runs have separate stations with separate physical queues, so that runs, which wait for
 their steps, never take the slots that those need.
 """
@@ -37,6 +40,9 @@ from dagster_taskiq.worker.slot import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
 
+#: Pause before a run is claimed again that another worker has claimed and not begun.
+_PENDING_SECONDS = 0.5
+
 #: Pause before a result is offered again to a backend that was away.
 _RETRY_SECONDS = 0.5
 
@@ -55,7 +61,7 @@ class Station:
         backend: where tasks are claimed.
         leases: keeps the claims.
         slots: not yet prepared.
-        run_watch: asks after runs whose process is gone.
+        run_watch: speaks with Dagster about runs whose process is gone.
         place: of the worker; pid and slot are filled in for each task.
         result_expires_seconds: how long an unread result is kept.
         limits: of steps whose tags say nothing.
@@ -180,17 +186,8 @@ class Station:
             epoch=envelope.epoch,
             place=replace(self._place, pid=slot.pid, slot=slot.number),
         )
-        claimed_at = clock()
-        is_step = self.kind is QueueKind.STEPS
-        try:
-            answer = await self._backend.claim(claim, needs_live_run=is_step)
-        except ServerError as error:
-            logger.warning("Cannot claim task %s: %s It goes back.", envelope.task_id, error)
-            await asyncio.sleep(RELEASE_PAUSE_SECONDS)
-            return
-        await self._ack(envelope, context)
-        if answer is not ClaimAnswer.GRANTED:
-            logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)
+        claimed_at = await self._claim(claim, envelope, context)
+        if claimed_at is None:
             return
         lease = Lease(
             claim,
@@ -198,14 +195,65 @@ class Station:
             claimed_at,
             lambda: self._stop_task(slot, envelope, lease),
             lambda: self._look_after_orphan(lease, envelope),
-            needs_live_run=is_step,
+            needs_live_run=self.kind is QueueKind.STEPS,
         )
         self._leases.keep(lease)
+        acking: list[asyncio.Task[None]] = []
+
+        def begin() -> None:
+            # beside the task, which is protected by the claim and need not wait for the servers
+            acking.append(asyncio.create_task(self._begin(claim, envelope, context), name="ack"))
+
+        if not _is_until_begun(envelope):
+            begin()
         try:
             result = failure and TaskResult(Outcome.ERROR, claim.place, reason=failure)
-            await self._store(lease, result or await self._run_in(slot, envelope, lease))
+            result = result or await self._run_in(slot, envelope, lease, begin)
+            lease.is_executed = True
+            if result.outcome is Outcome.DIED and not acking and lease.stop_reason is None:
+                await self._run_watch.fail(envelope.payload, result.reason)
+            if await self._store(lease, result) and not acking:
+                await self._ack(envelope, context)  # it has ended without having begun
         finally:
             self._leases.release(lease)
+            await asyncio.gather(*acking)
+
+    async def _claim(self, claim: Claim, envelope: Envelope, context: Context) -> float | None:
+        """Claim the task; the time that its lease counts from, or None if it is not for us.
+
+        What is only for now not for us is left unacked, and goes back to its queue.
+        """
+        while True:
+            claimed_at = clock()
+            try:
+                answer = await self._backend.claim(
+                    claim,
+                    needs_live_run=self.kind is QueueKind.STEPS,
+                    until_begun=_is_until_begun(envelope),
+                )
+            except ServerError as error:
+                logger.warning("Cannot claim task %s: %s It goes back.", envelope.task_id, error)
+                await asyncio.sleep(RELEASE_PAUSE_SECONDS)
+                return None
+            if answer is ClaimAnswer.GRANTED:
+                return claimed_at
+            if answer is not ClaimAnswer.PENDING:
+                await self._ack(envelope, context)
+                logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)
+                return None
+            if self._is_draining():
+                return None
+            await asyncio.sleep(_PENDING_SECONDS)
+
+    async def _begin(self, claim: Claim, envelope: Envelope, context: Context) -> None:
+        """Nobody else is to have the task any more."""
+        if _is_until_begun(envelope):
+            try:
+                await self._backend.begin(claim)
+            except ServerError as error:
+                # should it be delivered again, Dagster's status of the run keeps it from starting
+                logger.warning("Could not note that run %s began: %s", envelope.run_id, error)
+        await self._ack(envelope, context)
 
     async def _ack(self, envelope: Envelope, context: Context) -> None:
         try:
@@ -214,7 +262,9 @@ class Station:
             # it will be delivered again, and dropped at the claim
             logger.warning("Could not acknowledge task %s: %s", envelope.task_id, error)
 
-    async def _run_in(self, slot: Slot, envelope: Envelope, lease: Lease) -> TaskResult:
+    async def _run_in(
+        self, slot: Slot, envelope: Envelope, lease: Lease, on_begun: Callable[[], None]
+    ) -> TaskResult:
         title = _title(envelope)
         logger.info("%s: starting in slot %d.", title, slot.number)
         task: dict[str, Any] = {
@@ -228,7 +278,7 @@ class Station:
         task["soft_timeout_seconds"] = timers.limits.soft_seconds
         try:
             answer = await slot.run(
-                task, lambda pid: self._leases.guard_group(lease, pid), timers.start
+                task, lambda pid: self._leases.guard_group(lease, pid), timers.start, on_begun
             )
             result = _result_of(answer, lease, timers.verdict)
         except SlotError as error:
@@ -240,8 +290,8 @@ class Station:
         logger.log(level, "%s: ended after %.3f s. %s", title, seconds, _cause(result))
         return result
 
-    async def _store(self, lease: Lease, result: TaskResult) -> None:
-        """Store a result as long as the lease may hold."""
+    async def _store(self, lease: Lease, result: TaskResult) -> bool:
+        """Store a result as long as the lease may hold; whether it is stored."""
         while True:
             try:
                 is_stored = await self._backend.complete(
@@ -253,14 +303,14 @@ class Station:
                 if clock() >= lease.ends_at:
                     task_id = lease.claim.task_id
                     logger.error("The result of task %s is lost: %s", task_id, error)
-                    return
+                    return False
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
             if not is_stored:
                 logger.error(
                     "The result of task %s was refused: its lease had ended.", lease.claim.task_id
                 )
-            return
+            return is_stored
 
     def _stop_task(self, slot: Slot, envelope: Envelope, lease: Lease) -> None:
         """SIGTERM now, SIGKILL after the grace period unless it has ended by then."""
@@ -289,6 +339,14 @@ class Station:
 
         if token not in self._looks:
             self._looks[token] = asyncio.create_task(look(), name=f"look after {envelope.run_id}")
+
+
+def _is_until_begun(envelope: Envelope) -> bool:
+    """Whether a claim on the task counts only while it is held, until the task has begun.
+
+    Not that of a run that is resumed: it is STARTED, so Dagster looks after it.
+    """
+    return envelope.name is TaskName.EXECUTE_JOB
 
 
 def _title(envelope: Envelope) -> str:

@@ -44,11 +44,12 @@ from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
+from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.run_watch import RunWatch
-from dagster_taskiq.worker.slot import Slot, fork_server
+from dagster_taskiq.worker.slot import Slot
 from dagster_taskiq.worker.station import Station
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class WorkerOptions:
         drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
         result_expires_seconds: how long an unread result is kept.
         limits: how long a step may take whose tags say nothing.
+        keeps_connections: see ``ChildOptions``.
         watch: directory whose changes of code give every slot a fresh child; None for none.
         secrets: environment variables of the runs' processes that steps do not get.
     """
@@ -90,6 +92,7 @@ class WorkerOptions:
     drain_timeout_seconds: float = 3600.0
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
     limits: TimeLimits = TimeLimits()
+    keeps_connections: bool = True
     watch: Path | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -149,6 +152,7 @@ class Worker:
                         options.include,
                         options.log_level,
                         number,
+                        options.keeps_connections,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),

@@ -63,15 +63,6 @@ class LaunchedRun(Run):
         """Wait until Dagster says so."""
         until(lambda: self.status is status, f"the run is {status.value}")
 
-    def events(
-        self, kind: DagsterEventType | None = None, step: str | None = None
-    ) -> list[DagsterEvent]:
-        """Its events; those of one kind are found fast in a long log."""
-        kinds = {kind} if kind else set(DagsterEventType)
-        entries = self.stack.instance.all_logs(self.run_id, of_type=kinds)
-        events = [entry.dagster_event for entry in entries if entry.dagster_event]
-        return [event for event in events if step in (None, event.step_key)]
-
     def starts(self) -> list[DagsterEvent]:
         """The events of the workers that executed it."""
         events = self.events(DagsterEventType.ENGINE_EVENT)

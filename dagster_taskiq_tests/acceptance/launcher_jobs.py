@@ -1,5 +1,9 @@
 """The jobs of whole runs on workers; their ops write to the same trace as those of ``jobs``."""
 
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Iterator
 
 from dagster import (
@@ -8,6 +12,7 @@ from dagster import (
     ExpectationResult,
     Failure,
     In,
+    JobDefinition,
     Nothing,
     OpExecutionContext,
     Out,
@@ -75,6 +80,20 @@ def multiprocess() -> None:
 @job(executor_def=in_process_executor)
 def in_process_single() -> None:
     ran()
+
+
+def loads_slowly() -> JobDefinition:
+    """A job whose code a worker does not live to load if it has that fault built in."""
+    if os.environ.get("DAGSTER_TASKIQ_TEST_FAULT") == "loading":
+        time.sleep(600)
+    return in_process_single
+
+
+def kills_its_process() -> JobDefinition:
+    """A job whose code a worker's process does not survive."""
+    if multiprocessing.parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return in_process_single
 
 
 @job(executor_def=in_process_executor)

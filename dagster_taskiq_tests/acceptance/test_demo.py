@@ -180,7 +180,7 @@ MOMENTS: dict[str, Callable[[Demo], bool]] = {
     "importing": lambda demo: demo.runs("dagster_taskiq", "demo"),
     "server starting": lambda demo: "Starting the server" in demo.output,
     "workers starting": lambda demo: demo.runs("worker start", "long-queue"),
-    "slots starting": lambda demo: demo.runs("forkserver"),
+    "slots starting": lambda demo: demo.runs("resource_tracker"),  # multiprocessing's, for slots
     "run starting": lambda demo: demo.runs("job execute"),
     "first step running": lambda demo: ": running (" in demo.output,
     "fan-out running": lambda demo: "price[north]: running" in demo.output,

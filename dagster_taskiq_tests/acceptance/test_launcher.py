@@ -180,6 +180,21 @@ def test_code_that_does_not_load(final: Stack) -> None:
     assert "a_module_that_is_gone" in said
 
 
+def test_code_that_kills_its_process(final: Stack) -> None:
+    """The run fails at once, with the reason, not at its start timeout; it is not started again.
+
+    Its slot goes on working.
+    """
+    run = launch(final, "kills_its_process").wait()
+    assert run.status is FAILURE
+    (failure,) = run.events(DagsterEventType.RUN_FAILURE)
+    assert "Before the run had started, its process was killed by SIGKILL" in str(failure.message)
+    assert len(run.starts()) == 1
+    assert run.health().status is WorkerStatus.FAILED
+    assert launch(final, "in_process_single").wait().is_success
+    assert len(run.starts()) == 1
+
+
 def test_over_rabbitmq(tmp_path: Path) -> None:
     """Over RabbitMQ a running run is terminated, a queued one too, and the next one succeeds."""
     with open_launching_stack("rabbitmq", tmp_path) as stack:

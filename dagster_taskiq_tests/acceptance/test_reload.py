@@ -143,9 +143,11 @@ def test_a_terminal_that_is_closed_ends_the_worker(stack: Stack, tmp_path: Path)
     assert "Stopping" in worker.log
 
 
-#: Makes standard input the controlling terminal, as a login does, then is the command.
+#: Makes standard input the controlling terminal, as a login does, then is the command. The signal
+#: that says that it is closed is let through, also where `nohup` has started the tests.
 _IN_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from dagster_taskiq.__main__ import main
 main()

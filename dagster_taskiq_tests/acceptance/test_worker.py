@@ -42,6 +42,36 @@ LEASE_SECONDS = 3.0
 _SLACK_SECONDS = 3.0
 
 
+# --- start --------------------------------------------------------------------------------------
+
+#: Every Python process runs it first; this one notes who imports Dagster.
+COUNTER = """
+import os, sys
+
+class Counter:
+    def find_spec(self, name, path=None, target=None):
+        if name == "dagster":
+            with open(os.path.join(os.path.dirname(__file__), "imports"), "a") as file:
+                file.write(f"{os.getpid()}\\n")
+
+sys.meta_path.insert(0, Counter())
+"""
+
+
+def test_dagster_is_imported_once(stack: Stack) -> None:
+    """By the worker; the one fork server is a copy of it, and the children are copies of that."""
+    (stack.directory / "sitecustomize.py").write_text(COUNTER)
+    path = os.pathsep.join([str(stack.directory), stack.environment["PYTHONPATH"]])
+    worker = stack.worker(slots=3, environment={"PYTHONPATH": path}).await_ready()
+    run = stack.run("serial")
+    assert run.is_success
+    (server,) = {psutil.Process(note.pid).ppid() for note in run.notes("ran")}
+    assert psutil.Process(server).ppid() == worker.pid
+    # of each slot, for steps and for runs
+    assert len(psutil.Process(server).children()) == 2 * 3
+    assert (stack.directory / "imports").read_text().split() == [str(worker.pid)]
+
+
 # --- death of the worker ------------------------------------------------------------------------
 
 
@@ -341,6 +371,19 @@ def test_background(stack: Stack) -> None:
         for pid in pids:
             if is_running(int(pid)):
                 os.kill(int(pid), signal.SIGKILL)
+
+
+def test_a_signal_before_it_listens_to_any(stack: Stack, tmp_path: Path) -> None:
+    """A worker that is stopped while it starts leaves no file, as one that has been at work."""
+    files = tmp_path / "files"
+    files.mkdir()
+    settings = tmp_path / "settings.yaml"
+    os.mkfifo(settings)  # it reads them for ever
+    worker = stack.worker(environment={"TMPDIR": str(files)}, settings=settings)
+    until(lambda: list(files.iterdir()), "it has made a directory")
+    worker.terminate()
+    assert worker.wait() == 0
+    assert list(files.iterdir()) == []
 
 
 @pytest.mark.parametrize("key", ["config", "celery"])

@@ -6,6 +6,7 @@ What a user does with it goes through the webserver's GraphQL, as the UI's click
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import urllib.error
 import urllib.request
@@ -207,7 +208,9 @@ def _start(stack: Stack) -> Web:
     ]
     socket = str(stack.exit_stack.enter_context(temporary_directory()) / "s")
     code = ["dagster", "api", "grpc", "-s", socket, "-m", user_jobs.__name__]
-    _Service(stack, "code-server", code).await_answer(lambda: _check_code_server(socket))
+    # it does not end by SIGTERM, in half a minute
+    code_server = _Service(stack, "code-server", code, stop_signal=signal.SIGKILL)
+    code_server.await_answer(lambda: _check_code_server(socket))
     port = free_port()
     web = Web(f"http://127.0.0.1:{port}", stack)
     workspace = ["-w", str(_workspace(stack, socket))]
@@ -224,11 +227,17 @@ def _start(stack: Stack) -> Web:
 class _Service:
     """One of Dagster's long-lived processes; it ends with the stack."""
 
-    def __init__(self, stack: Stack, name: str, module: Sequence[str]) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        name: str,
+        module: Sequence[str],
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
         self._log = stack.new_log(name)
         environment = {**stack.environment, **_environment(stack)}
         self._process = popen([sys.executable, "-m", *module], self._log, environment=environment)
-        stack.exit_stack.callback(stop, self._process)
+        stack.exit_stack.callback(stop, self._process, stop_signal)
 
     def await_answer(self, check: Callable[[], str]) -> None:
         """Wait until the check is content."""

@@ -30,6 +30,7 @@ from dagster_taskiq.backend import (
     WorkerRecord,
     open_backend,
 )
+from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import RefusedByServerError, SupersededLoopError, UnreachableServerError
 from dagster_taskiq.loop_thread import LoopThread
 from dagster_taskiq.results import Place
@@ -327,15 +328,38 @@ def test_what_a_worker_has_dropped_is_known(empty: Bench) -> None:
     assert empty.state(claim.task_id) is TaskState.CLAIMED
 
 
-def test_an_abandoned_claim_is_free_again(bench: Bench) -> None:
-    """A worker that stops before it has begun gives the task back; again does no harm."""
-    claim = bench.claimed()
+def test_a_launched_run_is_free_until_it_has_begun(empty: Bench) -> None:
+    """It waits for the claim's end, not for its loop, which is not there yet."""
+    first, second, third = (empty.new_claim("run-task") for _ in range(3))
+    assert claim_until_begun(empty, first) is ClaimAnswer.GRANTED
+    assert claim_until_begun(empty, second) is ClaimAnswer.PENDING
+    empty.expire(first)
+    assert empty.state("run-task") is TaskState.EXPIRED
+    assert claim_until_begun(empty, second) is ClaimAnswer.GRANTED
+    assert not empty.renew(first).is_held
+    assert not empty.complete(first)
+    empty.call(empty.backend.begin(first))  # too late: it is not his any more
+    assert claim_until_begun(empty, third) is ClaimAnswer.PENDING
     for _ in range(2):
-        bench.call(bench.backend.abandon(claim))
-        assert bench.state(claim.task_id) is TaskState.UNKNOWN
-    next_one = bench.claimed(claim.task_id)
-    bench.call(bench.backend.abandon(claim))
-    assert bench.report(claim.task_id).place == next_one.place
+        empty.call(empty.backend.begin(second))
+    assert claim_until_begun(empty, third) is ClaimAnswer.CLAIMED
+    empty.expire(second)
+    assert claim_until_begun(empty, third) is ClaimAnswer.CLAIMED
+    assert empty.state("run-task") is TaskState.EXPIRED
+
+
+def test_a_launched_run_that_ended_before_it_began(empty: Bench) -> None:
+    """Its end, whatever it was, counts as one; so does its cancel."""
+    ended, cancelled = empty.new_claim(), empty.new_claim()
+    assert claim_until_begun(empty, ended) is ClaimAnswer.GRANTED
+    assert empty.complete(ended)
+    assert claim_until_begun(empty, empty.new_claim(ended.task_id)) is ClaimAnswer.DONE
+    assert empty.cancel(cancelled.task_id) == [TaskState.CANCELLED]
+    assert claim_until_begun(empty, cancelled) is ClaimAnswer.CANCELLED
+
+
+def claim_until_begun(bench: Bench, claim: Claim) -> ClaimAnswer:
+    return bench.call(bench.backend.claim(claim, needs_live_run=False, until_begun=True))
 
 
 # --- results ---
@@ -490,14 +514,6 @@ def test_an_expired_task_is_not_said_to_have_never_started(bench: Bench) -> None
     assert not bench.complete(claim)
     assert not bench.reopen(claim.task_id)
     assert bench.condemn(claim.task_id)
-
-
-def test_a_cancelled_task_that_is_given_back_is_not_free(bench: Bench) -> None:
-    """Its worker had not begun it, and nobody will."""
-    claim = bench.claimed()
-    bench.cancel(claim.task_id)
-    bench.call(bench.backend.abandon(claim))
-    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.CANCELLED
 
 
 def test_a_lost_task_is_not_said_to_have_never_started(bench: Bench) -> None:
@@ -655,6 +671,29 @@ def test_tombstones_outlive_the_loop(bench: Bench) -> None:
     assert bench.claim(bench.new_claim("cancelled")) is ClaimAnswer.CANCELLED
 
 
+def test_the_record_of_a_run_that_is_over_goes_soon(bench: Bench) -> None:
+    """Also after last words of others; a loop that comes back has it for long again."""
+    key = f"{bench.options.key_prefix}:run:{bench.run_id}"
+    held = bench.claimed()
+    assert bench.keys()[key] > CLOSED_RECORD_EXPIRES_SECONDS
+    bench.call(bench.backend.close_run(bench.run_id, token="loop"))
+    last_words: list[Callable[[], object]] = [
+        lambda: None,
+        lambda: bench.renew(held),
+        lambda: bench.complete(held),
+        lambda: bench.claim(bench.new_claim()),
+        lambda: bench.cancel("never sent"),
+        lambda: bench.condemn("never sent either"),
+    ]
+    for say in last_words:
+        say()
+        assert 0 < bench.keys()[key] <= CLOSED_RECORD_EXPIRES_SECONDS
+    bench.open_run()
+    assert bench.keys()[key] > CLOSED_RECORD_EXPIRES_SECONDS
+    bench.claimed()
+    assert bench.keys()[key] > CLOSED_RECORD_EXPIRES_SECONDS
+
+
 def test_every_key_but_the_epoch_expires(bench: Bench) -> None:
     """Runs, results, claims and workers leave nothing for ever."""
     held, done, lost = bench.claimed(), bench.claimed(), bench.claimed()
@@ -767,7 +806,7 @@ def calls(bench: Bench) -> list[Callable[[], Awaitable[Any]]]:
         lambda: backend.claim(claim, needs_live_run=True),
         lambda: backend.renew([claim]),
         lambda: backend.complete(claim, b"", expires_seconds=1),
-        lambda: backend.abandon(claim),
+        lambda: backend.begin(claim),
         lambda: backend.heartbeat(record("w"), expires_seconds=1),
         lambda: backend.goodbye("w"),
         backend.workers,
@@ -1132,14 +1171,6 @@ class OneTask(RuleBasedStateMachine):
         if stored:
             self.stored.append(result)
             self.model = Model(TaskState.DONE, winner=claim)
-
-    @rule(worker=st.integers(0, 2))
-    def abandon(self, worker: int) -> None:
-        claim = self.claims[worker]
-        self.twice(lambda: self.bench.call(self.bench.backend.abandon(claim)))
-        if self.model.holder is claim:
-            self.model = Model(TaskState.CANCELLED if self.model.is_told else TaskState.UNKNOWN)
-            self.grants_since_reopened.clear()
 
     @rule()
     def cancel(self) -> None:

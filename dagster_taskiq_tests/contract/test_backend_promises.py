@@ -242,7 +242,7 @@ class Promises(RuleBasedStateMachine):
         return [it for it in self.executions if it.number == number and it.is_alive]
 
     @precondition(lambda self: any(it.is_alive for it in self.executions))
-    @rule(data=st.data(), what=st.sampled_from(["start", "finish", "die", "abandon", "renew"]))
+    @rule(data=st.data(), what=st.sampled_from(["start", "finish", "die", "renew"]))
     def work(self, data: st.DataObject, what: str) -> None:
         """Something happens to a live worker's task."""
         living = [it for it in self.executions if it.is_alive]
@@ -267,11 +267,6 @@ class Promises(RuleBasedStateMachine):
     def _die(self, execution: Execution) -> None:
         """Its claim stays until its lease ends."""
         execution.is_alive = False
-
-    def _abandon(self, execution: Execution) -> None:
-        if not execution.has_started:
-            self.bench.call(self.bench.backend.abandon(execution.claim))
-            execution.is_alive = False
 
     def _renew(self, execution: Execution) -> None:
         renewal = self.bench.renew(execution.claim)

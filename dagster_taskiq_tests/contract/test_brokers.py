@@ -556,6 +556,36 @@ def test_a_dead_listeners_task_goes_back_to_its_place(
     run(test())
 
 
+def test_what_a_living_worker_has_in_hand_stays_there(
+    broker_options: ServerOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as it takes: a launched run is acked only when its code is loaded.
+
+    Then it is given back like any other, or does not come again where it is acked.
+    """
+    monkeypatch.setattr(RedisTaskBroker, "in_hand_seconds", 2.0)
+    monkeypatch.setattr(RedisTaskBroker, "hold_every_seconds", 0.1)
+    monkeypatch.setattr("dagster_taskiq.brokers.redis.SLOW_LOOK_SECONDS", 0.1)
+
+    async def test() -> None:
+        queue = queue_name(broker_options)
+        async with (
+            consuming(broker_options, queue) as slow,
+            consuming(broker_options, queue) as other,
+        ):
+            await slow.broker.kick_many([task(queue, text) for text in "ab"])
+            first, second = await slow.take(), await slow.take()
+            with pytest.raises(asyncio.TimeoutError):
+                await other.take(3.0)
+            await second.ack()
+            await first.release()
+            assert await other.finish() == "a"
+            with pytest.raises(asyncio.TimeoutError):
+                await other.take(AT_ONCE_SECONDS)
+
+    run(test())
+
+
 def test_a_shut_down_listeners_task_goes_back(
     broker_options: ServerOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,12 @@ from dagster_taskiq.client import Client
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.dispatcher import StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, physical_queue
+from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.servers import redis_options
 
-TASK = StepTask("0c4d2a3e-5b7b-4b0e-8d3f-0d4c4d1f7a55", "step", 1, "queue", 5, {})
+TASK = StepTask("0c4d2a3e-5b7b-4b0e-8d3f-0d4c4d1f7a55", "step", 1, "queue", 5, dict)
 
 PATIENCE_SECONDS = 20.0
 
@@ -34,6 +35,7 @@ class Bench:
             is_resumable=False,
             lease_seconds=1.0,
             cancel_grace_seconds=1.0,
+            events=EventWriter(),
         )
 
     def flush(self) -> None:

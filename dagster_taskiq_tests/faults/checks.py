@@ -40,10 +40,11 @@ def start(stack: Stack, job: str, *, lease_seconds: float = LEASE_SECONDS, **mor
     return stack.start(f"{JOBS}:{job}", **arguments)  # type: ignore[arg-type]
 
 
-def fatal_worker(stack: Stack, fault: str, **arguments: object) -> WorkerProcess:
+def fatal_worker(stack: Stack, fault: str, *arguments: str, **options: object) -> WorkerProcess:
     """A worker with a fault built in; see ``fatal_worker``."""
     return stack.worker(
-        **arguments,  # type: ignore[arg-type]
+        *arguments,
+        **options,  # type: ignore[arg-type]
         environment={FAULT_VARIABLE: fault},
         program=(sys.executable, "-m", "dagster_taskiq_tests.faults.fatal_worker"),
     )

@@ -45,6 +45,10 @@ def main() -> None:
         _patch(Slot, "run", is_done_first=False)
     elif fault == "ended":
         _patch(RedisBackend, "complete", is_done_first=False)
+    elif fault == "loading":
+        _patch(Slot, "_send", is_done_first=True)
+    elif fault == "begun":
+        _patch(RedisBackend, "begin", is_done_first=False)
     elif fault == "other protocol":
         station.PROTOCOL += 1
     else:

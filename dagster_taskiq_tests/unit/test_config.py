@@ -350,6 +350,7 @@ GOOD: Mapping[str, tuple[Any, Any]] = {
     "worker_max_memory_per_child": (200_000, 200_000),
     "task_soft_time_limit": ("1.5", 1.5),
     "task_time_limit": (0, 0.0),
+    "database_short_lived_sessions": (True, True),
     "key_prefix": ("staging", "staging"),
 }
 
@@ -357,6 +358,7 @@ BAD: Mapping[str, tuple[Any, ...]] = {
     "task_default_priority": ("high", 2.5, True, None, [], "1" * 5000),
     "task_default_queue": ("", "  ", 5, None),
     "task_always_eager": ("maybe", 2, None),
+    "database_short_lived_sessions": ("maybe", 2, None),
     "result_expires": (0, -1, "soon", float("nan"), float("inf"), 10**400, None),
     "broker_connection_timeout": (0, "x", float("nan")),
     "broker_heartbeat": (0, -5, "x", 1.5),

@@ -30,6 +30,7 @@ from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 PLACE = Place("w@h", "worker-id", "h", 4711, 2)
@@ -104,7 +105,7 @@ class FakeDispatcher(Dispatcher):
         elif word == RUN_UNHEARD:
             self._done(task)
         elif word == RUN_AND_LOSE:
-            tasks.execute_plan(task.payload, PLACE, task.queue)
+            TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
             self.states[key] = TaskState.EXPIRED
         elif word == EXPIRE_UNSTARTED:
             self.states[key] = TaskState.EXPIRED
@@ -127,7 +128,7 @@ class FakeDispatcher(Dispatcher):
         return self.__dict__.setdefault("_waiting", set())
 
     def _done(self, task: StepTask) -> TaskResult:
-        result = tasks.execute_plan(task.payload, PLACE, task.queue)
+        result = TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
         self.states[task.task_id] = TaskState.DONE
         self.stored[task.task_id] = result
         return TaskResult.from_bytes(result.to_bytes())

@@ -23,6 +23,7 @@ from dagster_taskiq._dagster import ExecutionPlan
 from dagster_taskiq.core_execution_loop import _check_outputs_are_shared
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 EAGER = {"config_source": {"task_always_eager": True}}
@@ -79,13 +80,13 @@ def test_steps_go_through_the_workers_task(
 ) -> None:
     """Its arguments are the message's payload, and nothing else."""
     payloads = []
-    execute_plan = tasks.execute_plan
+    execute_plan = TaskRunner.execute_plan
 
-    def note(payload: Any, place: Any, queue: str) -> Any:
+    def note(runner: TaskRunner, payload: Any, place: Any, queue: str) -> Any:
         payloads.append(payload)
-        return execute_plan(payload, place, queue)
+        return execute_plan(runner, payload, place, queue)
 
-    monkeypatch.setattr("dagster_taskiq.eager.execute_plan", note)
+    monkeypatch.setattr(TaskRunner, "execute_plan", note)
     with ran(jobs.single_job, instance) as result:
         assert result.success
     assert [set(payload) for payload in payloads] == [{tasks.ARGS_KEY, tasks.EXECUTABLE_KEY}]
@@ -228,16 +229,16 @@ def test_a_step_does_not_start_in_a_run_that_is_over(
 ) -> None:
     """A late message of a finished run is refused with the reason."""
     payloads = []
-    execute_plan = tasks.execute_plan
+    execute_plan = TaskRunner.execute_plan
 
-    def note(payload: Any, place: Any, queue: str) -> Any:
+    def note(runner: TaskRunner, payload: Any, place: Any, queue: str) -> Any:
         payloads.append((payload, place, queue))
-        return execute_plan(payload, place, queue)
+        return execute_plan(runner, payload, place, queue)
 
-    monkeypatch.setattr("dagster_taskiq.eager.execute_plan", note)
+    monkeypatch.setattr(TaskRunner, "execute_plan", note)
     with ran(jobs.single_job, instance) as result:
         before = len(result.all_events)
-        late = execute_plan(*payloads[0])
+        late = execute_plan(TaskRunner(), *payloads[0])
         assert late.events == ()
         assert "SUCCESS" in late.reason
         assert len(instance.all_logs(result.run_id)) >= before

@@ -129,7 +129,17 @@ def command_in(process: psutil.Process, directory: str) -> str | None:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    """Whether it executes nothing and holds no lock any more, reaped or not.
+
+    A process with several threads is a zombie as soon as its first one has ended; what it had open
+    is closed with the last.
+    """
+    try:
+        return not process.is_running() or (
+            process.status() == psutil.STATUS_ZOMBIE and process.num_threads() == 1
+        )
+    except psutil.NoSuchProcess:
+        return True
 
 
 def keeper(home: Path) -> psutil.Process:

@@ -20,6 +20,7 @@ LAYERS = [
     "signing",
     "tags servers results envelope worker.frames worker.guard worker.celery_arguments",
     "waker loop_thread _dagster redis_client tls_settings",
+    "storage_connections step_plans event_batches",
     "config backend brokers control embedded_keeper renewals",
     "embedded dispatcher",
     "connections client flights core_execution_loop",
@@ -118,7 +119,8 @@ def test_there_are_no_cycles() -> None:
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
-    "cli": {"dagster_taskiq.demo.run.run_demo"},  # only one command needs it
+    # only one command needs each
+    "cli": {"dagster_taskiq.demo.run.run_demo", "rich.console.Console", "rich.table.Table"},
     "embedded_keeper": {"ctypes"},  # only on Linux
 }
 

@@ -122,7 +122,10 @@ class Keeping(RuleBasedStateMachine):
 
     @rule()
     def drain(self) -> None:
-        """Runs that can be resumed are handed over, and nothing else is stopped by it."""
+        """Runs that can be resumed are handed over, and nothing else is stopped by it.
+
+        One that can be later is handed over then.
+        """
         before = set(self.scene.stopped_at)
         self.is_draining = True
 
@@ -130,7 +133,6 @@ class Keeping(RuleBasedStateMachine):
             self.scene.keeper.hand_over_runs()
 
         self.call(hand_over())
-        self.is_draining = False
         for lease in self.living():
             if lease.claim.token in before:
                 continue
@@ -180,6 +182,8 @@ class Keeping(RuleBasedStateMachine):
         else:
             assert reason is StopReason.HANDED_OVER
             assert self.is_draining
+            assert not lease.needs_live_run
+            assert lease.is_resumable
 
     def _check_alive(self, lease: Lease) -> None:
         """With the server well for a lease, what must stop has been stopped by now, or soon is."""
@@ -192,6 +196,8 @@ class Keeping(RuleBasedStateMachine):
         steady_for = self.now - max(self.epoch_since, self.well_since)
         if lease.needs_live_run and steady_for > LEASE + SOON:
             assert gone_for < SOON, "a step outlives its run"
+        may_stay = lease.needs_live_run or not self.is_draining or not lease.is_resumable
+        assert may_stay, "a run stays on a worker that stops"
 
     def teardown(self) -> None:
         self.task.cancel()

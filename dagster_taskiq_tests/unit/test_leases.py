@@ -404,6 +404,21 @@ def test_a_claim_that_is_not_held_stops_its_task() -> None:
     play(scenario)
 
 
+def test_what_is_executed_is_not_stopped() -> None:
+    """The server may answer a renewal when it has stored the result, and before we know it."""
+
+    async def scenario(scene: Scene) -> None:
+        lease = scene.keep()
+        await asyncio.sleep(LEASE / 5)
+        lease.is_executed = True
+        scene.backend.not_held.add(lease.claim.token)
+        await asyncio.sleep(LEASE)
+        assert lease.stop_reason is None
+        assert not scene.stop_of(lease)
+
+    play(scenario)
+
+
 def test_the_end_of_a_run_stops_its_tasks() -> None:
     """When its loop is gone and nobody will resume it."""
 

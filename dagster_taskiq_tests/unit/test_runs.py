@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
+from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
 from dagster_taskiq._dagster import execute_or_resume_run
@@ -55,3 +55,20 @@ def test_a_run_that_nobody_has_cancelled(instance: DagsterInstance, is_resumed: 
         run = starting_run(instance)
         assert execute_or_resume_run(instance, run.run_id, is_resumed=is_resumed) == 0
         assert status_of(instance, run) is DagsterRunStatus.SUCCESS
+
+
+def test_when_a_run_has_begun(instance: DagsterInstance) -> None:
+    """As soon as its start is in the log, before its first step; a cancelled one never has."""
+    seen: list[tuple[DagsterRunStatus, int]] = []
+
+    def note() -> None:
+        starts = instance.all_logs(run.run_id, of_type=DagsterEventType.STEP_START)
+        seen.append((status_of(instance, run), len(starts)))
+
+    run = starting_run(instance)
+    instance.report_run_canceling(run)
+    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_begun=note)
+    assert seen == []
+    run = starting_run(instance)
+    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_begun=note)
+    assert seen == [(DagsterRunStatus.STARTED, 0)]

@@ -21,10 +21,11 @@ import pytest
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
-from dagster_taskiq.worker.slot import ChildDied, Slot, fork_server
+from dagster_taskiq.worker.slot import ChildDied, Slot
 
 SECONDS = 60.0
 
@@ -34,9 +35,9 @@ PLACE = vars(Place("w@h", "id", "h", 1, 1))
 ACTOR = """
 import os, signal, subprocess, time
 from dagster_taskiq.results import Outcome, TaskResult
-from dagster_taskiq.worker import child
+from dagster_taskiq.tasks import TaskRunner
 
-def act(payload, place, queue):
+def act(runner, payload, place, queue):
     kind = payload["do"]
     reason = ""
     if kind == "exit":
@@ -69,7 +70,7 @@ def act(payload, place, queue):
 def interrupt(number, frame):
     raise InterruptedError
 
-child.execute_plan = act
+TaskRunner.execute_plan = act
 """
 
 
@@ -261,7 +262,7 @@ def test_a_fresh_child_runs_what_stands_on_disk_now(tmp_path: Path) -> None:
 
     def version(number: int) -> None:
         module.write_text(
-            ACTOR + f"\nchild.execute_plan = lambda payload, place, queue: ("
+            ACTOR + f"\nTaskRunner.execute_plan = lambda runner, payload, place, queue: ("
             f"TaskResult(Outcome.FINISHED, place, reason='version {number}'))"
         )
 

@@ -1,0 +1,192 @@
+"""``python -m benchmarks.scale``; what the figures mean is in docs/scaling.md."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from benchmarks.machine import describe_machine
+from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.report import number
+from benchmarks.scale.measuring import Sizes, measure
+from benchmarks.scale.replay import find_knee
+from benchmarks.scale.simulation import Crowd, given_redis, own_redis, simulate
+from benchmarks.scale.tables import fill, render
+from dagster_taskiq_tests.server_sources import stop_session_servers
+
+_CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")
+_PARTS = ("measure", "simulate", "knee")
+_FILE = click.Path(path_type=Path, dir_okay=False)
+
+#: The crowds of the page, by name; ``tables`` says what each is for.
+_HELD = Crowd(step_seconds=None)
+CROWDS: Mapping[str, Crowd] = {
+    "idle": replace(_HELD, busy_share=0.0, runs=0),
+    "busy": _HELD,
+    "listing": replace(_HELD, waiting=5),
+    "working": Crowd(waiting=5),
+}
+
+#: Of the workers, since each step costs the simulation more than all else does.
+_WORKING_SHARE = 0.25
+
+
+@click.group()
+def main() -> None:
+    """What a large deployment costs: measured, simulated, computed."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End the program; a second signal must not keep it from clearing up."""
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@main.command("simulate")
+@click.option("--workers", default=1000, show_default=True)
+@click.option("--slots", default=8, show_default=True, help="Of each worker.")
+@click.option("--busy", default=1.0, show_default=True, help="Share of the slots; 0 is no run.")
+@click.option("--lease", default=30.0, show_default=True, help="Seconds.")
+@click.option("--step", type=float, help="Seconds that a step takes; default: it never ends.")
+@click.option("--runs", default=20, show_default=True)
+@click.option("--waiting", default=0, show_default=True, help="Steps of a run without a slot.")
+@click.option("--seconds", default=60.0, show_default=True, help="To watch the server.")
+@click.option("--processes", default=2, show_default=True, help="For the workers.")
+@click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
+@click.option("--json", "file", type=_FILE, help="File for the figures.")
+def _simulate(
+    workers: int,
+    slots: int,
+    busy: float,
+    lease: float,
+    step: float | None,
+    runs: int,
+    waiting: int,
+    seconds: float,
+    processes: int,
+    url: str | None,
+    file: Path | None,
+) -> None:
+    """Put the lease and control traffic of a crowd of workers on a Redis."""
+    crowd = Crowd(
+        workers, slots, busy, runs if busy else 0, waiting, lease, step, seconds, processes
+    )
+    with given_redis(url) if url else own_redis() as options:
+        figures = simulate(crowd, options)
+    for name, value in figures.items():
+        click.echo(f"{name:32}{number(value) if isinstance(value, (int, float)) else value}")
+    if file:
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf8")
+
+
+@main.command("knee")
+@click.option("--workers", default=1000, show_default=True)
+@click.option("--slots", default=8, show_default=True, help="Of each worker.")
+@click.option("--lease", default=30.0, show_default=True, help="To begin with, in seconds.")
+@click.option("--seconds", default=8.0, show_default=True, help="Of each level.")
+@click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
+def _knee(workers: int, slots: int, lease: float, seconds: float, url: str | None) -> None:
+    """Renew leases more and more often until the server cannot follow."""
+    levels = []
+    with given_redis(url) if url else own_redis() as options:
+        for level in find_knee(
+            options,
+            workers=workers,
+            slots=slots,
+            first_lease_seconds=lease,
+            level_seconds=seconds,
+        ):
+            levels.append(level)
+            click.echo(_line(level))
+    click.echo(render({"machine": describe_machine(), "knee": levels})["knee"])
+
+
+def _line(level: Mapping[str, Any]) -> str:
+    return (
+        f"lease {level['lease_seconds']:.2f} s: {number(level['claims_renewed_per_s'])} claims/s, "
+        f"CPU {number(level['cpu_percent'])} %, p99 {number(level['renewal_p99_ms'])} ms"
+    )
+
+
+@main.command("measure")
+@click.option("--contender", "-x", "names", multiple=True, type=click.Choice(_CONTENDERS))
+@click.option("--slots", default=Sizes.slots, show_default=True)
+@click.option("--steps", default=Sizes.large, show_default=True, help="Of the large run.")
+@click.option("--json", "file", type=_FILE, help="File for the figures.")
+def _measure(names: tuple[str, ...], slots: int, steps: int, file: Path | None) -> None:
+    """Count what a step, an idle worker and an idle run cost, on real ones."""
+    sizes = Sizes(slots, large=steps)
+    document = {
+        "machine": describe_machine(),
+        "measured": {name: measure(name, sizes) for name in names or _CONTENDERS},
+    }
+    for table in render(document).values():
+        click.echo(f"\n{table}")
+    if file:
+        _save(file, document)
+
+
+@main.command("refresh")
+@click.argument("file", type=_FILE)
+@click.option("--only", "parts", multiple=True, type=click.Choice(_PARTS), help="Default: all.")
+@click.option("--crowd", "crowds", multiple=True, type=click.Choice(list(CROWDS)))
+@click.option("--workers", default=1000, show_default=True, help="Of the simulations.")
+@click.option("--seconds", default=60.0, show_default=True, help="Of each simulation.")
+def _refresh(
+    file: Path, parts: tuple[str, ...], crowds: tuple[str, ...], workers: int, seconds: float
+) -> None:
+    """Take the figures of docs/scaling.md anew and keep them in a file: some ten minutes."""
+    document: dict[str, Any] = json.loads(file.read_text("utf8")) if file.exists() else {}
+    document["machine"] = describe_machine()
+    for part in parts or _PARTS:
+        if part == "measure":
+            for name in _CONTENDERS:
+                document.setdefault("measured", {})[name] = measure(name, Sizes())
+                _save(file, document)
+        elif part == "knee":
+            with own_redis() as options:
+                document["knee"] = list(find_knee(options, workers=workers))
+        else:
+            for name in crowds or CROWDS:
+                with own_redis() as options:
+                    share = _WORKING_SHARE if name == "working" else 1.0
+                    count = max(1, round(workers * share))
+                    crowd = replace(CROWDS[name], workers=count, seconds=seconds)
+                    document.setdefault("simulated", {})[name] = simulate(crowd, options)
+                _save(file, document)
+        _save(file, document)
+
+
+def _save(file: Path, document: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+
+
+@main.command("tables")
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.option("--page", type=click.Path(exists=True, path_type=Path), help="Put them there.")
+def _tables(file: Path, page: Path | None) -> None:
+    """Print the tables of a file of figures in Markdown, or put them into a page."""
+    tables = render(json.loads(file.read_text("utf8")))
+    if page:
+        page.write_text(fill(page.read_text("utf8"), tables), encoding="utf8")
+        return
+    for name, table in tables.items():
+        click.echo(f"\n{name}\n\n{table}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DidNotEndError, FailedError) as error:
+        raise SystemExit(str(error)) from None
+    finally:
+        stop_session_servers()

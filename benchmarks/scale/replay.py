@@ -1,0 +1,235 @@
+"""Where a Redis saturates: the renewals of a crowd, recorded once and sent again and again.
+
+A worker in Python needs three times as much CPU time for a renewal as the server does, so a crowd
+on one machine cannot saturate the server. A renewal is the same bytes each time, though (but for
+the name that a new epoch would get), so here the product makes it once for each worker, and
+afterwards a loop that does nothing else sends it and waits for the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+import resource
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+
+from benchmarks.scale.redis_stats import RedisStats, server_name
+from benchmarks.scale.tap import Reader, tapped
+from dagster_taskiq.backend import Claim
+from dagster_taskiq.backend.redis import RedisBackend
+from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
+from dagster_taskiq.results import Place
+from dagster_taskiq.servers import ServerOptions
+
+#: Of the claims while they are recorded, much longer than all of it takes.
+_LEASE_SECONDS = 3600.0
+
+#: So much is left of a lease, at worst, where a worker begins to stop its steps.
+STOPS_AT_SLACK_SHARE = 1 - INTERRUPT_AFTER_LEASE_SHARE
+
+#: Renewals a second are multiplied by this from one level to the next.
+_GROWTH = 1.25
+
+#: How long to let a level settle, of its time.
+_SETTLE_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A worker's renewal of its claims: what it sends, and how long the answer is."""
+
+    request: bytes
+    answer_bytes: int
+
+
+async def _record(options: ServerOptions, workers: int, slots: int) -> list[Recorded]:
+    """Claim a task for each slot of each worker, and record a renewal of each worker's claims."""
+    sent, received = bytearray(), bytearray()
+
+    def make_reader(is_to_server: bool) -> Reader:
+        return (sent if is_to_server else received).extend
+
+    with tapped(options.url, make_reader) as tap:
+        direct = RedisBackend(options)
+        through_tap = RedisBackend(ServerOptions(tap.url, key_prefix=options.key_prefix))
+        await through_tap.startup()
+        run_id = str(uuid.uuid4())
+        epoch = await direct.open_run(
+            run_id, generation=0, token="t", is_resumable=False, lease_seconds=_LEASE_SECONDS
+        )
+        found = []
+        for _ in range(workers):
+            claims = [_claim(run_id, epoch) for _ in range(slots)]
+            await asyncio.gather(*(direct.claim(it, needs_live_run=True) for it in claims))
+            del sent[:], received[:]
+            await through_tap.renew(claims)
+            found.append(Recorded(bytes(sent), len(received)))
+        await through_tap.shutdown()
+        await direct.shutdown()
+    return found
+
+
+def _claim(run_id: str, epoch: str) -> Claim:
+    worker_id = uuid.uuid4().hex
+    return Claim(
+        run_id=run_id,
+        task_id=str(uuid.uuid4()),
+        token=uuid.uuid4().hex,
+        lease_seconds=_LEASE_SECONDS,
+        epoch=epoch,
+        place=Place(f"worker@{worker_id[:12]}", worker_id, worker_id[:12], 12345, 1),
+    )
+
+
+@dataclass
+class _Level:
+    """What was seen at one rate.
+
+    Attributes:
+        pause_seconds: between two renewals of a worker.
+    """
+
+    pause_seconds: float
+    is_counting: bool = False
+    answer_seconds: list[float] = field(default_factory=list)
+    worst_gap_seconds: float = 0.0
+    lost: int = 0
+
+
+class _Replayer(asyncio.Protocol):
+    """One worker's connection: it renews after each pause, or once the answer is there."""
+
+    def __init__(self, recorded: Recorded, level: _Level) -> None:
+        self._recorded = recorded
+        self.level = level
+        self._transport: asyncio.WriteTransport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._due_at = self._loop.time()
+        self._sent_at = self._previous_sent_at = 0.0
+        self._missing = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin at a moment of its own."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+        self._due_at += random.uniform(0, self.level.pause_seconds)
+        self._loop.call_at(self._due_at, self._send)
+
+    def _send(self) -> None:
+        assert self._transport is not None
+        if self._transport.is_closing():
+            return
+        self._previous_sent_at, self._sent_at = self._sent_at, self._loop.time()
+        self._missing = self._recorded.answer_bytes
+        self._transport.write(self._recorded.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Note a whole answer, and plan the next renewal."""
+        self._missing -= len(data)
+        self.level.lost += data.count(b"*5\r\n:0\r\n")
+        if self._missing > 0:
+            return
+        now, level = self._loop.time(), self.level
+        if level.is_counting:
+            level.answer_seconds.append(now - self._sent_at)
+            gap = now - (self._previous_sent_at or self._sent_at)
+            level.worst_gap_seconds = max(level.worst_gap_seconds, gap)
+        self._due_at = max(now, self._due_at + level.pause_seconds)
+        self._loop.call_at(self._due_at, self._send)
+
+
+def find_knee(
+    options: ServerOptions,
+    *,
+    workers: int = 1000,
+    slots: int = 8,
+    first_lease_seconds: float = 30.0,
+    level_seconds: float = 8.0,
+) -> Iterator[dict[str, Any]]:
+    """Renew the claims of a crowd more and more often until the server cannot follow.
+
+    A lease half as long is the same to the server as twice as many workers.
+
+    Yields:
+        the figures of each level: the first is of the lease given, and the last is one at which a
+        worker would stop its steps, or at which the server took less than it was offered.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    recorded = asyncio.run(_record(options, workers, slots))
+    lease_seconds = first_lease_seconds
+    while True:
+        figures = asyncio.run(_one_level(options, recorded, slots, lease_seconds, level_seconds))
+        yield figures
+        if figures["is_saturated"]:
+            return
+        # finer where it becomes interesting
+        lease_seconds /= 2.0 if figures["cpu_percent"] < 30 else _GROWTH
+
+
+async def _one_level(
+    options: ServerOptions,
+    recorded: Sequence[Recorded],
+    slots: int,
+    lease_seconds: float,
+    level_seconds: float,
+) -> dict[str, Any]:
+    level = _Level(lease_seconds / RENEWALS_PER_LEASE)
+    loop = asyncio.get_running_loop()
+    parts = urlsplit(options.url)
+    client = redis.Redis.from_url(options.url)
+    transports = []
+    for one in recorded:
+        make = functools.partial(_Replayer, one, level)
+        transport, _ = await loop.create_connection(make, parts.hostname or "", parts.port or 6379)
+        transports.append(transport)
+    await asyncio.sleep(max(level.pause_seconds * 1.5, _SETTLE_SHARE * level_seconds))
+    before, cpu_before = await asyncio.to_thread(RedisStats.look, client), time.process_time()
+    level.is_counting = True
+    await asyncio.sleep(max(level_seconds, 2 * level.pause_seconds))
+    level.is_counting = False
+    after, cpu_after = await asyncio.to_thread(RedisStats.look, client), time.process_time()
+    for transport in transports:
+        transport.abort()
+    name = server_name(client)
+    client.close()
+    return {
+        "server": name,
+        "workers": len(recorded),
+        "slots": slots,
+        "lease_seconds": lease_seconds,
+        **_figures(level, before, after, len(recorded), slots),
+        "generator_cpu_percent": 100
+        * (cpu_after - cpu_before)
+        / (after.at_seconds - before.at_seconds),
+    }
+
+
+def _figures(
+    level: _Level, before: RedisStats, after: RedisStats, workers: int, slots: int
+) -> dict[str, Any]:
+    seconds = after.at_seconds - before.at_seconds
+    ordered = sorted(level.answer_seconds) or [float("inf")]
+    offered = workers / level.pause_seconds
+    carried = len(level.answer_seconds) / seconds
+    lease_seconds = level.pause_seconds * RENEWALS_PER_LEASE
+    slack_share = 1 - level.worst_gap_seconds / lease_seconds
+    return {
+        "offered_claims_per_s": offered * slots,
+        "claims_renewed_per_s": carried * slots,
+        "cpu_percent": 100 * (after.cpu_seconds - before.cpu_seconds) / seconds,
+        "renewal_p50_ms": 1000 * ordered[len(ordered) // 2],
+        "renewal_p99_ms": 1000 * ordered[int(0.99 * len(ordered))],
+        "renewal_max_ms": 1000 * ordered[-1],
+        "worst_slack_share": slack_share,
+        "lost_claims": level.lost,
+        "is_saturated": carried < 0.9 * offered or slack_share < STOPS_AT_SLACK_SHARE,
+    }

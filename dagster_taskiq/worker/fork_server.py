@@ -1,0 +1,206 @@
+"""The process that a worker's children are forked from: the standard library's fork server.
+
+The standard library starts it as a new interpreter, which imports everything a second time.
+``start_early`` makes it of a fork of the worker instead, taken while the worker has imported what
+it needs and nothing else has happened: no thread, no event loop, no connection, no settings.
+Whatever the standard library does afterwards is the same, so where it is not as expected, or a
+fork server that has died must be replaced, its own start does as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from typing import Any, NoReturn
+
+from dagster_taskiq._dagster import STORAGE_MODULES
+
+#: What every child finds already imported. User code is not among it: a fresh child must run what
+#: stands on disk now, and a broken module must break one child only.
+_PRELOAD = ("__main__", "dagster", "dagster_taskiq.worker.child", *STORAGE_MODULES)
+
+#: The standard library's object that knows the fork server; None where there is no such thing.
+_STATE: Any = getattr(forkserver, "_forkserver", None)
+
+#: What it knows of it, all None before the start; see ``ForkServer.ensure_running``.
+_ADDRESS, _ALIVE, _PID = "_forkserver_address", "_forkserver_alive_fd", "_forkserver_pid"
+
+#: Standard input, output and error.
+_STANDARD_DESCRIPTORS = range(3)
+
+
+def fork_server() -> ForkServerContext:
+    """The context that forks children from a process with everything preloaded."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOAD))
+    return context
+
+
+def start_deaf(process: ForkServerProcess) -> None:
+    """Start a child, and with it the fork server if none runs, with SIGTERM blocked.
+
+    A supervisor may send it to every process of a worker. The fork server must not die of it,
+    since a draining worker learns of the ends of its children through it, nor a child before it
+    can ignore it; ``child_main`` unblocks it.
+    """
+    resource_tracker.ensure_running()  # first, as its start unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+class EarlyForkServer:
+    """A fork server that waits for ``begin``, and ends if that never comes.
+
+    Args:
+        words: descriptor through which it is told; negative if there is no such process.
+    """
+
+    def __init__(self, words: int = -1) -> None:
+        self._words = words
+
+    def begin(self, forget: Iterable[str] = ()) -> None:
+        """Let it fork children, once.
+
+        Args:
+            forget: environment variables that children must not have.
+        """
+        if self._words < 0:
+            return
+        with suppress(BrokenPipeError):  # it has died; the standard library starts another
+            os.write(self._words, json.dumps(list(forget)).encode())
+        os.close(self._words)
+        self._words = -1
+
+    def close(self) -> None:
+        """End it, unless it has begun: then it ends with the worker."""
+        if self._words >= 0:
+            os.close(self._words)
+            self._words = -1
+            _STATE._stop()  # noqa: SLF001 - so that another may be started
+
+
+def start_early() -> EarlyForkServer:
+    """Fork the fork server from this process, unless one runs already.
+
+    Call it before anything is read that children must not know: a fork has all memory.
+    """
+    if not _is_as_expected() or threading.active_count() > 1:
+        return EarlyForkServer()
+    with socket.socket(socket.AF_UNIX) as listener:
+        # in a directory of this process alone
+        address = f"{util.get_temp_dir()}/fork-server-{uuid.uuid4().hex[:8]}"
+        try:
+            listener.bind(address)
+        except OSError:  # the path is too long
+            return EarlyForkServer()
+        listener.listen()
+        alive_reader, alive_writer = os.pipe()
+        words_reader, words_writer = os.pipe()
+        pid = _fork_deaf()
+        if pid == 0:
+            _serve(listener.detach(), alive_reader, words_reader)
+        os.close(alive_reader)
+        os.close(words_reader)
+    vars(_STATE).update({_ADDRESS: address, _ALIVE: alive_writer, _PID: pid})
+    return EarlyForkServer(words_writer)
+
+
+def _is_as_expected() -> bool:
+    """Whether the standard library's fork server has the parts that are used here."""
+    state = vars(_STATE) if _STATE is not None else {}
+    parameters = list(inspect.signature(forkserver.main).parameters.values())
+    return (
+        all(state.get(name, "") is None for name in (_ADDRESS, _ALIVE, _PID))
+        and [it.name for it in parameters[:3]] == ["listener_fd", "alive_r", "preload"]
+        and all(it.default is not it.empty for it in parameters[3:])
+        # from Python 3.14 on, clients show a key that the fork server was given
+        and not any("authkey" in name for name in (*state, *(it.name for it in parameters)))
+    )
+
+
+def _fork_deaf() -> int:
+    """Fork, the new process with SIGTERM blocked: see ``start_deaf``."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # else both processes would write what waits
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    pid = -1
+    try:
+        pid = os.fork()
+    finally:
+        if pid != 0:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    return pid
+
+
+def _serve(listener: int, alive: int, words: int) -> NoReturn:
+    """The fork server's whole life."""
+    exit_code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _close_all_but(*_STANDARD_DESCRIPTORS, listener, alive, words)
+        with os.fdopen(words, "rb") as reader:
+            said = reader.read()
+        if said:  # else the worker is gone
+            take_variables(json.loads(said))
+            _preload(_PRELOAD)
+            forkserver.main(listener, alive, [])
+    except SystemExit:
+        exit_code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # whoever called us goes on in the worker, not here
+        os._exit(exit_code)
+
+
+def _close_all_but(*keep: int) -> None:
+    """Close what an interpreter of its own would not have: whoever waits for its end may wait."""
+    for number in map(int, os.listdir("/dev/fd")):  # noqa: PTH208 - they are no files
+        if number not in keep:
+            with suppress(OSError):  # the one that was open to list them
+                os.close(number)
+
+
+def _preload(modules: Sequence[str]) -> None:
+    for module in modules:
+        with suppress(ImportError):
+            import_module(module)
+    # what is there to stay need not be looked at, and thus written to, in every child
+    gc.freeze()
+
+
+def take_variables(names: Iterable[str]) -> dict[str, str]:
+    """Take variables out of the environment; those that there were.
+
+    Also out of the memory that the process was started with: the kernel shows it to whoever may
+    look at the process (``/proc/self/environ``), and forks have it too.
+    """
+    libc = ctypes.CDLL(None)
+    libc.getenv.restype = ctypes.c_void_p
+    found = {}
+    for name in names:
+        where = libc.getenv(os.fsencode(name))
+        if where:
+            ctypes.memset(where, 0, len(ctypes.string_at(where)))
+        value = os.environ.pop(name, None)
+        if value is not None:
+            found[name] = value
+    return found

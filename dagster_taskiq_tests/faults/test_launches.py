@@ -1,0 +1,51 @@
+"""A worker dies with a launched run that has hardly begun: the run goes on elsewhere, once."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from dagster import DagsterEventType
+
+from dagster_taskiq.tags import QUEUE_TAG
+from dagster_taskiq_tests.acceptance.harness import BrokerKind
+from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
+from dagster_taskiq_tests.faults.checks import LONG_SECONDS, TEST_SECONDS, fatal_worker
+
+pytestmark = pytest.mark.timeout(TEST_SECONDS)
+
+#: Where a worker can die before its run has begun: when it has taken the message, when it has
+#: claimed the run, when its child is about to get it, and while the child loads the run's code.
+BEFORE_BEGIN = ("taken", "claimed", "acked", "loading")
+
+
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+def test_a_worker_is_killed_with_a_launched_run(kind: BrokerKind, tmp_path: Path) -> None:
+    """Before the run has begun another worker starts it, though nobody looks after it.
+
+    Once Dagster's log has its start, it is resumed as any run is whose worker is dead, also if
+    the worker could not tell anybody any more that it had begun.
+    """
+    with open_launching_stack(kind, tmp_path, resumes=1) as stack:
+        points = (*BEFORE_BEGIN, "begun")
+        victims = {
+            point: fatal_worker(stack, point, "--run-slots", "1", slots=0, queues=[point])
+            for point in points
+        }
+        runs = {
+            point: launch(stack, "loads_slowly", tags={QUEUE_TAG: point}) for point in BEFORE_BEGIN
+        }
+        begun = launch(stack, "gated_then_more", tags={QUEUE_TAG: "begun"})
+        for victim in victims.values():
+            assert victim.wait(LONG_SECONDS) == -signal.SIGKILL, victim.log
+        heir = stack.worker("--run-slots", "2", queues=["dagster", *points]).await_ready()
+        for point, run in runs.items():
+            assert run.wait(LONG_SECONDS).is_success, point
+            assert len(run.notes("ran")) == len(run.events(DagsterEventType.RUN_START)) == 1
+        heir.await_log(f"Run {begun.run_id} is STARTED: it is not started any more.")
+        begun.monitor()
+        begun.open_gate()
+        assert begun.wait(LONG_SECONDS).is_success
+        assert len(begun.events(DagsterEventType.RUN_START)) == 1
+        assert len(begun.notes("started")) == len(begun.notes("ran")) == 1

@@ -1,0 +1,64 @@
+"""What the launcher does beside its callers."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+
+from dagster_taskiq import TaskiqRunLauncher
+from dagster_taskiq.backend import TaskReport, TaskState
+from dagster_taskiq.config import Settings
+from dagster_taskiq_tests.acceptance import jobs
+
+#: For what must happen, on a loaded machine.
+PATIENCE_SECONDS = 30.0
+
+
+class FakeClient:
+    """Knows of a run whose process goes on, whatever it is told."""
+
+    def __init__(self) -> None:
+        self.is_asked = threading.Event()
+        self.answers = threading.Event()
+
+    def cancel(self, *_: str) -> TaskState:
+        return TaskState.CLAIMED
+
+    def look(self, *_: str) -> tuple[TaskReport, None]:
+        self.is_asked.set()
+        assert self.answers.wait(PATIENCE_SECONDS)
+        return TaskReport(TaskState.CLAIMED), None
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[DagsterInstance]:
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield instance
+
+
+def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
+    instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a traceback, though its process would live for long; and nothing of it is left."""
+    client = FakeClient()
+    monkeypatch.setattr(TaskiqRunLauncher, "_client", client)
+    launcher = TaskiqRunLauncher(Settings.from_config({}))
+    launcher.register_instance(instance)
+    run = instance.create_run_for_job(jobs.simple, status=DagsterRunStatus.STARTED)
+    assert launcher.terminate(run.run_id) is True
+    (thread,) = (it for it in threading.enumerate() if it.name == "see-to-its-end")
+    assert client.is_asked.wait(PATIENCE_SECONDS)
+    launcher.dispose()
+    client.answers.set()
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    left = weakref.ref(launcher)
+    del launcher
+    gc.collect()
+    assert left() is None
