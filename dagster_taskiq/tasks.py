@@ -175,17 +175,17 @@ class TaskRunner:
         return run is None or run.is_finished
 
     def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
-        """Fail a run whose process died before the run had started, unless somebody else has.
+        """Fail a run that could not start, unless something else has become of it.
 
         Args:
             payload: of the run's task.
-            reason: what became of its process.
+            reason: why it could not start.
         """
         args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
         instance = self._instance(args.instance_ref)
         run = _find_run(instance, args.run_id)
         if run is not None and run.status is DagsterRunStatus.STARTING:
-            instance.report_run_failed(run, f"Before the run had started, {reason}")
+            instance.report_run_failed(run, f"The run could not start: {reason}")
 
     def _instance(self, ref: InstanceRef | None) -> DagsterInstance:
         """The instance of the message, or this process's own where it was sent by reference."""

@@ -2,8 +2,8 @@
 
 Steps of a run that may be resumed go on without its process. When it is not resumed after all (the
 resume failed, somebody marked the run as failed or deleted it), nobody tells the worker, so it asks
-Dagster. And it tells Dagster of a launched run whose process died before the run had started, which
-nobody else would notice before its start timeout.
+Dagster. And it tells Dagster of a launched run that could not start (its process died before, or a
+child for it did not come up), which nobody else would notice before its start timeout.
 
 Both through a child process, as the worker itself has no Dagster instance.
 """
@@ -47,7 +47,7 @@ class RunWatch:
 
         Args:
             payload: of the run's task.
-            reason: what became of its process.
+            reason: why it could not start.
         """
         await self._say({"name": FAIL_RUN, "payload": dict(payload), "reason": reason})
 

@@ -189,16 +189,16 @@ class Station:
         claimed_at = await self._claim(claim, envelope, context)
         if claimed_at is None:
             return
+        acking: list[asyncio.Task[None]] = []
         lease = Lease(
             claim,
             slot.pid,
             claimed_at,
-            lambda: self._stop_task(slot, envelope, lease),
+            lambda: self._stop_task(slot, envelope, lease, has_begun=bool(acking)),
             lambda: self._look_after_orphan(lease, envelope),
             needs_live_run=self.kind is QueueKind.STEPS,
         )
         self._leases.keep(lease)
-        acking: list[asyncio.Task[None]] = []
 
         def begin() -> None:
             # beside the task, which is protected by the claim and need not wait for the servers
@@ -210,10 +210,11 @@ class Station:
             result = failure and TaskResult(Outcome.ERROR, claim.place, reason=failure)
             result = result or await self._run_in(slot, envelope, lease, begin)
             lease.is_executed = True
-            if result.outcome is Outcome.DIED and not acking and lease.stop_reason is None:
-                await self._run_watch.fail(envelope.payload, result.reason)
+            if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
+                return  # it has not begun: as it is neither acked nor completed, another starts it
             if await self._store(lease, result) and not acking:
-                await self._ack(envelope, context)  # it has ended without having begun
+                await self._end_unbegun(lease, envelope, result)
+                await self._ack(envelope, context)
         finally:
             self._leases.release(lease)
             await asyncio.gather(*acking)
@@ -254,6 +255,15 @@ class Station:
                 # should it be delivered again, Dagster's status of the run keeps it from starting
                 logger.warning("Could not note that run %s began: %s", envelope.run_id, error)
         await self._ack(envelope, context)
+
+    async def _end_unbegun(self, lease: Lease, envelope: Envelope, result: TaskResult) -> None:
+        """Have Dagster know of a launched run that could not start.
+
+        Only once its result is stored: until then another worker could take the run over.
+        """
+        reason = _cause(result)
+        if reason and lease.stop_reason is None:
+            await self._run_watch.fail(envelope.payload, reason)
 
     async def _ack(self, envelope: Envelope, context: Context) -> None:
         try:
@@ -312,8 +322,15 @@ class Station:
                 )
             return is_stored
 
-    def _stop_task(self, slot: Slot, envelope: Envelope, lease: Lease) -> None:
-        """SIGTERM now, SIGKILL after the grace period unless it has ended by then."""
+    def _stop_task(self, slot: Slot, envelope: Envelope, lease: Lease, *, has_begun: bool) -> None:
+        """SIGTERM now, SIGKILL after the grace period unless it has ended by then.
+
+        SIGKILL at once for a run that has not begun and is to start on another worker: it has
+        nothing to clean up, and at a SIGTERM Dagster would fail it.
+        """
+        if not has_begun and lease.stop_reason is not StopReason.CANCELLED:
+            slot.kill()
+            return
         slot.interrupt()
         pid = slot.pid
         grace_seconds = envelope.cancel_grace_seconds

@@ -35,6 +35,7 @@ from dagster_taskiq_tests.acceptance.jobs import (
     ran,
     stubborn,
 )
+from dagster_taskiq_tests.faults import FAULT_VARIABLE
 
 # --- on workers ---------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def in_process_single() -> None:
 
 def loads_slowly() -> JobDefinition:
     """A job whose code a worker does not live to load if it has that fault built in."""
-    if os.environ.get("DAGSTER_TASKIQ_TEST_FAULT") == "loading":
+    if os.environ.get(FAULT_VARIABLE) == "loading":
         time.sleep(600)
     return in_process_single
 

@@ -188,11 +188,26 @@ def test_code_that_kills_its_process(final: Stack) -> None:
     run = launch(final, "kills_its_process").wait()
     assert run.status is FAILURE
     (failure,) = run.events(DagsterEventType.RUN_FAILURE)
-    assert "Before the run had started, its process was killed by SIGKILL" in str(failure.message)
+    assert "The run could not start: its process was killed by SIGKILL" in str(failure.message)
     assert len(run.starts()) == 1
     assert run.health().status is WorkerStatus.FAILED
     assert launch(final, "in_process_single").wait().is_success
     assert len(run.starts()) == 1
+
+
+def test_a_module_that_does_not_import(tmp_path: Path) -> None:
+    """A run for which no child comes up fails at once, with the reason."""
+    with open_launching_stack("redis", tmp_path) as stack:
+        module = stack.directory / "fragile.py"
+        module.write_text("")
+        stack.worker("--run-slots", "1", "-i", "fragile").await_ready()
+        module.write_text("raise RuntimeError('on purpose')")
+        assert launch(stack, "in_process_single").wait().is_success  # in the child that is warm
+        run = launch(stack, "in_process_single").wait()
+        assert run.status is FAILURE
+        (failure,) = run.events(DagsterEventType.RUN_FAILURE)
+        assert "The run could not start: slot 1: the module 'fragile'" in str(failure.message)
+        assert run.health().status is WorkerStatus.FAILED
 
 
 def test_over_rabbitmq(tmp_path: Path) -> None:

@@ -236,7 +236,15 @@ def pooled(shared: Stack) -> Stack:
 
 def test_pool(pooled: Stack) -> None:
     """Steps of a pool wait for each other, within a run and across two, and leave it free."""
+    # the pool is held until all wait: Dagster's claim of a free slot is not atomic, so that of two
+    # runs that ask for it at the same instant both may get it
+    holder = pooled.start("pool_gated")
+    holder.await_notes("started")
     runs = [pooled.start("pools"), pooled.start("pools")]
+    storage = pooled.instance.event_log_storage
+    until(lambda: storage.get_concurrency_info(POOL).pending_step_count == 6, "all steps wait")
+    holder.open_gate()
+    assert holder.wait().is_success
     for run in runs:
         assert run.wait(90).is_success
     both = [note for run in runs for note in run.notes()]

@@ -1,6 +1,6 @@
 """A worker with a fault built in: ``python -m dagster_taskiq_tests.faults.fatal_worker``.
 
-Its arguments are those of ``dagster-taskiq``; the variable ``FAULT`` says which fault. The fault is
+Its arguments are those of ``dagster-taskiq``; ``FAULT_VARIABLE`` says which fault. The fault is
 patched into the worker's own process here, so that the package needs no hooks for it.
 """
 
@@ -12,8 +12,7 @@ from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
 from dagster_taskiq.worker import station
 from dagster_taskiq.worker.slot import Slot
-
-FAULT_VARIABLE = "DAGSTER_TASKIQ_TEST_FAULT"
+from dagster_taskiq_tests.faults import FAULT_VARIABLE
 
 
 def _die() -> None:

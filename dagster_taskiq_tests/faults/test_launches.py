@@ -1,4 +1,4 @@
-"""A worker dies with a launched run that has hardly begun: the run goes on elsewhere, once."""
+"""A worker ends with a launched run that has hardly begun: the run goes on elsewhere, once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dagster import DagsterEventType
 from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
+from dagster_taskiq_tests.faults import FAULT_VARIABLE
 from dagster_taskiq_tests.faults.checks import LONG_SECONDS, TEST_SECONDS, fatal_worker
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
@@ -49,3 +50,28 @@ def test_a_worker_is_killed_with_a_launched_run(kind: BrokerKind, tmp_path: Path
         assert begun.wait(LONG_SECONDS).is_success
         assert len(begun.events(DagsterEventType.RUN_START)) == 1
         assert len(begun.notes("started")) == len(begun.notes("ran")) == 1
+
+
+def test_a_worker_is_stopped_with_a_launched_run(tmp_path: Path) -> None:
+    """A second SIGTERM while a run's code loads does not fail the run: another worker starts it."""
+    with open_launching_stack("redis", tmp_path) as stack:
+        leaver = stack.worker("--run-slots", "1", environment={FAULT_VARIABLE: "loading"})
+        run = launch(stack, "loads_slowly")
+        run.await_start()
+        leaver.terminate()
+        leaver.await_log("Stopping: no new tasks")
+        leaver.terminate()
+        assert leaver.wait(LONG_SECONDS) != 0
+        stack.worker("--run-slots", "1").await_ready()
+        assert run.wait(LONG_SECONDS).is_success
+        assert len(run.notes("ran")) == len(run.events(DagsterEventType.RUN_START)) == 1
+
+
+def test_a_launched_run_of_another_protocol(tmp_path: Path) -> None:
+    """It fails at once, with the reason, not at its start timeout."""
+    with open_launching_stack("redis", tmp_path) as stack:
+        fatal_worker(stack, "other protocol", "--run-slots", "1").await_ready()
+        run = launch(stack, "in_process_single").wait(LONG_SECONDS)
+        (failure,) = run.events(DagsterEventType.RUN_FAILURE)
+        assert "The run could not start: the worker has dagster-taskiq" in str(failure.message)
+        assert run.notes() == []
