@@ -27,10 +27,10 @@ from dagster_taskiq._dagster import (
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import find_servers
-from dagster_taskiq.defaults import IN_HAND_SECONDS
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
+from dagster_taskiq.launch_watch import LaunchWatch
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
@@ -64,8 +64,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         super().__init__()  # type: ignore[no-untyped-call]
         self._inst_data = inst_data
         self._settings = settings
-        self._opened: RunClient | None = None
-        self._absent_since: dict[str, float] = {}
+        self._opened: tuple[RunClient, LaunchWatch] | None = None
+        self._opening = threading.Lock()
         self._disposed = threading.Event()
 
     # --- configuration ---
@@ -89,28 +89,41 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     @property
     def _client(self) -> RunClient:
-        if self._opened is None:
-            self._opened = RunClient(find_servers(self._settings))
-        return self._opened
+        return self._open()[0]
+
+    @property
+    def _watch(self) -> LaunchWatch:
+        return self._open()[1]
+
+    def _open(self) -> tuple[RunClient, LaunchWatch]:
+        with self._opening:
+            if self._opened is None:
+                client = RunClient(find_servers(self._settings))
+                self._opened = client, LaunchWatch(client, self._settings.lease_seconds)
+            return self._opened
 
     def dispose(self) -> None:
-        """Leave the servers; runs that are being cancelled are left to Dagster's monitoring."""
+        """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
         self._disposed.set()
         self._disposed = threading.Event()  # it may be used again
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        with self._opening:
+            if self._opened is not None:
+                client, watch = self._opened
+                watch.close()
+                client.close()
+                self._opened = None
 
     # --- launching ---
 
     def launch_run(self, context: LaunchRunContext) -> None:
-        """Send a run to its queue.
+        """Send a run to its queue, and again should the servers lose it before it begins.
 
         Raises:
             ServerError: a server is away or refuses; the launch has failed then.
             TagError: a tag of the run cannot be used.
         """
-        self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
+        envelope = self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
+        self._watch.look_after(self._instance, envelope)
 
     @property
     def supports_resume_run(self) -> bool:
@@ -125,7 +138,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             number = self._instance.count_resume_run_attempts(run.run_id)
         self._send(run, TaskName.RESUME_JOB, resume_number=number)
 
-    def _send(self, run: DagsterRun, name: TaskName, resume_number: int) -> None:
+    def _send(self, run: DagsterRun, name: TaskName, resume_number: int) -> Envelope:
         queue = run_queue(run.tags, self._settings.default_queue)
         task_id = run_task_id(run.run_id, resume_number)
         envelope = Envelope(
@@ -156,6 +169,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             ),
             cls=self.__class__,
         )
+        return envelope
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:
@@ -266,21 +280,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if report.state is TaskState.UNKNOWN:
             status, reason = self._health_of_waiting(run, task_id)
         else:
-            self._absent_since.pop(task_id, None)
             status, reason = _health(report, result)
         return CheckRunHealthResult(status, reason, run_worker_id=task_id)
 
     def _health_of_waiting(self, run: DagsterRun, task_id: str) -> tuple[WorkerStatus, str | None]:
-        """Of a run that no worker has claimed: it waits, or was lost with its server's memory.
-
-        After a loss live workers claim again within a lease; who does not is gone.
-        """
-        if not self._client.is_absent(self._physical_queue(run), task_id):
-            self._absent_since.pop(task_id, None)
+        """Of a run that no worker has claimed: it waits, or was lost with its server's memory."""
+        if not self._watch.is_lost(self._physical_queue(run), run.run_id, task_id):
             return WorkerStatus.RUNNING, "The run waits in its queue."
-        since = self._absent_since.setdefault(task_id, time.monotonic())
-        if time.monotonic() - since < max(self._settings.lease_seconds, IN_HAND_SECONDS):
-            return WorkerStatus.RUNNING, "The servers do not know the run; waiting for a worker to."
         _, refusing = self._client.look_at_workers()
         refusal = refusing.get(run_queue(run.tags, self._settings.default_queue), "")
         reason = "Neither a worker nor a queue has the run's task any more."

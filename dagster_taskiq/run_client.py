@@ -38,6 +38,7 @@ class RunClient:
         self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
+        self._is_closed = False
         self._broker: TaskBroker
         self._backend: Backend
 
@@ -49,9 +50,13 @@ class RunClient:
         epoch, _ = await self._backend.inspect("", [])
         return epoch
 
+    def physical_queue(self, envelope: Envelope) -> str:
+        """The name on the server of the queue that a task is sent to."""
+        return physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
-        queue = physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+        queue = self.physical_queue(envelope)
 
         async def submit() -> None:
             message = self._broker.formatter.dumps(envelope.to_message(queue, self._signer))
@@ -73,6 +78,15 @@ class RunClient:
             return report, read_result(self._signer, task_id, data, self._refusals)
 
         return self._call(look)
+
+    def state_of(self, run_id: str, task_id: str) -> tuple[str, TaskState]:
+        """The backend's epoch, and what it knows of a run's task in it."""
+
+        async def inspect() -> tuple[str, TaskState]:
+            epoch, reports = await self._backend.inspect(run_id, [task_id])
+            return epoch, reports[task_id].state
+
+        return self._call(inspect)
 
     def is_absent(self, physical: str, task_id: str) -> bool:
         """Whether the broker certainly does not hold the task, in its physical queue."""
@@ -106,8 +120,9 @@ class RunClient:
         return self._call(look)
 
     def close(self) -> None:
-        """Leave the servers."""
+        """Leave the servers, for good."""
         with self._lock:
+            self._is_closed = True
             if self._thread is None:
                 return
             self._thread.call(self._disconnect())
@@ -118,6 +133,8 @@ class RunClient:
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
+            if self._is_closed:
+                raise RuntimeError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
             thread = self._thread

@@ -97,7 +97,6 @@ class Director:
         self.runs = Runs(stack, other_home, seed)
         self.workers: list[SoakWorker] = []
         self.faults: Counter[str] = Counter()
-        self.flushes: list[float] = []
         self.problems: list[str] = []
         self._later: list[tuple[float, Callable[[], None]]] = []
         self._trace_offset = 0

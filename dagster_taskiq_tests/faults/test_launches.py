@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from pathlib import Path
 
+import aio_pika
 import pytest
 from dagster import DagsterEventType
 
+from dagster_taskiq import launch_watch
+from dagster_taskiq.embedded import release_embedded_server
+from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.tags import QUEUE_TAG
-from dagster_taskiq_tests.acceptance.harness import BrokerKind
+from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
 from dagster_taskiq_tests.faults import FAULT_VARIABLE
-from dagster_taskiq_tests.faults.checks import LONG_SECONDS, TEST_SECONDS, fatal_worker
+from dagster_taskiq_tests.faults.checks import (
+    LONG_SECONDS,
+    TEST_SECONDS,
+    embedded_client,
+    fatal_worker,
+)
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -75,3 +85,42 @@ def test_a_launched_run_of_another_protocol(tmp_path: Path) -> None:
         (failure,) = run.events(DagsterEventType.RUN_FAILURE)
         assert "The run could not start: the worker has dagster-taskiq" in str(failure.message)
         assert run.notes() == []
+
+
+@pytest.mark.parametrize("kind", ["embedded", "rabbitmq"])
+def test_a_server_loses_launched_runs(
+    kind: BrokerKind,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A run whose message is lost before a worker has it is sent again, and executed once."""
+    monkeypatch.setattr(launch_watch, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(launch_watch, "IN_HAND_SECONDS", 0.5)
+    with open_launching_stack(kind, tmp_path) as stack:
+        monkeypatch.setenv("DAGSTER_HOME", str(stack.home))  # where the embedded server lives
+        request.addfinalizer(lambda: release_embedded_server(stack.home))
+        runs = [launch(stack, "in_process_single") for _ in range(3)]
+        _lose_everything(stack)
+        for run in runs:
+            run.await_message("No server knew of the run any more")
+        stack.worker("--run-slots", "2").await_ready()
+        for run in runs:
+            assert run.wait(LONG_SECONDS).is_success
+            assert len(run.notes("ran")) == len(run.events(DagsterEventType.RUN_START)) == 1
+
+
+def _lose_everything(stack: Stack) -> None:
+    if stack.broker is None:
+        with embedded_client(stack) as client:
+            client.flushall()
+        return
+    assert stack.backend is not None
+    queue = physical_queue(stack.backend.key_prefix, QueueKind.RUNS, "dagster")
+
+    async def purge() -> None:
+        async with await aio_pika.connect(stack.broker.url) as connection:
+            channel = await connection.channel()
+            await (await channel.get_queue(queue)).purge()
+
+    asyncio.run(purge())

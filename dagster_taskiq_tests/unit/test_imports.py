@@ -27,6 +27,7 @@ LAYERS = [
     "tasks",
     "eager",
     "executor run_client",
+    "launch_watch",
     "launcher",
     "worker",
     "app demo metrics",

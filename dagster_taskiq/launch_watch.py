@@ -1,0 +1,151 @@
+"""Runs that were launched and have not begun: one that the servers lose is sent again.
+
+Nobody else would. Of a run that is STARTING, Dagster looks at nothing but its age, and fails it
+after ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
+purged, or a server that keeps nothing on disk restarts.
+
+Whoever has launched a run looks after it, as long as that process lives. Sent twice by mistake, it
+would still be executed once: the task is the same one, so that one worker claims it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq._dagster import EngineEventData
+from dagster_taskiq.backend import TaskState
+from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.envelope import Envelope
+from dagster_taskiq.run_client import RunClient
+
+logger = logging.getLogger(__name__)
+
+#: How often to look after runs that wait to be started.
+LOOK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class _Absence:
+    """Since when, in which epoch, no server has known a task."""
+
+    epoch: str
+    since: float
+
+
+class LaunchWatch:
+    """Of one connection to the servers.
+
+    Args:
+        client: that connection; closed when this is not to go on.
+        lease_seconds: within which a live worker claims again what the backend has forgotten.
+        now: the clock, in seconds; another one for tests.
+    """
+
+    def __init__(
+        self, client: RunClient, lease_seconds: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._now = now
+        self._client = client
+        self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
+        self._absences: dict[str, _Absence] = {}
+        self._waiting: dict[str, Envelope] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Look after nothing any more."""
+        self._closed.set()
+
+    def is_lost(self, physical: str, run_id: str, task_id: str) -> bool:
+        """Whether no server has known a run's task for as long as a worker could be silent of it.
+
+        As far as these calls have seen: nothing is lost at the first one. The time is counted anew
+        in a new epoch, in which workers must have had the time to claim again what they execute.
+
+        Args:
+            physical: the queue it was sent to, by its name on the server.
+
+        Raises:
+            ServerError: a server is away.
+        """
+        return self._is_lost(physical, run_id, task_id, self._now())
+
+    def _is_lost(self, physical: str, run_id: str, task_id: str, now: float) -> bool:
+        known = self._absences.pop(task_id, None)
+        if not self._client.is_absent(physical, task_id):
+            return False
+        epoch, state = self._client.state_of(run_id, task_id)
+        if state is not TaskState.UNKNOWN:
+            return False
+        if known is None or known.epoch != epoch:
+            known = _Absence(epoch, now)
+        self._absences[task_id] = known
+        return now - known.since >= self._patience_seconds
+
+    def look_after(self, instance: DagsterInstance, envelope: Envelope) -> None:
+        """Send a launched run again should it be lost before it has begun."""
+        with self._lock:
+            self._waiting[envelope.run_id] = envelope
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._watch, args=(instance,), name="launch-watch", daemon=True
+                )
+                self._thread.start()
+
+    def _watch(self, instance: DagsterInstance) -> None:
+        while not self._closed.wait(LOOK_SECONDS):
+            try:
+                self._look(instance)
+            except Exception as error:
+                if self._closed.is_set():  # in the midst of it
+                    return
+                # whatever is away now, server or storage, may be back the next time
+                logger.warning(
+                    "Cannot look after runs that wait to be started: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+
+    def _look(self, instance: DagsterInstance) -> None:
+        with self._lock:
+            launched = list(self._waiting)
+        starting = RunsFilter(run_ids=launched, statuses=[DagsterRunStatus.STARTING])
+        runs = {run.run_id: run for run in instance.get_runs(starting)}
+        with self._lock:
+            for run_id in launched:
+                if run_id not in runs:
+                    self._absences.pop(self._waiting.pop(run_id).task_id, None)
+            waiting = [self._waiting[run_id] for run_id in runs]
+        # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
+        # was lost together must be found lost together, before any of it is sent
+        now = self._now()
+        lost = [
+            it
+            for it in waiting
+            if self._is_lost(self._client.physical_queue(it), it.run_id, it.task_id, now)
+        ]
+        for envelope in lost:
+            self._send_again(instance, runs[envelope.run_id], envelope)
+
+    def _send_again(self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope) -> None:
+        _, refusing = self._client.look_at_workers()
+        if envelope.queue in refusing:
+            return  # it was not lost: its workers have said why they do not want it
+        self._client.submit(replace(envelope, epoch=self._client.epoch()))
+        self._absences.pop(envelope.task_id, None)
+        instance.report_engine_event(
+            f'No server knew of the run any more; sent it to queue "{envelope.queue}" again.',
+            run,
+            EngineEventData(metadata={"queue": envelope.queue, "task id": envelope.task_id}),
+        )

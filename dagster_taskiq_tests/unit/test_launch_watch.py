@@ -1,0 +1,216 @@
+"""When a launched run counts as lost, and what becomes of it then."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+import pytest
+from dagster import DagsterInstance, DagsterRunStatus
+
+from dagster_taskiq import launch_watch
+from dagster_taskiq.backend import TaskState
+from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.envelope import Envelope, TaskName
+from dagster_taskiq.launch_watch import LaunchWatch
+from dagster_taskiq.run_client import RunClient
+from dagster_taskiq_tests.acceptance import jobs
+
+#: For what must happen, on a loaded machine.
+PATIENCE_SECONDS = 30.0
+
+LEASE_SECONDS = 2 * IN_HAND_SECONDS
+
+
+class FakeClient:
+    """Servers with one run, of which they know what a test says."""
+
+    def __init__(self) -> None:
+        self.is_queued = False
+        self.state = TaskState.UNKNOWN
+        self.now_epoch = "first"
+        self.refusing: Mapping[str, str] = {}
+        self.sent: list[Envelope] = []
+        self.is_looked_at = threading.Semaphore(0)
+
+    def physical_queue(self, envelope: Envelope) -> str:
+        return f"physical {envelope.queue}"
+
+    def is_absent(self, *_: str) -> bool:
+        self.is_looked_at.release()
+        return not self.is_queued
+
+    def state_of(self, *_: str) -> tuple[str, TaskState]:
+        return self.now_epoch, self.state
+
+    def epoch(self) -> str:
+        return self.now_epoch
+
+    def look_at_workers(self) -> tuple[set[str], Mapping[str, str]]:
+        return set(), self.refusing
+
+    def submit(self, envelope: Envelope) -> None:
+        self.sent.append(envelope)
+        self.is_queued = True
+
+
+class Clock:
+    """Stands still until it is told to go on."""
+
+    seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    return FakeClient()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def watch(
+    client: FakeClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LaunchWatch]:
+    monkeypatch.setattr(launch_watch, "LOOK_SECONDS", 0.01)
+    watch = LaunchWatch(cast("RunClient", client), LEASE_SECONDS, clock)
+    yield watch
+    watch.close()
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[DagsterInstance]:
+    with DagsterInstance.local_temp(str(tmp_path)) as instance:
+        yield instance
+
+
+def is_lost(watch: LaunchWatch) -> bool:
+    return watch.is_lost("queue", "run", "task")
+
+
+def test_lost_after_a_lease_of_absence(watch: LaunchWatch, clock: Clock) -> None:
+    assert not is_lost(watch)
+    clock.seconds += LEASE_SECONDS - 1
+    assert not is_lost(watch)
+    clock.seconds += 1
+    assert is_lost(watch)
+
+
+@pytest.mark.parametrize("what", ["is queued", "is claimed", "a new epoch"])
+def test_counted_anew(watch: LaunchWatch, client: FakeClient, clock: Clock, what: str) -> None:
+    """The absence ends with every sign of the run, and with the server's memory."""
+    assert not is_lost(watch)
+    if what == "a new epoch":
+        client.now_epoch = "second"
+    else:
+        client.is_queued = what == "is queued"
+        client.state = TaskState.CLAIMED if what == "is claimed" else TaskState.UNKNOWN
+    clock.seconds += LEASE_SECONDS
+    assert not is_lost(watch)
+    client.is_queued, client.state = False, TaskState.UNKNOWN
+    if what != "a new epoch":
+        assert not is_lost(watch)
+    clock.seconds += LEASE_SECONDS
+    assert is_lost(watch)
+
+
+def launched(instance: DagsterInstance) -> Envelope:
+    """The task of a run that is STARTING."""
+    run = instance.create_run_for_job(jobs.simple, status=DagsterRunStatus.STARTING)
+    return Envelope(
+        task_id="task",
+        name=TaskName.EXECUTE_JOB,
+        run_id=run.run_id,
+        step_key=None,
+        attempt=0,
+        queue="long",
+        priority=0,
+        lease_seconds=LEASE_SECONDS,
+        cancel_grace_seconds=1.0,
+        epoch="first",
+        payload={},
+    )
+
+
+def await_looks(client: FakeClient, count: int = 3) -> None:
+    """Wait until the watch has looked so many times from now on."""
+    while client.is_looked_at.acquire(blocking=False):
+        pass
+    for _ in range(count):
+        assert client.is_looked_at.acquire(timeout=PATIENCE_SECONDS)
+
+
+def test_a_lost_run_is_sent_again(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """Once, in the present epoch, and the run's log says so."""
+    envelope = launched(instance)
+    client.now_epoch = "second"
+    watch.look_after(instance, envelope)
+    await_looks(client)
+    assert client.sent == []
+    clock.seconds += LEASE_SECONDS
+    await_looks(client)
+    (again,) = client.sent
+    assert again.task_id == envelope.task_id
+    assert again.epoch == "second"
+    messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
+    assert 'No server knew of the run any more; sent it to queue "long" again.' in messages
+
+
+def test_a_run_that_is_refused_is_not_sent_again(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    client.refusing = {"long": "it is not signed"}
+    watch.look_after(instance, launched(instance))
+    await_looks(client)
+    clock.seconds += LEASE_SECONDS
+    await_looks(client)
+    assert client.sent == []
+
+
+def test_the_watch_ends_with_its_last_run(
+    watch: LaunchWatch, client: FakeClient, instance: DagsterInstance
+) -> None:
+    """And begins anew with the next one."""
+    for _ in range(2):
+        envelope = launched(instance)
+        watch.look_after(instance, envelope)
+        await_looks(client)
+        (thread,) = (it for it in threading.enumerate() if it.name == "launch-watch")
+        run = instance.get_run_by_id(envelope.run_id)
+        assert run is not None
+        instance.report_run_failed(run)
+        thread.join(PATIENCE_SECONDS)
+        assert not thread.is_alive()
+
+
+def test_an_outage_does_not_end_it(
+    watch: LaunchWatch,
+    client: FakeClient,
+    instance: DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says in one line that it cannot look, and looks again."""
+    failed = threading.Event()
+
+    def fail(*_: str) -> tuple[str, TaskState]:
+        failed.set()
+        raise ConnectionError("no server on port 6379")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "state_of", fail)
+        watch.look_after(instance, launched(instance))
+        assert failed.wait(PATIENCE_SECONDS)
+    await_looks(client)
+    (record, *_) = (it for it in caplog.records if "launched" in it.message or "wait" in it.message)
+    assert "ConnectionError: no server on port 6379" in record.message
+    assert record.exc_info is None
