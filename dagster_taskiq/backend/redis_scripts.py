@@ -115,7 +115,7 @@ local is_free = not state or string.match(state, '^dropped') or (waits and state
 if not is_free then return {string.match(state, '^%a+'), now} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
 if ARGV[8] == '1' then
-  -- nobody sends a whole run again, but it starts only if Dagster says that it still waits to
+  -- not for a whole run: its sender may be gone, and it starts only if Dagster says that it waits
   local is_stale = ARGV[3] ~= now
   if is_stale or redis.call('EXISTS', KEYS[3]) == 0 then
     -- a loop that lives after all must not wait for what is in no queue any more
