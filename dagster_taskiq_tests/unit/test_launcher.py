@@ -51,8 +51,10 @@ def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
     launcher = TaskiqRunLauncher(Settings.from_config({}))
     launcher.register_instance(instance)
     run = instance.create_run_for_job(jobs.simple, status=DagsterRunStatus.STARTED)
+    others = set(threading.enumerate())  # perhaps of a launcher that was just left
     assert launcher.terminate(run.run_id) is True
-    (thread,) = (it for it in threading.enumerate() if it.name == "see-to-its-end")
+    new = set(threading.enumerate()) - others
+    (thread,) = (it for it in new if it.name == "see-to-its-end")
     assert client.is_asked.wait(PATIENCE_SECONDS)
     launcher.dispose()
     client.answers.set()
