@@ -124,6 +124,8 @@ class WorkerRecord:
         started_at: seconds since the epoch.
         refused: how many messages it has refused.
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
+        protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
+        broker: address of the broker that it listens to, without a password; empty if not told.
     """
 
     worker_id: str
@@ -140,6 +142,8 @@ class WorkerRecord:
     version: str = "unknown"
     refused: int = 0
     key_ids: tuple[str, ...] = ()
+    protocol: int = 1
+    broker: str = ""
 
 
 class RunBackend(ABC):

@@ -30,7 +30,7 @@ from dagster_taskiq.defaults import (
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.envelope import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.errors import (
     DagsterTaskiqError,
     EmbeddedServerError,
@@ -349,6 +349,8 @@ class Worker:
             version=__version__,
             refused=self._refusals.count + sum(it.refused_count for it in self._stations),
             key_ids=self._servers.signer.key_ids,
+            protocol=PROTOCOL,
+            broker=self._servers.broker.address,
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 
