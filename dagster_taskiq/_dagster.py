@@ -120,7 +120,6 @@ __all__ = [
     "cut_known_state",
     "deserialize_events",
     "error_info",
-    "events_by_step",
     "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
@@ -258,16 +257,6 @@ def _collects(step: ExecutionStep) -> bool:
 def _is_dynamic(output: StepOutputHandle) -> bool:
     handle = StepHandle.parse_from_key(output.step_key)
     return output.mapping_key is not None or isinstance(handle, ResolvedFromDynamicStepHandle)
-
-
-def events_by_step(instance: DagsterInstance, run_id: str) -> dict[str, list[DagsterEvent]]:
-    """The events of a run in Dagster's log by their step's key, in their order."""
-    events: dict[str, list[DagsterEvent]] = {}
-    for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
-        event = entry.dagster_event
-        if event is not None and event.step_key is not None:
-            events.setdefault(event.step_key, []).append(event)
-    return events
 
 
 def is_end_of_attempt(event: DagsterEvent) -> bool:
@@ -513,17 +502,18 @@ class Replayed:
         sent: keys of the steps that were sent and have not come to an end.
         ended: keys of the others of which an attempt has ended.
         retries: how many attempts of a step, by key, asked for another one.
+        failures: the failures of the steps that have failed, in their order.
     """
 
     sent: tuple[str, ...]
     ended: tuple[str, ...]
     retries: Mapping[str, int]
+    failures: tuple[DagsterEvent, ...]
 
 
 def replay_log(
     active: ActiveExecution,
-    instance: DagsterInstance,
-    run_id: str,
+    entries: Iterable[EventLogEntry],
     is_sent: Callable[[DagsterEvent], bool],
 ) -> Replayed:
     """Bring a new ``ActiveExecution`` to where the one of the run's former process was.
@@ -535,18 +525,16 @@ def replay_log(
 
     Args:
         active: just made.
-        instance: that the run belongs to.
-        run_id: the run.
+        entries: of the run's log about its steps, in their order.
         is_sent: whether an event says that its step was sent.
     """
     outputs: dict[str, list[DagsterEvent]] = {}
     sent: dict[str, None] = {}
     retries: dict[str, int] = {}
-    for entry in instance.all_logs(run_id, of_type=set(DagsterEventType)):
-        event = entry.dagster_event
-        if event is None or event.step_key is None:
-            continue
-        key = event.step_key
+    failures: list[DagsterEvent] = []
+    for entry in entries:
+        event = entry.get_dagster_event()
+        key = event.step_key or ""
         if is_sent(event):
             sent[key] = None
             outputs.pop(key, None)
@@ -555,15 +543,18 @@ def replay_log(
         elif event.is_step_skipped:
             _replay_skip(active, key)
         elif is_end_of_attempt(event):
-            retries[key] = retries.get(key, 0) + event.is_step_up_for_retry
             made = outputs.pop(key, [])
-            if put_in_flight(active, key):
-                sent.pop(key, None)
+            if key in sent and put_in_flight(active, key):
+                del sent[key]
+                retries[key] = retries.get(key, 0) + event.is_step_up_for_retry
                 for known in (*made, event):
                     active.handle_event(known)
                 _date_retry(active, event, entry.timestamp)
+                if event.is_step_failure:
+                    failures.append(event)
     in_flight = tuple(key for key in sent if put_in_flight(active, key))
-    return Replayed(in_flight, tuple(key for key in retries if key not in in_flight), retries)
+    ended = tuple(key for key in retries if key not in in_flight)
+    return Replayed(in_flight, ended, retries, tuple(failures))
 
 
 def put_in_flight(active: ActiveExecution, step_key: str) -> bool:

@@ -54,9 +54,10 @@ from dagster_taskiq.flights import (
     Flight,
     RunLog,
     error_of,
+    read_steps_log,
     says_sent,
 )
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.tags import (
     has_misleading_priority,
     step_queue,
@@ -166,9 +167,15 @@ class _Loop:
     # --- taking over ---
 
     def adopt(self) -> Iterator[DagsterEvent]:
-        """Take over the run from a former process: its steps go on, finished ones stay finished."""
-        instance, run_id = self._context.instance, self._context.run_id
-        replayed = replay_log(self._active, instance, run_id, says_sent)
+        """Take over the run from a former process: its steps go on, finished ones stay finished.
+
+        Yields:
+            beside the loop's own events the failures that the log already has: Dagster ends a run
+            as failed only for those that it was given in this process.
+        """
+        entries = read_steps_log(self._context.instance, self._context.run_id)
+        replayed = replay_log(self._active, entries, says_sent)
+        yield from replayed.failures
         for key, count in replayed.retries.items():
             attempts = self._active.retry_state.get_attempt_count(key)
             self._first_attempts[key] = attempts - count + 1
@@ -438,7 +445,7 @@ class _Loop:
         del self._flights[task_id]
         lost = TaskResult(
             Outcome.DIED,
-            flight.place or Place("unknown", "", "unknown", 0, 0),
+            flight.place or log.place_of(flight),
             reason="The worker is gone: its lease on this attempt ended without a result.",
         )
         yield from self._finish(flight, lost)

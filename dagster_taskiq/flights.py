@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from dagster import DagsterEvent, DagsterInstance
 
 from dagster_taskiq._dagster import (
+    DagsterEventType,
+    EventLogEntry,
     ExecutionStep,
     SerializableErrorInfo,
-    events_by_step,
     is_end_of_attempt,
     plain_error,
 )
 from dagster_taskiq.dispatcher import StepTask
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
 #: time between the two as the wait in the queue.
@@ -54,7 +57,11 @@ class RunLog:
 
     @cached_property
     def _events(self) -> dict[str, list[DagsterEvent]]:
-        return events_by_step(self._instance, self._run_id)
+        by_step: dict[str, list[DagsterEvent]] = defaultdict(list)
+        for entry in read_steps_log(self._instance, self._run_id):
+            event = entry.get_dagster_event()
+            by_step[event.step_key or ""].append(event)
+        return by_step
 
     def _of(self, flight: Flight) -> list[DagsterEvent]:
         """The events of one attempt: what follows the step's previous STEP_UP_FOR_RETRY."""
@@ -70,6 +77,11 @@ class RunLog:
         """What ``ActiveExecution`` has to know of an attempt: its outputs and its end."""
         return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
 
+    def place_of(self, flight: Flight) -> Place:
+        """Where a worker has last begun with the attempt; ``NOWHERE`` if none has."""
+        places = [place_in(event) for event in self._of(flight)]
+        return next((place for place in reversed(places) if place), NOWHERE)
+
     def has_ended(self, flight: Flight) -> bool:
         """Whether the end of the attempt is there."""
         return any(is_end_of_attempt(event) for event in self._of(flight))
@@ -82,9 +94,51 @@ class RunLog:
         )
 
 
+def read_steps_log(instance: DagsterInstance, run_id: str) -> Iterator[EventLogEntry]:
+    """What Dagster's log says of a run's steps, in its order, without what came too late."""
+    return without_late_events(instance.all_logs(run_id, of_type=set(DagsterEventType)))
+
+
+def without_late_events(entries: Iterable[EventLogEntry]) -> Iterator[EventLogEntry]:
+    """Leave out what a process has written about an attempt of a step that was already over.
+
+    A worker that was given up may live, and then its process writes the end of its attempt into
+    the log in which the next attempt is under way. Events do not name their attempt, so they are
+    known by the process that announced itself as the one that executes it.
+    """
+    present: dict[str, set[int]] = defaultdict(set)
+    former: dict[str, set[int]] = defaultdict(set)
+    for entry in entries:
+        event = entry.dagster_event
+        if event is None or event.step_key is None:
+            continue
+        ours, gone = present[event.step_key], former[event.step_key]
+        place = place_in(event)
+        if place is not None:
+            gone.discard(place.pid)
+            ours.add(place.pid)
+        elif event.pid in gone and not event.is_engine_event:
+            continue
+        elif is_end_of_attempt(event):
+            gone |= ours
+            ours.clear()
+        yield entry
+
+
 def says_sent(event: DagsterEvent) -> bool:
     """Whether this is the event of a loop that sends a step."""
     return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
+
+
+def place_in(event: DagsterEvent) -> Place | None:
+    """Where a step runs, if this is the event of a worker's process that begins with it."""
+    if not event.is_engine_event or event.engine_event_data.marker_end != QUEUE_WAIT_MARKER:
+        return None
+    said = {key: str(value.value) for key, value in event.engine_event_data.metadata.items()}
+    try:
+        return Place(said["worker"], "", said["host"], int(said["pid"]), int(said["slot"]))
+    except (KeyError, ValueError):
+        return None  # a loop that has withdrawn the step ends the wait too
 
 
 def error_of(flight: Flight, result: TaskResult) -> SerializableErrorInfo:

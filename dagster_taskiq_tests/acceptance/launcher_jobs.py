@@ -11,6 +11,7 @@ from dagster import (
     DynamicOutput,
     ExpectationResult,
     Failure,
+    HookContext,
     In,
     JobDefinition,
     Nothing,
@@ -18,6 +19,7 @@ from dagster import (
     Out,
     Output,
     RetryPolicy,
+    failure_hook,
     in_process_executor,
     job,
     multiprocess_executor,
@@ -200,6 +202,25 @@ RESUMABLE_ATTEMPTS = {
 } | {("flaky", 2)}
 
 POOL = "launched_one_at_a_time"
+
+
+@failure_hook
+def say_failed(context: HookContext) -> None:
+    context.log.info("the hook of %s ran", context.step_key)
+
+
+@op
+def fail_when_told(context: OpExecutionContext) -> None:
+    note(context, "started")
+    await_gate(context)
+    raise Failure("on purpose, later")
+
+
+@job(executor_def=taskiq_executor, hooks={say_failed})
+def fails_twice() -> None:
+    """Once before and once after its run's process is killed."""
+    after(fail_at_once())
+    after.alias("after_later")(fail_when_told())
 
 
 @op(pool=POOL)

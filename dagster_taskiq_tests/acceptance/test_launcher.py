@@ -527,6 +527,25 @@ def test_resume(resuming: Stack, is_late: bool) -> None:
         assert len(run.logs()) > 1100
 
 
+def test_resume_of_a_run_with_failures(resuming: Stack) -> None:
+    """What failed before the kill, and while the run had no process, fails the run, once each."""
+    run = launch(resuming, "fails_twice")
+    run.await_notes("started")
+    until(lambda: run.steps(DagsterEventType.STEP_FAILURE), "the first step fails")
+    run.signal_process(signal.SIGKILL)
+    run.await_death()
+    run.open_gate()
+    both = ["fail_at_once", "fail_when_told"]
+    until(lambda: run.steps(DagsterEventType.STEP_FAILURE) == both, "the second step fails")
+    run.monitor()
+    run.wait()
+    assert run.status is DagsterRunStatus.FAILURE
+    assert run.steps(DagsterEventType.STEP_FAILURE) == both
+    messages = [entry.user_message for entry in run.logs()]
+    assert [messages.count(f"the hook of {step} ran") for step in both] == [1, 1]
+    assert not run.notes("ran")
+
+
 def test_resume_with_a_pool(resuming: Stack) -> None:
     """A run is resumed though another one holds the pool slot that its finished step had."""
     resuming.instance.event_log_storage.set_concurrency_slots(launcher_jobs.POOL, 1)

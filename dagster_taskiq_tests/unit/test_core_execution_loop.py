@@ -20,11 +20,12 @@ from dagster import (
     execute_job,
     reconstructable,
 )
+from dagster._core.execution.plan.objects import StepFailureData
 
 from dagster_taskiq import core_execution_loop as loop_module
 from dagster_taskiq import executor as executor_module
 from dagster_taskiq import tasks
-from dagster_taskiq._dagster import execute_or_resume_run
+from dagster_taskiq._dagster import SerializableErrorInfo, execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
@@ -887,18 +888,14 @@ def test_a_failing_loop_stops_its_steps_and_waits_for_the_word(
 def test_a_resumed_loop_judges_before_it_sends_again(
     fake: FakeDispatcher,
     instance: DagsterInstance,
-    monkeypatch: pytest.MonkeyPatch,
     has_started: bool,
 ) -> None:
     """What nobody has any more after a flush is not sent before the watch is conclusive.
 
     Then an attempt that had started counts as lost, and only one that had not is sent again.
     """
-    with monkeypatch.context() as patch:
-        patch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
-        fake.plan["one"] = [HOLD if has_started else WAIT]
-        interrupt_once(fake, 10, lambda: None)
-        first = execute(jobs.diamond_job, instance)
+    fake.plan["one"] = [HOLD if has_started else WAIT]
+    run_id = leave(fake, instance, lambda: execute(jobs.diamond_job, instance).run_id)
     (task,) = fake.sent
     fake.states[task.task_id] = TaskState.UNKNOWN
     fake.waiting.clear()
@@ -910,14 +907,131 @@ def test_a_resumed_loop_judges_before_it_sends_again(
         assert fake.is_conclusive or fake.sent == [task]
 
     fake.on_wait = watch
-    execute_or_resume_run(instance, first.run_id, is_resumed=True)
-    ran = Ran(instance, first.run_id)
+    ran = resume(instance, run_id)
     assert ran.said("Resumed the run; 1 steps are queued or running") == 1
     if has_started:
         assert ran.status is FAILURE
         assert fake.sent == [task]
         assert "lease" in ran.error("one")
+        assert "worker w@h (host h, slot 2" in ran.error("one"), "the log knows where it ran"
     else:
         assert ran.status is SUCCESS
         assert [it.step_key for it in fake.sent] == ["one", "one", "left", "right", "total"]
         assert fake.sent[1].task_id == task.task_id
+
+
+def leave(fake: FakeDispatcher, instance: DagsterInstance, execute: Callable[[], str]) -> str:
+    """Have a run's process end after ten seconds, in a run that will be resumed; the run's id."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
+        interrupt_once(fake, fake.clock.now - 1000 + 10, lambda: None)
+        run_id = execute()
+    fake.on_wait = lambda _: None
+    return run_id
+
+
+def resume(instance: DagsterInstance, run_id: str) -> Ran:
+    """Execute the rest of a run in what is a new process to Dagster."""
+    execute_or_resume_run(instance, run_id, is_resumed=True)
+    return Ran(instance, run_id)
+
+
+def finish_held(fake: FakeDispatcher, step: str) -> None:
+    """Have a held step run to its end as soon as the loop waits."""
+
+    def happen(_: int) -> None:
+        fake.on_wait = lambda _: None
+        fake.finish([task for task in fake.sent if task.step_key == step][-1])
+
+    fake.on_wait = happen
+
+
+@pytest.mark.parametrize("resumes", [1, 2])
+def test_a_resumed_run_counts_what_has_failed_before(
+    fake: FakeDispatcher, instance: DagsterInstance, resumes: int
+) -> None:
+    """However often it is resumed, and without a second event of the failure in the log."""
+    fake.plan["one"] = [HOLD]
+    run_id = leave(fake, instance, lambda: execute(jobs.exhausted_job, instance).run_id)
+    for _ in range(resumes - 1):
+        leave(fake, instance, lambda: resume(instance, run_id).run_id)
+    finish_held(fake, "one")
+    ran = resume(instance, run_id)
+    assert ran.status is FAILURE
+    assert ran.count(DagsterEventType.STEP_SUCCESS, "one") == 1
+    assert ran.count(DagsterEventType.STEP_FAILURE) == 1
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 1
+    assert ran.said("Steps failed: ['never']") == 1
+    assert [task.step_key for task in fake.sent] == ["never", "one", "never"]
+
+
+def test_a_failure_that_came_while_the_run_had_no_process_counts(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Only the log says of it, since its result went to the former process; then steps skip."""
+    fake.plan["may_fail"] = [HOLD]
+    config = {"may_fail": {"config": {"fails": True}}}
+
+    def first() -> str:
+        options = {"ops": config, "execution": {"config": {}}}
+        with execute_job(
+            reconstructable(jobs.failing_job), instance, run_config=options, raise_on_error=False
+        ) as result:
+            return result.run_id
+
+    run_id = leave(fake, instance, first)
+    (held,) = (task for task in fake.sent if task.step_key == "may_fail")
+    fake._do(RUN_UNHEARD, held)
+    ran = resume(instance, run_id)
+    assert ran.status is FAILURE
+    assert ran.count(DagsterEventType.STEP_FAILURE, "may_fail") == 1
+    assert ran.said("Steps failed: ['may_fail']") == 1
+    assert "total" not in [task.step_key for task in fake.sent]
+
+
+@pytest.mark.parametrize("moment", ["before the next attempt", "during the next attempt"])
+def test_a_late_failure_of_a_lost_attempt_does_not_count_after_a_resume(
+    fake: FakeDispatcher, instance: DagsterInstance, moment: str
+) -> None:
+    """Its worker lives and says so in the log; the next attempt succeeds, and so does the run."""
+    fake.plan["patient"] = [EXPIRE_STARTED, HOLD]
+    other_process = os.getpid() + 1
+
+    def begin_elsewhere(task: StepTask) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: other_process)
+            FakeDispatcher.start(fake, task)
+
+    def fail_late() -> None:
+        (run,) = instance.get_runs(limit=1)
+        first = next(e for e in Ran(instance, run.run_id).events if e.step_key == "patient")
+        error = SerializableErrorInfo("late", [], "Late")
+        late = first._replace(
+            event_type_value=DagsterEventType.STEP_FAILURE.value,
+            event_specific_data=StepFailureData(error, user_failure_data=None),
+            pid=other_process,
+        )
+        instance.report_dagster_event(late, run.run_id)
+
+    def start(task: StepTask) -> None:
+        if task.attempt == 1:
+            begin_elsewhere(task)
+        elif moment.startswith("during"):
+            FakeDispatcher.start(fake, task)
+            fail_late()
+        else:
+            fail_late()
+            FakeDispatcher.start(fake, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake, "start", start)
+        run_id = leave(fake, instance, lambda: execute(jobs.patient_job, instance).run_id)
+    finish_held(fake, "patient")
+    ran = resume(instance, run_id)
+    assert ran.count(DagsterEventType.STEP_FAILURE, "patient") == 1, "the late one"
+    assert ran.status is SUCCESS
+    assert [(task.step_key, task.attempt) for task in fake.sent] == [
+        ("patient", 1),
+        ("patient", 2),
+        ("add_one", 1),
+    ]
