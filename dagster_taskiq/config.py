@@ -94,6 +94,15 @@ CONNECTION_SCHEMA: dict[str, Field] = {
         default_value=defaults.CANCEL_GRACE_SECONDS,
         description="Time that a cancelled step has for its clean-up before it is killed.",
     ),
+    "server_patience_seconds": Field(
+        _SECONDS,
+        is_required=False,
+        default_value=defaults.SERVER_PATIENCE_SECONDS,
+        description=(
+            "How long a run that begins or is launched, or a worker that starts, waits for a "
+            "broker, backend or database that is away. 0 is to fail at once."
+        ),
+    ),
 }
 
 EXECUTOR_SCHEMA: dict[str, Field] = {
@@ -186,6 +195,7 @@ class Settings:
     tag_concurrency_limits: tuple[Mapping[str, Any], ...] = ()
     lease_seconds: float = defaults.LEASE_SECONDS
     cancel_grace_seconds: float = defaults.CANCEL_GRACE_SECONDS
+    server_patience_seconds: float = defaults.SERVER_PATIENCE_SECONDS
     signing_keys: tuple[str, ...] = field(default=(), repr=False)
     signing_variables: tuple[str, ...] = (defaults.SIGNING_KEY_VARIABLE,)
 
@@ -214,6 +224,9 @@ class Settings:
             cancel_grace_seconds=_seconds(
                 config, "cancel_grace_seconds", defaults.CANCEL_GRACE_SECONDS
             ),
+            server_patience_seconds=_seconds(
+                config, "server_patience_seconds", defaults.SERVER_PATIENCE_SECONDS
+            ),
             signing_keys=keys,
             signing_variables=variables,
         )
@@ -229,9 +242,10 @@ class Settings:
                 f"lease_seconds is {self.lease_seconds:g}, it must be at least "
                 f"{defaults.MIN_LEASE_SECONDS:g}: a shorter lease is lost by a busy machine."
             )
-        if self.cancel_grace_seconds < 0:
-            raise ConfigError("cancel_grace_seconds must not be negative.")
-        for name in ("lease_seconds", "cancel_grace_seconds"):
+        for name in ("cancel_grace_seconds", "server_patience_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative.")
+        for name in ("lease_seconds", "cancel_grace_seconds", "server_patience_seconds"):
             if getattr(self, name) > defaults.LONGEST_SECONDS:
                 raise ConfigError(f"{name} must be at most {defaults.LONGEST_SECONDS:g}.")
         if self.max_concurrent is not None and self.max_concurrent < 1:

@@ -79,6 +79,9 @@ CONTROL_AGE_SECONDS = 300.0
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0
 
+#: How long what begins waits for a server that is away.
+SERVER_PATIENCE_SECONDS = 300.0
+
 #: How long a drained worker waits for its running steps before it cancels them.
 DRAIN_TIMEOUT_SECONDS = 3600.0
 

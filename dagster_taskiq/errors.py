@@ -4,7 +4,7 @@
     ├── ConfigError              a setting, tag, YAML file or URL that cannot be used
     │   └── TagError             a tag of a step or run
     ├── ServerError              a broker or backend, with its address
-    │   ├── UnreachableServerError
+    │   ├── UnreachableServerError   away, or takes nothing just now
     │   └── RefusedByServerError     wrong password, no permission, wrong kind of queue
     ├── EmbeddedServerError      the embedded server cannot be started
     ├── MalformedTaskError       a message that is no task of ours
@@ -55,7 +55,16 @@ class UnreachableServerError(ServerError):
 
 
 class RefusedByServerError(ServerError):
-    """The server answered, and refused: credentials, permissions, or a conflicting declaration."""
+    """The server answered, and refused: credentials, permissions, or a conflicting declaration.
+
+    Args:
+        is_final: whether no waiting mends it. Anything else, such as refused credentials, is a
+            mistake where nothing has worked yet, and may pass where it has.
+    """
+
+    def __init__(self, address: str, message: str, *, is_final: bool = False) -> None:
+        super().__init__(address, message)
+        self.is_final = is_final
 
 
 class EmbeddedServerError(DagsterTaskiqError):

@@ -12,7 +12,8 @@ from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
+from dagster_taskiq.errors import ServerError, UnreachableServerError
+from dagster_taskiq.server_refusals import REDIS_REFUSALS, Outlook, find_refusal, refusal_error
 from dagster_taskiq.servers import ServerOptions, redact, reset_hint, tls_refusal
 
 #: One more try, for a connection that the server closed while it was idle.
@@ -71,38 +72,32 @@ def server_errors(address: str) -> Iterator[None]:
     """
     try:
         yield
-    except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
-        raise RefusedByServerError(
-            address, f"{address} refuses the credentials: {redact(str(error))}. Check the URL."
-        ) from error
-    except exceptions.NoScriptError as error:
-        # scripts are loaded when they are missing: it went away again before the next command
-        raise UnreachableServerError(
-            address, f"{address} was restarted in the middle of a command."
-        ) from error
-    except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-        if refusal := tls_refusal(address, error):
-            raise refusal from error
-        raise UnreachableServerError(
-            address, f"Cannot reach {address}: {_sentence(error)}.{reset_hint(address, error)}"
-        ) from error
-    except exceptions.RedisError as error:
-        raise _refusal(address, error) from error
+    except (exceptions.RedisError, OSError) as error:
+        raise _ours(address, error) from error
 
 
-#: What a server says that takes nothing just now: its disk is full, it is a replica (of a primary
-#: that is away), it has too few replicas, or a script keeps it busy.
-_PASSING = ("MISCONF", "READONLY", "MASTERDOWN", "NOREPLICAS", "BUSY ")
+def _ours(address: str, error: Exception) -> ServerError:
+    text = _sentence(error)
+    if _is_answer(error):
+        code = getattr(error, "status_code", None)
+        refusal = find_refusal(REDIS_REFUSALS, f"{code or ''} {text}")
+        is_passing = refusal.outlook is Outlook.PASSES
+        verb = "takes nothing now" if is_passing else "refused a command"
+        if isinstance(error, exceptions.AuthenticationError):
+            verb = "refuses the credentials"
+        return refusal_error(address, refusal, f"{address} {verb}: {text}.")
+    if refused := tls_refusal(address, error):
+        return refused
+    hint = reset_hint(address, error)
+    return UnreachableServerError(address, f"Cannot reach {address}: {text}.{hint}")
 
 
-def _refusal(address: str, error: exceptions.RedisError) -> ServerError:
-    text = redact(str(error))
-    passing = (exceptions.ReadOnlyError, exceptions.MasterDownError)
-    if isinstance(error, passing) or any(word in text for word in _PASSING):
-        return UnreachableServerError(address, f"{address} takes nothing now: {_sentence(error)}.")
-    if "OOM" in text or isinstance(error, exceptions.OutOfMemoryError):
-        text += " (raise maxmemory; the policy must be noeviction)"
-    return RefusedByServerError(address, f"{address} refused a command: {text}.")
+def _is_answer(error: Exception) -> bool:
+    """Whether the server has said it; redis-py makes connection errors of some answers."""
+    if isinstance(error, exceptions.AuthenticationError | exceptions.BusyLoadingError):
+        return True
+    is_lost = isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError | OSError)
+    return not is_lost or getattr(error, "status_code", None) is not None
 
 
 def _sentence(error: BaseException) -> str:

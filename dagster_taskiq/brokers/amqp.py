@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aio_pika
+import pamqp.commands
 from aio_pika.abc import (
     AbstractChannel,
     AbstractConnection,
@@ -43,12 +45,8 @@ from dagster_taskiq.brokers.base import (
     queue_of,
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
-from dagster_taskiq.errors import (
-    ConfigError,
-    RefusedByServerError,
-    ServerError,
-    UnreachableServerError,
-)
+from dagster_taskiq.errors import ConfigError, ServerError, UnreachableServerError
+from dagster_taskiq.server_refusals import AMQP_REFUSALS, Outlook, find_refusal, refusal_error
 from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact, reset_hint, tls_refusal
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
@@ -448,9 +446,22 @@ async def _connect(options: ServerOptions) -> _Connection:
         except (exceptions.InvalidFrameError, PAMQPException) as error:
             # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
             raise exceptions.ConnectionNotAllowed(
-                "its virtual host does not exist, or the user has no access to it"
+                _words_of_close(error)
+                or "its virtual host does not exist, or the user has no access to it"
             ) from error
     return _Connection(connection)
+
+
+def _words_of_close(error: BaseException) -> str:
+    """What RabbitMQ said in the frame that aiormq did not expect, which its error leaves out.
+
+    Empty where it is not found. Only these words tell a limit from a virtual host that is missing.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        close = frame.f_locals.get("frame")
+        if isinstance(close, pamqp.commands.Connection.Close):
+            return str(close.reply_text)
+    return ""
 
 
 #: Set in the tasks of our connections, which inherit it from the call that connects.
@@ -481,15 +492,9 @@ logging.getLogger("aiormq.connection").addFilter(_is_of_use)
 def _server_errors(address: str) -> Iterator[None]:
     try:
         yield
-    except (
-        exceptions.AuthenticationError,
-        exceptions.ProbableAuthenticationError,
-        exceptions.ConnectionNotAllowed,
-        exceptions.AMQPChannelError,
-        exceptions.DeliveryError,
-    ) as error:
-        raise RefusedByServerError(address, _refusal(address, error)) from error
     except CONNECTION_EXCEPTIONS as error:
+        if (code := _reply_code(error)) is not None:
+            raise _refusal(address, code, error) from error
         if refusal := tls_refusal(address, error):
             raise refusal from error
         hint = reset_hint(address, error)
@@ -509,18 +514,47 @@ def _unreachable(address: str, text: str = "", hint: str = "") -> UnreachableSer
     return UnreachableServerError(address, f"Cannot reach {address}: {reason}.{hint}")
 
 
-def _refusal(address: str, error: exceptions.AMQPError) -> str:
+#: Those of aiormq's errors that are answers of RabbitMQ, with the reply code that it leaves out.
+_REPLY_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (exceptions.AuthenticationError, "403"),
+    (exceptions.ProbableAuthenticationError, "403"),
+    (exceptions.ConnectionNotAllowed, "530"),
+    (exceptions.ConnectionResourceError, "506"),
+    (exceptions.ConnectionNotImplemented, "540"),
+    (exceptions.ConnectionInternalError, "541"),
+    (exceptions.ChannelAccessRefused, "403"),
+    (exceptions.ChannelNotFoundEntity, "404"),
+    (exceptions.ChannelLockedResource, "405"),
+    (exceptions.ChannelPreconditionFailed, "406"),
+    (exceptions.AMQPChannelError, "channel closed"),
+    (exceptions.DeliveryError, "nack"),
+)
+
+
+def _reply_code(error: BaseException) -> str | None:
+    """The code of RabbitMQ's answer; None where the error is no answer."""
+    for kind, code in _REPLY_CODES:
+        if isinstance(error, kind):
+            return code
+    is_close = isinstance(error, exceptions.ConnectionClosed) and len(error.args) == 2
+    return str(error.args[0]) if is_close and error.args[0] else None
+
+
+def _refusal(address: str, code: str, error: BaseException) -> ServerError:
     text = redact(str(error)).rstrip(".")
-    if isinstance(error, exceptions.ChannelPreconditionFailed) and "inequivalent" in text:
-        return (
+    refusal = find_refusal(AMQP_REFUSALS, f"{code} {text}")
+    if refusal.outlook is Outlook.PASSES:
+        return refusal_error(address, refusal, f"{address} takes nothing now: {text}.")
+    if code == "406" and "inequivalent" in text:
+        sentence = (
             f"{address} has a queue of that name which is of another kind: {text}. Delete it while "
             f"it is empty, or set another key_prefix; it must be durable with {_QUEUE_ARGUMENTS}."
         )
-    if isinstance(error, exceptions.ChannelAccessRefused):
-        return f"{address} refuses access: {text}. Give the user configure, write and read rights."
-    if isinstance(error, exceptions.AMQPConnectionError):
-        return f"{address} refuses the connection: {text}. Check the URL."
-    return f"{address} refused: {text}."
+    elif isinstance(error, exceptions.AMQPConnectionError):
+        sentence = f"{address} refuses the connection: {text}."
+    else:
+        sentence = f"{address} refuses: {text}."
+    return refusal_error(address, refusal, sentence)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

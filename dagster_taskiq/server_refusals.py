@@ -1,0 +1,120 @@
+"""What a server's refusal means: which pass, which are final, and which may be either.
+
+One table for each kind of server, of one shape. A row is found by the server's code and text; the
+first one that matches counts, and what no row knows may be either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
+
+
+class Outlook(Enum):
+    """Whether it is of use to ask again later."""
+
+    #: The server will take it: it starts, is full, changes over, has a limit that others use up.
+    PASSES = "passes"
+    #: A mistake where nothing has worked yet; a change under way where it has.
+    UNCLEAR = "unclear"
+    #: No waiting mends it.
+    FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row.
+
+    Attributes:
+        pattern: regular expression that finds it in the code and text.
+        outlook: whether it is of use to ask again.
+        advice: sentence for people, or nothing.
+    """
+
+    pattern: str
+    outlook: Outlook
+    advice: str = ""
+
+
+#: Redis and Valkey: the error's prefix and text, as the server sends them.
+REDIS_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        r"\bOOM\b|maxmemory",
+        Outlook.PASSES,
+        "Make room or raise maxmemory; the policy must be noeviction.",
+    ),
+    Refusal(
+        r"\bMISCONF\b",
+        Outlook.PASSES,
+        "It cannot write its file: look for a full disk, or its log.",
+    ),
+    Refusal(r"\b(?:READONLY|MASTERDOWN)\b", Outlook.PASSES, "It is a replica."),
+    Refusal(r"\b(?:LOADING|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|BUSY|UNKILLABLE)\b", Outlook.PASSES),
+    Refusal(
+        r"max number of clients",
+        Outlook.PASSES,
+        "Raise maxclients, or look for unused connections.",
+    ),
+    Refusal(r"\bNOSCRIPT\b", Outlook.PASSES, "It was restarted in the middle of a command."),
+    Refusal(r"\b(?:WRONGPASS|NOAUTH)\b|invalid password|AUTH", Outlook.UNCLEAR, "Check the URL."),
+    Refusal(
+        r"\bNOPERM\b",
+        Outlook.UNCLEAR,
+        "Give the user all commands but @admin and @dangerous, INFO, and all keys and channels "
+        "under the key_prefix.",
+    ),
+    Refusal(
+        r"\b(?:CROSSSLOT|MOVED|ASK)\b",
+        Outlook.FINAL,
+        "Redis Cluster is not supported: use a server, or Sentinel's or a proxy's address.",
+    ),
+    Refusal(
+        r"\bWRONGTYPE\b", Outlook.FINAL, "Another program uses the key: set another key_prefix."
+    ),
+    Refusal(r"unknown command|wrong number of arguments|DB index", Outlook.FINAL),
+)
+
+#: RabbitMQ: the AMQP reply code and text; "nack" where it refuses a message without a word.
+AMQP_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        r"limit\b.*\breached|reached the maximum",
+        Outlook.PASSES,
+        "Raise the limit, or look for what else uses it up.",
+    ),
+    Refusal(r"\bis down\b|inaccessible|\bprocess is stopped\b", Outlook.PASSES),
+    Refusal(
+        r"^nack\b",
+        Outlook.PASSES,
+        "Its queue rejects messages: look at x-max-length and x-overflow of its policy.",
+    ),
+    Refusal(r"^(?:311|313|320|404|405|506|541)\b", Outlook.PASSES),
+    Refusal(r"^406\b.*\binequivalent\b", Outlook.FINAL),
+    Refusal(r"^406\b.*\bsize\b", Outlook.FINAL, "Raise its max_message_size."),
+    Refusal(r"^540\b", Outlook.FINAL),
+    Refusal(r"^403\b.*(?:queue|exchange|vhost)", Outlook.UNCLEAR, "Give the user all rights."),
+    Refusal(r"^(?:403|530)\b", Outlook.UNCLEAR, "Check the URL."),
+)
+
+
+def find_refusal(table: Sequence[Refusal], text: str) -> Refusal:
+    """The row of a table for a server's code and text."""
+    for row in table:
+        if re.search(row.pattern, text, re.IGNORECASE | re.DOTALL):
+            return row
+    return Refusal("", Outlook.UNCLEAR)
+
+
+def refusal_error(address: str, refusal: Refusal, sentence: str) -> ServerError:
+    """The error to raise for a refusal.
+
+    Args:
+        sentence: what was refused where, in the server's words, with its full stop.
+    """
+    text = f"{sentence} {refusal.advice}".rstrip()
+    if refusal.outlook is Outlook.PASSES:
+        return UnreachableServerError(address, text)
+    return RefusedByServerError(address, text, is_final=refusal.outlook is Outlook.FINAL)
