@@ -357,7 +357,7 @@ def test_terminate_nobody(stack: Stack, arguments: list[str], answer: str) -> No
 def test_background(stack: Stack) -> None:
     """``-d`` leaves a worker running; it says the name, a unique one, the pid and the log."""
     settings = str(stack.settings_file())
-    said = [stack.cli("worker", "start", "-d", "-c", "1", "-y", settings) for _ in range(2)]
+    said = [stack.cli("worker", "start", "-dc", "1", "-y", settings) for _ in range(2)]
     matches = [re.search(r"Started worker (\S+), pid (\d+), log (.+)", text) for text in said]
     names, pids, logs = zip(*(match.groups() for match in matches if match), strict=True)
     try:
@@ -443,7 +443,7 @@ def test_an_include_that_is_missing(stack: Stack) -> None:
     assert worker.wait() not in (0, 3)
     (line,) = [line for line in worker.log.splitlines() if line.startswith("Error: ")]
     assert "no_such_module" in line
-    assert "dagster_taskiq/cli.py" not in worker.log
+    assert "dagster_taskiq/cli" not in worker.log
 
 
 def test_includes_are_imported_by_each_child(stack: Stack) -> None:

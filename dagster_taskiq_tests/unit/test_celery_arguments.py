@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.worker.celery_arguments import (
+from dagster_taskiq.cli.celery_arguments import (
     _MEANINGLESS,
     CeleryArguments,
     read_celery_arguments,
 )
+from dagster_taskiq.errors import ConfigError
 
 NOTHING = CeleryArguments(None, (), (), None, None, None, None, None, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dagster_taskiq.defaults import LONGEST_TIME_LIMIT_SECONDS
@@ -94,8 +94,8 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
             warnings.warn(f"Celery's {option} means nothing here; it is ignored.", stacklevel=2)
     return CeleryArguments(
         name=values.hostname.partition("@")[0] if values.hostname else None,
-        queues=_split(values.queues),
-        include=_split(values.include),
+        queues=split_names(values.queues),
+        include=split_names(values.include),
         concurrency=values.concurrency,
         log_level=values.loglevel,
         max_tasks_per_child=values.max_tasks_per_child,
@@ -119,5 +119,6 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _split(values: list[str]) -> tuple[str, ...]:
+def split_names(values: Iterable[str]) -> tuple[str, ...]:
+    """The names that an option gives which may be repeated and may hold several with commas."""
     return tuple(item.strip() for value in values for item in value.split(",") if item.strip())

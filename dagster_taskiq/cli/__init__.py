@@ -1,0 +1,38 @@
+"""``dagster-taskiq``: start workers and look after them."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from dagster_taskiq.cli.options import check_platform, say_errors
+from dagster_taskiq.cli.worker_start import start
+from dagster_taskiq.cli.workers import worker_list, worker_reload, worker_terminate
+from dagster_taskiq.version import __version__
+
+
+@click.group()
+@click.version_option(__version__, prog_name="dagster-taskiq")
+def main() -> None:
+    """Run Dagster steps and runs on Taskiq workers."""
+
+
+@main.command()
+@say_errors
+def demo() -> None:
+    """Show a job on two workers: starts all it needs, and stops it again."""
+    check_platform()
+    # here, as it brings the demo's job with it
+    from dagster_taskiq.demo.run import run_demo  # noqa: PLC0415
+
+    sys.exit(run_demo())
+
+
+@main.group()
+def worker() -> None:
+    """Start, list and stop workers."""
+
+
+for _command in (start, worker_list, worker_terminate, worker_reload):
+    worker.add_command(_command)

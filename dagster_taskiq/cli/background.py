@@ -1,0 +1,80 @@
+"""``worker start -d``: a worker in a process of its own, with a log file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from dagster_taskiq.errors import DagsterTaskiqError
+
+#: Options of ``worker start`` that its child in the background must not get, or gets anew.
+_OF_THE_PARENT = ("background", "name", "ready_fd")
+
+
+def start_in_background(context: click.Context, name: str) -> None:
+    """Start the worker that a command line asked for, and return when it is ready.
+
+    Args:
+        context: of the ``worker start`` that was called, by whatever program.
+        name: of the worker, without its host.
+
+    Raises:
+        DagsterTaskiqError: the worker ended before it was ready; with its last line.
+    """
+    log = _open_directory() / f"{name}.log"
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "dagster_taskiq", "worker", "start"]
+    own = [f"--name={name}", f"--ready-fd={writer}"]
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
+        process = subprocess.Popen(
+            [*command, *own, *arguments_of(context)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[writer],
+            start_new_session=True,
+        )
+    os.close(writer)
+    with os.fdopen(reader, "rb") as ready:
+        is_ready = bool(ready.read(1))
+    if not is_ready:  # it has ended without a word
+        lines = log.read_text(encoding="utf8", errors="replace").splitlines()
+        reason = lines[-1].removeprefix("Error: ") if lines else "it said nothing"
+        raise DagsterTaskiqError(f"The worker did not start: {reason} (log: {log})")
+    click.echo(f"Started worker {name}@{socket.gethostname()}, pid {process.pid}, log {log}")
+
+
+def arguments_of(context: click.Context) -> list[str]:
+    """The parsed options of ``worker start`` as arguments, without those of the parent alone.
+
+    They are made of what was parsed, not of ``sys.argv``: there, ``-dq a`` and a caller that is
+    another program both hide the ``-d``, and the child would start a child in turn.
+    """
+    arguments: list[str] = []
+    rest: tuple[str, ...] = ()
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in _OF_THE_PARENT or value is None or value is False:
+            continue
+        if isinstance(parameter, click.Argument):
+            rest = ("--", *value) if value else ()
+        elif value is True:
+            arguments.append(parameter.opts[0])
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            arguments += [f"{parameter.opts[0]}={item}" for item in values]
+    return [*arguments, *rest]
+
+
+def _open_directory() -> Path:
+    home = Path(os.getenv("DAGSTER_HOME") or ".").expanduser()
+    directory = home / "dagster_taskiq" / "logs"
+    home.mkdir(parents=True, exist_ok=True)
+    for path in (directory.parent, directory):
+        path.mkdir(exist_ok=True, mode=0o700)
+    return directory

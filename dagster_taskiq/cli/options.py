@@ -1,0 +1,60 @@
+"""What commands share: the settings file, the platform, and how an error is said."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+
+from dagster_taskiq.config import Settings, check_config, load_yaml
+from dagster_taskiq.errors import DagsterTaskiqError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+config_yaml_option = click.option(
+    "--config-yaml",
+    "-y",
+    type=click.Path(exists=True, dir_okay=False),
+    help="YAML file with the settings, the same as the run's: execution: config: broker: ...",
+)
+
+
+def say_errors(command: F) -> F:
+    """Turn errors of ours into one line and an exit code; anything else keeps its traceback."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                return command(*args, **kwargs)
+            except DagsterTaskiqError as error:
+                raise click.ClickException(str(error)) from error
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"Warning: {message}", err=True)
+
+
+def check_platform() -> None:
+    """Warn on a platform that is not meant for production."""
+    if platform.system() == "Darwin":
+        click.echo("Warning: macOS is for development; use Linux in production.", err=True)
+    elif platform.system() != "Linux":
+        click.echo(f"Warning: nobody has tried this on {platform.system()}; use Linux.", err=True)
+
+
+def read_settings(config_yaml: str | None) -> Settings:
+    """The settings of the file of ``-y``, or those of the environment alone.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    config = load_yaml(config_yaml) if config_yaml else check_config({}, "settings")
+    return Settings.from_config(config)

@@ -1,0 +1,242 @@
+"""``dagster-taskiq worker start``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dagster_taskiq.cli.background import start_in_background
+from dagster_taskiq.cli.celery_arguments import (
+    CeleryArguments,
+    read_celery_arguments,
+    split_names,
+)
+from dagster_taskiq.cli.options import (
+    check_platform,
+    config_yaml_option,
+    read_settings,
+    say_errors,
+)
+from dagster_taskiq.config import Settings
+from dagster_taskiq.connections import Servers, find_servers
+from dagster_taskiq.defaults import (
+    DEFAULT_QUEUE,
+    DRAIN_TIMEOUT_SECONDS,
+    LONGEST_TIME_LIMIT_SECONDS,
+)
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
+from dagster_taskiq.worker.worker import Worker, WorkerOptions
+
+#: Exit code of a worker that had to cancel steps in order to stop.
+EXIT_CUT_SHORT = 3
+
+LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+
+_SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
+
+
+@click.command("start")
+@click.option("--name", "-n", help="Name of the worker. Default: a unique one.")
+@config_yaml_option
+@click.option(
+    "--queue",
+    "-q",
+    "queues",
+    multiple=True,
+    help="Queue to listen on, or several with commas; repeatable.",
+)
+@click.option("--background", "-d", is_flag=True, help="Run in the background.")
+@click.option(
+    "--includes",
+    "-i",
+    multiple=True,
+    help="Module to import first, or several with commas; repeatable.",
+)
+@click.option(
+    "--loglevel",
+    "-l",
+    default="INFO",
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    help="Log level. Default: INFO.",
+)
+@click.option("--app", "-A", help="Accepted for dagster-celery's command lines; not needed.")
+@click.option("--concurrency", "-c", type=click.IntRange(min=0), help="Slots: steps at once.")
+@click.option(
+    "--run-slots", type=click.IntRange(min=0), help="Whole runs at once. Default: as --concurrency."
+)
+@click.option("--max-tasks-per-child", type=click.IntRange(min=1), help="Replace a child after.")
+@click.option("--max-memory-per-child", type=click.IntRange(min=1), help="... above so many KiB.")
+@click.option(
+    "--soft-time-limit",
+    type=_SECONDS,
+    help="Seconds until a step gets an exception, unless its tags say otherwise.",
+)
+@click.option(
+    "--time-limit", type=_SECONDS, help="Seconds until a step is killed, unless its tags say ..."
+)
+@click.option(
+    "--reload", is_flag=True, help="For development: run changed code of this directory at once."
+)
+@click.option(
+    "--drain-timeout",
+    type=click.FloatRange(min=0),
+    default=DRAIN_TIMEOUT_SECONDS,
+    help="Seconds that running steps may take when the worker is told to stop. Default: 3600.",
+)
+@click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
+@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
+def start(app: str | None, background: bool, **given: Any) -> None:
+    """Start a worker. Celery's own arguments may follow after --."""
+    del app
+    if background:
+        _start_worker(None, **given)
+        return
+    # first of all: what is read, opened or changed from here on stays out of the children
+    with _stoppable(), closing(start_early()) as server:
+        _start_worker(server, **given)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End with all clean-up if a SIGTERM comes before the worker listens to signals itself."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@say_errors
+def _start_worker(
+    server: EarlyForkServer | None,
+    *,
+    config_yaml: str | None,
+    ready_fd: int | None,
+    celery_arguments: tuple[str, ...],
+    **given: Any,
+) -> None:
+    check_platform()
+    settings = read_settings(config_yaml)
+    celery = read_celery_arguments(celery_arguments)
+    given["name"] = given["name"] or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
+    if server is None:
+        start_in_background(click.get_current_context(), given["name"])
+        return
+    options = _worker_options(given, celery, settings)
+    server.begin(forget=settings.signing_variables)
+    _configure_logging(options.log_level)
+    sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
+
+
+def _worker_options(
+    given: Mapping[str, Any], celery: CeleryArguments, settings: Settings
+) -> WorkerOptions:
+    """What the command line says; else Celery's arguments after --; else the settings."""
+    source = settings.source
+    slots = _first(given["concurrency"], celery.concurrency, source.worker_concurrency)
+    slots = (os.cpu_count() or 1) if slots is None else slots
+    run_slots = _first(given["run_slots"], slots)
+    if not slots and not run_slots:
+        raise ConfigError("A worker without slots does nothing: set --concurrency or --run-slots.")
+    return WorkerOptions(
+        name=given["name"].partition("@")[0],
+        queues=_queues((*given["queues"], *celery.queues), settings),
+        slots=slots,
+        run_slots=run_slots,
+        include=tuple(
+            dict.fromkeys((*settings.include, *split_names(given["includes"]), *celery.include))
+        ),
+        log_level=(celery.log_level or given["loglevel"]).upper(),
+        max_tasks_per_child=_first(
+            given["max_tasks_per_child"],
+            celery.max_tasks_per_child,
+            source.worker_max_tasks_per_child,
+            0,
+        ),
+        max_memory_per_child_kib=_first(
+            given["max_memory_per_child"],
+            celery.max_memory_per_child,
+            source.worker_max_memory_per_child,
+            0,
+        ),
+        drain_timeout_seconds=given["drain_timeout"],
+        result_expires_seconds=source.result_expires,
+        limits=TimeLimits(given["soft_time_limit"], given["time_limit"])
+        .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
+        .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
+        keeps_connections=not source.database_short_lived_sessions,
+        secrets=_take_secrets(settings),
+        watch=Path.cwd() if given["reload"] else None,
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _take_secrets(settings: Settings) -> dict[str, str]:
+    """Take the signing keys out of the environment, which every process of ours would inherit."""
+    return take_variables(settings.signing_variables)
+
+
+async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
+    def say_ready() -> None:
+        if ready_fd is not None:
+            os.write(ready_fd, b"r")
+            os.close(ready_fd)
+
+    this = Worker(servers, options, say_ready)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, this.drain)
+    # under nohup the worker is meant to outlive its terminal
+    ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    loop.add_signal_handler(signal.SIGHUP, _on_hangup, this, ends_with_terminal)
+    is_complete = await this.run()
+    if not is_complete:
+        click.echo("Stopped; steps that were still running have been cancelled.", err=True)
+    return 0 if is_complete else EXIT_CUT_SHORT
+
+
+def _on_hangup(this: Worker, ends_with_terminal: bool) -> None:
+    """SIGHUP asks for fresh children, but from a terminal that was closed it means the end."""
+    if ends_with_terminal and not _has_terminal():
+        this.drain()
+    else:
+        this.reload()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _queues(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
+    if any(not name.strip(" ,") for name in names):
+        raise ConfigError("A queue's name is empty; check the -q options.")
+    default = settings.default_queue or DEFAULT_QUEUE
+    return tuple(dict.fromkeys(split_names(names))) or (default,)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+    if level != "DEBUG":
+        # one line a task from a library that does not know which step it is
+        for noisy in ("taskiq", "aio_pika", "aiormq"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)

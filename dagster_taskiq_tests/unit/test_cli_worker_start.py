@@ -1,0 +1,141 @@
+"""``worker start``: what its command line means, and what a worker in the background is given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dagster_taskiq.cli import main
+from dagster_taskiq.cli import worker_start as module
+from dagster_taskiq.cli.background import arguments_of
+from dagster_taskiq.cli.worker_start import start
+from dagster_taskiq.worker.worker import WorkerOptions
+
+START = ("worker", "start")
+
+
+class ReadyProcess:
+    """Stands for ``subprocess.Popen``: notes the command, and says that the worker is ready."""
+
+    pid = 4711
+    commands: list[list[str]]
+
+    def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int], **_: Any) -> None:
+        self.commands.append(list(command))
+        os.write(pass_fds[0], b"r")
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """What was started in the background."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(ReadyProcess, "commands", [], raising=False)
+    monkeypatch.setattr(subprocess, "Popen", ReadyProcess)
+    return ReadyProcess.commands
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ["-d", "-q", "short"],
+        ["--background", "--queue=short"],
+        ["-dq", "short"],
+        ["-dqshort"],
+    ],
+    ids=" ".join,
+)
+def test_a_background_worker_starts_one_in_the_foreground(
+    commands: list[list[str]], spelling: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However ``-d`` was spelt, and whatever program calls the command: its own arguments count."""
+    monkeypatch.setattr(sys, "argv", ["pytest", "-d", "--of-another-program"])
+    done = CliRunner().invoke(main, [*START, *spelling, "-n", "w"])
+    assert done.exit_code == 0, done.output
+    assert "pid 4711" in done.output
+    (command,) = commands
+    assert command[:5] == [sys.executable, "-m", "dagster_taskiq", *START]
+    child = start.make_context("start", command[5:])
+    assert child.params["background"] is False
+    assert child.params["queues"] == ("short",)
+    assert child.params["name"] == "w"
+
+
+def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
+    """Each option of the command arrives in the child as it was parsed, also a 0 and a dash."""
+    settings = tmp_path / "settings.yaml"
+    settings.touch()
+    values = {
+        "queues": ("a", "-b c"),
+        "includes": ("m", "n"),
+        "loglevel": "debug",
+        "app": "dagster_taskiq.app",
+        "config_yaml": str(settings),
+        "concurrency": "0",
+        "run_slots": "3",
+        "max_tasks_per_child": "7",
+        "max_memory_per_child": "100",
+        "soft_time_limit": "0",
+        "time_limit": "1.5",
+        "drain_timeout": "0",
+        "reload": True,
+        "celery_arguments": ("--pool", "solo", "-c", "2"),
+    }
+    arguments, rest = [], ()
+    for parameter in start.params:
+        value = values.get(str(parameter.name))
+        if parameter.name in ("background", "name", "ready_fd"):
+            continue
+        assert value is not None, f"give {parameter.name} a value here"
+        if parameter.name == "celery_arguments":
+            rest = value
+        elif value is True:
+            arguments.append(parameter.opts[-1])
+        else:
+            given = value if isinstance(value, tuple) else (value,)
+            arguments += [word for item in given for word in (parameter.opts[-1], item)]
+    parent = start.make_context("start", ["-d", "-n", "w", *arguments, "--", *rest])
+    child = start.make_context("start", arguments_of(parent))
+    assert {**parent.params, "background": False, "name": None} == child.params
+
+
+def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
+    """What a worker would be started with."""
+    found: list[WorkerOptions] = []
+
+    async def note(_servers: object, given: WorkerOptions, _ready_fd: object) -> int:
+        found.append(given)
+        return 0
+
+    monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", "redis://localhost:6379/0")
+    monkeypatch.setattr(module, "_run_worker", note)
+    monkeypatch.setattr(module, "start_early", module.EarlyForkServer)
+    monkeypatch.setattr(module, "_configure_logging", lambda _level: None)
+    done = CliRunner().invoke(main, [*START, *arguments])
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-q", "a,b", "-i", "m,n"],
+        ["-q", "a", "-q", "b", "-i", "m", "-i", "n"],
+        ["-q", "a, b,", "-i", " m", "-i", "n,m"],
+        ["--", "-Q", "a,b", "-I", "m,n"],
+        ["-q", "a", "-i", "m", "--", "-Q", "b", "-I", "n"],
+    ],
+    ids=" ".join,
+)
+def test_lists_with_commas_and_repeated_options_mean_the_same(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Celery reads them, before and after ``--``."""
+    given = options(monkeypatch, *arguments)
+    assert (given.queues, given.include) == (("a", "b"), ("m", "n"))
