@@ -25,6 +25,7 @@ from typing import Any
 from dagster import DagsterEvent, DagsterInstance, DagsterRun
 from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._config import process_config, resolve_to_config_type
+from dagster._core import errors
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
@@ -80,6 +81,7 @@ from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
 from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.forked_copies import ending_copies
 
 __all__ = [
     "STORAGE_MODULES",
@@ -119,6 +121,7 @@ __all__ = [
     "create_execution_plan",
     "cut_known_state",
     "deserialize_events",
+    "end_copies_of_steps",
     "error_info",
     "execute_or_resume_run",
     "execute_plan_iterator",
@@ -323,6 +326,22 @@ def copy_logs_by(begin: Callable[[str, int], None], end: Callable[[str], None]) 
     compute_logs.tail_to_stream = tail_to_stream
 
 
+def end_copies_of_steps() -> None:
+    """Have a copy of this process that a step forks end where Dagster would go on after user code.
+
+    All its boundaries around user code let interrupts through by one function. What comes after
+    them writes events in the step's name.
+    """
+
+    @contextmanager
+    def raise_interrupts_and_end_copies(error_class: type[BaseException]) -> Iterator[None]:
+        with raise_interrupts_as(error_class), ending_copies():
+            yield
+
+    boundaries: Any = errors
+    boundaries.raise_interrupts_as = raise_interrupts_and_end_copies
+
+
 def keep_definitions() -> None:
     """Keep more than the one job that was used last, for a process that serves many runs.
 
@@ -333,7 +352,8 @@ def keep_definitions() -> None:
     repository: Any = ReconstructableRepository
     repository.get_definition = lru_cache(_KEPT_LOCATIONS)(repository.get_definition)
     job: Any = ReconstructableJob
-    job.get_definition = lru_cache(_KEPT_JOBS)(job.get_definition.__wrapped__)
+    load = ending_copies()(job.get_definition.__wrapped__)
+    job.get_definition = lru_cache(_KEPT_JOBS)(load)
     config: Any = ResolvedRunConfig
     config.build = staticmethod(_known_by_identity(config.build))
 

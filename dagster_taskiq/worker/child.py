@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_taskiq._dagster import copy_logs_by, keep_definitions
+from dagster_taskiq._dagster import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.envelope import TaskName
+from dagster_taskiq.forked_copies import ending_copies
 from dagster_taskiq.results import Place
 from dagster_taskiq.tasks import TaskRunner
-from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.channel import Channel, ChannelLostError
+from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
 
 #: Names of what ``run_watch`` has to say, beside those of tasks.
@@ -59,6 +61,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     ``begun`` for a run whose start is in Dagster's log, and ``result``.
     """
     os.setsid()
+    die_with_worker()
+    leave_fork_server()
     os.environ.update(options.environment)
     # between tasks a signal means nothing; during one, Dagster listens to it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -68,41 +72,47 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
+    try:
+        _serve(Channel(connection), options)
+    except ChannelLostError as error:
+        sys.exit(f"slot {options.slot}: {error}")
+    except ConnectionError:
+        pass  # the worker is gone, and so will this process be
 
-    def say(message: dict[str, Any]) -> None:
-        connection.sendall(frames.encode(message))
 
-    def mention(**message: Any) -> None:
+def _serve(channel: Channel, options: ChildOptions) -> None:
+    def mention(kind: str, **content: Any) -> None:
         """Say something in the midst of a task, whose error it is not that the worker is gone."""
         with suppress(ConnectionError):
-            say(message)
+            channel.say(kind, **content)
 
     reason = _import_modules(options.include)
     if reason:
-        say({"kind": "failed", "reason": reason})
+        channel.say("failed", reason=reason)
         return
     keep_definitions()
+    end_copies_of_steps()
     runner = TaskRunner(keeps_connections=options.keeps_connections)
     copy_logs_by(
-        lambda path, target: mention(kind="log", path=path, target=target),
-        lambda path: mention(kind="log-end", path=path),
+        lambda path, target: mention("log", path=path, target=target),
+        lambda path: mention("log-end", path=path),
     )
-    with suppress(ConnectionError):  # the worker is gone, and its guard says so to us
-        say({"kind": "ready"})
-        while (task := frames.receive(connection)) is not None:
-            say({"kind": "started"})
-            if task["name"] in (LOOK_AT_RUN, FAIL_RUN):
-                answer = _look_after_run(runner, task)
-            else:
-                answer = _execute(runner, task, on_begun=lambda: mention(kind="begun"))
-            say({**answer, "resident_kib": _resident_kib()})
+    channel.say("ready")
+    while (task := channel.receive()) is not None:
+        channel.say("started")
+        if task["name"] in (LOOK_AT_RUN, FAIL_RUN):
+            kind, answer = "run", _look_after_run(runner, task)
+        else:
+            kind, answer = "result", _execute(runner, task, on_begun=lambda: mention("begun"))
+        channel.say(kind, **answer, resident_kib=_resident_kib())
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
     _find_code_here()
     for module in modules:
         try:
-            importlib.import_module(module)
+            with ending_copies():
+                importlib.import_module(module)
         except BaseException as error:
             if not (isinstance(error, ModuleNotFoundError) and error.name == module):
                 traceback.print_exc()
@@ -132,14 +142,11 @@ def _execute(
         result = runner.execute_run(name, task["payload"], place, task["queue"], on_begun)
     sys.stdout.flush()
     sys.stderr.flush()
-    return {
-        "kind": "result",
-        "result": result.to_bytes().decode(),
-    }
+    return {"result": result.to_bytes().decode()}
 
 
 def _look_after_run(runner: TaskRunner, task: dict[str, Any]) -> dict[str, Any]:
-    answer = {"kind": "run", "is_over": False, "error": ""}
+    answer = {"is_over": False, "error": ""}
     try:
         if task["name"] == LOOK_AT_RUN:
             answer["is_over"] = runner.is_run_over(task["payload"])

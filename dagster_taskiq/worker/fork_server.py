@@ -29,6 +29,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NoReturn
 
 from dagster_taskiq._dagster import STORAGE_MODULES
+from dagster_taskiq.worker.lifeline import die_with
 
 #: What every child finds already imported. User code is not among it: a fresh child must run what
 #: stands on disk now, and a broken module must break one child only.
@@ -37,7 +38,11 @@ _PRELOAD = ("__main__", "dagster", "dagster_taskiq.worker.child", *STORAGE_MODUL
 #: The standard library's object that knows the fork server; None where there is no such thing.
 _STATE: Any = getattr(forkserver, "_forkserver", None)
 
-#: What it knows of it, all None before the start; see ``ForkServer.ensure_running``.
+#: The one that knows the process which removes what other processes have left behind.
+_TRACKER: Any = resource_tracker._resource_tracker  # noqa: SLF001
+
+#: What ``_STATE`` knows of the fork server, all None before its start; see
+#: ``ForkServer.ensure_running``.
 _ADDRESS, _ALIVE, _PID = "_forkserver_address", "_forkserver_alive_fd", "_forkserver_pid"
 
 #: Standard input, output and error.
@@ -64,6 +69,27 @@ def start_deaf(process: ForkServerProcess) -> None:
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def leave_fork_server() -> None:
+    """Give a child a ``multiprocessing`` as in a fresh Python, for what its steps do with it.
+
+    Its default would be the fork server, that of the worker, to which a step has no business: what
+    it had preloaded would not be there, and one byte in its pipe would end it for all slots.
+    """
+    multiprocessing.set_start_method(None, force=True)
+    for state, alive in ((_STATE, _ALIVE), (_TRACKER, "_fd")):
+        if state is not None:
+            if (descriptor := getattr(state, alive, None)) is not None:
+                os.close(descriptor)
+            state.__init__()
+
+
+def die_with_worker() -> None:
+    """See ``die_with``: in a child, which leads its process group."""
+    worker = multiprocessing.parent_process()
+    assert worker is not None
+    die_with(worker.sentinel)
 
 
 class EarlyForkServer:

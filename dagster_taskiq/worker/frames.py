@@ -1,4 +1,4 @@
-"""Messages between a worker and its children: JSON with its length in front, over a socket."""
+"""Messages between a worker and its children: JSON over a socket, behind a mark and its length."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import socket
 import struct
 from typing import Any
 
-_LENGTH = struct.Struct("!I")
+#: Begins each message, so that whatever else a process writes to the socket is noticed at once.
+_MARK = b"\x00dt\n"
+
+_HEAD = struct.Struct("!4sI")
 
 
 def encode(message: dict[str, Any]) -> bytes:
     """One frame."""
     body = json.dumps(message).encode()
-    return _LENGTH.pack(len(body)) + body
+    return _HEAD.pack(_MARK, len(body)) + body
 
 
 async def read(reader: asyncio.StreamReader) -> dict[str, Any]:
@@ -22,19 +25,31 @@ async def read(reader: asyncio.StreamReader) -> dict[str, Any]:
 
     Raises:
         asyncio.IncompleteReadError: the other side is gone.
+        ValueError: what came is no message.
     """
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    length = _length(await reader.readexactly(_HEAD.size))
     message: dict[str, Any] = json.loads(await reader.readexactly(length))
     return message
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
-    """The next message, for the synchronous side; None when the other side is gone."""
-    head = _receive_exactly(connection, _LENGTH.size)
+    """The next message, for the synchronous side; None when the other side is gone.
+
+    Raises:
+        ValueError: what came is no message.
+    """
+    head = _receive_exactly(connection, _HEAD.size)
     if head is None:
         return None
-    body = _receive_exactly(connection, _LENGTH.unpack(head)[0])
+    body = _receive_exactly(connection, _length(head))
     return None if body is None else json.loads(body)
+
+
+def _length(head: bytes) -> int:
+    mark, length = _HEAD.unpack(head)
+    if mark != _MARK:
+        raise ValueError(f"{head!r} is not the head of a message")
+    return int(length)
 
 
 def _receive_exactly(connection: socket.socket, count: int) -> bytes | None:

@@ -52,13 +52,17 @@ class ChildDied:
         exit_code: negative for the number of the signal that ended it.
         pid: it had.
         is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
+        fault: for which the worker has killed it, in words; empty if it has ended by itself.
     """
 
     exit_code: int
     pid: int
     is_out_of_memory: bool = False
+    fault: str = ""
 
     def __str__(self) -> str:
+        if self.fault:
+            return f"its process {self.fault}, and was killed"
         if self.exit_code < 0:
             try:
                 name = signal.Signals(-self.exit_code).name
@@ -105,6 +109,7 @@ class Slot:
         self._tasks_done = 0
         self._must_replace = False
         self._has_task = False
+        self._task_number = 0
         self._preparing = asyncio.Lock()
         self._oom_kills = 0
 
@@ -154,7 +159,7 @@ class Slot:
         self._exited = self._watch_exit(process)
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._exited.add_done_callback(partial(_hang_up, self._writer))
-        self._tasks_done = 0
+        self._tasks_done = self._task_number = 0
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
         if isinstance(answer, ChildDied) or answer["kind"] != "ready":
             reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
@@ -229,7 +234,8 @@ class Slot:
 
     async def _send(self, task: dict[str, Any]) -> dict[str, Any] | ChildDied:
         assert self._writer is not None
-        self._writer.write(frames.encode(task))
+        self._task_number += 1
+        self._writer.write(frames.encode({**task, "number": self._task_number}))
         try:
             await self._writer.drain()
         except ConnectionError:
@@ -261,24 +267,40 @@ class Slot:
             self._must_replace = True
 
     async def _next_message(self, timeout_seconds: float | None) -> dict[str, Any] | ChildDied:
-        """The child's next message, or its death."""
+        """The child's next message, or its death.
+
+        What does not come from our child, or is not about its present task, is a fault of the
+        child: a step has forked a copy that speaks for it, or has written into its descriptors.
+        """
         assert self._reader is not None
         try:
-            return await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
-        except (EOFError, OSError, ValueError, asyncio.TimeoutError):
+            message = await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
+        except (EOFError, OSError, asyncio.TimeoutError):
             return await self._death()
+        except ValueError as error:
+            return await self._put_down(f"has sent what is no message ({error})")
+        said_by = (message.get("pid"), message.get("task"))
+        if said_by != (self.pid, self._task_number):
+            return await self._put_down("has sent a message that is not about its task")
+        return message
 
     async def _death(self) -> ChildDied:
+        """Wait for the end of a child that has hung up or does not answer."""
         assert self._exited is not None
-        pid = self.pid
         if not self._exited.done():
             await asyncio.wait({self._exited}, timeout=_EXIT_TIMEOUT_SECONDS)
         if not self._exited.done():
-            logger.warning("Slot %d: process %d hung; killing it.", self.number, pid)
-            kill_group(pid)
-        exit_code = await self._exit_code()
+            return await self._put_down("does not speak with its worker any more")
+        exit_code, pid = self._exited.result(), self.pid
         was_killed = exit_code == -signal.SIGKILL
         return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
+
+    async def _put_down(self, fault: str) -> ChildDied:
+        """Kill a child that cannot be relied on."""
+        pid = self.pid
+        logger.warning("Slot %d: process %d %s; killing it.", self.number, pid, fault)
+        self.kill()
+        return ChildDied(await self._exit_code(), pid, fault=fault)
 
     async def _exit_code(self) -> int:
         """Wait for the child's end."""

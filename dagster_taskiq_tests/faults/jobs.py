@@ -1,12 +1,16 @@
 """The jobs that things are done to. Each attempt of a step begins with a note ``ran``."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 
 from dagster import (
+    DynamicOut,
+    DynamicOutput,
     HookContext,
     In,
     Nothing,
@@ -199,3 +203,57 @@ DEATH_POINTS = ("taken", "claimed", "acked", "ended")
 def one_for_each_death() -> None:
     for point in DEATH_POINTS:
         quick.alias(point).tag({"dagster-taskiq/queue": point})()
+
+
+# --- forks --------------------------------------------------------------------------------------
+
+
+def _await_copy(context: OpExecutionContext, pid: int) -> None:
+    """Note how a forked copy of this process has ended; one that does not end is waited for."""
+    _, status = os.waitpid(pid, 0)
+    note(context, "copy", code=os.waitstatus_to_exitcode(status))
+
+
+@op
+def copy_returns(context: OpExecutionContext) -> None:
+    note(context, "ran")
+    if pid := os.fork():
+        _await_copy(context, pid)
+
+
+@op
+def copy_raises(context: OpExecutionContext) -> None:
+    note(context, "ran")
+    if (pid := os.fork()) == 0:
+        raise ValueError("in the copy")
+    _await_copy(context, pid)
+
+
+@op(out=DynamicOut())
+def copy_yields(context: OpExecutionContext) -> Iterator[DynamicOutput[int]]:
+    note(context, "ran")
+    pid = os.fork()
+    yield DynamicOutput(pid, mapping_key="one")
+    _await_copy(context, pid)
+
+
+_OF_PARENT: list[int] = []
+
+
+@op
+def forks_a_pool(context: OpExecutionContext) -> None:
+    """By Python's default, under which what was read before the fork is there after it."""
+    note(context, "ran")
+    _OF_PARENT.append(7)
+    with multiprocessing.Pool(1) as pool:
+        note(context, "pool", seen=pool.apply(_look))
+
+
+def _look() -> list[int]:
+    return _OF_PARENT
+
+
+@job(executor_def=taskiq_executor)
+def forks() -> None:
+    for step in (copy_returns, copy_raises, copy_yields, forks_a_pool):
+        step()

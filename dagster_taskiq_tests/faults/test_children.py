@@ -97,6 +97,17 @@ def test_a_child_dies_right_after_its_step(double: Stack) -> None:
     check_each_once(run, ["quick", "quick_after"])
 
 
+def test_steps_fork(double: Stack) -> None:
+    """A copy ends, without a word in the log, where it would go on as the step's process."""
+    run = start(double, "forks", lease_seconds=_LEASE_SECONDS).wait()
+    steps = ("copy_returns", "copy_raises", "copy_yields", "forks_a_pool")
+    check_each_once(run, steps)
+    codes = {note.step: note.more["code"] for note in run.notes("copy")}
+    assert codes == {"copy_returns": 0, "copy_raises": 1, "copy_yields": 0}
+    assert [note.more["seen"] for note in run.notes("pool")] == [[7]]
+    check_each_once(start(double, "single").wait(), ["quick"])
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 

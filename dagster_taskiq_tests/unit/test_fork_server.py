@@ -100,6 +100,12 @@ class Probe:
             if not any(it in " ".join(process.cmdline()) for it in ("guard.py", "tracker"))
         ]
 
+    def kill_guard(self) -> None:
+        """SIGKILL to the guard, so that it kills nobody."""
+        for process in psutil.Process(self._process.pid).children():
+            if "guard.py" in " ".join(process.cmdline()):
+                process.kill()
+
     def kill(self) -> list[psutil.Process]:
         """SIGKILL to it alone; who has outlived it by some seconds."""
         below = psutil.Process(self._process.pid).children(recursive=True)
@@ -183,6 +189,19 @@ def test_nothing_outlives_a_killed_worker(probe: Probe) -> None:
     children = [probe.child(), probe.child()]
     assert probe.kill() == []
     assert not any(child.is_running() for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Only Linux does this.")
+def test_no_child_outlives_a_killed_worker_whose_guard_is_gone(probe: Probe) -> None:
+    """Nor do processes that they have started, also if they cannot do anything at the moment."""
+    text = "import subprocess; started = subprocess.Popen(['sleep', '1000'])"
+    (probe.directory / "starting.py").write_text(text)
+    child = probe.child("starting")
+    (started,) = child.children()
+    child.suspend()
+    probe.kill_guard()
+    assert probe.kill() == []
+    assert psutil.wait_procs([child, started], SECONDS)[1] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

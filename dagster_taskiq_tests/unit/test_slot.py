@@ -33,7 +33,8 @@ PLACE = vars(Place("w@h", "id", "h", 1, 1))
 
 #: What a child does instead of executing a step.
 ACTOR = """
-import os, signal, subprocess, time
+import ctypes, multiprocessing, os, signal, subprocess, time
+from dagster_taskiq.worker import channel
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 
@@ -59,6 +60,24 @@ def act(runner, payload, place, queue):
             time.sleep(1000)
         except InterruptedError:
             reason = "cleaned up"
+    elif kind == "fork":  # by Python, or by C, so that Python does not know of it
+        pid = os.fork() if payload["by"] == "python" else ctypes.PyDLL(None).fork()
+        reason = f"{os.waitpid(pid, 0)[0] == pid}" if pid else "said by the copy"
+    elif kind == "close":
+        os.closerange(3, 256)
+        files = [open(os.devnull, "w") for _ in range(payload["opens"])]
+    elif kind == "scribble":
+        for number in range(3, 256):
+            try:
+                os.write(number, payload["text"].encode())
+            except OSError:
+                pass
+    elif kind == "speak as another":
+        for it in channel._channels:
+            vars(it).update({payload["attribute"]: 1})
+            it.say("result", result="", resident_kib=0)
+    elif kind == "start method":
+        reason = f"{multiprocessing.get_start_method(allow_none=True)}"
     elif kind == "hang":
         open(payload["file"], "w").close()
         while True:
@@ -475,5 +494,58 @@ def test_large_tasks_and_results_fit() -> None:
             result = await run(slot, text)
             assert isinstance(result, TaskResult)
             assert result.reason.endswith(text)
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("by", ["python", "c"])
+def test_a_forked_copy_of_a_child_ends_where_it_returns(by: str) -> None:
+    """It says nothing and takes no task; the child goes on and answers for itself."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            pid = await pid_of(slot)
+            for _ in range(3):
+                result = await run(slot, "fork", by=by)
+                assert isinstance(result, TaskResult)
+                assert result.reason == "True"
+                assert await pid_of(slot) == pid
+
+    play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("do", "payload", "text"),
+    [
+        ("close", {"opens": 0}, "exit code 1"),
+        ("close", {"opens": 64}, "exit code 1"),
+        ("scribble", {"text": "x"}, "no message"),
+        ("scribble", {"text": "some words of more than a few bytes"}, "no message"),
+        ("speak as another", {"attribute": "_task"}, "not about its task"),
+    ],
+)
+def test_what_is_no_answer_is_a_dead_child(do: str, payload: dict[str, Any], text: str) -> None:
+    """Whatever a step does to its descriptors costs it its child, and the other slots nothing."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot, a_slot("slot_actor") as other:
+            pids = [await pid_of(slot), await pid_of(slot), await pid_of(other)]
+            died = await run(slot, do, **payload)
+            assert isinstance(died, ChildDied)
+            assert text in str(died)
+            assert await pid_of(slot) not in pids
+            assert await pid_of(other) == pids[-1]
+
+    play(scenario())
+
+
+def test_multiprocessing_in_a_child_is_as_in_a_fresh_python() -> None:
+    """Its default is Python's own, and the worker's fork server is out of reach."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            result = await run(slot, "start method")
+            assert isinstance(result, TaskResult)
+            assert result.reason == "None"
 
     play(scenario())
