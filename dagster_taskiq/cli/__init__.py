@@ -8,7 +8,7 @@ import click
 
 from dagster_taskiq.cli.options import check_platform, say_errors
 from dagster_taskiq.cli.worker_start import start
-from dagster_taskiq.cli.workers import worker_list, worker_reload, worker_terminate
+from dagster_taskiq.cli.workers import status, worker_list, worker_reload, worker_terminate
 from dagster_taskiq.version import __version__
 
 
@@ -36,3 +36,4 @@ def worker() -> None:
 
 for _command in (start, worker_list, worker_terminate, worker_reload):
     worker.add_command(_command)
+main.add_command(status)

@@ -1,10 +1,10 @@
-"""Arguments of ``celery worker`` that teams pass after ``--``, read for what they mean here."""
+"""Arguments of Celery's commands that teams pass after ``--``, read for what they mean here."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dagster_taskiq.defaults import LONGEST_TIME_LIMIT_SECONDS
@@ -26,39 +26,49 @@ class CeleryArguments:
     time_limit: float | None
 
 
-#: Options of ``celery worker`` (5.6) that mean nothing here, and whether each takes a value.
-_MEANINGLESS = {
-    "--autoscale": True,
-    "--detach": False,
-    "--executable": True,
-    "--gid": True,
-    "--heartbeat-interval": True,
-    "--logfile": True,
-    "--optimization": True,
-    "--pidfile": True,
-    "--pool": True,
-    "--prefetch-multiplier": True,
-    "--purge": False,
-    "--scheduler": True,
-    "--schedule-filename": True,
-    "--statedb": True,
-    "--task-events": False,
-    "--uid": True,
-    "--umask": True,
-    "--without-gossip": False,
-    "--without-heartbeat": False,
-    "--without-mingle": False,
-    "--disable-prefetch": False,
-    "--exclude-queues": True,
-    "--beat": False,
-    "-B": False,
-    "-E": False,
-    "-O": True,
-    "-P": True,
-    "-X": True,
-    "-s": True,
-    "-S": True,
-    "-f": True,
+#: Options of ``celery worker`` (5.6) that mean nothing here, in all their spellings, and whether
+#: each takes a value.
+_MEANINGLESS: Mapping[tuple[str, ...], bool] = {
+    ("--autoscale",): True,
+    ("--beat", "-B"): False,
+    ("--detach", "-D"): False,
+    ("--disable-prefetch",): False,
+    ("--exclude-queues", "-X"): True,
+    ("--executable",): True,
+    ("--gid",): True,
+    ("--heartbeat-interval",): True,
+    ("--logfile", "-f"): True,
+    ("--optimization", "-O"): True,
+    ("--pidfile",): True,
+    ("--pool", "-P"): True,
+    ("--pool-start-method",): True,
+    ("--prefetch-multiplier",): True,
+    ("--purge", "--discard"): False,
+    ("--schedule-filename", "--schedule", "-s"): True,
+    ("--scheduler",): True,
+    ("--statedb", "-S"): True,
+    ("--task-events", "--events", "-E"): False,
+    ("--uid",): True,
+    ("--umask",): True,
+    ("--without-gossip",): False,
+    ("--without-heartbeat",): False,
+    ("--without-mingle",): False,
+}
+
+#: The same for ``celery status``.
+_MEANINGLESS_FOR_STATUS: Mapping[tuple[str, ...], bool] = {
+    ("--timeout", "-t"): True,
+    ("--json", "-j"): False,
+}
+
+#: Celery's names of log levels, and Python's for them.
+LOG_LEVELS = {
+    "CRITICAL": "CRITICAL",
+    "FATAL": "CRITICAL",
+    "ERROR": "ERROR",
+    "WARNING": "WARNING",
+    "INFO": "INFO",
+    "DEBUG": "DEBUG",
 }
 
 
@@ -78,31 +88,53 @@ def read_celery_arguments(arguments: Sequence[str]) -> CeleryArguments:
     parser.add_argument("-Q", "--queues", action="append", default=[])
     parser.add_argument("-I", "--include", action="append", default=[])
     parser.add_argument("-c", "--concurrency", type=_count)
-    parser.add_argument("-l", "--loglevel")
+    parser.add_argument("-l", "--loglevel", type=str.upper, choices=LOG_LEVELS)
     parser.add_argument("--max-tasks-per-child", type=_count)
     parser.add_argument("--max-memory-per-child", type=_count)
     parser.add_argument("--soft-time-limit", type=_seconds)
     parser.add_argument("--time-limit", type=_seconds)
-    for option, takes_value in _MEANINGLESS.items():
-        action = "store" if takes_value else "store_true"
-        parser.add_argument(option, action=action, dest=option)
-    values, unknown = parser.parse_known_args(list(arguments))
-    if unknown:
-        raise ConfigError(f"Not an argument of a Celery worker: {' '.join(unknown)}.")
-    for option in _MEANINGLESS:
-        if getattr(values, option):
-            warnings.warn(f"Celery's {option} means nothing here; it is ignored.", stacklevel=2)
+    values = _parse(parser, _MEANINGLESS, arguments)
     return CeleryArguments(
         name=values.hostname.partition("@")[0] if values.hostname else None,
         queues=split_names(values.queues),
         include=split_names(values.include),
         concurrency=values.concurrency,
-        log_level=values.loglevel,
+        log_level=LOG_LEVELS[values.loglevel] if values.loglevel else None,
         max_tasks_per_child=values.max_tasks_per_child,
         max_memory_per_child=values.max_memory_per_child,
         soft_time_limit=values.soft_time_limit,
         time_limit=values.time_limit,
     )
+
+
+def read_status_arguments(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The names that Celery's ``status`` is asked for, of what follows ``--``; none means all.
+
+    Raises:
+        ConfigError: an argument is none of Celery's.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-d", "--destination", action="append", default=[])
+    return split_names(_parse(parser, _MEANINGLESS_FOR_STATUS, arguments).destination)
+
+
+def _parse(
+    parser: argparse.ArgumentParser,
+    meaningless: Mapping[tuple[str, ...], bool],
+    arguments: Sequence[str],
+) -> argparse.Namespace:
+    """Parse the arguments, with a warning for each that means nothing here."""
+    for spellings, takes_value in meaningless.items():
+        action = "store" if takes_value else "store_true"
+        parser.add_argument(*spellings, action=action, dest=spellings[0])
+    values, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise ConfigError(f"Not an argument of Celery's: {' '.join(unknown)}.")
+    for spellings in meaningless:
+        if getattr(values, spellings[0]):
+            names = " or ".join(spellings)
+            warnings.warn(f"Celery's {names} means nothing here; it is ignored.", stacklevel=3)
+    return values
 
 
 def _count(text: str) -> int:

@@ -17,6 +17,7 @@ import click
 
 from dagster_taskiq.cli.background import start_in_background
 from dagster_taskiq.cli.celery_arguments import (
+    LOG_LEVELS,
     CeleryArguments,
     read_celery_arguments,
     split_names,
@@ -42,8 +43,6 @@ from dagster_taskiq.worker.worker import Worker, WorkerOptions
 #: Exit code of a worker that had to cancel steps in order to stop.
 EXIT_CUT_SHORT = 3
 
-LOG_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
-
 _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
 
@@ -68,7 +67,7 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     "--loglevel",
     "-l",
     default="INFO",
-    type=click.Choice(LOG_LEVELS, case_sensitive=False),
+    type=click.Choice(list(LOG_LEVELS), case_sensitive=False),
     help="Log level. Default: INFO.",
 )
 @click.option("--app", "-A", help="Accepted for dagster-celery's command lines; not needed.")
@@ -158,7 +157,7 @@ def _worker_options(
         include=tuple(
             dict.fromkeys((*settings.include, *split_names(given["includes"]), *celery.include))
         ),
-        log_level=(celery.log_level or given["loglevel"]).upper(),
+        log_level=celery.log_level or LOG_LEVELS[given["loglevel"].upper()],
         max_tasks_per_child=_first(
             given["max_tasks_per_child"],
             celery.max_tasks_per_child,

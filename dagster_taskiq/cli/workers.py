@@ -3,46 +3,121 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import click
 
 from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
+from dagster_taskiq.cli.celery_arguments import read_status_arguments
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.config import Settings
 from dagster_taskiq.connections import find_running_backend
 from dagster_taskiq.control import refuses, worker_order
 from dagster_taskiq.errors import ConfigError
 
+#: What ``worker terminate`` means without a name, as in dagster-celery.
+_DEFAULT_NAME = "dagster"
+
+_name_argument = click.argument("name", required=False)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _explain_names(command: F) -> F:
+    """Add to a command's help how its NAME is read."""
+    command.__doc__ = f"""{command.__doc__}
+
+    NAME is a worker's name, NAME@HOST one of several workers of that name, @HOST means all workers
+    of a host."""
+    return command
+
 
 @click.command("list")
+@_name_argument
 @config_yaml_option
 @say_errors
-def worker_list(config_yaml: str | None) -> None:
-    """List the running workers, on all hosts."""
-    records = asyncio.run(_with_backend(read_settings(config_yaml), lambda it: it.workers()))
-    if not records:
+@_explain_names
+def worker_list(name: str | None, config_yaml: str | None) -> None:
+    """List the running workers of all hosts; with NAME only those, and exit with 1 without any."""
+    records = _running_workers(read_settings(config_yaml), name)
+    if records:
+        click.echo(_table(records))
+    elif name is None:
         click.echo("No worker is running.")
-        return
-    # here, as a worker that starts has no use for it
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    else:
+        raise click.ClickException(_nobody(name))
 
-    table = Table(
-        "worker",
-        "queues",
-        "steps",
-        "runs",
-        "state",
-        "pid",
-        "version",
-        "refused",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+
+@click.command("status")
+@click.option("--app", "-A", help="Accepted for dagster-celery's command lines; it has no effect.")
+@config_yaml_option
+@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
+@say_errors
+def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str, ...]) -> None:
+    """Say which workers are alive, one per line, and exit with 1 without any.
+
+    The output is that of `celery status`. A worker that was killed is listed for at most 30 s
+    more. Celery's `-d NAME` may follow after --.
+    """
+    del app
+    names = read_status_arguments(celery_arguments)
+    settings = read_settings(config_yaml)
+    records = [
+        record
+        for record in _running_workers(settings)
+        if not names or any(_is_named(record, name) for name in names)
+    ]
     for record in records:
-        table.add_row(
+        click.echo(f"->  {record.name}: OK")
+    if not records:
+        raise click.ClickException("No worker is running.")
+    click.echo(f"\n{len(records)} {'node' if len(records) == 1 else 'nodes'} online.")
+
+
+@click.command("terminate")
+@_name_argument
+@click.option("--all", "-a", "all_", is_flag=True, help="Stop all workers.")
+@config_yaml_option
+@say_errors
+@_explain_names
+def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> None:
+    """Tell a worker to finish its steps and stop. Told twice, it stops now.
+
+    Without NAME and --all it tells the worker named "dagster", as dagster-celery does. The exit
+    code is 0 if no worker is running, and 1 if others are, but none of that NAME.
+    """
+    if not name and not all_:
+        name = _DEFAULT_NAME
+        settings = read_settings(config_yaml)
+        if not _running_workers(settings, name):
+            warnings.warn(f"{_nobody(name)} Give a NAME, or --all.", stacklevel=1)
+            return
+    for told in _tell_workers("terminate", name, all_, config_yaml):
+        click.echo(f"Told {told} to stop.")
+
+
+@click.command("reload")
+@_name_argument
+@click.option("--all", "-a", "all_", is_flag=True, help="Reload all workers.")
+@config_yaml_option
+@say_errors
+@_explain_names
+def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None:
+    """Tell a worker to run new code: its children are replaced between steps.
+
+    The exit code is 0 if no worker is running, and 1 if others are, but none of that NAME.
+    """
+    for told in _tell_workers("reload", name, all_, config_yaml):
+        click.echo(f"Told {told} to reload.")
+
+
+def _table(records: Sequence[WorkerRecord]) -> str:
+    """The records in columns, each as wide as its longest text: nothing is ever cut."""
+    rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
+    rows += [
+        (
             record.name,
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
@@ -52,49 +127,50 @@ def worker_list(config_yaml: str | None) -> None:
             record.version,
             str(record.refused),
         )
-    Console(soft_wrap=True).print(table)
+        for record in records
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
-@click.command("terminate")
-@click.argument("name", required=False)
-@click.option("--all", "-a", "all_", is_flag=True, help="Stop all workers.")
-@config_yaml_option
-@say_errors
-def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> None:
-    """Tell a worker, on whatever host, to finish its steps and stop. Twice: to stop now."""
-    for told in _tell_workers("terminate", name, all_, config_yaml):
-        click.echo(f"Told {told} to stop.")
-
-
-@click.command("reload")
-@click.argument("name", required=False)
-@click.option("--all", "-a", "all_", is_flag=True, help="Reload all workers.")
-@config_yaml_option
-@say_errors
-def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None:
-    """Tell a worker, on whatever host, to run new code: its children are replaced between steps."""
-    for told in _tell_workers("reload", name, all_, config_yaml):
-        click.echo(f"Told {told} to reload.")
+def _running_workers(settings: Settings, name: str | None = None) -> list[WorkerRecord]:
+    """The running workers; those of a name, where it is given."""
+    records: Sequence[WorkerRecord] = asyncio.run(
+        _with_backend(settings, lambda backend: backend.workers())
+    )
+    return [record for record in records if name is None or _is_named(record, name)]
 
 
 def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | None) -> list[str]:
-    """Send a control message to the worker of that name or to all; the names of who was told."""
+    """Send an order to the workers of that name or to all; the names of those that were told."""
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
     settings = read_settings(config_yaml)
 
     async def tell(backend: Backend) -> list[str]:
-        records = [item for item in await backend.workers() if all_ or _is_named(item, str(name))]
+        running = await backend.workers()
+        records = [item for item in running if all_ or _is_named(item, str(name))]
+        if running and not records:
+            raise click.ClickException(_nobody(str(name)))
         for record in records:
             await _send_order(backend, settings, record, kind)
         return [record.name for record in records]
 
     names: list[str] = asyncio.run(_with_backend(settings, tell))
     if not names:
-        what = "No worker is running." if all_ else f"No worker named {name!r} is running."
-        raise click.ClickException(what)
+        # no error, as in dagster-celery: scripts stop the workers of a host that has none
+        warnings.warn("No worker is running.", stacklevel=1)
     return names
+
+
+def _nobody(name: str) -> str:
+    if name.startswith("@"):
+        return f"No worker is running on host {name[1:]!r}."
+    return f"No worker named {name!r} is running."
 
 
 async def _send_order(
@@ -107,7 +183,9 @@ async def _send_order(
 
 
 def _is_named(record: WorkerRecord, name: str) -> bool:
-    return name in (record.name, record.name.partition("@")[0])
+    """Whether NAME, NAME@HOST or @HOST means this worker."""
+    own, _, host = record.name.partition("@")
+    return name in (record.name, own, f"@{host}")
 
 
 async def _with_backend(settings: Settings, use: Callable[[Backend], Any]) -> Any:

@@ -14,12 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from click.testing import CliRunner
 from dagster import DagsterEventType, DagsterRunStatus
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.cli import main
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
@@ -335,23 +333,6 @@ def test_list_and_terminate(stack: Stack) -> None:
     stack.cli("worker", "terminate", "--all", "-y", settings)
     assert beta.wait() == 0
     assert "No worker is running" in stack.cli("worker", "list", "-y", settings)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "answer"),
-    [
-        (["nobody"], "No worker named 'nobody' is running."),
-        (["--all"], "No worker is running."),
-        ([], "Give either the NAME of a worker or --all."),
-        (["nobody", "--all"], "Give either the NAME of a worker or --all."),
-    ],
-)
-def test_terminate_nobody(stack: Stack, arguments: list[str], answer: str) -> None:
-    """What cannot be done is said in a line, and by the exit code."""
-    settings = str(stack.settings_file())
-    done = CliRunner().invoke(main, ["worker", "terminate", *arguments, "-y", settings])
-    assert done.exit_code != 0
-    assert f"Error: {answer}" in done.output
 
 
 def test_background(stack: Stack) -> None:

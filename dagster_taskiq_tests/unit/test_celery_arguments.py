@@ -11,6 +11,7 @@ from dagster_taskiq.cli.celery_arguments import (
     _MEANINGLESS,
     CeleryArguments,
     read_celery_arguments,
+    read_status_arguments,
 )
 from dagster_taskiq.errors import ConfigError
 
@@ -45,7 +46,7 @@ def test_every_argument_that_has_a_meaning(separator: str) -> None:
     }
     text = " ".join(f"{option}{separator}{value}" for option, value in options.items())
     assert read(*text.split()) == CeleryArguments(
-        "w", ("a", "b"), ("m.n",), 4, "debug", 10, 2000, 5.0, 7.5
+        "w", ("a", "b"), ("m.n",), 4, "DEBUG", 10, 2000, 5.0, 7.5
     )
 
 
@@ -68,13 +69,42 @@ def test_repeated_lists_add_up() -> None:
     assert read("-Q", "a,", "-Q", ",b").queues == ("a", "b")
 
 
-@pytest.mark.parametrize(("option", "takes_value"), sorted(_MEANINGLESS.items()))
+SPELLINGS = [(spelling, value) for names, value in _MEANINGLESS.items() for spelling in names]
+
+
+@pytest.mark.parametrize(("option", "takes_value"), SPELLINGS)
 def test_an_argument_that_means_nothing_warns_by_name(option: str, takes_value: bool) -> None:
     """And is ignored, with its value."""
     arguments = [option, "5"] if takes_value else [option]
     with pytest.warns(UserWarning, match=f"{option} ") as caught:
         assert read_celery_arguments([*arguments, "-c", "2"]).concurrency == 2
     assert len(caught) == 1
+
+
+def test_every_option_of_celerys_worker_is_known() -> None:
+    """Celery itself says which there are, in all their spellings."""
+    celery = pytest.importorskip("celery.bin.worker")
+    ours = {"-n", "--hostname", "-Q", "--queues", "-I", "--include", "-c", "--concurrency", "-l"}
+    ours |= {"--loglevel", "--max-tasks-per-child", "--max-memory-per-child", "--help"}
+    ours |= {"--soft-time-limit", "--time-limit"}
+    theirs = {spelling for option in celery.worker.params for spelling in option.opts}
+    assert theirs - ours - {spelling for spelling, _ in SPELLINGS} == set()
+
+
+@pytest.mark.parametrize("level", ["fatal", "FATAL", "critical"])
+def test_every_log_level_of_celery_is_one_of_pythons(level: str) -> None:
+    """Celery's FATAL is Python's CRITICAL."""
+    assert read("-l", level).log_level == "CRITICAL"
+
+
+def test_status_takes_names() -> None:
+    """``-d`` chooses workers; its other options mean nothing here."""
+    assert read_status_arguments([]) == ()
+    assert read_status_arguments(["-d", "a@h,b@h", "--destination=c@h"]) == ("a@h", "b@h", "c@h")
+    with pytest.warns(UserWarning, match="--timeout"):
+        assert read_status_arguments(["-t", "5", "-d", "a@h"]) == ("a@h",)
+    with pytest.raises(ConfigError, match="--beat"):
+        read_status_arguments(["--beat"])
 
 
 @pytest.mark.parametrize(
@@ -91,6 +121,7 @@ def test_an_argument_that_means_nothing_warns_by_name(option: str, takes_value: 
         # an abbreviation is not guessed at: --max- could be either
         ["--concur", "3"],
         ["--pool"],
+        ["--loglevel", "loud"],
     ],
     ids=str,
 )

@@ -120,9 +120,8 @@ def test_there_are_no_cycles() -> None:
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
-    # only one command needs each
+    # only this command needs it
     "cli": {"dagster_taskiq.demo.run.run_demo"},
-    "cli.workers": {"rich.console.Console", "rich.table.Table"},
     "embedded_keeper": {"ctypes"},  # only on Linux
 }
 

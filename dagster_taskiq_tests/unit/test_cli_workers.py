@@ -1,0 +1,165 @@
+"""``worker list``, ``terminate`` and ``reload``, and ``status``: whom they mean, how they end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dagster_taskiq.backend import WorkerRecord
+from dagster_taskiq.cli import main, workers
+
+
+@dataclass
+class Crowd:
+    """A backend that knows some workers and keeps the orders to them."""
+
+    records: list[WorkerRecord] = field(default_factory=list)
+    orders: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, *queues: str) -> None:
+        host = name.partition("@")[2]
+        self.records.append(WorkerRecord(name.upper(), name, host, 1, queues or ("dagster",)))
+
+    async def startup(self) -> None: ...
+
+    async def shutdown(self) -> None: ...
+
+    async def workers(self) -> list[WorkerRecord]:
+        return self.records
+
+    async def send_control(self, worker_id: str, order: str) -> None:
+        assert worker_id not in self.orders
+        self.orders[worker_id] = json.loads(order)["kind"]
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
+    """No worker, yet."""
+    crowd = Crowd()
+    monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", "redis://localhost:6379/0")
+    monkeypatch.setattr(workers, "open_backend", lambda _options: crowd)
+    return crowd
+
+
+def call(*arguments: str, **more: Any) -> Result:
+    return CliRunner().invoke(main, arguments, **more)
+
+
+# --- whom a name means ---
+
+
+@pytest.mark.parametrize("command", ["terminate", "reload"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a", {"A@ONE", "A@TWO"}),
+        ("a@two", {"A@TWO"}),
+        ("@one", {"A@ONE", "B@ONE"}),
+        ("--all", {"A@ONE", "B@ONE", "A@TWO"}),
+    ],
+)
+def test_orders_reach_the_named_ones(
+    crowd: Crowd, command: str, name: str, expected: set[str]
+) -> None:
+    """A name on whatever host, one worker, all of a host, all of them."""
+    for worker in ("a@one", "b@one", "a@two"):
+        crowd.add(worker)
+    done = call("worker", command, name)
+    assert done.exit_code == 0
+    assert crowd.orders == dict.fromkeys(expected, command)
+    assert done.output.count("Told ") == len(expected)
+
+
+@pytest.mark.parametrize("name", ["nobody", "a@elsewhere", "@elsewhere", "one"])
+@pytest.mark.parametrize("command", ["terminate", "reload", "list"])
+def test_an_unknown_name_is_an_error(crowd: Crowd, command: str, name: str) -> None:
+    """Where other workers run, a name that none has is misspelt."""
+    crowd.add("a@one")
+    done = call("worker", command, name)
+    assert done.exit_code == 1
+    assert name.removeprefix("@") in done.stderr
+    assert crowd.orders == {}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["terminate", "a"], ["terminate", "--all"], ["terminate"], ["reload", "a"]],
+    ids=" ".join,
+)
+def test_orders_to_nobody_are_no_error(crowd: Crowd, arguments: list[str]) -> None:
+    """As in dagster-celery, scripts that stop the workers of an idle cluster go on."""
+    done = call("worker", *arguments)
+    assert done.exit_code == 0
+    assert "Warning: No worker" in done.stderr
+
+
+def test_terminate_without_a_name(crowd: Crowd) -> None:
+    """It means the worker named dagster, as in dagster-celery; if there is none it says so."""
+    crowd.add("a@one")
+    done = call("worker", "terminate")
+    assert (done.exit_code, crowd.orders) == (0, {})
+    assert "No worker named 'dagster'" in done.stderr
+    crowd.add("dagster@one")
+    assert call("worker", "terminate").exit_code == 0
+    assert crowd.orders == {"DAGSTER@ONE": "terminate"}
+
+
+@pytest.mark.parametrize("arguments", [["reload"], ["reload", "a", "-a"], ["terminate", "a", "-a"]])
+def test_orders_name_somebody(crowd: Crowd, arguments: list[str]) -> None:
+    """A name and --all contradict each other."""
+    crowd.add("a@one")
+    assert call("worker", *arguments).exit_code == 2
+    assert crowd.orders == {}
+
+
+# --- the list ---
+
+
+def test_the_list_never_cuts(crowd: Crowd) -> None:
+    """Scripts look for whole names and queues in it, in a pipe and in a narrow terminal."""
+    long = "a-worker-with-a-name-of-some-length@a-host-name-in-a-cloud.region.example.org"
+    queues = [f"a-queue-with-a-long-name-{number}" for number in range(9)]
+    crowd.add(long, *queues)
+    crowd.add("b@one")
+    lines = call("worker", "list", env={"COLUMNS": "20"}).output.splitlines()
+    assert [line.split()[0] for line in lines] == ["worker", long, "b@one"]
+    assert ", ".join(queues) in lines[1]
+    assert lines[0].index("steps") == lines[1].index("0/0") == lines[2].index("0/0")
+
+
+def test_the_list_of_a_name(crowd: Crowd) -> None:
+    """Its exit code says whether one runs, for health checks."""
+    assert call("worker", "list").exit_code == 0
+    assert call("worker", "list", "a").exit_code == 1
+    for worker in ("a@one", "b@one", "a@two"):
+        crowd.add(worker)
+    done = call("worker", "list", "@one")
+    assert done.exit_code == 0
+    assert [line.split()[0] for line in done.output.splitlines()] == ["worker", "a@one", "b@one"]
+
+
+# --- status ---
+
+
+@pytest.mark.parametrize("app", ["dagster_celery.app", "dagster_celery_k8s.app", "x.y"])
+def test_status(crowd: Crowd, app: str) -> None:
+    """Liveness probes look for ``HOST: OK`` in it, as ``celery status`` says it."""
+    assert call("status", "-A", app).exit_code == 1
+    crowd.add("a@one")
+    done = call("status", "-A", app)
+    assert done.exit_code == 0
+    assert done.output.splitlines() == ["->  a@one: OK", "", "1 node online."]
+
+
+def test_status_of_some(crowd: Crowd) -> None:
+    """Celery's ``-d`` after ``--``; a worker that is not there is no answer."""
+    crowd.add("a@one")
+    crowd.add("b@one")
+    done = call("status", "--", "-d", "b@one")
+    assert done.exit_code == 0
+    assert "a@one" not in done.output
+    assert call("status", "--", "-d", "c@one").exit_code == 1
