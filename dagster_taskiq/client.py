@@ -19,13 +19,14 @@ from contextlib import suppress
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.control import cancel_order, refusing_workers
+from dagster_taskiq.control import cancel_order
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, SupersededLoopError
 from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
+from dagster_taskiq.queue_waits import QueueWaits
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.renewals import keep_renewing
 from dagster_taskiq.results import NOWHERE, TaskResult, read_result
@@ -282,14 +283,15 @@ class Client(Dispatcher):
         self._inspected_epoch = epoch
         waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
         workers = await self._backend.workers() if waiting else []
-        served = frozenset(name for it in workers if it.slots for name in it.queues)
+        broker = self._servers.broker.address
+        waits = QueueWaits(workers, QueueKind.STEPS, broker, self._signer)
         return Inspection(
             is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
             reports=reports,
             absent=frozenset(await self._absent(waiting)),
-            unserved_queues=frozenset(t.queue for t in waiting) - served,
-            served_queues=served,
-            refusing_workers=refusing_workers(self._signer, [it for it in workers if it.slots]),
+            waits={
+                queue: wait for queue in {t.queue for t in waiting} if (wait := waits.of(queue))
+            },
         )
 
     async def _absent(self, tasks: Sequence[StepTask]) -> set[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dagster_taskiq.backend.base import WorkerRecord
@@ -53,15 +53,6 @@ def refuses(signer: Signer, worker: WorkerRecord) -> str:
         f"worker {worker.name} refuses it, since {why}. Set the same 'signing_key' or "
         f"{SIGNING_KEY_VARIABLE} on both sides."
     )
-
-
-def refusing_workers(signer: Signer, workers: Iterable[WorkerRecord]) -> dict[str, str]:
-    """By queue, why a worker that listens there refuses what this signer signs; see ``refuses``."""
-    found: dict[str, str] = {}
-    for worker in workers:
-        if reason := refuses(signer, worker):
-            found |= dict.fromkeys(worker.queues, reason)
-    return found
 
 
 class OrderReader:

@@ -33,6 +33,7 @@ from dagster_taskiq._dagster import (
     free_pool_slot,
     hold_pool_slot,
     is_in_flight,
+    plain_error,
     replay_log,
     retry_or_fail_step,
     seconds_to_next_ready,
@@ -40,7 +41,7 @@ from dagster_taskiq._dagster import (
 )
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.config import Settings
-from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS, UNSERVED_QUEUE_SECONDS
+from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import (
@@ -57,6 +58,7 @@ from dagster_taskiq.flights import (
     read_steps_log,
     says_sent,
 )
+from dagster_taskiq.queue_waits import QueueWait
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.tags import (
     has_misleading_priority,
@@ -397,30 +399,28 @@ class _Loop:
         elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
             yield from self._judge(flight, TaskState.UNKNOWN, log)
             return
-        yield from self._report_refusal(flight, inspection)
-        is_unserved = flight.task.queue in inspection.unserved_queues
-        if not is_unserved:
-            flight.is_reported_unserved = False
-        elif not flight.is_reported_unserved and now - flight.sent_at > UNSERVED_QUEUE_SECONDS:
-            flight.is_reported_unserved = True
-            served = ", ".join(sorted(inspection.served_queues)) or "none"
-            yield DagsterEvent.engine_event(
-                self._context.for_step(flight.step),
-                f'No worker listens on queue "{flight.task.queue}"; the step waits there. '
-                f"Queues with workers: {served}.",
-                EngineEventData(metadata={"queue": flight.task.queue, "served queues": served}),
-            )
+        yield from self._explain_wait(flight, inspection.waits.get(flight.task.queue))
 
-    def _report_refusal(self, flight: Flight, inspection: Inspection) -> Iterator[DagsterEvent]:
-        """Say that workers do not take what this run sends: they would drop it without a word."""
-        refusal = inspection.refusing_workers.get(flight.task.queue)
-        if refusal and not flight.is_reported_refused:
-            flight.is_reported_refused = True
+    def _explain_wait(self, flight: Flight, wait: QueueWait | None) -> Iterator[DagsterEvent]:
+        """Say why a task waits; fail it where no worker of its queue can ever execute it."""
+        now = time.monotonic()
+        news = flight.waits.news(wait, now - flight.sent_at, now)
+        if news is not None:
             yield DagsterEvent.engine_event(
                 self._context.for_step(flight.step),
-                f'Step "{flight.step.key}" waits: {refusal}',
+                f'Step "{flight.step.key}" waits. {news.reason}',
                 EngineEventData(metadata={"queue": flight.task.queue}),
             )
+        if wait is not None and flight.waits.is_hopeless(now):
+            yield from self._fail_unexecuted(flight, wait.reason)
+
+    def _fail_unexecuted(self, flight: Flight, reason: str) -> Iterator[DagsterEvent]:
+        """Fail an attempt that no worker has taken, unless one has by now."""
+        task_id = flight.task.task_id
+        if self._dispatcher.cancel([flight.task], reason)[task_id] is TaskState.CANCELLED:
+            del self._flights[task_id]
+            message = f'Step "{flight.step.key}" was not executed. {reason}'
+            yield from self._fail(flight, plain_error(message, "StepError"), may_retry=False)
 
     def _judge(self, flight: Flight, state: TaskState, log: RunLog) -> Iterator[DagsterEvent]:
         """Decide over a task that nobody works on any more and that has no result.

@@ -63,8 +63,12 @@ CLOSED_RECORD_EXPIRES_SECONDS = 3600
 #: How often the execution loop compares what it waits for with what broker and backend know.
 RECONCILE_SECONDS = 3.0
 
-#: How long a task may sit in a queue that no worker listens on before the run's log says so.
-UNSERVED_QUEUE_SECONDS = 5.0
+#: How long a task may wait in a queue before the run's log says why, where there is a reason.
+WAIT_REASON_SECONDS = 5.0
+
+#: How long a task waits while the only workers of its queue execute tasks of another version,
+#: before it fails. Long enough for a rolling update, which may end the old workers first.
+FOREIGN_WORKERS_SECONDS = 300.0
 
 #: A worker that has a message in hand and was not heard of for this time is held to be dead.
 IN_HAND_SECONDS = 15.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.queue_waits import QueueWait
 from dagster_taskiq.results import TaskResult
 from dagster_taskiq.time_limits import TimeLimits
 
@@ -46,17 +47,13 @@ class Inspection:
             has been reachable and in the same epoch for a full lease.
         reports: by task id.
         absent: ids of unclaimed tasks that the broker does not hold either.
-        unserved_queues: queues of unclaimed tasks that no worker listens on.
-        served_queues: those that workers do listen on.
-        refusing_workers: by queue, what to say of workers there that refuse this run's tasks.
+        waits: by queue of unclaimed tasks, why they wait, where there is a reason.
     """
 
     is_conclusive: bool
     reports: Mapping[str, TaskReport]
     absent: frozenset[str] = frozenset()
-    unserved_queues: frozenset[str] = frozenset()
-    served_queues: frozenset[str] = field(default_factory=frozenset)
-    refusing_workers: Mapping[str, str] = field(default_factory=dict)
+    waits: Mapping[str, QueueWait] = field(default_factory=dict)
 
 
 class Dispatcher(ABC):

@@ -26,8 +26,8 @@ from dagster_taskiq.errors import MalformedTaskError
 from dagster_taskiq.signing import SIGNATURE, Purpose, Signer
 from dagster_taskiq.time_limits import TimeLimits
 
-#: Raised when payload or results change. The header's fields keep their meaning for ever, so that
-#: a worker can say to the loop of another version that it cannot execute what it was sent.
+#: Raised when what runs and workers send each other changes. Tasks of each version wait in physical
+#: queues of their own, so that no worker takes one that only a worker of another version can run.
 PROTOCOL = 1
 
 #: Namespace of our task ids, made once with ``uuid4``.
@@ -146,6 +146,9 @@ class Envelope:
         if not isinstance(header, dict) or not isinstance(payload, dict):
             raise MalformedTaskError("its header or payload is not a mapping")
         try:
+            # first, as a header of another version may have other fields
+            if (protocol := _number(header, "protocol", int, 0, 2**31)) != PROTOCOL:
+                raise ValueError(f"it is of protocol {protocol}, and this queue is of {PROTOCOL}")
             name = TaskName(_text(header, "name"))
             is_step = name is TaskName.EXECUTE_PLAN
             return cls(
@@ -161,7 +164,7 @@ class Envelope:
                 epoch=_text(header, "epoch"),
                 payload=payload,
                 limits=_limits(header["limits"]),
-                protocol=_number(header, "protocol", int, 1, 2**31),
+                protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedTaskError(f"its header is not that of a task: {error}") from None
@@ -186,9 +189,14 @@ def run_task_id(run_id: str, resume_number: int) -> str:
     return str(uuid.uuid5(_TASK_ID_NAMESPACE, f"run\0{run_id}\0{resume_number}"))
 
 
-def physical_queue(key_prefix: str, kind: QueueKind, queue: str) -> str:
-    """The name of a queue on the server, which people never see."""
-    return f"{key_prefix}.{kind.value}.{queue}"
+def physical_queue(key_prefix: str, kind: QueueKind, queue: str, protocol: int = PROTOCOL) -> str:
+    """The name on the server of the queue for tasks of one kind and version.
+
+    Args:
+        queue: as people name it.
+    """
+    version = "" if protocol == 1 else f"-{protocol}"
+    return f"{key_prefix}.{kind.value}{version}.{queue}"
 
 
 def _text(header: Mapping[str, Any], key: str) -> str:

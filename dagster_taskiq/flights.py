@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from dagster import DagsterEvent, DagsterInstance
@@ -18,6 +18,7 @@ from dagster_taskiq._dagster import (
     plain_error,
 )
 from dagster_taskiq.dispatcher import StepTask
+from dagster_taskiq.queue_waits import WaitHistory
 from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
@@ -34,8 +35,7 @@ class Flight:
         sent_at: monotonic seconds; of the last time it was sent.
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
-        is_reported_unserved: whether the log says that nobody listens on its queue.
-        is_reported_refused: whether the log says that workers there refuse it.
+        waits: what the log says of why it waits.
     """
 
     task: StepTask
@@ -44,8 +44,7 @@ class Flight:
     sent_at: float
     place: Place | None = None
     absent_since: float | None = None
-    is_reported_unserved: bool = False
-    is_reported_refused: bool = False
+    waits: WaitHistory = field(default_factory=WaitHistory)
 
 
 class RunLog:

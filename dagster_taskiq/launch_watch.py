@@ -1,4 +1,4 @@
-"""Runs that were launched and have not begun: one that the servers lose is sent again.
+"""Looks after launched runs that have not begun: says why they wait, sends lost ones again.
 
 Nobody else would. Of a run that is STARTING, Dagster looks at nothing but its age, and fails it
 after ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
@@ -22,12 +22,22 @@ from dagster_taskiq._dagster import EngineEventData
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.defaults import IN_HAND_SECONDS
 from dagster_taskiq.envelope import Envelope
+from dagster_taskiq.queue_waits import QueueWait, WaitHistory, WaitKind
 from dagster_taskiq.run_client import RunClient
 
 logger = logging.getLogger(__name__)
 
 #: How often to look after runs that wait to be started.
-LOOK_SECONDS = 10.0
+LOOK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A run's task, and what its log says of why it waits."""
+
+    envelope: Envelope
+    sent_at: float
+    waits: WaitHistory
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class LaunchWatch:
         self._client = client
         self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
         self._absences: dict[str, _Absence] = {}
-        self._waiting: dict[str, Envelope] = {}
+        self._waiting: dict[str, _Launched] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = threading.Event()
@@ -89,10 +99,18 @@ class LaunchWatch:
         self._absences[task_id] = known
         return now - known.since >= self._patience_seconds
 
-    def look_after(self, instance: DagsterInstance, envelope: Envelope) -> None:
-        """Send a launched run again should it be lost before it has begun."""
+    def look_after(
+        self, instance: DagsterInstance, envelope: Envelope, told: QueueWait | None = None
+    ) -> None:
+        """Until a launched run has begun: say why it waits, and send it again should it be lost.
+
+        Args:
+            envelope: its task, which was sent.
+            told: what the run's log says already of why it waits.
+        """
+        waits = WaitHistory({told.kind} if told else set())
         with self._lock:
-            self._waiting[envelope.run_id] = envelope
+            self._waiting[envelope.run_id] = _Launched(envelope, self._now(), waits)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._watch, args=(instance,), name="launch-watch", daemon=True
@@ -125,23 +143,56 @@ class LaunchWatch:
         with self._lock:
             for run_id in launched:
                 if run_id not in runs:
-                    self._absences.pop(self._waiting.pop(run_id).task_id, None)
+                    self._absences.pop(self._waiting.pop(run_id).envelope.task_id, None)
             waiting = [self._waiting[run_id] for run_id in runs]
+        if not waiting:
+            return
         # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
         # was lost together must be found lost together, before any of it is sent
         now = self._now()
         lost = [
-            it
+            it.envelope
             for it in waiting
-            if self._is_lost(self._client.physical_queue(it), it.run_id, it.task_id, now)
+            if self._is_lost(
+                self._client.physical_queue(it.envelope),
+                it.envelope.run_id,
+                it.envelope.task_id,
+                now,
+            )
         ]
-        for envelope in lost:
-            self._send_again(instance, runs[envelope.run_id], envelope)
+        queues = self._client.queue_waits()
+        for it in waiting:
+            run, wait = runs[it.envelope.run_id], queues.of(it.envelope.queue)
+            # what a worker refuses was not lost: it has said why it does not want it
+            if it.envelope in lost and not (wait and wait.kind is WaitKind.REFUSED):
+                self._send_again(instance, run, it.envelope)
+            self._explain_wait(instance, run, it, wait, now)
+
+    def _explain_wait(
+        self,
+        instance: DagsterInstance,
+        run: DagsterRun,
+        launched: _Launched,
+        wait: QueueWait | None,
+        now: float,
+    ) -> None:
+        """Say why a run waits; fail it where no worker of its queue can ever execute it."""
+        envelope = launched.envelope
+        if wait and self._client.state_of(run.run_id, envelope.task_id)[1] is not TaskState.UNKNOWN:
+            wait = None  # it has been taken, and is about to start
+        if news := launched.waits.news(wait, now - launched.sent_at, now):
+            instance.report_engine_event(
+                f"The run waits. {news.reason}",
+                run,
+                EngineEventData(metadata={"queue": envelope.queue}),
+            )
+        if wait and launched.waits.is_hopeless(now):
+            physical = self._client.physical_queue(envelope)
+            state = self._client.cancel(run.run_id, envelope.task_id, physical, wait.reason)
+            if state is TaskState.CANCELLED:
+                instance.report_run_failed(run, f"The run was not executed. {wait.reason}")
 
     def _send_again(self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope) -> None:
-        _, refusing = self._client.look_at_workers()
-        if envelope.queue in refusing:
-            return  # it was not lost: its workers have said why they do not want it
         self._client.submit(replace(envelope, epoch=self._client.epoch()))
         self._absences.pop(envelope.task_id, None)
         instance.report_engine_event(

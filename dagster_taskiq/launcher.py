@@ -31,6 +31,7 @@ from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queu
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
 from dagster_taskiq.launch_watch import LaunchWatch
+from dagster_taskiq.queue_waits import QueueWait
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
@@ -122,8 +123,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             ServerError: a server is away or refuses; the launch has failed then.
             TagError: a tag of the run cannot be used.
         """
-        envelope = self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
-        self._watch.look_after(self._instance, envelope)
+        envelope, wait = self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
+        self._watch.look_after(self._instance, envelope, wait)
 
     @property
     def supports_resume_run(self) -> bool:
@@ -138,8 +139,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             number = self._instance.count_resume_run_attempts(run.run_id)
         self._send(run, TaskName.RESUME_JOB, resume_number=number)
 
-    def _send(self, run: DagsterRun, name: TaskName, resume_number: int) -> Envelope:
-        queue = run_queue(run.tags, self._settings.default_queue)
+    def _send(
+        self, run: DagsterRun, name: TaskName, resume_number: int
+    ) -> tuple[Envelope, QueueWait | None]:
+        """Send a run; its task, and why it waits, where there is a reason."""
+        queue = self._queue(run)
         task_id = run_task_id(run.run_id, resume_number)
         envelope = Envelope(
             task_id=task_id,
@@ -157,11 +161,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
         self._client.submit(envelope)
-        served, refusing = self._client.look_at_workers()
+        wait = self._client.queue_waits().of(queue)
         self._instance.report_engine_event(
-            f'Sent the run to queue "{queue}".'
-            + ("" if queue in served else f" No worker executes runs of it yet. {_list(served)}")
-            + (f" It waits: {refusing[queue]}" if queue in refusing else ""),
+            f'Sent the run to queue "{queue}".' + (f" It waits. {wait.reason}" if wait else ""),
             run,
             EngineEventData(
                 metadata={"queue": queue, "priority": envelope.priority, "task id": task_id},
@@ -169,7 +171,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             ),
             cls=self.__class__,
         )
-        return envelope
+        return envelope, wait
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:
@@ -285,12 +287,16 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def _health_of_waiting(self, run: DagsterRun, task_id: str) -> tuple[WorkerStatus, str | None]:
         """Of a run that no worker has claimed: it waits, or was lost with its server's memory."""
+        why = self._why_it_waits(run)
         if not self._watch.is_lost(self._physical_queue(run), run.run_id, task_id):
-            return WorkerStatus.RUNNING, "The run waits in its queue."
-        _, refusing = self._client.look_at_workers()
-        refusal = refusing.get(run_queue(run.tags, self._settings.default_queue), "")
+            return WorkerStatus.RUNNING, f"The run waits in its queue. {why}".rstrip()
         reason = "Neither a worker nor a queue has the run's task any more."
-        return WorkerStatus.NOT_FOUND, f"{reason} {refusal}".rstrip()
+        return WorkerStatus.NOT_FOUND, f"{reason} {why}".rstrip()
+
+    def _why_it_waits(self, run: DagsterRun) -> str:
+        """Why a run that no worker has claimed waits; empty where there is no reason to be seen."""
+        wait = self._client.queue_waits().of(self._queue(run))
+        return wait.reason if wait else ""
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True
@@ -299,7 +305,12 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         del include_container_logs
         task_id = self._task_id(run)
         report, result = self._client.look(run.run_id, task_id)
-        lines = [f"Task {task_id} in queue {self._physical_queue(run)}: {report.state.value}."]
+        queue = self._queue(run)
+        state = report.state.value
+        if report.state is TaskState.UNKNOWN:
+            why = self._why_it_waits(run) or f'Workers take runs from queue "{queue}".'
+            state = f"no worker has taken it. {why}".rstrip(".")
+        lines = [f'Task {task_id} in queue "{queue}": {state}.']
         place = result.place if result else report.place
         if place is not None:
             lines.append(
@@ -317,8 +328,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return run_task_id(run.run_id, self._instance.count_resume_run_attempts(run.run_id))
 
     def _physical_queue(self, run: DagsterRun) -> str:
-        queue = run_queue(run.tags, self._settings.default_queue)
-        return physical_queue(self._settings.source.key_prefix, QueueKind.RUNS, queue)
+        return physical_queue(self._settings.source.key_prefix, QueueKind.RUNS, self._queue(run))
+
+    def _queue(self, run: DagsterRun) -> str:
+        return run_queue(run.tags, self._settings.default_queue)
 
 
 def _health(report: TaskReport, result: TaskResult | None) -> tuple[WorkerStatus, str | None]:
@@ -341,7 +354,3 @@ def _ending(result: TaskResult) -> str:
     if result.error is not None:
         return str(result.error.get("message", "The run's process could not be started."))
     return f"The run's process ended with exit code {result.exit_code}."
-
-
-def _list(queues: set[str]) -> str:
-    return f"Queues with run slots: {', '.join(sorted(queues)) or 'none'}."

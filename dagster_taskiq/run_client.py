@@ -7,16 +7,17 @@ that was away is reached again by the next call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.control import cancel_order, refusing_workers
-from dagster_taskiq.envelope import Envelope, physical_queue
+from dagster_taskiq.control import cancel_order
+from dagster_taskiq.envelope import Envelope, QueueKind, physical_queue
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.queue_waits import QueueWaits
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import TaskResult, read_result
 
@@ -109,13 +110,13 @@ class RunClient:
 
         return self._call(cancel)
 
-    def look_at_workers(self) -> tuple[set[str], Mapping[str, str]]:
-        """Queues whose runs some worker executes, and see ``refusing_workers``."""
+    def queue_waits(self) -> QueueWaits:
+        """Why runs wait in their queues, as the workers are now."""
 
-        async def look() -> tuple[set[str], Mapping[str, str]]:
-            workers = [it for it in await self._backend.workers() if it.run_slots]
-            served = {name for worker in workers for name in worker.queues}
-            return served, refusing_workers(self._signer, workers)
+        async def look() -> QueueWaits:
+            workers = await self._backend.workers()
+            broker = self._servers.broker.address
+            return QueueWaits(workers, QueueKind.RUNS, broker, self._signer)
 
         return self._call(look)
 

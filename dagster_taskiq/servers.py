@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
 from dagster_taskiq.errors import ConfigError, RefusedByServerError
@@ -175,6 +175,29 @@ def normalize_amqp(url: str) -> str:
         netloc = f"{user}:guest@{host}" if user == "guest" else netloc
     # urlunsplit would drop the "//" of a host-less URL, which no AMQP URL is
     return urlunsplit((scheme, netloc, path, parts.query, parts.fragment))
+
+
+_DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "redis": 6379, "rediss": 6379}
+
+
+def is_same_address(one: str, other: str) -> bool:
+    """Whether two addresses name the same server, and the same virtual host or database there.
+
+    Who logs in makes no difference. Different names of one host count as different servers.
+    """
+    return _place_of(one) == _place_of(other)
+
+
+def _place_of(address: str) -> tuple[object, ...]:
+    try:
+        parts = urlsplit(address)
+        scheme = parts.scheme.removeprefix("py")
+        port = parts.port or _DEFAULT_PORTS.get(scheme)
+    except ValueError:  # an address that a stranger has written
+        return (address,)
+    nothing = "" if scheme.startswith("amqp") else "0"
+    path = unquote(parts.path).strip("/") or nothing
+    return scheme, parts.hostname, port, path, parts.query if scheme == "unix" else ""
 
 
 def redact(text: str) -> str:

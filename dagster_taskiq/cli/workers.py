@@ -15,6 +15,7 @@ from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_er
 from dagster_taskiq.config import Settings
 from dagster_taskiq.connections import find_running_backend
 from dagster_taskiq.control import refuses, worker_order
+from dagster_taskiq.envelope import PROTOCOL
 from dagster_taskiq.errors import ConfigError
 
 #: What ``worker terminate`` means without a name, as in dagster-celery.
@@ -113,6 +114,10 @@ def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None
         click.echo(f"Told {told} to reload.")
 
 
+def _other_protocol(record: WorkerRecord) -> str:
+    return "" if record.protocol == PROTOCOL else f" (protocol {record.protocol})"
+
+
 def _table(records: Sequence[WorkerRecord]) -> str:
     """The records in columns, each as wide as its longest text: nothing is ever cut."""
     rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
@@ -124,7 +129,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
             f"{record.busy_run_slots}/{record.run_slots}",
             record.state,
             str(record.pid),
-            record.version,
+            record.version + _other_protocol(record),
             str(record.refused),
         )
         for record in records

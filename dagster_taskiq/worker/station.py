@@ -24,13 +24,12 @@ from taskiq import Context, TaskiqDepends
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.defaults import ORPHAN_GRACE_SECONDS
-from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import ServerError, SlotError, UntrustedError
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
-from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
@@ -177,7 +176,7 @@ class Station:
             self._idle.append(slot)
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = _foreign_protocol(envelope) or await _prepare(slot)
+        failure = await _prepare(slot)
         claim = Claim(
             run_id=envelope.run_id,
             task_id=envelope.task_id,
@@ -392,16 +391,6 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
 def _cause(result: TaskResult) -> str:
     """Why a task ended other than by its own end; empty where there is nothing to say."""
     return result.reason or str((result.error or {}).get("message", ""))
-
-
-def _foreign_protocol(envelope: Envelope) -> str:
-    """Why a task of another version cannot be executed here; empty for one of ours."""
-    if envelope.protocol == PROTOCOL:
-        return ""
-    return (
-        f"the worker has dagster-taskiq {__version__}, which speaks version {PROTOCOL} of the "
-        f"protocol, and the run version {envelope.protocol}: install the same on both sides"
-    )
 
 
 async def _prepare(slot: Slot) -> str:

@@ -81,6 +81,10 @@ class LaunchedRun(Run):
         """What run monitoring is told."""
         return self.stack.instance.run_launcher.check_run_worker_health(self.dagster_run)
 
+    def debug_info(self) -> str:
+        """The launcher's text for people."""
+        return str(self.stack.instance.run_launcher.get_run_worker_debug_info(self.dagster_run))
+
     def await_death(self) -> CheckRunHealthResult:
         """Wait until run monitoring is told that its process is gone."""
         alive = (WorkerStatus.RUNNING, WorkerStatus.SUCCESS)

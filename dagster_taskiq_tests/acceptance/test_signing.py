@@ -239,7 +239,7 @@ def test_a_run_without_the_key_says_why_it_waits(signed: Stack) -> None:
     before = record_of(signed).refused
     run = signed.start("diamond", lease_seconds=LEASE_SECONDS)
     said = run.await_message("refuses it, since it is not signed")
-    assert "worker signing@" in said
+    assert "Worker signing@" in said
     assert SIGNING_KEY_VARIABLE in said
     await_refusals(signed, before, 1)
     run.signal()
@@ -259,7 +259,7 @@ def test_a_launched_run_of_another_key_says_why_it_waits(signed: Stack) -> None:
         worker.await_ready()
         run = launch(signed, "single", tags={"dagster-taskiq/queue": "other"})
         said = run.await_message("Sent the run to queue")
-        assert "It waits: worker other@" in said
+        assert "It waits. Worker other@" in said
         assert "signed with another signing_key" in said
         worker.await_log("signature was made with another signing_key")
         assert run.terminate()

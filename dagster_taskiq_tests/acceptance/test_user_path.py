@@ -93,7 +93,7 @@ def test_terminating_what_waits_for_a_worker(web: Web) -> None:
     """A run in a worker's queue can be forced to end, which Dagster asks for, and never starts."""
     queue = {QUEUE_TAG: "served-late"}
     run = web.launch("chain", tags=queue)
-    run.await_message('Sent the run to queue "served-late". No worker executes runs of it yet.')
+    run.await_message('Sent the run to queue "served-late". It waits. No worker with run slots')
     assert run.status is STARTING
     answer = web.terminate(run.run_id, expected="TerminateRunFailure")
     assert "due to having status STARTING" in answer["message"]

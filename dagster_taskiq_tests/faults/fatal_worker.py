@@ -6,11 +6,13 @@ patched into the worker's own process here, so that the package needs no hooks f
 
 import os
 import signal
+from functools import partial
 
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
-from dagster_taskiq.worker import station
+from dagster_taskiq.envelope import physical_queue
+from dagster_taskiq.worker import worker
 from dagster_taskiq.worker.slot import Slot
 from dagster_taskiq_tests.faults import FAULT_VARIABLE
 
@@ -49,7 +51,8 @@ def main() -> None:
     elif fault == "begun":
         _patch(RedisBackend, "begin", is_done_first=False)
     elif fault == "other protocol":
-        station.PROTOCOL += 1
+        worker.PROTOCOL += 1
+        worker.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
     else:
         raise ValueError(fault)
     command_line(prog_name="dagster-taskiq")

@@ -19,13 +19,12 @@ from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack, until
+from dagster_taskiq_tests.acceptance.test_queues_and_priority import taken_by
 from dagster_taskiq_tests.acceptance.test_worker import GARBAGE
 from dagster_taskiq_tests.faults.checks import (
-    FAILURE,
     LONG_SECONDS,
     TEST_SECONDS,
     check_each_once,
-    executions,
     fatal_worker,
     start,
 )
@@ -97,11 +96,14 @@ def test_a_thousand_forged_messages(kind: BrokerKind, tmp_path: Path) -> None:
 
 
 def test_a_worker_of_another_version(stack: Stack) -> None:
-    """Its steps fail with the reason, which names both versions; they have not begun."""
-    fatal_worker(stack, "other protocol", slots=1).await_ready()
-    run = start(stack, "single").wait()
-    assert run.status is FAILURE
-    assert executions(run) == {}
-    reason = run.failure("quick")
-    assert "which speaks version 2 of the protocol, and the run version 1" in reason
-    assert "install the same on both sides" in reason
+    """It leaves the steps to a worker that can execute them; the log says why they wait."""
+    fatal_worker(stack, "other protocol", slots=2).await_ready()
+    run = start(stack, "varied")
+    said = run.await_message("can execute tasks of this version")
+    assert "protocol 1:" in said
+    assert "protocol 2)" in said
+    right = stack.worker(slots=2)
+    right.await_ready()
+    run.open_gate()
+    check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+    assert {worker for worker, _ in taken_by(run).values()} == {right.full_name}

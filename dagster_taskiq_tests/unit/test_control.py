@@ -15,7 +15,6 @@ from dagster_taskiq.control import (
     OrderReader,
     cancel_order,
     refuses,
-    refusing_workers,
     worker_order,
 )
 from dagster_taskiq.defaults import CONTROL_AGE_SECONDS
@@ -145,12 +144,10 @@ def worker(name: str, signer: Signer, *queues: str) -> WorkerRecord:
 
 def test_who_refuses_what_is_said_in_words() -> None:
     """Which worker, why, and what to set."""
-    workers = [worker("a@h", KEY, "q", "r"), worker("b@h", Signer(), "s"), worker("c@h", OTHER)]
-    assert refusing_workers(KEY, workers[:2]) == {}
-    unsigned = refusing_workers(Signer(), workers)
-    assert set(unsigned) == {"q", "r"}
-    assert unsigned["q"] == (
+    keyed = worker("a@h", KEY, "q")
+    assert refuses(KEY, keyed) == refuses(KEY, worker("b@h", Signer())) == ""
+    assert refuses(Signer(), keyed) == (
         "worker a@h refuses it, since it is not signed. Set the same 'signing_key' or "
         "DAGSTER_TASKIQ_SIGNING_KEY on both sides."
     )
-    assert "another signing_key" in refuses(OTHER, workers[0])
+    assert "another signing_key" in refuses(OTHER, keyed)

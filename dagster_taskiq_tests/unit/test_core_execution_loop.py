@@ -27,9 +27,11 @@ from dagster_taskiq import executor as executor_module
 from dagster_taskiq import tasks
 from dagster_taskiq._dagster import SerializableErrorInfo, execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq_tests.unit import loop_jobs as jobs
@@ -82,7 +84,7 @@ class FakeDispatcher(Dispatcher):
         self.cancelled: list[str] = []
         self.inspections: list[float] = []
         self.is_conclusive = True
-        self.served = frozenset({"dagster", "short"})
+        self.why_waiting: dict[str, QueueWait] = {}
         #: Until when ``submit``, ``inspect`` and ``cancel`` fail.
         self.away_until = 0.0
         self.on_wait: Callable[[int], None] = lambda _: None
@@ -170,8 +172,7 @@ class FakeDispatcher(Dispatcher):
             is_conclusive=self.is_conclusive,
             reports={t.task_id: self._report(t.task_id) for t in tasks},
             absent=frozenset(t.task_id for t in unknown) - self.waiting,
-            unserved_queues=frozenset(t.queue for t in unknown) - self.served,
-            served_queues=self.served,
+            waits=self.why_waiting,
         )
 
     def _report(self, task_id: str) -> TaskReport:
@@ -649,35 +650,76 @@ def test_an_outage_during_reconciliation_is_ridden_out(
     assert ran.said("Cannot reach redis://fake") == 2
 
 
-# --- unserved queues ---
+# --- why a step waits ---
 
 
-def test_an_unserved_queue_is_said_once(fake: FakeDispatcher, instance: DagsterInstance) -> None:
-    """With its name and those that have workers; again only after it was served in between."""
+UNSERVED = {"dagster": QueueWait(WaitKind.UNSERVED, "No worker listens.")}
+FOREIGN = {"dagster": QueueWait(WaitKind.PROTOCOL, "All workers are of another version.")}
+
+
+def test_why_a_step_waits_is_said_once(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """And again only after the reason was gone in between."""
     fake.plan["one"] = [WAIT]
-    fake.served = frozenset({"long", "short"})
 
     def happen(_: int) -> None:
         moment = fake.clock.now - 1000
-        fake.served = frozenset({"dagster"}) if 100 < moment < 200 else frozenset({"long", "short"})
+        fake.why_waiting = {} if 100 < moment < 200 else UNSERVED
         if moment > 300 and not fake.stored:
             fake.finish(fake.sent[0])
 
     fake.on_wait = happen
     ran = execute(jobs.single_job, instance)
     assert ran.status is SUCCESS
-    assert ran.said('No worker listens on queue "dagster"') == 2
-    assert ran.said("long, short") == 2
+    assert ran.said('Step "one" waits. No worker listens.') == 2
 
 
-def test_a_queue_is_not_called_unserved_at_once(
+def test_why_a_step_waits_is_not_said_at_once(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
     """A worker may be starting."""
     fake.plan["one"] = [WAIT]
-    fake.served = frozenset()
+    fake.why_waiting = UNSERVED
     fake.on_wait = lambda number: fake.finish(fake.sent[0]) if number == 2 else None
     assert execute(jobs.single_job, instance).said("No worker listens") == 0
+
+
+def test_workers_of_another_version_alone_fail_a_step(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """After a while of nothing else, with the reason, and though it has retries left."""
+    fake.plan["patient"] = [WAIT]
+
+    def happen(_: int) -> None:
+        # interrupted once: the time is counted anew
+        fake.why_waiting = UNSERVED if 100 < fake.clock.now - 1000 < 110 else FOREIGN
+
+    fake.on_wait = happen
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is FAILURE
+    assert (
+        ran.error("patient")
+        == 'Step "patient" was not executed. All workers are of another version.'
+    )
+    assert fake.clock.now - 1000 > 110 + FOREIGN_WORKERS_SECONDS
+    assert [task.step_key for task in fake.sent] == fake.cancelled == ["patient"]
+
+
+def test_a_step_that_is_taken_after_all_does_not_fail(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """In the very moment of giving it up."""
+    fake.plan["one"] = [WAIT]
+    fake.why_waiting = FOREIGN
+    cancel = fake.cancel
+
+    def take_and_cancel(tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        fake.states[tasks[0].task_id] = TaskState.CLAIMED
+        states = cancel(tasks, reason)
+        fake.finish(tasks[0])
+        return states
+
+    fake.cancel = take_and_cancel  # type: ignore[method-assign]
+    assert execute(jobs.single_job, instance).status is SUCCESS
 
 
 # --- interrupts ---

@@ -25,7 +25,6 @@ from dagster_taskiq.envelope import (
 from dagster_taskiq.errors import MalformedTaskError, UntrustedError
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
-from dagster_taskiq.worker.station import _foreign_protocol
 
 UNSIGNED = Signer()
 
@@ -196,17 +195,14 @@ def test_a_missing_field_is_refused(field: str) -> None:
     refuse(message)
 
 
-def test_another_protocol_is_read_so_that_the_run_gets_an_answer() -> None:
-    """Dropped in silence, its step would wait for ever: the worker fails it with the reason."""
+def test_another_protocol_is_told_from_garbage() -> None:
+    """Its number is read first: nothing else in such a header need be what it is here."""
     message = decoded()
-    message["kwargs"]["header"]["protocol"] = 99
-    envelope = Envelope.from_bytes(json.dumps(message).encode(), UNSIGNED)
-    assert envelope.task_id == TASK_ID
-    reason = _foreign_protocol(envelope)
-    assert "99" in reason
-    assert str(PROTOCOL) in reason
-    assert "dagster-taskiq" in reason
-    assert not _foreign_protocol(ENVELOPE)
+    message["kwargs"]["header"] = {"protocol": 99, "a field of a later version": 1}
+    with pytest.raises(
+        MalformedTaskError, match=f"of protocol 99, and this queue is of {PROTOCOL}"
+    ):
+        Envelope.from_bytes(json.dumps(message).encode(), UNSIGNED)
 
 
 @pytest.mark.parametrize(
@@ -304,6 +300,22 @@ def test_runs_and_steps_wait_in_different_queues(prefix: str, queue: str) -> Non
     steps = physical_queue(prefix, QueueKind.STEPS, queue)
     assert steps != physical_queue(prefix, QueueKind.RUNS, queue)
     assert steps.startswith(prefix)
+
+
+@given(TEXT, TEXT, st.sampled_from(QueueKind), st.integers(1, 9), st.integers(1, 9))
+def test_tasks_of_each_protocol_wait_in_queues_of_their_own(
+    prefix: str, queue: str, kind: QueueKind, one: int, other: int
+) -> None:
+    """So a worker never takes what only a worker of another version can execute."""
+    first = physical_queue(prefix, kind, queue, one)
+    assert (first == physical_queue(prefix, kind, queue, other)) == (one == other)
+    assert first.startswith(prefix)
+
+
+def test_the_first_protocol_keeps_its_names() -> None:
+    """Workers that were started before there was a second one go on with what waits there."""
+    assert physical_queue("p", QueueKind.STEPS, "q", 1) == "p.steps.q"
+    assert physical_queue("p", QueueKind.RUNS, "q", 2) == "p.runs-2.q"
 
 
 def test_the_kind_follows_from_the_name() -> None:

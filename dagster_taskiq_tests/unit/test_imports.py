@@ -21,7 +21,7 @@ LAYERS = [
     "tags servers results envelope worker.frames worker.guard",
     "waker loop_thread _dagster redis_client tls_settings",
     "storage_connections step_plans event_batches",
-    "config backend brokers control embedded_keeper renewals",
+    "config backend brokers control embedded_keeper queue_waits renewals",
     "embedded dispatcher",
     "connections client flights core_execution_loop",
     "tasks",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -12,9 +13,10 @@ from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq import launch_watch
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
 from dagster_taskiq.envelope import Envelope, TaskName
 from dagster_taskiq.launch_watch import LaunchWatch
+from dagster_taskiq.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq_tests.acceptance import jobs
 
@@ -31,7 +33,8 @@ class FakeClient:
         self.is_queued = False
         self.state = TaskState.UNKNOWN
         self.now_epoch = "first"
-        self.refusing: Mapping[str, str] = {}
+        self.wait: QueueWait | None = None
+        self.cancelled: list[str] = []
         self.sent: list[Envelope] = []
         self.is_looked_at = threading.Semaphore(0)
 
@@ -48,8 +51,15 @@ class FakeClient:
     def epoch(self) -> str:
         return self.now_epoch
 
-    def look_at_workers(self) -> tuple[set[str], Mapping[str, str]]:
-        return set(), self.refusing
+    def queue_waits(self) -> FakeClient:
+        return self
+
+    def of(self, _: str) -> QueueWait | None:
+        return self.wait
+
+    def cancel(self, run_id: str, *_: str) -> TaskState:
+        self.cancelled.append(run_id)
+        return TaskState.CANCELLED if self.state is TaskState.UNKNOWN else self.state
 
     def submit(self, envelope: Envelope) -> None:
         self.sent.append(envelope)
@@ -168,12 +178,70 @@ def test_a_lost_run_is_sent_again(
 def test_a_run_that_is_refused_is_not_sent_again(
     watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
 ) -> None:
-    client.refusing = {"long": "it is not signed"}
+    client.wait = QueueWait(WaitKind.REFUSED, "It is not signed.")
     watch.look_after(instance, launched(instance))
     await_looks(client)
     clock.seconds += LEASE_SECONDS
     await_looks(client)
     assert client.sent == []
+
+
+def said(instance: DagsterInstance, run_id: str) -> list[str]:
+    """Why the run waits, as often as its log says so."""
+    messages = (entry.message for entry in instance.all_logs(run_id))
+    return [text for text in messages if text.startswith("The run waits.")]
+
+
+BUSY = QueueWait(WaitKind.BUSY, "All run slots are busy.")
+
+
+def test_a_run_says_why_it_waits(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """Once, after some seconds, and not what was said when it was launched."""
+    client.is_queued = True
+    client.wait = BUSY
+    first, second = launched(instance), launched(instance)
+    watch.look_after(instance, first)
+    watch.look_after(instance, second, BUSY)
+    await_looks(client, 6)
+    assert said(instance, first.run_id) == []
+    clock.seconds += WAIT_REASON_SECONDS + 1
+    await_looks(client, 12)
+    assert said(instance, first.run_id) == ["The run waits. All run slots are busy."]
+    assert said(instance, second.run_id) == []
+
+
+def test_a_run_that_is_about_to_start_does_not_wait(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """The slot that it has taken is busy with it."""
+    client.is_queued, client.state, client.wait = True, TaskState.CLAIMED, BUSY
+    envelope = launched(instance)
+    watch.look_after(instance, envelope)
+    clock.seconds += WAIT_REASON_SECONDS + 1
+    await_looks(client, 6)
+    assert said(instance, envelope.run_id) == []
+
+
+def test_workers_of_another_version_alone_fail_a_run(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """After a while, with the reason; its task is taken out of the queue."""
+    client.is_queued = True
+    client.wait = QueueWait(WaitKind.PROTOCOL, "All workers are of another version.")
+    envelope = launched(instance)
+    watch.look_after(instance, envelope)
+    await_looks(client)
+    assert client.cancelled == []
+    clock.seconds += FOREIGN_WORKERS_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not instance.get_run_by_id(envelope.run_id).is_finished:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert client.cancelled == [envelope.run_id]
+    messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
+    assert any("The run was not executed. All workers are of another" in it for it in messages)
 
 
 def test_the_watch_ends_with_its_last_run(

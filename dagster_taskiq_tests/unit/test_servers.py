@@ -16,6 +16,7 @@ from dagster_taskiq.servers import (
     Tls,
     is_amqp,
     is_redis,
+    is_same_address,
     normalize_amqp,
     redact,
     scheme_of,
@@ -166,3 +167,24 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="TLS files") as caught:
                 tls.context()
             assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("redis://h", "redis://:***@h:6379/0", True),
+        ("redis://h/1", "redis://h", False),
+        ("amqp://u:***@h//", "pyamqp://guest@H:5672", True),
+        ("amqp://h/%2Fteam", "amqp://h/team", True),
+        ("amqp://h/team", "amqp://h/", False),
+        ("amqp://h", "amqps://h", False),
+        ("unix:///a/socket?db=1", "unix:///a/socket?db=1", True),
+        ("unix:///a/socket?db=1", "unix:///a/socket?db=2", False),
+        ("unix:///a/socket", "unix:///b/socket", False),
+        ("redis://h:port", "redis://h", False),
+        ("redis://h:port", "redis://h:port", True),
+    ],
+)
+def test_which_addresses_name_one_server(one: str, other: str, is_same: bool) -> None:
+    """Whoever logs in, and with or without what is the default anyway."""
+    assert is_same_address(one, other) is is_same_address(other, one) is is_same
