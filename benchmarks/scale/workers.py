@@ -126,6 +126,7 @@ class SimulatedSlot(Slot):
 
     def __init__(self, number: int, step_seconds: float) -> None:
         self.number = number
+        self.location = ""
         self._step_seconds = step_seconds
         self._is_interrupted = asyncio.Event()
 
@@ -134,7 +135,7 @@ class SimulatedSlot(Slot):
         """A number that is no process's."""
         return -self.number
 
-    async def prepare(self) -> None:
+    async def prepare(self, location: str = "") -> None:
         """It is always ready."""
 
     def retire(self) -> None:

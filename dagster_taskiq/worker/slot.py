@@ -1,7 +1,8 @@
 """A slot: one warm child process, which executes one task at a time.
 
 The child is replaced between tasks: after so many of them, above so much memory, after a cancel
-(which may leave something behind), and when it died. Whoever takes a slot calls ``prepare`` first.
+(which may leave something behind), for a task of another code location, and when it died. Whoever
+takes a slot calls ``prepare`` first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
+from dagster_taskiq.worker.code_locations import code_location
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
@@ -96,6 +98,8 @@ class Slot:
         max_memory_kib: int = 0,
     ) -> None:
         self.number = options.slot
+        #: The code location whose tasks its child has executed; empty where there is none.
+        self.location = ""
         self._context = context
         self._guard = guard
         self._tails = tails
@@ -118,14 +122,18 @@ class Slot:
         """Of the child, which is also its process group's; 0 when there is none."""
         return self._process.pid or 0 if self._process else 0
 
-    async def prepare(self) -> None:
+    async def prepare(self, location: str = "") -> None:
         """Have a child that is ready for a task, unless there is one that executes a task.
+
+        Args:
+            location: of the task; empty for any. See ``code_locations``.
 
         Raises:
             SlotError: the child could not import the user's modules, or did not come up.
         """
         async with self._preparing:
-            if self._has_task or (self._process is not None and not self._is_spent()):
+            is_spent = self._process is None or self._is_spent()
+            if self._has_task or not (is_spent or self._has_other_code(location)):
                 return
             await self.stop()
             await self._start()
@@ -137,6 +145,9 @@ class Slot:
     def _is_spent(self) -> bool:
         assert self._exited is not None
         return self._must_replace or self._exited.done()
+
+    def _has_other_code(self, location: str) -> bool:
+        return bool(self.location and location) and self.location != location
 
     async def _start(self) -> None:
         self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
@@ -212,10 +223,12 @@ class Slot:
         on_started: Callable[[], None],
         on_begun: Callable[[], None],
     ) -> dict[str, Any] | ChildDied:
+        location = code_location(task["payload"])
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
             self._has_task = False
-            await self.prepare()
+            await self.prepare(location)
             self._has_task = True
+            self.location = location or self.location
             on_child(self.pid)
             self._oom_kills = count_oom_kills()
             answer = await self._send(task)
@@ -343,6 +356,7 @@ class Slot:
             self._writer.close()
         self._process.close()
         self._process = self._reader = self._writer = self._exited = None
+        self.location = ""
 
 
 def _hang_up(writer: asyncio.StreamWriter, exited: asyncio.Future[int]) -> None:

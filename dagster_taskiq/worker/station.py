@@ -30,6 +30,7 @@ from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.worker.code_locations import code_location
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
@@ -165,7 +166,7 @@ class Station:
         """Execute a message that ``admit`` has let through."""
         if self._is_draining():
             return  # unclaimed: the receiver gives it back
-        slot = self._idle.pop()
+        slot = _take_slot(self._idle, code_location(envelope.payload))
         try:
             await self._execute_in(slot, envelope, context)
         finally:
@@ -176,7 +177,7 @@ class Station:
             self._idle.append(slot)
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = await _prepare(slot)
+        failure = await _prepare(slot, code_location(envelope.payload))
         claim = Claim(
             run_id=envelope.run_id,
             task_id=envelope.task_id,
@@ -393,10 +394,24 @@ def _cause(result: TaskResult) -> str:
     return result.reason or str((result.error or {}).get("message", ""))
 
 
-async def _prepare(slot: Slot) -> str:
-    """Have the slot ready; the reason when it cannot be."""
+def _take_slot(idle: list[Slot], location: str) -> Slot:
+    """Take out of the idle slots, the last used one last, the one that costs a task the least.
+
+    It is the last used one whose child has the task's location, else one whose child has none yet,
+    else the one that was not used for the longest time, so that the others stay warm.
+    """
+    for wanted in (location, ""):
+        for slot in reversed(idle):
+            if slot.location == wanted:
+                idle.remove(slot)
+                return slot
+    return idle.pop(0)
+
+
+async def _prepare(slot: Slot, location: str = "") -> str:
+    """Have the slot ready for a task of a location; the reason when it cannot be."""
     try:
-        await slot.prepare()
+        await slot.prepare(location)
     except SlotError as error:
         return str(error)
     return ""

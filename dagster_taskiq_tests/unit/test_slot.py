@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+from dagster._core.code_pointer import CodePointer
+from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
@@ -76,6 +78,10 @@ def act(runner, payload, place, queue):
         for it in channel._channels:
             vars(it).update({payload["attribute"]: 1})
             it.say("result", result="", resident_kib=0)
+    elif kind == "load":
+        from dagster._core.definitions.reconstruct import ReconstructableJob
+        job = ReconstructableJob.from_dict(payload["executable_dict"]).get_definition()
+        reason = f"{os.getpid()} {job.tags['team']}"
     elif kind == "start method":
         reason = f"{multiprocessing.get_start_method(allow_none=True)}"
     elif kind == "hang":
@@ -90,6 +96,18 @@ def interrupt(number, frame):
     raise InterruptedError
 
 TaskRunner.execute_plan = act
+"""
+
+#: Definitions that need a module of their own directory.
+LOCATION = """
+from dagster import job
+from slot_helpers import TEAM
+
+@job(tags={"team": TEAM})
+def one(): ...
+
+@job(tags={"team": TEAM})
+def two(): ...
 """
 
 
@@ -547,5 +565,36 @@ def test_multiprocessing_in_a_child_is_as_in_a_fresh_python() -> None:
             result = await run(slot, "start method")
             assert isinstance(result, TaskResult)
             assert result.reason == "None"
+
+    play(scenario())
+
+
+def test_a_child_executes_the_code_of_one_location(tmp_path: Path) -> None:
+    """Two locations have a module of the same name: each task finds its own.
+
+    Jobs of the same location share the child, and tasks that name no code go to any.
+    """
+    for team in ("a", "b"):
+        (tmp_path / team).mkdir()
+        (tmp_path / team / "slot_helpers.py").write_text(f"TEAM = {team!r}")
+        (tmp_path / team / "slot_definitions.py").write_text(LOCATION)
+
+    async def load(slot: Slot, team: str, job: str = "one") -> list[str]:
+        file = str(tmp_path / team / "slot_definitions.py")
+        pointer = CodePointer.from_python_file(file, job, str(tmp_path / team))
+        executable = ReconstructableJob(ReconstructableRepository(pointer), job).to_dict()
+        result = await run(slot, "load", executable_dict=executable)
+        assert isinstance(result, TaskResult)
+        return result.reason.split()
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            pid = str(await pid_of(slot))
+            assert await load(slot, "a") == [pid, "a"]
+            assert await load(slot, "a", job="two") == [pid, "a"]
+            assert str(await pid_of(slot)) == pid
+            other_pid, team = await load(slot, "b")
+            assert team == "b"
+            assert other_pid != pid
 
     play(scenario())

@@ -1,0 +1,38 @@
+"""The code location of a task. A child executes tasks of one only.
+
+Two locations may have modules of the same name, and a process finds what it has imported first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dagster_taskiq.tasks import EXECUTABLE_KEY
+
+#: What a pointer to code names within its module, and the arguments of what it calls there.
+_WITHIN_MODULE = ("fn_name", "attribute", "reconstructable_args", "reconstructable_kwargs")
+
+
+def code_location(payload: Mapping[str, Any]) -> str:
+    """What decides which modules a step's code is: file or module, and working directory.
+
+    Args:
+        payload: of a step's task.
+
+    Returns:
+        a text that is the same for all jobs of a location; empty where the payload has none, as a
+        run's, whose child is a fresh one anyway.
+    """
+    found: Any = payload
+    for key in (EXECUTABLE_KEY, "repository", "pointer"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return json.dumps(_without_names(found), sort_keys=True) if found else ""
+
+
+def _without_names(pointer: Any) -> Any:
+    if not isinstance(pointer, Mapping):
+        return pointer
+    kept = {key: value for key, value in pointer.items() if key not in _WITHIN_MODULE}
+    return {key: _without_names(value) for key, value in kept.items()}
