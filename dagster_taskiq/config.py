@@ -14,7 +14,6 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -34,7 +33,8 @@ from dagster_taskiq import defaults
 from dagster_taskiq._dagster import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.celery_names import CELERY_SETTINGS
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions, Tls, is_amqp, is_redis, redact, scheme_of
+from dagster_taskiq.server_urls import find_backend_url, find_broker_url
+from dagster_taskiq.servers import ServerOptions, Tls, redact
 from dagster_taskiq.signing import Signer, parse_keys
 from dagster_taskiq.tls_settings import parse_tls, read_tls
 
@@ -208,10 +208,12 @@ class Settings:
         """
         source = ConfigSource.from_mapping(_config_source(config.get("config_source")))
         keys, variables = _signing_keys(config.get("signing_key"))
-        broker_url = config.get("broker") or os.getenv(defaults.BROKER_URL_VARIABLE) or None
+        broker_url = find_broker_url(config.get("broker"))
         settings = cls(
             broker_url=broker_url,
-            backend_url=_backend_url(broker_url, config.get("backend"), source),
+            backend_url=find_backend_url(
+                config.get("backend"), broker_url, is_needed=not source.task_always_eager
+            ),
             include=tuple(config.get("include") or ()),
             source=source,
             default_queue=(
@@ -235,8 +237,6 @@ class Settings:
 
     def check(self) -> None:
         """Raise ConfigError for a value that its type allows and its meaning does not."""
-        if self.broker_url is not None:
-            scheme_of(self.broker_url)
         if self.lease_seconds < defaults.MIN_LEASE_SECONDS:
             raise ConfigError(
                 f"lease_seconds is {self.lease_seconds:g}, it must be at least "
@@ -265,27 +265,6 @@ class Settings:
             heartbeat_seconds=self.source.broker_heartbeat,
             tls=tls,
         )
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The ``execution: config:`` of a YAML file, checked against the executor's schema.
-
-    dagster-celery's files work as they are, with the legacy ``execution: celery:`` too.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or has an option that does not exist.
-    """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read the settings file {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = redact(" ".join(str(error).split()))  # it quotes the line
-        raise ConfigError(f"The settings file {path} is not YAML: {reason}.") from None
-    document = _mapping(str(path), document)
-    execution = _mapping(f"{path}: execution", document.get("execution"))
-    config = execution.get("config") or execution.get("celery") or {}
-    return check_config(_mapping(f"{path}: execution.config", config), where=str(path))
 
 
 def check_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -326,33 +305,7 @@ def _config_source(value: Any) -> Mapping[str, Any]:
         except yaml.YAMLError as error:
             reason = redact(" ".join(str(error).split()))
             raise ConfigError(f"config_source in ${value['env']} is not YAML: {reason}.") from None
-    return _mapping("config_source", text)
-
-
-def _backend_url(broker_url: str | None, backend: str | None, source: ConfigSource) -> str | None:
-    is_rpc = backend is not None and backend.startswith("rpc")
-    if is_rpc:
-        warnings.warn(
-            "backend 'rpc://' keeps no state that outlives a connection, so "
-            f"{defaults.BACKEND_URL_VARIABLE} is used instead.",
-            stacklevel=2,
-        )
-        backend = None
-    backend = backend or os.getenv(defaults.BACKEND_URL_VARIABLE) or None
-    if backend is None:
-        has_own = broker_url is None or is_redis(broker_url)
-        if source.task_always_eager or (has_own and not is_rpc):
-            return None
-        raise ConfigError(
-            f"{'rpc://' if is_rpc else 'RabbitMQ alone'} cannot keep results and claims: set "
-            f"'backend' or {defaults.BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or "
-            "Valkey."
-        )
-    if is_amqp(backend):
-        raise ConfigError(
-            "backend must be a Redis or Valkey (redis://, rediss:// or unix://), not RabbitMQ."
-        )
-    return backend
+    return mapping("config_source", text)
 
 
 def _signing_keys(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -413,7 +366,12 @@ def _hint(key: str, known: Mapping[str, Any]) -> str:
     return f" Did you mean {nearest[0]!r}?" if nearest else f" Known are: {', '.join(known)}."
 
 
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+def mapping(name: str, value: Any) -> Mapping[str, Any]:
+    """The mapping that something is; empty for None.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if value is None:
         return {}
     if not isinstance(value, Mapping):

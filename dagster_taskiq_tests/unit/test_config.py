@@ -17,10 +17,10 @@ from dagster_taskiq.config import (
     ConfigSource,
     Settings,
     check_config,
-    load_yaml,
 )
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers import Tls
+from dagster_taskiq.settings_file import load_yaml
 from dagster_taskiq.signing import Signer
 
 SECRET = "s3cr3t-w0rd"
@@ -30,6 +30,8 @@ SECRET = "s3cr3t-w0rd"
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(defaults.BROKER_URL_VARIABLE, raising=False)
     monkeypatch.delenv(defaults.BACKEND_URL_VARIABLE, raising=False)
+    for name in defaults.BROKER_HOST_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -273,11 +275,58 @@ def test_rpc_warns_and_uses_the_variable(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("broker", ["amqp://h", "redis://h", None])
 def test_rpc_without_the_variable_says_what_to_set(broker: str | None) -> None:
-    """Whoever asks for it has to say what takes its place, whatever the broker."""
-    with pytest.warns(UserWarning, match="rpc"):
-        text = refusal(broker=broker, backend="rpc://")
+    """The error alone says it, whatever the broker: a warning beside it would contradict it."""
+    text = refusal(broker=broker, backend="rpc://")
     assert "rpc://" in text
     assert defaults.BACKEND_URL_VARIABLE in text
+
+
+@pytest.mark.parametrize("variable", defaults.BROKER_HOST_VARIABLES)
+def test_the_host_of_the_default_broker(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes dagster-celery's default URL, which needs a backend; a whole URL goes before it."""
+    monkeypatch.setenv(variable, "rabbit.example.org")
+    assert "RabbitMQ alone" in refusal()
+    given = settings(backend="redis://h")
+    assert given.broker_url == "pyamqp://guest@rabbit.example.org:5672//"
+    assert settings(broker="redis://h").broker_url == "redis://h"
+    monkeypatch.setenv(defaults.BROKER_URL_VARIABLE, "redis://other")
+    assert settings().broker_url == "redis://other"
+
+
+def test_our_name_of_the_brokers_host_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both are set, and they are read as nothing where they are empty."""
+    ours, theirs = defaults.BROKER_HOST_VARIABLES
+    monkeypatch.setenv(ours, "ours")
+    monkeypatch.setenv(theirs, "theirs")
+    assert settings(backend="redis://h").broker_url == "pyamqp://guest@ours:5672//"
+    monkeypatch.setenv(ours, "")
+    assert settings(backend="redis://h").broker_url == "pyamqp://guest@theirs:5672//"
+    monkeypatch.setenv(theirs, "")
+    assert settings() == Settings()
+
+
+@pytest.mark.parametrize("host", ["h:5673", f"u:{SECRET}@h", "amqp://h", "h/v", " "])
+def test_a_brokers_host_that_is_more_than_one(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end up in the wrong part of the URL."""
+    monkeypatch.setenv("DAGSTER_CELERY_BROKER_HOST", host)
+    assert "DAGSTER_CELERY_BROKER_HOST must be the name of a host" in refusal(backend="redis://h")
+
+
+def test_of_several_servers_the_first_is_taken() -> None:
+    """Celery's URLs with ``;`` are for servers that stand in for each other: we say that we do not.
+
+    A ``;`` in a password is a part of it.
+    """
+    with pytest.warns(UserWarning, match="only the first") as caught:
+        given = settings(
+            broker=f"amqp://u:{SECRET}@a;amqp://u:{SECRET}@b",
+            backend=f"redis://:{SECRET}@c;redis://:{SECRET}@d;redis://e",
+        )
+    assert given.broker_url == f"amqp://u:{SECRET}@a"
+    assert given.backend_url == f"redis://:{SECRET}@c"
+    assert [str(warning.message).split()[0] for warning in caught] == ["'broker'", "'backend'"]
+    assert not any(SECRET in str(warning.message) for warning in caught)
+    assert settings(broker="redis://:a;b@h").broker_url == "redis://:a;b@h"
 
 
 def test_eager_needs_no_backend() -> None:
@@ -533,11 +582,11 @@ def test_errors_of_yaml_do_not_show_passwords(tmp_path: Path) -> None:
 # --- YAML ---
 
 
-@pytest.mark.parametrize("block", ["config", "celery"])
+@pytest.mark.parametrize("block", ["config", "celery", "taskiq"])
 def test_dagster_celerys_yaml_works_as_it_is(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``execution: config:`` and the legacy ``execution: celery:``, with env values."""
+    """``execution: config:`` or the executor's name, as once in Dagster, with env values."""
     monkeypatch.setenv("BROKER", "pyamqp://guest@localhost//")
     path = yaml_file(
         tmp_path,
@@ -566,6 +615,37 @@ def test_config_goes_before_the_legacy_block(tmp_path: Path) -> None:
     """As in dagster-celery, ``config`` counts where both are there."""
     text = "execution: {config: {default_queue: new}, celery: {default_queue: old}}"
     assert load_yaml(yaml_file(tmp_path, text))["default_queue"] == "new"
+
+
+@pytest.mark.parametrize("executor", ["celery", "taskiq"])
+def test_the_executor_s_block_may_have_config_in_it(executor: str, tmp_path: Path) -> None:
+    """As a run's config had it in old versions of Dagster."""
+    text = f"execution: {{{executor}: {{config: {{default_queue: q}}}}}}"
+    assert load_yaml(yaml_file(tmp_path, text))["default_queue"] == "q"
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("execution: {confg: {broker: redis://h}}", "Did you mean 'config' by 'confg'"),
+        ("execution: {multiprocess: {}}", "no 'multiprocess'. Known are: config, taskiq, celery"),
+        ("execution: {broker: redis://h}", "'broker' stands directly below 'execution'"),
+        ("broker: redis://h", "'broker' stands at the top level; it belongs below 'execution: con"),
+        ("execution: {config: {}}\nbroker: redis://h", "'broker' stands at the top level"),
+        ("exection: {config: {broker: redis://h}}", "Did you mean 'execution' by 'exection'"),
+        ("config: {broker: redis://h}", "no 'execution: config:'"),
+        ("run_launcher: {module: dagster_taskiq}", "no 'execution: config:'"),
+    ],
+)
+def test_settings_at_another_place_are_not_passed_over(
+    text: str, advice: str, tmp_path: Path
+) -> None:
+    """Else the embedded server would be used without a word."""
+    path = yaml_file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(path)
+    assert advice in one_line(caught.value)
+    assert str(path) in one_line(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "execution:\n", "execution:\n  config:\n"])

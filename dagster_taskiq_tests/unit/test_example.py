@@ -16,9 +16,10 @@ import yaml
 from click.testing import CliRunner
 
 from dagster_taskiq.cli import main
-from dagster_taskiq.config import Settings, load_yaml
+from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.demo.jobs import LONG_QUEUE, SHORT_QUEUE
+from dagster_taskiq.settings_file import load_yaml
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "example"
