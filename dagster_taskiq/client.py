@@ -13,8 +13,9 @@ import queue
 import time
 import uuid
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
@@ -23,7 +24,12 @@ from dagster_taskiq.control import cancel_order
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
-from dagster_taskiq.errors import EmbeddedServerError, ServerError, SupersededLoopError
+from dagster_taskiq.errors import (
+    EmbeddedServerError,
+    ServerError,
+    SupersededLoopError,
+    UnreachableServerError,
+)
 from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.queue_waits import QueueWaits
@@ -33,6 +39,8 @@ from dagster_taskiq.results import NOWHERE, TaskResult, read_result
 from dagster_taskiq.waker import Waker
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: How long one wait for results lasts before it is begun anew.
 _WAIT_SECONDS = 15.0
@@ -57,8 +65,7 @@ class Client(Dispatcher):
         events: writes what the loop reports.
 
     Raises:
-        ServerError: a server cannot be reached or refuses; nothing is left open then.
-        SupersededLoopError: another loop of the run is alive, or a later one was.
+        ConfigError: a URL cannot be used.
     """
 
     def __init__(
@@ -92,41 +99,60 @@ class Client(Dispatcher):
         self._handled: deque[str] = deque()
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")
+        self._generation = generation
+        self._is_resumable = is_resumable
+        self._is_open = False
+        self._failure: BaseException | None = None
+        self._background: list[asyncio.Task[None]] = []
         try:
-            self._broker, self._backend = self._thread.call(self._connect(generation, is_resumable))
+            self._broker, self._backend = self._thread.call(self._make_connections())
         except BaseException:
             self._thread.stop()
             self._waker.close()
             raise
+
+    async def _make_connections(self) -> tuple[TaskBroker, Backend]:
+        return open_broker(self._servers.broker), open_backend(self._servers.backend)
+
+    def open(self) -> None:
+        """See ``Dispatcher``."""
+        try:
+            self._thread.call(self._open())
+        except UnreachableServerError:
+            self._servers.revive()  # for the next call
+            raise
+
+    async def _open(self) -> None:
+        if not self._is_open:
+            await self._open_run()
+        # who takes over needs the backend alone: what runs already must not be without a loop
+        if not self._generation:
+            await self._broker.startup()
+
+    async def _open_run(self) -> None:
+        await self._backend.startup()
+        self._epoch = await self._backend.open_run(
+            self._run_id,
+            generation=self._generation,
+            token=self._token,
+            is_resumable=self._is_resumable,
+            lease_seconds=self._lease_seconds,
+        )
         # a loop that takes over from another has not watched the claims yet
-        self._steady_since = time.monotonic() if generation else -lease_seconds
+        self._steady_since = time.monotonic() if self._generation else -self._lease_seconds
         self._epoch_since = self._steady_since
-        self._failure: BaseException | None = None
+        self._is_open = True
         self._background = [
-            self._thread.spawn(self._collect(), "collect"),
-            self._thread.spawn(self._keep_alive(), "keep-alive"),
+            asyncio.create_task(self._collect(), name="collect"),
+            asyncio.create_task(self._keep_alive(), name="keep-alive"),
         ]
         for task in self._background:
             task.add_done_callback(self._note_failure)
 
-    async def _connect(self, generation: int, is_resumable: bool) -> tuple[TaskBroker, Backend]:
-        task_broker = open_broker(self._servers.broker)
-        state = open_backend(self._servers.backend)
-        try:
-            await state.startup()
-            self._epoch = await state.open_run(
-                self._run_id,
-                generation=generation,
-                token=self._token,
-                is_resumable=is_resumable,
-                lease_seconds=self._lease_seconds,
-            )
-            await task_broker.startup()
-        except BaseException:
-            await task_broker.shutdown()
-            await state.shutdown()
-            raise
-        return task_broker, state
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if not self._is_open:
+            self.open()
+        return self._thread.call(make())
 
     # --- background ---
 
@@ -244,7 +270,7 @@ class Client(Dispatcher):
             message = self._envelope(task).to_message(queue, self._signer)
             messages.append(self._broker.formatter.dumps(message))
         self._events.flush()  # a loop that takes over must find in the log what was sent
-        self._thread.call(self._broker.kick_many(messages))
+        self._call(lambda: self._broker.kick_many(messages))
 
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
@@ -270,12 +296,12 @@ class Client(Dispatcher):
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
-        found = self._thread.call(self._backend.read_results(self._run_id, task_ids))
+        found = self._call(lambda: self._backend.read_results(self._run_id, task_ids))
         return [(task_id, self._read(task_id, data)) for task_id, data in found.items()]
 
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         """See ``Dispatcher``."""
-        return self._thread.call(self._inspect(tasks))
+        return self._call(lambda: self._inspect(tasks))
 
     async def _inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         epoch, reports = await self._backend.inspect(self._run_id, [t.task_id for t in tasks])
@@ -305,7 +331,7 @@ class Client(Dispatcher):
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         """See ``Dispatcher``."""
-        return self._thread.call(self._cancel(tasks, reason))
+        return self._call(lambda: self._cancel(tasks, reason))
 
     async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         task_ids = [task.task_id for task in tasks]
@@ -330,13 +356,13 @@ class Client(Dispatcher):
     def condemn(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
         self._sent_in.pop(task_id, None)
-        return self._thread.call(self._backend.condemn(self._run_id, task_id))
+        return self._call(lambda: self._backend.condemn(self._run_id, task_id))
 
     def reopen(self, task_id: str) -> bool:
         """See ``Dispatcher``."""
         # the epoch of the verdict: if it is over by now, so is what was found out
         self._sent_in[task_id] = self._inspected_epoch
-        return self._thread.call(self._backend.reopen(self._run_id, task_id))
+        return self._call(lambda: self._backend.reopen(self._run_id, task_id))
 
     def close(self, *, leave_running: bool = False) -> None:
         """See ``Dispatcher``."""
@@ -349,7 +375,7 @@ class Client(Dispatcher):
     async def _disconnect(self, leave_running: bool) -> None:
         await end_tasks(self._background)
         try:
-            if not leave_running:
+            if self._is_open and not leave_running:
                 await self._backend.close_run(self._run_id, token=self._token)
             await self._forget_handled()
         except ServerError as error:

@@ -47,8 +47,8 @@ from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import (
     ConfigError,
     MalformedResultError,
+    ServerError,
     SupersededLoopError,
-    UnreachableServerError,
 )
 from dagster_taskiq.flights import (
     QUEUE_WAIT_MARKER,
@@ -58,6 +58,7 @@ from dagster_taskiq.flights import (
     read_steps_log,
     says_sent,
 )
+from dagster_taskiq.patience import Patience
 from dagster_taskiq.queue_waits import QueueWait
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.tags import (
@@ -123,6 +124,7 @@ def core_execution_loop(
         dispatcher = open_dispatcher()
         loop = _Loop(context, active, concurrency, dispatcher, settings, make_payload, priority_of)
         try:
+            yield from loop.open()
             if context.resume_from_failure:
                 yield from loop.adopt()
             yield from loop.run()
@@ -163,8 +165,32 @@ class _Loop:
         self._stop_deadline = float("inf")
         self._reconcile_at = time.monotonic() + RECONCILE_SECONDS
         self._sent_at = 0.0
-        self._is_server_away = False
+        self._patience = Patience(
+            settings.server_patience_seconds,
+            # a loop that takes over knows that these servers have worked, and what is under way
+            has_worked=context.resume_from_failure,
+            now=time.monotonic,
+        )
+        self._is_interrupted = False
         self.leaves_steps_running = False
+
+    # --- beginning ---
+
+    def open(self) -> Iterator[DagsterEvent]:
+        """Wait until the servers take the run; an interrupt, which ``run`` handles, ends it."""
+        while not self._check_for_interrupts():
+            try:
+                self._dispatcher.open()
+            except ServerError as error:
+                yield from self._note_outage("open", error)
+                self._dispatcher.wait(_RETRY_SECONDS)
+            else:
+                self._patience.worked("open")
+                return
+
+    def _check_for_interrupts(self) -> bool:
+        self._is_interrupted = self._is_interrupted or self._active.check_for_interrupts()
+        return self._is_interrupted
 
     # --- taking over ---
 
@@ -201,7 +227,7 @@ class _Loop:
 
     def run(self) -> Iterator[DagsterEvent]:
         while True:
-            if self._active.check_for_interrupts() and not self._is_stopping:
+            if self._check_for_interrupts() and not self._is_stopping:
                 yield from self._interrupt()
                 if self.leaves_steps_running:
                     break
@@ -251,7 +277,10 @@ class _Loop:
             )
             self._flights[task.task_id] = self._flight(task, step)
             self._unsent.append(task)
-            if time.monotonic() - self._sent_at > _SEND_EVERY_SECONDS and not self._is_server_away:
+            if (
+                time.monotonic() - self._sent_at > _SEND_EVERY_SECONDS
+                and not self._patience.is_waiting
+            ):
                 yield from self._send()
 
     def _flight(self, task: StepTask, step: ExecutionStep) -> Flight:
@@ -279,20 +308,26 @@ class _Loop:
             return
         try:
             self._dispatcher.submit(self._unsent)
-        except UnreachableServerError as error:
-            yield from self._note_outage(error)
+        except ServerError as error:
+            yield from self._note_outage("send", error)
             return
         for task in self._unsent:
             self._flights[task.task_id].sent_at = time.monotonic()
         self._unsent = []
-        self._is_server_away = False
+        self._patience.worked("send")
 
-    def _note_outage(self, error: UnreachableServerError) -> Iterator[DagsterEvent]:
-        if not self._is_server_away:
+    def _note_outage(self, what: str, error: ServerError) -> Iterator[DagsterEvent]:
+        """Say once that a server is away; raises where it is of no use to wait for it."""
+        try:
+            is_new = self._patience.note(what, error)
+        except ServerError:
+            if not self._is_stopping:
+                raise
+            is_new = False  # a stop is told until it is heard or ``_stop_deadline`` is over
+        if is_new:
             yield DagsterEvent.engine_event(
                 self._context, f"{error} The run goes on when it is back.", EngineEventData()
             )
-        self._is_server_away = True
 
     # --- receiving ---
 
@@ -358,16 +393,19 @@ class _Loop:
             return
         try:
             inspection = self._dispatcher.inspect([flight.task for flight in flights])
-            self._is_server_away = False
+            self._patience.worked("inspect")
             yield from self._receive(self._fetch_done(inspection))
             log = self._read_log()  # one for all: after an outage there may be hundreds to judge
             for flight in flights:
                 if flight.task.task_id in self._flights:
                     yield from self._compare(flight, inspection, log)
-        except UnreachableServerError as error:
-            yield from self._note_outage(error)
-            if now > self._stop_deadline:
-                yield from self._give_up_waiting()
+        except ServerError as error:
+            yield from self._note_outage("inspect", error)
+            is_known = False
+        else:
+            is_known = not self._to_cancel
+        if not is_known and now > self._stop_deadline:
+            yield from self._give_up_waiting()
 
     def _fetch_done(self, inspection: Inspection) -> list[tuple[str, TaskResult]]:
         done = [key for key, report in inspection.reports.items() if report.state is TaskState.DONE]
@@ -501,15 +539,15 @@ class _Loop:
             return
         try:
             states = self._dispatcher.cancel(self._to_cancel, "The run was terminated")
-        except UnreachableServerError as error:
-            yield from self._note_outage(error)
+        except ServerError as error:
+            yield from self._note_outage("cancel", error)
             return
         for task in self._to_cancel:
             flight = self._flights.get(task.task_id)
             if flight is not None and states[task.task_id] is TaskState.CANCELLED:
                 yield from self._withdraw(flight)
         self._to_cancel = []
-        self._is_server_away = False
+        self._patience.worked("cancel")
 
     def _withdraw(self, flight: Flight) -> Iterator[DagsterEvent]:
         """A cancelled task never started and never will."""
@@ -530,8 +568,8 @@ class _Loop:
         """The servers are away for so long that every worker has stopped its steps by itself."""
         yield DagsterEvent.engine_event(
             self._context,
-            "The servers have been away for longer than a lease: the workers have stopped the "
-            "run's steps, though none could say so.",
+            "The servers have been away, or have refused, for longer than a lease: the workers "
+            "have stopped the run's steps, though none could say so.",
             EngineEventData.interrupted([flight.step.key for flight in self._flights.values()]),
         )
         for flight in list(self._flights.values()):

@@ -59,9 +59,17 @@ class Inspection:
 class Dispatcher(ABC):
     """Carries the steps of one run; used from one thread.
 
-    Errors: ``UnreachableServerError`` from every method but ``wait`` and ``close``, after which
-    the call may be repeated; ``RefusedByServerError`` where repeating is of no use.
+    Errors: ``ServerError`` from every method but ``wait`` and ``close``, after which the call may
+    be repeated; ``Patience`` knows for how long that is of use.
     """
+
+    @abstractmethod
+    def open(self) -> None:
+        """Reach the servers, which every other call does too where this was given up.
+
+        Raises:
+            SupersededLoopError: another loop of the run is alive, or a later one was.
+        """
 
     @abstractmethod
     def submit(self, tasks: Sequence[StepTask]) -> None:

@@ -32,6 +32,9 @@ class EagerDispatcher(Dispatcher):
         self._waker = Waker()
         self._runner = TaskRunner(keeps_connections=keeps_connections)
 
+    def open(self) -> None:
+        """Nothing: there are no servers."""
+
     def submit(self, tasks: Sequence[StepTask]) -> None:
         """See ``Dispatcher``."""
         self._events.flush()  # the runner has an instance of its own

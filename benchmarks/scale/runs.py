@@ -75,6 +75,7 @@ class SimulatedRun:
             cancel_grace_seconds=30.0,
             events=EventWriter(),
         )
+        client.open()
         self.is_open.set()
         while True:
             try:

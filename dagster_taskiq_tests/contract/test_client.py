@@ -37,6 +37,7 @@ class Bench:
             cancel_grace_seconds=1.0,
             events=EventWriter(),
         )
+        self.client.open()
 
     def flush(self) -> None:
         """The server forgets everything, as FLUSHALL does; the client has noticed."""

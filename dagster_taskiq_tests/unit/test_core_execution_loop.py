@@ -30,7 +30,12 @@ from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
-from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.errors import (
+    RefusedByServerError,
+    ServerError,
+    SupersededLoopError,
+    UnreachableServerError,
+)
 from dagster_taskiq.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tasks import TaskRunner
@@ -84,9 +89,14 @@ class FakeDispatcher(Dispatcher):
         self.cancelled: list[str] = []
         self.inspections: list[float] = []
         self.is_conclusive = True
+        #: Until when ``open``, ``submit``, ``inspect`` and ``cancel`` fail, and how.
         self.why_waiting: dict[str, QueueWait] = {}
-        #: Until when ``submit``, ``inspect`` and ``cancel`` fail.
         self.away_until = 0.0
+        self.error: ServerError = UnreachableServerError(
+            "redis://fake", "Cannot reach redis://fake."
+        )
+        #: Which of them fail.
+        self.failing = {"open", "submit", "inspect", "cancel"}
         self.on_wait: Callable[[int], None] = lambda _: None
         self.waits = 0
         self.closed: list[bool] = []
@@ -94,7 +104,7 @@ class FakeDispatcher(Dispatcher):
     # --- what happens to tasks ---
 
     def submit(self, tasks: Sequence[StepTask]) -> None:
-        self._reach()
+        self._reach("submit")
         self.batches.append(len(tasks))
         for task in tasks:
             self.sent.append(task)
@@ -147,9 +157,12 @@ class FakeDispatcher(Dispatcher):
 
     # --- the loop's calls ---
 
-    def _reach(self) -> None:
-        if self.clock.now < self.away_until:
-            raise UnreachableServerError("redis://fake", "Cannot reach redis://fake.")
+    def open(self) -> None:
+        self._reach("open")
+
+    def _reach(self, what: str) -> None:
+        if self.clock.now < self.away_until and what in self.failing:
+            raise self.error
 
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
         self.waits += 1
@@ -161,11 +174,10 @@ class FakeDispatcher(Dispatcher):
         return arrived
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
-        self._reach()
         self.acknowledged += task_ids
 
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
-        self._reach()
+        self._reach("inspect")
         self.inspections.append(self.clock.now)
         unknown = [t for t in tasks if self.states.get(t.task_id) is TaskState.UNKNOWN]
         return Inspection(
@@ -183,7 +195,7 @@ class FakeDispatcher(Dispatcher):
         return [(key, self.stored[key]) for key in task_ids if key in self.stored]
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
-        self._reach()
+        self._reach("cancel")
         answers = {}
         for task in tasks:
             self.cancelled.append(task.step_key)
@@ -273,6 +285,13 @@ def execute(
         reconstructable(job), instance, run_config=run_config, raise_on_error=False, **options
     ) as result:
         return Ran(instance, result.run_id)
+
+
+def run_error(ran: Ran) -> str:
+    """Of the run's end."""
+    ends = [event for event in ran.events if event.is_job_failure or event.is_failure]
+    data = [event.event_specific_data for event in ends]
+    return " ".join(it.error.to_string() for it in data if getattr(it, "error", None))
 
 
 SUCCESS, FAILURE = DagsterRunStatus.SUCCESS, DagsterRunStatus.FAILURE
@@ -620,15 +639,179 @@ def test_a_result_that_cannot_be_read_is_judged_by_the_log(
 # --- outages ---
 
 
+REFUSED = RefusedByServerError("redis://fake", "redis://fake refuses the credentials.")
+FINAL = RefusedByServerError("redis://fake", "redis://fake refuses it for good.", is_final=True)
+
+
+def away_from(fake: FakeDispatcher, wait: int, seconds: float) -> None:
+    """From the loop's n-th wait on."""
+
+    def leave(number: int) -> None:
+        if number == wait:
+            fake.away_until = fake.clock.now + seconds
+
+    fake.on_wait = leave
+
+
 def test_an_outage_of_the_broker_is_ridden_out(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
-    """Nothing is lost, it is said once, and the steps are sent when it is back."""
-    fake.away_until = fake.clock.now + 100
+    """Longer than the patience with what begins. It is said once, the steps are sent after it."""
+    away_from(fake, 1, 1000)
     ran = execute(jobs.diamond_job, instance)
     assert ran.status is SUCCESS
     assert len(fake.sent) == 4
     assert ran.said("Cannot reach redis://fake") == 1
+
+
+def test_a_run_that_begins_during_an_outage_waits(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Its log says once what for."""
+    fake.away_until = fake.clock.now + 250
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status is SUCCESS
+    assert len(fake.sent) == 4
+    assert ran.said("Cannot reach redis://fake") == 1
+
+
+@pytest.mark.parametrize(("patience", "waits"), [(40.0, True), (0.0, False)])
+def test_a_run_that_begins_waits_no_longer_than_is_set(
+    fake: FakeDispatcher, instance: DagsterInstance, patience: float, waits: bool
+) -> None:
+    """Then it fails with the server's sentence, and has sent nothing."""
+    fake.away_until = 1e12
+    ran = execute(jobs.single_job, instance, {"server_patience_seconds": patience})
+    assert ran.status is FAILURE
+    assert fake.sent == []
+    assert patience <= fake.clock.now - 1000 <= patience + 5
+    assert ran.said("Cannot reach redis://fake. The run goes on") == waits
+    assert fake.closed == [False]
+
+
+@pytest.mark.parametrize("error", [REFUSED, FINAL])
+def test_a_run_that_is_refused_when_it_begins_fails_at_once(
+    fake: FakeDispatcher, instance: DagsterInstance, error: ServerError
+) -> None:
+    """The settings are wrong, most likely."""
+    fake.away_until, fake.error = fake.clock.now + 10, error
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is FAILURE
+    assert fake.clock.now == 1000
+
+
+def test_an_interrupt_ends_the_wait_of_a_run_that_begins(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """At once; it says that it was interrupted, and nothing was sent."""
+    fake.away_until = 1e12
+    interrupt_once(fake, 10, lambda: None)
+    ran = execute(jobs.single_job, instance)
+    assert fake.sent == []
+    assert fake.clock.now - 1010 < 5
+    assert "DagsterExecutionInterruptedError" in run_error(ran)
+
+
+def test_a_refusal_in_the_middle_of_a_run_is_waited_for(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Users are being replaced, say. It is said once."""
+    fake.error = REFUSED
+    away_from(fake, 1, 100)
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.said("refuses the credentials") == 1
+
+
+@pytest.mark.parametrize(("error", "seconds"), [(REFUSED, 300), (FINAL, 0)])
+def test_a_refusal_that_stays_or_is_final_fails_a_run(
+    fake: FakeDispatcher, instance: DagsterInstance, error: ServerError, seconds: float
+) -> None:
+    """After the patience, and at once; with the server's words."""
+    fake.error = error
+    away_from(fake, 1, 1e9)
+    ran = execute(jobs.diamond_job, instance)
+    assert ran.status is FAILURE
+    assert str(error) in run_error(ran)
+    assert seconds <= fake.clock.now - 1000 <= seconds + 20
+
+
+@pytest.mark.parametrize("error", [REFUSED, FINAL])
+def test_a_cancel_is_told_until_it_is_heard(
+    fake: FakeDispatcher, instance: DagsterInstance, error: ServerError
+) -> None:
+    """Whatever the server says to it; the run's end is an interrupt, and its step has stopped."""
+    fake.plan["one"], fake.error, fake.failing = [HOLD], error, {"cancel"}
+    told: list[float] = []
+
+    def then() -> None:
+        if not told:
+            told.append(fake.clock.now)
+            fake.away_until = fake.clock.now + 20
+        if fake.cancelled and not fake.arrived:
+            stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+            fake.arrived.append((fake.sent[0].task_id, stopped))
+
+    interrupt_once(fake, 10, then)
+    fake.away_until = 1e12  # from before it is told for the first time
+    ran = execute(jobs.single_job, instance, {"lease_seconds": 30.0, "cancel_grace_seconds": 30.0})
+    assert fake.cancelled == ["one"]
+    assert fake.clock.now - told[0] >= 20
+    assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
+    assert "DagsterExecutionInterruptedError" in run_error(ran)
+
+
+def test_a_cancel_that_is_never_heard_ends_with_the_lease(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Also where the server answers everything else, as a full Redis does."""
+    fake.plan["one"], fake.failing = [HOLD], {"cancel"}
+    fake.away_until = 1e12
+    interrupt_once(fake, 10, lambda: None)
+    ran = execute(jobs.single_job, instance, {"lease_seconds": 30.0, "cancel_grace_seconds": 30.0})
+    assert 60 <= fake.clock.now - 1010 <= 120
+    assert ran.said("none could say so") == 1
+    assert "DagsterExecutionInterruptedError" in run_error(ran)
+
+
+def test_a_loop_that_takes_over_during_an_outage_waits_and_adopts(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """For as long as it takes, since its steps may be running; none is failed or sent again."""
+    fake.plan["one"] = [HOLD]
+    run_id = leave(fake, instance, lambda: execute(jobs.single_job, instance).run_id)
+    (task,) = fake.sent
+    fake.away_until = fake.clock.now + 1000
+
+    def finish(_: int) -> None:
+        if fake.clock.now > fake.away_until and not fake.stored:
+            fake.finish(task)
+
+    fake.on_wait = finish
+    ran = resume(instance, run_id)
+    assert ran.status is SUCCESS
+    assert fake.sent == [task]
+    assert fake.cancelled == []
+    assert ran.said("Cannot reach redis://fake") == 1
+
+
+def test_a_run_that_is_cancelled_while_its_next_loop_waits_stops_its_steps(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """It has not adopted them yet: they are told all the same, as soon as somebody listens."""
+    fake.plan["one"] = [HOLD]
+    run_id = leave(fake, instance, lambda: execute(jobs.single_job, instance).run_id)
+    fake.away_until = fake.clock.now + 50
+
+    def then() -> None:
+        if fake.cancelled and not fake.arrived:
+            stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+            fake.arrived.append((fake.sent[0].task_id, stopped))
+
+    interrupt_once(fake, fake.clock.now - 1000 + 20, then)
+    ran = resume(instance, run_id)
+    assert fake.cancelled == ["one"]
+    assert ran.count(DagsterEventType.STEP_FAILURE, "one") == 1
 
 
 def test_an_outage_during_reconciliation_is_ridden_out(
