@@ -8,10 +8,10 @@ deadline, before anybody else may judge that its step is lost.
 
 The lines of the protocol, each shorter than what a pipe writes at once:
 
-    watch GROUP               the group exists
-    deadline GROUP SECONDS    kill it when ``clock`` says so many seconds
-    lift GROUP                it has no deadline any more
+    watch GROUP               the group exists, and has no deadline (any more)
+    deadline GROUP SECONDS    kill it when ``clock`` says this number of seconds
     forget GROUP              it is gone
+    ask                       answer with an empty line that everything before is obeyed
 
 The module imports nothing but the standard library and is started by its path, so that it costs
 a few megabytes and milliseconds.
@@ -43,21 +43,24 @@ def kill_group(group: int) -> None:
         pass
 
 
-def guard(fd: int) -> None:
-    """Serve the protocol on a file descriptor until its end of file."""
+def guard(commands: int, answers: int) -> None:
+    """Serve the protocol on two file descriptors until the end of file of the first."""
     deadlines: dict[int, float | None] = {}
     rest = b""
     while True:
         pending = [when for when in deadlines.values() if when is not None]
         timeout = max(0.0, min(pending) - clock()) if pending else None
-        readable, _, _ = select.select([fd], [], [], timeout)
+        readable, _, _ = select.select([commands], [], [], timeout)
         if readable:
-            data = os.read(fd, 65536)
+            data = os.read(commands, 65536)
             if not data:
                 break
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                _obey(line.split(), deadlines)
+                if line == b"ask":
+                    _answer(answers)
+                else:
+                    _obey(line.split(), deadlines)
         for group, when in deadlines.items():
             if when is not None and when <= clock():
                 kill_group(group)
@@ -72,11 +75,18 @@ def _obey(words: list[bytes], deadlines: dict[int, float | None]) -> None:
         deadlines.pop(group, None)
     elif command == b"deadline":
         deadlines[group] = float(words[2])
-    else:  # watch, lift
+    else:  # watch
         deadlines[group] = None
+
+
+def _answer(answers: int) -> None:
+    try:
+        os.write(answers, b"\n")
+    except BrokenPipeError:
+        pass  # the worker is gone, as the end of its commands is about to say
 
 
 if __name__ == "__main__":
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    guard(sys.stdin.fileno())
+    guard(sys.stdin.fileno(), sys.stdout.fileno())

@@ -42,6 +42,7 @@ class StopReason(str, Enum):
 
     CANCELLED = "it was cancelled"
     RUN_GONE = "the process of its run is gone"
+    UNGUARDED = "its worker's guard did not answer and could not be replaced in time"
     LEASE_LOST = "its worker could not renew its lease on it"
     WORKER_STOPS = "its worker was told to stop"
 
@@ -144,7 +145,7 @@ class LeaseKeeper:
         tasks = [
             asyncio.create_task(
                 keep_renewing(
-                    lambda: self._renew_all(list(self._leases.values())),
+                    self._renew_and_ask,
                     self._pause_seconds,
                     self._change,
                 ),
@@ -191,6 +192,14 @@ class LeaseKeeper:
                 await self._wait_for_new(left)
             else:
                 self._stop_overdue(share, self._now())
+
+    async def _renew_and_ask(self) -> bool:
+        is_renewed = await self._renew_all(list(self._leases.values()))
+        pause_seconds = self._pause_seconds()
+        if pause_seconds is not None:
+            # an idle worker has nothing to ask about
+            self._guard.ask(pause_seconds)
+        return is_renewed
 
     async def _renew_all(self, leases: list[Lease]) -> bool:
         """One try; whether the server answered. Others may be under way."""
@@ -276,6 +285,13 @@ class LeaseKeeper:
         lease.stop_reason = reason
         logger.warning("Stopping task %s: %s.", lease.claim.task_id, reason.value)
         lease.on_stop()
+
+    def stop_unguarded(self, group: int) -> None:
+        """Kill a process group that no guard would kill in time, and stop its task."""
+        for lease in list(self._leases.values()):
+            if lease.group == group:
+                self.stop(lease, StopReason.UNGUARDED)
+        kill_group(group)
 
     def _look_at_process(self, lease: Lease) -> None:
         """A run's process that is stopped would hold its claim for ever, since we renew it."""

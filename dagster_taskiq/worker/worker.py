@@ -248,7 +248,7 @@ class Worker:
             asyncio.create_task(self._leases.run(), name="leases"),
             asyncio.create_task(self._heartbeats(), name="heartbeat"),
             asyncio.create_task(self._obey_control(), name="control"),
-            asyncio.create_task(self._guard.monitor(), name="guard"),
+            asyncio.create_task(self._guard.monitor(self._leases.stop_unguarded), name="guard"),
             asyncio.create_task(self._reload_when_told(), name="reload"),
         ]
         if self._code_watch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from dagster_taskiq.worker import guard as guard_module
+from dagster_taskiq.worker import guard_client
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 
@@ -298,6 +300,135 @@ def test_what_is_said_while_no_guard_runs_is_not_lost(
         await asyncio.wait_for(monitor, SECONDS)
 
     asyncio.run(scenario())
+
+
+def test_a_stopped_guard_is_replaced_by_one_that_knows_everything(
+    client: GuardClient, victims: Callable[[], Victim], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker is not held up by its full pipe, and what is killed is what is due."""
+    watched, due = victims(), victims()
+    nobody = _unused_pid()
+
+    async def scenario() -> None:
+        monitor = asyncio.create_task(client.monitor())
+        await _until(lambda: client._question is None)  # it has started
+        first = psutil.Process(client.pid)
+        first.suspend()
+        client.ask(0.1)
+        client.watch(watched.group)
+        client.watch(due.group)
+        for _ in range(20_000):  # more than fits into the pipe
+            client.set_deadline(nobody, clock() + 1000)
+        client.set_deadline(due.group, clock() + 1000)
+        await _until(lambda: not _runs(first))
+        client.set_deadline(due.group, clock() + 0.1)
+        await asyncio.to_thread(wait_until, due.is_dead)
+        assert watched.is_alive()
+        client.close()
+        await asyncio.wait_for(monitor, SECONDS)
+
+    asyncio.run(scenario())
+    wait_until(watched.is_dead)
+    assert "does not answer" in caplog.text
+
+
+def test_a_guard_whose_pipe_is_full_is_replaced_without_being_asked(
+    client: GuardClient, victims: Callable[[], Victim]
+) -> None:
+    """That of a worker whose steps are shorter than its pauses between questions."""
+    victim = victims()
+
+    async def scenario() -> None:
+        monitor = asyncio.create_task(client.monitor())
+        await _until(lambda: client._question is None)  # it has started
+        client.ask(0.1)
+        await _until(lambda: client._question is None)
+        first = psutil.Process(client.pid)
+        first.suspend()
+        for _ in range(20_000):
+            client.watch(victim.group)
+        await _until(lambda: not _runs(first))
+        client.close()
+        await asyncio.wait_for(monitor, SECONDS)
+
+    asyncio.run(scenario())
+    wait_until(victim.is_dead)
+
+
+def test_what_no_guard_watches_is_killed_when_a_guard_would_have_killed_it(
+    client: GuardClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guard that is stopped, and no other can be started: steps end, idle children live on."""
+    told: dict[int, float] = {}
+    step, idle = _unused_pid(), _unused_pid()
+
+    def no_process(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    async def scenario() -> None:
+        monitor = asyncio.create_task(
+            client.monitor(lambda group: told.setdefault(group, clock()) and None)
+        )
+        client.watch(idle)
+        acknowledged = clock() + 2.0
+        client.set_deadline(step, acknowledged)
+        client.ask(SECONDS)
+        await _until(lambda: client._question is None)
+        psutil.Process(client.pid).suspend()
+        monkeypatch.setattr(guard_client.subprocess, "Popen", no_process)
+        client.set_deadline(step, clock() + 1000)
+        client.ask(0.1)
+        await _until(lambda: step in told)
+        assert acknowledged <= told[step] < acknowledged + 1
+        monkeypatch.undo()
+        # a guard can be had again
+        await _until(lambda: client.pid and client._question is None)
+        client.close()
+        await asyncio.wait_for(monitor, SECONDS)
+
+    asyncio.run(scenario())
+    assert told.keys() == {step}
+    assert caplog.text.count("cannot be started") == 1
+
+
+def test_a_guard_that_answers_is_kept_and_so_is_what_it_guards(client: GuardClient) -> None:
+    """Deadlines that it has acknowledged count in place of those before."""
+    told: list[int] = []
+    group = _unused_pid()
+
+    async def scenario() -> None:
+        monitor = asyncio.create_task(client.monitor(told.append))
+        first, begun_at = client.pid, clock()
+        while clock() < begun_at + 2.0:
+            client.set_deadline(group, clock() + 1.5)
+            client.ask(SECONDS)
+            await asyncio.sleep(0.05)
+        assert client.pid == first
+        client.close()
+        await asyncio.wait_for(monitor, SECONDS)
+
+    asyncio.run(scenario())
+    assert not told
+
+
+def test_a_stopped_guard_does_not_keep_the_worker_from_ending(
+    client: GuardClient, victims: Callable[[], Victim], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker kills what is left itself, then."""
+    victim = victims()
+    monkeypatch.setattr(guard_client, "_CLOSE_SECONDS", 0.1)
+    client.watch(victim.group)
+    psutil.Process(client.pid).suspend()
+    client.close()
+    wait_until(victim.is_dead)
+
+
+async def _until(condition: Callable[[], object]) -> None:
+    """Wait in the loop, which the monitor needs."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.005)
 
 
 def test_closing_before_the_start_and_twice_does_nothing() -> None:

@@ -23,6 +23,7 @@ from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
 from dagster_taskiq.signing import Signer
+from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 
@@ -69,12 +70,16 @@ class FakeGuard:
 
     def __init__(self) -> None:
         self.deadlines: dict[int, float] = {}
+        self.asked: list[float] = []
 
     def set_deadline(self, group: int, when: float) -> None:
         self.deadlines[group] = when
 
     def lift_deadline(self, group: int) -> None:
         self.deadlines.pop(group, None)
+
+    def ask(self, patience_seconds: float) -> None:
+        self.asked.append(patience_seconds)
 
 
 @dataclass
@@ -519,6 +524,33 @@ def test_lost_answers_interrupt_too() -> None:
         scene.check()
 
     play(scenario, FakeBackend(failure=during((0, 1e9, "lose"))))
+
+
+def test_the_guard_is_asked_whenever_leases_are_renewed() -> None:
+    """It must answer before the next renewal; an idle worker asks nothing."""
+
+    async def scenario(scene: Scene) -> None:
+        await asyncio.sleep(10 * LEASE)
+        assert scene.guard.asked == []
+        scene.keep()
+        await asyncio.sleep(LEASE + TINY)
+
+    assert play(scenario).guard.asked == [LEASE / 6] * 6
+
+
+def test_a_task_that_no_guard_watches_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process is killed, and the task's end says why."""
+    killed: list[int] = []
+    monkeypatch.setattr(leases_module, "kill_group", killed.append)
+
+    async def scenario(scene: Scene) -> None:
+        lease, other = scene.keep(), scene.keep()
+        scene.keeper.stop_unguarded(lease.group)
+        assert killed == [lease.group]
+        assert lease.stop_reason is StopReason.UNGUARDED
+        assert other.stop_reason is None
+
+    play(scenario)
 
 
 def test_an_outage_and_its_end_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
