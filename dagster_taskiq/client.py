@@ -8,6 +8,7 @@ has a living loop (without it no step of the run is claimed any more).
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import queue
 import time
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.code_locations import code_location
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.control import cancel_order
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
@@ -267,8 +269,7 @@ class Client(Dispatcher):
         messages = []
         for task in tasks:
             queue = self._physical_queue(task)
-            message = self._envelope(task).to_message(queue, self._signer)
-            messages.append(self._broker.formatter.dumps(message))
+            messages.append(self._envelope(task).to_message(queue, self._signer))
         self._events.flush()  # a loop that takes over must find in the log what was sent
         self._call(lambda: self._broker.kick_many(messages))
 
@@ -387,6 +388,7 @@ class Client(Dispatcher):
     # --- messages ---
 
     def _envelope(self, task: StepTask) -> Envelope:
+        payload = task.make_payload()
         return Envelope(
             task_id=task.task_id,
             name=TaskName.EXECUTE_PLAN,
@@ -400,7 +402,8 @@ class Client(Dispatcher):
             # the first one, where a submission is repeated that may have arrived: the server may
             # have forgotten since then that a worker has claimed it
             epoch=self._sent_in.setdefault(task.task_id, self._epoch),
-            payload=task.make_payload(),
+            payload=json.dumps(payload),
+            code_location=code_location(payload),
             limits=task.limits,
         )
 

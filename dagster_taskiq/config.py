@@ -88,6 +88,14 @@ CONNECTION_SCHEMA: dict[str, Field] = {
         default_value=defaults.LEASE_SECONDS,
         description="After how long without a sign of life a worker's task counts as lost.",
     ),
+    "max_message_bytes": Field(
+        IntSource,
+        is_required=False,
+        default_value=defaults.MAX_MESSAGE_BYTES,
+        description=(
+            "The longest task or result that is sent or read. Workers and runs need the same value."
+        ),
+    ),
     "cancel_grace_seconds": Field(
         _SECONDS,
         is_required=False,
@@ -196,6 +204,7 @@ class Settings:
     lease_seconds: float = defaults.LEASE_SECONDS
     cancel_grace_seconds: float = defaults.CANCEL_GRACE_SECONDS
     server_patience_seconds: float = defaults.SERVER_PATIENCE_SECONDS
+    max_message_bytes: int = defaults.MAX_MESSAGE_BYTES
     signing_keys: tuple[str, ...] = field(default=(), repr=False)
     signing_variables: tuple[str, ...] = (defaults.SIGNING_KEY_VARIABLE,)
 
@@ -229,6 +238,10 @@ class Settings:
             server_patience_seconds=_seconds(
                 config, "server_patience_seconds", defaults.SERVER_PATIENCE_SECONDS
             ),
+            max_message_bytes=_positive_integer(
+                "max_message_bytes",
+                config.get("max_message_bytes", defaults.MAX_MESSAGE_BYTES),
+            ),
             signing_keys=keys,
             signing_variables=variables,
         )
@@ -253,7 +266,7 @@ class Settings:
 
     def signer(self) -> Signer:
         """Signs and verifies with these settings' keys, for their deployment."""
-        return Signer(self.signing_keys, self.source.key_prefix)
+        return Signer(self.signing_keys, self.source.key_prefix, self.max_message_bytes)
 
     def server_options(self, url: str, tls: Tls | None) -> ServerOptions:
         """How to reach one of the servers with these settings; see ``read_tls``."""

@@ -1,8 +1,9 @@
 """Orders to workers: how they are written, and which ones a worker believes.
 
-``terminate`` is for one worker, ``cancel`` for whichever worker holds a task. With a signing key
-an order is signed for that worker or task, and says when it was given and a number of its own: one
-that came before, or that was given too long ago, is refused.
+``terminate`` is for one worker, ``cancel`` for whichever worker holds a task. An order
+names its worker by name and id, or its task, and a worker refuses one that is for another. With a
+signing key it is signed, and says when it was given and a number of its own: one that came before,
+or that was given too long ago, is refused.
 
 A cancel is also kept in the record of its run, where each renewal of the claim finds it again. It
 cannot be replayed to any harm, since it names one attempt of a step and is never taken back.
@@ -17,28 +18,37 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dagster_taskiq.backend.base import WorkerRecord
-from dagster_taskiq.defaults import CONTROL_AGE_SECONDS, SIGNING_KEY_VARIABLE
+from dagster_taskiq.defaults import (
+    CONTROL_AGE_SECONDS,
+    MAX_CONTROL_BYTES,
+    SIGNING_KEY_VARIABLE,
+)
 from dagster_taskiq.errors import UntrustedError
+from dagster_taskiq.plain_json import parse_object
 from dagster_taskiq.signing import Purpose, Signer
 
+#: How many orders a worker remembers, to obey none twice: some 10 MiB of them.
+_REMEMBERED_ORDERS = 100_000
 
-def worker_order(signer: Signer, worker_id: str, kind: str) -> str:
-    """An order to a worker, as JSON."""
-    return _order(signer, worker_id, {"kind": kind})
+
+def worker_order(signer: Signer, worker: WorkerRecord, kind: str) -> str:
+    """An order to a worker, ready to be sent."""
+    addressee = {"worker_id": worker.worker_id, "worker": worker.name}
+    return _order(signer, {"kind": kind, **addressee})
 
 
 def cancel_order(signer: Signer, task_id: str, reason: str) -> str:
-    """The order to stop a task, as JSON.
+    """The order to stop a task, ready to be sent.
 
     Args:
         reason: a sentence for people.
     """
-    return _order(signer, task_id, {"kind": "cancel", "task_id": task_id, "reason": reason})
+    return _order(signer, {"kind": "cancel", "task_id": task_id, "reason": reason})
 
 
-def _order(signer: Signer, subject: str, content: Mapping[str, Any]) -> str:
+def _order(signer: Signer, content: Mapping[str, Any]) -> str:
     content = {**content, "sent_at": time.time(), "nonce": uuid.uuid4().hex}
-    return json.dumps(signer.signed(Purpose.CONTROL, subject, content))
+    return signer.seal(Purpose.CONTROL, "", json.dumps(content).encode()).decode()
 
 
 def refuses(signer: Signer, worker: WorkerRecord) -> str:
@@ -60,27 +70,32 @@ class OrderReader:
 
     Args:
         worker_id: of the worker.
+        name: ``name@host`` of the worker.
         clock: seconds since 1970, as the senders' clocks say.
     """
 
     def __init__(
-        self, signer: Signer, worker_id: str, clock: Callable[[], float] = time.time
+        self,
+        signer: Signer,
+        worker_id: str,
+        name: str,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._signer = signer
-        self._worker_id = worker_id
+        self._addressee = {"worker_id": worker_id, "worker": name}
         self._clock = clock
-        self._seen: dict[str, float] = {}
+        self._seen: dict[str, None] = {}
 
     def read(self, data: bytes | str) -> dict[str, Any]:
         """An order from the worker's mailbox.
 
         Raises:
-            UntrustedError: it is none, not signed as it must be, too old, or a second copy.
+            UntrustedError: it is none, for another worker, not signed as it must be, too old, or a
+                second copy.
         """
-        order = _decode(data)
-        is_cancel = order.get("kind") == "cancel"
-        subject = str(order.get("task_id")) if is_cancel else self._worker_id
-        order = self._signer.verified(Purpose.CONTROL, subject, order)
+        order = self._open(data)
+        if order.get("kind") != "cancel":  # which names its task instead, wherever that runs
+            self._check_addressee(order)
         if self._signer.is_active:
             self._check_is_new(order)
         return order
@@ -93,14 +108,27 @@ class OrderReader:
         """
         if not self._signer.is_active:
             return
-        order = self._signer.verified(Purpose.CONTROL, task_id, _decode(data))
+        order = self._open(data)
         if (order.get("kind"), order.get("task_id")) != ("cancel", task_id):
             raise UntrustedError("it is no order to cancel this task")
 
+    def _open(self, data: bytes | str) -> dict[str, Any]:
+        sealed = data.encode(errors="replace") if isinstance(data, str) else data
+        try:
+            return parse_object(self._signer.unseal(Purpose.CONTROL, "", sealed), MAX_CONTROL_BYTES)
+        except ValueError as error:
+            raise UntrustedError(f"it is no order in JSON: {error}") from None
+
+    def _check_addressee(self, order: Mapping[str, Any]) -> None:
+        addressee = {key: order.get(key) for key in self._addressee}
+        if addressee != self._addressee:
+            raise UntrustedError(
+                f"it is for worker {addressee['worker']!r} with the id {addressee['worker_id']!r}"
+            )
+
     def _check_is_new(self, order: Mapping[str, Any]) -> None:
-        now = self._clock()
         sent_at, nonce = order["sent_at"], order["nonce"]  # as we have signed it
-        age = now - sent_at
+        age = self._clock() - sent_at
         if abs(age) > CONTROL_AGE_SECONDS:
             raise UntrustedError(
                 f"it was given {age:.0f} s ago by this host's clock, and counts for "
@@ -108,17 +136,7 @@ class OrderReader:
             )
         if nonce in self._seen:
             raise UntrustedError("it has come before: it is a replay")
-        # what is older is refused by its time
-        oldest = now - CONTROL_AGE_SECONDS
-        self._seen = {key: when for key, when in self._seen.items() if when >= oldest}
-        self._seen[nonce] = sent_at
-
-
-def _decode(data: bytes | str) -> dict[str, Any]:
-    try:
-        order = json.loads(data)
-    except (ValueError, RecursionError):
-        order = None
-    if not isinstance(order, dict):
-        raise UntrustedError("it is no order in JSON")
-    return order
+        # by number and not by age: a clock that goes back makes an old order a new one
+        if len(self._seen) >= _REMEMBERED_ORDERS:
+            del self._seen[next(iter(self._seen))]
+        self._seen[nonce] = None

@@ -60,6 +60,12 @@ RUN_RECORD_EXPIRES_SECONDS = 7 * 24 * 3600
 #: loop, and is dropped for that. Some 100 bytes for each attempt are kept so long.
 CLOSED_RECORD_EXPIRES_SECONDS = 3600
 
+#: The longest task or result, in bytes: more is neither sent nor read.
+MAX_MESSAGE_BYTES = 64 * 2**20
+
+#: The same of an order and of a worker's record, which are a few hundred bytes.
+MAX_CONTROL_BYTES = 64 * 2**10
+
 #: How often the execution loop compares what it waits for with what broker and backend know.
 RECONCILE_SECONDS = 3.0
 

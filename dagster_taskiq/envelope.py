@@ -1,7 +1,8 @@
 """The envelope: what a worker must know of a task before it opens it.
 
-A task is one Taskiq message whose only arguments are ``header`` (this module) and ``payload``
-(Dagster's packed arguments, which only a child process unpacks). Everything is JSON.
+A task is two lines of text: the header in JSON, which a worker reads, and the payload (Dagster's
+packed arguments, also JSON), which only a child process parses. The worker's event loop, which
+renews leases, therefore never spends long on a message, however large.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from taskiq import BrokerMessage
+from taskiq.abc.formatter import TaskiqFormatter
 from taskiq.message import TaskiqMessage
 
 from dagster_taskiq.defaults import (
@@ -22,19 +25,20 @@ from dagster_taskiq.defaults import (
     MIN_LEASE_SECONDS,
     MIN_PRIORITY,
 )
-from dagster_taskiq.errors import MalformedTaskError
-from dagster_taskiq.signing import SIGNATURE, Purpose, Signer
+from dagster_taskiq.errors import MalformedTaskError, TooLargeError
+from dagster_taskiq.plain_json import parse_object
+from dagster_taskiq.signing import Purpose, Signer, without_signature
 from dagster_taskiq.time_limits import TimeLimits
 
 #: Raised when what runs and workers send each other changes. Tasks of each version wait in physical
 #: queues of their own, so that no worker takes one that only a worker of another version can run.
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: Namespace of our task ids, made once with ``uuid4``.
 _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
 
-#: Labels of ours; any other one could change how Taskiq treats the message, so it is refused.
-_LABELS = frozenset({"queue_name", "priority", SIGNATURE})
+#: The longest header, in bytes: it holds names and numbers.
+_MAX_HEADER_BYTES = 64 * 2**10
 
 
 class TaskName(str, Enum):
@@ -67,8 +71,9 @@ class Envelope:
         lease_seconds: how long a claim on it holds without renewal.
         cancel_grace_seconds: time between SIGTERM and SIGKILL when it is cancelled.
         epoch: the backend's epoch at the time it was sent.
-        payload: Dagster's packed arguments.
+        payload: Dagster's packed arguments, a JSON object as text.
         limits: how long a step may take; the worker's own limits hold where they say nothing.
+        code_location: which code a step is of, see ``code_locations``; empty for a run.
         protocol: of the sender.
     """
 
@@ -82,8 +87,9 @@ class Envelope:
     lease_seconds: float
     cancel_grace_seconds: float
     epoch: str
-    payload: Mapping[str, Any]
+    payload: str
     limits: TimeLimits = TimeLimits()
+    code_location: str = ""
     protocol: int = PROTOCOL
 
     @property
@@ -96,55 +102,66 @@ class Envelope:
         header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
         return {**header, "name": self.name.value, "limits": asdict(self.limits)}
 
-    def to_message(self, physical_queue: str, signer: Signer) -> TaskiqMessage:
-        """The Taskiq message to send to a physical queue."""
-        labels: dict[str, Any] = {"queue_name": physical_queue, "priority": self.priority}
-        content = {"header": self.header(), "payload": dict(self.payload)}
-        signature = signer.sign(Purpose.TASK, "", content)
-        if signature:
-            labels[SIGNATURE] = signature
-        return TaskiqMessage(
+    def to_message(self, physical_queue: str, signer: Signer) -> BrokerMessage:
+        """The message to send to a physical queue.
+
+        Raises:
+            TooLargeError: it is longer than the signer's limit; the message says which task.
+        """
+        text = f"{json.dumps(self.header())}\n{self.payload}".encode()
+        try:
+            sealed = signer.seal(Purpose.TASK, "", text)
+        except TooLargeError as error:
+            raise error.of(f"{self.title} cannot be sent") from None
+        return BrokerMessage(
             task_id=self.task_id,
             task_name=self.name.value,
-            labels=labels,
-            labels_types=None,
-            args=[],
-            kwargs=content,
+            message=sealed,
+            labels={"queue_name": physical_queue, "priority": self.priority},
         )
+
+    @property
+    def title(self) -> str:
+        """What people call it, to begin a sentence with."""
+        if self.step_key is None:
+            return f"Run {self.run_id}"
+        return f"Step {self.step_key} of run {self.run_id}, attempt {self.attempt}"
 
     @classmethod
     def from_bytes(cls, data: bytes, signer: Signer) -> Envelope:
         """The envelope of a raw message as a broker delivers it.
 
         Raises:
-            MalformedTaskError: the bytes are not JSON, no Taskiq message, or not a task of ours.
-            UntrustedError: it is not signed with a key of ours.
+            MalformedTaskError: the bytes are not a task of ours.
+            UntrustedError: it is too large, or not signed with a key of ours.
         """
+        return cls.from_text(signer.unseal(Purpose.TASK, "", data))
+
+    @classmethod
+    def from_text(cls, text: bytes) -> Envelope:
+        """The envelope of a message without its signature.
+
+        Raises:
+            MalformedTaskError: it is not a task of ours.
+        """
+        first, separator, second = text.partition(b"\n")
         try:
-            message = TaskiqMessage.model_validate(json.loads(data))
-        except (ValueError, RecursionError):  # includes JSON, Unicode and pydantic errors
-            raise MalformedTaskError("it is not a Taskiq message in JSON") from None
-        unknown = set(message.labels) - _LABELS
-        if unknown or message.labels_types:
-            raise MalformedTaskError(f"it has labels that no task of ours has: {sorted(unknown)}")
-        if message.args or set(message.kwargs) != {"header", "payload"}:
-            raise MalformedTaskError("its arguments are not 'header' and 'payload'")
-        # all that is ever done with a task stands in these two
-        signer.verify(Purpose.TASK, "", message.kwargs, message.labels.get(SIGNATURE))
-        envelope = cls.from_header(message.kwargs["header"], message.kwargs["payload"])
-        if (envelope.task_id, envelope.name.value) != (message.task_id, message.task_name):
-            raise MalformedTaskError("its header and its message name different tasks")
-        return envelope
+            header, payload = parse_object(first, _MAX_HEADER_BYTES), second.decode()
+        except ValueError:
+            raise MalformedTaskError("its first line is no header in JSON") from None
+        if not separator:
+            raise MalformedTaskError("it has no payload")
+        return cls.from_header(header, payload)
 
     @classmethod
     def from_header(cls, header: Any, payload: Any) -> Envelope:
-        """The envelope from decoded JSON.
+        """The envelope from a decoded header and the text of a payload.
 
         Raises:
             MalformedTaskError: a field is missing, of the wrong type or out of its range.
         """
-        if not isinstance(header, dict) or not isinstance(payload, dict):
-            raise MalformedTaskError("its header or payload is not a mapping")
+        if not isinstance(header, dict) or not isinstance(payload, str):
+            raise MalformedTaskError("its header is no mapping, or its payload no text")
         try:
             # first, as a header of another version may have other fields
             if (protocol := _number(header, "protocol", int, 0, 2**31)) != PROTOCOL:
@@ -164,10 +181,30 @@ class Envelope:
                 epoch=_text(header, "epoch"),
                 payload=payload,
                 limits=_limits(header["limits"]),
+                code_location=_text(header, "code_location", may_be_empty=True),
                 protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedTaskError(f"its header is not that of a task: {error}") from None
+
+
+class TaskFormatter(TaskiqFormatter):
+    """Reads, for Taskiq's receiver, a task that was admitted before."""
+
+    def loads(self, message: bytes) -> TaskiqMessage:
+        """The call of a task function with the arguments ``header`` and ``payload``."""
+        envelope = Envelope.from_text(without_signature(message))
+        return TaskiqMessage(
+            task_id=envelope.task_id,
+            task_name=envelope.name.value,
+            labels={},
+            args=[],
+            kwargs={"header": envelope.header(), "payload": envelope.payload},
+        )
+
+    def dumps(self, message: TaskiqMessage) -> BrokerMessage:
+        """Nothing: tasks are written by ``Envelope.to_message``."""
+        raise NotImplementedError(f"Task {message.task_id} was not made from an Envelope.")
 
 
 def asdict_shallow(envelope: Envelope) -> dict[str, Any]:
@@ -199,9 +236,9 @@ def physical_queue(key_prefix: str, kind: QueueKind, queue: str, protocol: int =
     return f"{key_prefix}.{kind.value}{version}.{queue}"
 
 
-def _text(header: Mapping[str, Any], key: str) -> str:
+def _text(header: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
     value = header[key]
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not (value or may_be_empty):
         raise TypeError(f"{key} must be a text that is not empty")
     value.encode()  # a lone surrogate is valid JSON and no text that a server takes
     return value

@@ -11,6 +11,7 @@
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
     ├── UntrustedError           not signed with a key of ours, or a replay
+    │   └── TooLargeError            longer than max_message_bytes
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -85,6 +86,23 @@ class EventsNotWrittenError(DagsterTaskiqError):
 
 class UntrustedError(DagsterTaskiqError):
     """What was read is not signed with a key of ours, is for somebody else, or a replay."""
+
+
+class TooLargeError(UntrustedError):
+    """A message or result is longer than the setting ``max_message_bytes``."""
+
+    def __init__(self, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"it has {size_bytes:,} bytes, and the setting max_message_bytes allows {limit_bytes:,}"
+        )
+        self.size_bytes = size_bytes
+        self.limit_bytes = limit_bytes
+
+    def of(self, what: str) -> TooLargeError:
+        """The same error as a sentence that begins with what it happened to."""
+        error = TooLargeError(self.size_bytes, self.limit_bytes)
+        error.args = (f"{what}: {self}.",)
+        return error
 
 
 class SupersededLoopError(DagsterTaskiqError):

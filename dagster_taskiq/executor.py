@@ -21,6 +21,7 @@ from dagster_taskiq._dagster import (
     pack_value,
 )
 from dagster_taskiq.client import Client
+from dagster_taskiq.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
@@ -29,7 +30,7 @@ from dagster_taskiq.eager import EagerDispatcher
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.event_batches import EventWriter, batched_events
 from dagster_taskiq.storage_connections import kept_connections
-from dagster_taskiq.tasks import ARGS_KEY, EXECUTABLE_KEY, EXIT_SUPERSEDED
+from dagster_taskiq.tasks import ARGS_KEY, EXIT_SUPERSEDED
 
 
 @executor(

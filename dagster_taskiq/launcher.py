@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -156,7 +157,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             lease_seconds=self._settings.lease_seconds,
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             epoch=self._client.epoch(),
-            payload={RUN_ARGS_KEY: pack_value(self._arguments(run))},
+            payload=json.dumps({RUN_ARGS_KEY: pack_value(self._arguments(run))}),
         )
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})

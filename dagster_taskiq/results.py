@@ -1,16 +1,25 @@
-"""The result of a task: what a worker stores and the execution loop reads, as JSON."""
+"""The result of a task: what a worker stores and the execution loop reads.
+
+A first line in JSON says what came of the task and how long each event is; the events follow as
+they are. Neither worker nor client parses them: their threads renew leases, and events can be
+large.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from dagster_taskiq.errors import MalformedResultError, UntrustedError
+from dagster_taskiq.plain_json import parse_object
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.signing import Purpose, Signer
+
+#: The longest first line, in bytes: it has the packed error, with its causes and stacks.
+_MAX_HEAD_BYTES = 4 * 2**20
 
 
 class Outcome(str, Enum):
@@ -78,11 +87,18 @@ class TaskResult:
     is_cancelled: bool = False
 
     def to_bytes(self, signer: Signer | None = None, task_id: str = "") -> bytes:
-        """JSON for whoever reads it; with a signer, the signed result of a task."""
-        values = {**asdict(self), "outcome": self.outcome.value}
-        if signer is not None:
-            values = signer.signed(Purpose.RESULT, task_id, values)
-        return json.dumps(values).encode()
+        """The text for its reader; with a signer, the sealed result of a task.
+
+        Raises:
+            TooLargeError: it is longer than the signer's limit.
+        """
+        head = _head_of(self)
+        if len(head) > _MAX_HEAD_BYTES:
+            shortened = f"{self.reason or (self.error or {}).get('message', '')}"[:10_000]
+            reason = f"{shortened} (Shortened: the error had {len(head):,} bytes.)"
+            head = _head_of(replace(self, error=None, reason=reason))
+        text = b"\n".join([head, *(event.encode() for event in self.events)])
+        return text if signer is None else signer.seal(Purpose.RESULT, task_id, text)
 
     @classmethod
     def from_bytes(cls, data: bytes, signer: Signer | None = None, task_id: str = "") -> TaskResult:
@@ -90,15 +106,14 @@ class TaskResult:
 
         Raises:
             MalformedResultError: it is none.
-            UntrustedError: it is not signed with a key of ours as the result of that task.
+            UntrustedError: it is too large, or not signed with a key of ours as the result of that
+                task.
         """
+        text = data if signer is None else signer.unseal(Purpose.RESULT, task_id, data)
+        head, _, body = text.partition(b"\n")
         try:
-            values = json.loads(data)
-            if signer is not None:
-                values = signer.verified(Purpose.RESULT, task_id, values)
-            events = tuple(values.pop("events"))
-            if not all(isinstance(event, str) for event in events):
-                raise TypeError("an event is no text")
+            values = parse_object(head, _MAX_HEAD_BYTES)
+            events = tuple(_cut(body, values.pop("events")))
             if not isinstance(values.get("error"), (dict, type(None))):
                 raise TypeError("the error is no mapping")
             return cls(
@@ -107,8 +122,31 @@ class TaskResult:
                 events=events,
                 **values,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MalformedResultError(f"it is not a result of ours: {error!r}") from None
+
+
+def _head_of(result: TaskResult) -> bytes:
+    values = {**vars(result), "outcome": result.outcome.value, "place": vars(result.place)}
+    values["events"] = [len(event.encode()) for event in result.events]
+    return json.dumps(values).encode()
+
+
+def _cut(body: bytes, lengths: list[int]) -> Iterator[str]:
+    """The texts of these lengths in bytes, with a line break between them.
+
+    Raises:
+        ValueError, TypeError: the body is not made of them.
+    """
+    start = 0
+    for length in lengths:
+        end = start + length
+        if isinstance(length, bool) or not start <= end <= len(body):
+            raise ValueError("it ends before its events do")
+        yield body[start:end].decode()
+        start = end + 1
+    if len(body) != max(0, start - 1):
+        raise ValueError("it goes on after its events")
 
 
 def read_result(signer: Signer, task_id: str, data: bytes, refusals: Refusals) -> TaskResult:

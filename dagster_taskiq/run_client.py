@@ -57,10 +57,9 @@ class RunClient:
 
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
-        queue = self.physical_queue(envelope)
+        message = envelope.to_message(self.physical_queue(envelope), self._signer)
 
         async def submit() -> None:
-            message = self._broker.formatter.dumps(envelope.to_message(queue, self._signer))
             await self._broker.kick(message)
 
         self._call(submit)

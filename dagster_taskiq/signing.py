@@ -1,8 +1,8 @@
 """Signatures: how a worker and a run know that a message was written by somebody with the key.
 
-Tasks, results and control messages are JSON objects; each may carry an HMAC-SHA256 of what the
-reader acts on. It is made over the decoded values in one fixed spelling, so that what was verified
-and what is used cannot be two readings of the same bytes. Into it go also
+Tasks, results, orders and workers' records are texts; each may have a first line with an
+HMAC-SHA256 of all the bytes that follow. A reader checks the length, then the HMAC, and parses
+only what has passed both. Into the HMAC also go
 
 * what it is (``Purpose``), so that a result cannot be passed off as a task;
 * the deployment (the key prefix), so that what was signed for one is nothing to another;
@@ -17,18 +17,18 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
-from dagster_taskiq.defaults import KEY_PREFIX
-from dagster_taskiq.errors import ConfigError, UntrustedError
+from dagster_taskiq.defaults import KEY_PREFIX, MAX_MESSAGE_BYTES
+from dagster_taskiq.errors import ConfigError, TooLargeError, UntrustedError
 
 #: The shortest key: 128 bits in hexadecimal digits.
 MIN_KEY_CHARACTERS = 32
 
-#: The field of a JSON object that its signature stands in.
-SIGNATURE = "signature"
+#: The line that a signed text begins with; no unsigned one does, since those begin with JSON.
+_SIGNATURE_LINE = re.compile(rb"signature ([0-9a-f]{64})\n")
 
 #: Characters of a key's public name.
 _KEY_ID_CHARACTERS = 12
@@ -40,6 +40,7 @@ class Purpose(str, Enum):
     TASK = "task"
     RESULT = "result"
     CONTROL = "control"
+    WORKER = "worker"
     KEY_ID = "key-id"
 
 
@@ -49,15 +50,21 @@ class Signer:
     Args:
         keys: none turns it off; see ``parse_keys``.
         scope: of the deployment, its key prefix.
+        max_bytes: the longest text that is written or read.
     """
 
-    def __init__(self, keys: Sequence[str] = (), scope: str = KEY_PREFIX) -> None:
+    def __init__(
+        self,
+        keys: Sequence[str] = (),
+        scope: str = KEY_PREFIX,
+        max_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
         self._keys = tuple(key.encode() for key in keys)
         self._scope = scope
+        self._max_bytes = max_bytes
         #: A name for each key, which tells nothing of it: people see that two sides have another.
         self.key_ids = tuple(
-            _mac(key, self._canonical(Purpose.KEY_ID, "", {}))[:_KEY_ID_CHARACTERS]
-            for key in self._keys
+            self._mac(key, Purpose.KEY_ID, "", b"")[:_KEY_ID_CHARACTERS] for key in self._keys
         )
 
     def __repr__(self) -> str:
@@ -72,55 +79,59 @@ class Signer:
         """Whether somebody with these keys, or with none, takes what we sign."""
         return not key_ids or (self.is_active and self.key_ids[0] in key_ids)
 
-    def sign(self, purpose: Purpose, subject: str, content: Mapping[str, Any]) -> str | None:
-        """The signature of a JSON object; None without a key."""
-        if not self._keys:
-            return None
-        return _mac(self._keys[0], self._canonical(purpose, subject, content))
-
-    def verify(
-        self, purpose: Purpose, subject: str, content: Mapping[str, Any], signature: Any
-    ) -> None:
-        """Check the signature of a JSON object; without a key any will do.
+    def seal(self, purpose: Purpose, subject: str, text: bytes) -> bytes:
+        """The text as it is to be sent: with its signature where there is a key.
 
         Raises:
-            UntrustedError: there is none, or it is not of one of the keys.
+            TooLargeError: it is longer than ``max_bytes``.
         """
+        self._check_size(text)
         if not self._keys:
-            return
-        if not isinstance(signature, str) or not signature:
+            return text
+        mac = self._mac(self._keys[0], purpose, subject, text)
+        return b"signature " + mac.encode() + b"\n" + text
+
+    def unseal(self, purpose: Purpose, subject: str, sealed: bytes) -> bytes:
+        """The text that was sealed for this purpose and subject; without a key for any.
+
+        Raises:
+            TooLargeError: it is longer than ``max_bytes``.
+            UntrustedError: it is not signed, or not with one of the keys.
+        """
+        match = _SIGNATURE_LINE.match(sealed)
+        text = sealed[match.end() :] if match else sealed
+        self._check_size(text)
+        if not self._keys:
+            return text
+        if match is None:
             raise UntrustedError(
                 "it is not signed, and a signing_key is set here: set the same where it comes from"
             )
-        try:
-            text, given = self._canonical(purpose, subject, content), signature.encode()
-        except (ValueError, TypeError, RecursionError):
-            raise UntrustedError("it cannot have been signed: it is no plain JSON") from None
         # all of them, so that the time says nothing of which one it is
-        matches = [hmac.compare_digest(_mac(key, text).encode(), given) for key in self._keys]
+        macs = [self._mac(key, purpose, subject, text).encode() for key in self._keys]
+        matches = [hmac.compare_digest(mac, match[1]) for mac in macs]
         if not any(matches):
             raise UntrustedError(
                 "its signature was made with another signing_key, or for something else"
             )
+        return text
 
-    def signed(self, purpose: Purpose, subject: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The object with its signature in it, where there is a key."""
-        signature = self.sign(purpose, subject, content)
-        return {**content, **({SIGNATURE: signature} if signature else {})}
+    def _check_size(self, text: bytes) -> None:
+        if len(text) > self._max_bytes:
+            raise TooLargeError(len(text), self._max_bytes)
 
-    def verified(self, purpose: Purpose, subject: str, signed: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``signed`` was made of.
+    def _mac(self, key: bytes, purpose: Purpose, subject: str, text: bytes) -> str:
+        # a line of JSON, which holds no line break: it cannot run into the text
+        context = json.dumps(["dagster-taskiq", 2, purpose.value, self._scope, subject])
+        mac = hmac.new(key, context.encode() + b"\n", hashlib.sha256)
+        mac.update(text)
+        return mac.hexdigest()
 
-        Raises:
-            UntrustedError: see ``verify``.
-        """
-        content = {key: value for key, value in signed.items() if key != SIGNATURE}
-        self.verify(purpose, subject, content, signed.get(SIGNATURE))
-        return content
 
-    def _canonical(self, purpose: Purpose, subject: str, content: Mapping[str, Any]) -> bytes:
-        parts = ["dagster-taskiq", 1, purpose.value, self._scope, subject, content]
-        return json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+def without_signature(sealed: bytes) -> bytes:
+    """The text of what was verified before."""
+    match = _SIGNATURE_LINE.match(sealed)
+    return sealed[match.end() :] if match else sealed
 
 
 def parse_keys(where: str, texts: Iterable[Any]) -> tuple[str, ...]:
@@ -148,7 +159,3 @@ def parse_keys(where: str, texts: Iterable[Any]) -> tuple[str, ...]:
 
 
 _HOW_TO_MAKE_ONE = "make one by: openssl rand -hex 32"
-
-
-def _mac(key: bytes, text: bytes) -> str:
-    return hmac.new(key, text, hashlib.sha256).hexdigest()

@@ -29,6 +29,7 @@ from dagster_taskiq._dagster import (
     serialize_value,
     unpack_value,
 )
+from dagster_taskiq.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.event_batches import EventWriter, batched_events
@@ -37,9 +38,8 @@ from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.step_plans import RunPlans
 from dagster_taskiq.storage_connections import kept_connections
 
-#: Keys of a step's payload, and of a run's.
+#: Keys of a step's payload, beside ``EXECUTABLE_KEY``, and of a run's.
 ARGS_KEY = "execute_step_args_packed"
-EXECUTABLE_KEY = "executable_dict"
 RUN_ARGS_KEY = "execute_job_args_packed"
 
 #: Exit code of a run's process that ended without having finished its run.

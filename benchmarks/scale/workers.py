@@ -208,7 +208,7 @@ class SimulatedWorker:
         self._lease_seconds = lease_seconds
         self._started_at = time.time()
         self._backend = WatchedBackend(servers.backend, record)
-        self._orders = OrderReader(servers.signer, self._worker_id)
+        self._orders = OrderReader(servers.signer, self._worker_id, self._name)
         refusals = Refusals(self._backend.address)
         self._leases = LeaseKeeper(self._backend, GuardClient(), self._orders, refusals)
         self._stations = [

@@ -337,7 +337,7 @@ def _garbage() -> list[bytes]:
         "lease_seconds": 5,
         "cancel_grace_seconds": 5,
         "epoch": "no-epoch",
-        "protocol": 1,
+        "protocol": 2,
     }
     forged: dict[str, Any] = {
         "task_id": task_id,
@@ -347,6 +347,6 @@ def _garbage() -> list[bytes]:
         "args": [],
         "kwargs": {"header": header, "payload": {}},
     }
-    whole = json.dumps(forged).encode()
+    whole = f"{json.dumps(header)}\n{{}}".encode()
     odd = json.dumps({**forged, "labels": {"ack_type": "bogus", "timeout": "abc"}}).encode()
     return [b"\xff\x00garbage", whole[: len(whole) // 2], odd, whole]

@@ -184,7 +184,7 @@ async def _send_order(
     signer = settings.signer()
     if reason := refuses(signer, record):
         raise ConfigError(f"The order to {kind} would be of no use: {reason}")
-    await backend.send_control(record.worker_id, worker_order(signer, record.worker_id, kind))
+    await backend.send_control(record.worker_id, worker_order(signer, record, kind))
 
 
 def _is_named(record: WorkerRecord, name: str) -> bool:

@@ -23,7 +23,8 @@ from typing import Any
 from dagster_taskiq._dagster import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.forked_copies import ending_copies
-from dagster_taskiq.results import Place
+from dagster_taskiq.plain_json import parse_object
+from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq.worker.channel import Channel, ChannelLostError
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
@@ -135,23 +136,38 @@ def _execute(
 ) -> dict[str, Any]:
     place = Place.from_dict(task["place"])
     name = TaskName(task["name"])
-    if name is TaskName.EXECUTE_PLAN:
-        with soft_time_limit(task.get("soft_timeout_seconds")):
-            result = runner.execute_plan(task["payload"], place, task["queue"])
+    try:
+        payload = _payload(task)
+    except ValueError as error:
+        result = TaskResult(Outcome.ERROR, place, reason=f"Its payload cannot be read: {error}.")
     else:
-        result = runner.execute_run(name, task["payload"], place, task["queue"], on_begun)
+        if name is TaskName.EXECUTE_PLAN:
+            with soft_time_limit(task.get("soft_timeout_seconds")):
+                result = runner.execute_plan(payload, place, task["queue"])
+        else:
+            result = runner.execute_run(name, payload, place, task["queue"], on_begun)
     sys.stdout.flush()
     sys.stderr.flush()
     return {"result": result.to_bytes().decode()}
+
+
+def _payload(task: dict[str, Any]) -> dict[str, Any]:
+    """The payload of a task, which the worker only passes on.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    text: str = task["payload"]
+    return parse_object(text.encode(), sys.maxsize)
 
 
 def _look_after_run(runner: TaskRunner, task: dict[str, Any]) -> dict[str, Any]:
     answer = {"is_over": False, "error": ""}
     try:
         if task["name"] == LOOK_AT_RUN:
-            answer["is_over"] = runner.is_run_over(task["payload"])
+            answer["is_over"] = runner.is_run_over(_payload(task))
         else:
-            runner.fail_run(task["payload"], task["reason"])
+            runner.fail_run(_payload(task), task["reason"])
     except Exception as error:
         answer["error"] = f"{type(error).__name__}: {error}"
     return answer

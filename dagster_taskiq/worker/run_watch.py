@@ -33,23 +33,23 @@ class RunWatch:
         self._slot = slot
         self._turn = asyncio.Lock()
 
-    async def is_over(self, payload: Mapping[str, Any]) -> bool:
+    async def is_over(self, payload: str) -> bool:
         """Whether the run of a step is finished or deleted; False where that cannot be known.
 
         Args:
-            payload: of the step's task.
+            payload: of the step's task, as it travels.
         """
-        answer = await self._say({"name": LOOK_AT_RUN, "payload": dict(payload)})
+        answer = await self._say({"name": LOOK_AT_RUN, "payload": payload})
         return answer is not None and bool(answer["is_over"])
 
-    async def fail(self, payload: Mapping[str, Any], reason: str) -> None:
+    async def fail(self, payload: str, reason: str) -> None:
         """Fail a run that still waits to be started.
 
         Args:
-            payload: of the run's task.
+            payload: of the run's task, as it travels.
             reason: why it could not start.
         """
-        await self._say({"name": FAIL_RUN, "payload": dict(payload), "reason": reason})
+        await self._say({"name": FAIL_RUN, "payload": payload, "reason": reason})
 
     async def _say(self, task: dict[str, Any]) -> Mapping[str, Any] | None:
         """The child's answer, or None where there is none."""

@@ -22,7 +22,6 @@ from typing import Any
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
-from dagster_taskiq.worker.code_locations import code_location
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
@@ -223,7 +222,7 @@ class Slot:
         on_started: Callable[[], None],
         on_begun: Callable[[], None],
     ) -> dict[str, Any] | ChildDied:
-        location = code_location(task["payload"])
+        location = task.get("code_location", "")
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
             self._has_task = False
             await self.prepare(location)

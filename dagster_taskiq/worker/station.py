@@ -24,13 +24,12 @@ from taskiq import Context, TaskiqDepends
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.defaults import ORPHAN_GRACE_SECONDS
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.errors import ServerError, SlotError, UntrustedError
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskFormatter, TaskName
+from dagster_taskiq.errors import ServerError, SlotError, TooLargeError, UntrustedError
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
-from dagster_taskiq.worker.code_locations import code_location
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
@@ -99,6 +98,7 @@ class Station:
         self._signer = signer
         self._queues = queues
         broker.admit = self._admit
+        broker.formatter = TaskFormatter()
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
@@ -155,7 +155,7 @@ class Station:
     def _register(self, name: TaskName) -> None:
         async def execute(
             header: dict[str, Any],
-            payload: dict[str, Any],
+            payload: str,
             context: Context = TaskiqDepends(),  # noqa: B008 - Taskiq's way to ask for it
         ) -> None:
             await self._execute(Envelope.from_header(header, payload), context)
@@ -166,7 +166,7 @@ class Station:
         """Execute a message that ``admit`` has let through."""
         if self._is_draining():
             return  # unclaimed: the receiver gives it back
-        slot = _take_slot(self._idle, code_location(envelope.payload))
+        slot = _take_slot(self._idle, envelope.code_location)
         try:
             await self._execute_in(slot, envelope, context)
         finally:
@@ -177,7 +177,7 @@ class Station:
             self._idle.append(slot)
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = await _prepare(slot, code_location(envelope.payload))
+        failure = await _prepare(slot, envelope.code_location)
         claim = Claim(
             run_id=envelope.run_id,
             task_id=envelope.task_id,
@@ -212,7 +212,7 @@ class Station:
             lease.is_executed = True
             if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
                 return  # it has not begun: as it is neither acked nor completed, another starts it
-            if await self._store(lease, result) and not acking:
+            if await self._store(lease, self._sealed(envelope, result)) and not acking:
                 await self._end_unbegun(lease, envelope, result)
                 await self._ack(envelope, context)
         finally:
@@ -275,11 +275,12 @@ class Station:
     async def _run_in(
         self, slot: Slot, envelope: Envelope, lease: Lease, on_begun: Callable[[], None]
     ) -> TaskResult:
-        title = _title(envelope)
+        title = envelope.title
         logger.info("%s: starting in slot %d.", title, slot.number)
         task: dict[str, Any] = {
             "name": envelope.name.value,
-            "payload": dict(envelope.payload),
+            "payload": envelope.payload,
+            "code_location": envelope.code_location,
             "place": vars(lease.claim.place),
             "queue": envelope.queue,
         }
@@ -300,13 +301,23 @@ class Station:
         logger.log(level, "%s: ended after %.3f s. %s", title, seconds, _cause(result))
         return result
 
-    async def _store(self, lease: Lease, result: TaskResult) -> bool:
+    def _sealed(self, envelope: Envelope, result: TaskResult) -> bytes:
+        """The result as it is stored; one that is too large becomes an error that says so."""
+        try:
+            return result.to_bytes(self._signer, envelope.task_id)
+        except TooLargeError as error:
+            reason = str(error.of(f"{envelope.title} returned too much"))
+            logger.error("%s", reason)
+            refused = TaskResult(Outcome.ERROR, result.place, reason=reason)
+            return refused.to_bytes(self._signer, envelope.task_id)
+
+    async def _store(self, lease: Lease, data: bytes) -> bool:
         """Store a result as long as the lease may hold; whether it is stored."""
         while True:
             try:
                 is_stored = await self._backend.complete(
                     lease.claim,
-                    result.to_bytes(self._signer, lease.claim.task_id),
+                    data,
                     expires_seconds=self._result_expires_seconds,
                 )
             except ServerError as error:
@@ -364,12 +375,6 @@ def _is_until_begun(envelope: Envelope) -> bool:
     Not that of a run that is resumed: it is STARTED, so Dagster looks after it.
     """
     return envelope.name is TaskName.EXECUTE_JOB
-
-
-def _title(envelope: Envelope) -> str:
-    if envelope.step_key is None:
-        return f"Run {envelope.run_id}"
-    return f"Step {envelope.step_key} of run {envelope.run_id}, attempt {envelope.attempt}"
 
 
 def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str) -> TaskResult:

@@ -126,7 +126,7 @@ class Worker:
         self._backend: Backend = open_backend(servers.backend)
         self._guard = GuardClient()
         self._tails = LogTails()
-        self._orders = OrderReader(servers.signer, self._worker_id)
+        self._orders = OrderReader(servers.signer, self._worker_id, self.name)
         self._refusals = Refusals(self._backend.address)
         self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
         self._stations = list(self._make_stations())

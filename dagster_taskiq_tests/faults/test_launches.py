@@ -84,7 +84,7 @@ def test_a_launched_run_of_another_protocol(tmp_path: Path) -> None:
         run = launch(stack, "in_process_single")
         said = run.await_message("Sent the run to queue")
         assert "can execute tasks of this version" in said
-        assert "protocol 2)" in run.debug_info()
+        assert "protocol 3)" in run.debug_info()
         stack.worker("--run-slots", "1").await_ready()
         assert run.wait(LONG_SECONDS).is_success
         assert len(run.notes("ran")) == 1

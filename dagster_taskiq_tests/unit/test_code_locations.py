@@ -13,8 +13,7 @@ from dagster._core.code_pointer import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
-from dagster_taskiq.tasks import EXECUTABLE_KEY
-from dagster_taskiq.worker.code_locations import code_location
+from dagster_taskiq.code_locations import EXECUTABLE_KEY, code_location
 from dagster_taskiq.worker.station import _take_slot
 
 

@@ -94,6 +94,7 @@ def test_the_schema_has_all_of_dagster_celerys_options_and_ours() -> None:
         "lease_seconds",
         "cancel_grace_seconds",
         "server_patience_seconds",
+        "max_message_bytes",
         "signing_key",
     }
     assert set(EXECUTOR_SCHEMA) == celery | ours
@@ -358,6 +359,7 @@ def test_unknown_schemes_are_refused(url: str) -> None:
         ({"cancel_grace_seconds": -1}, "negative"),
         ({"cancel_grace_seconds": 86401}, "at most 86400"),
         ({"server_patience_seconds": -1}, "negative"),
+        ({"max_message_bytes": 0}, "max_message_bytes is 0"),
         ({"max_concurrent": 0}, "at least 1"),
         ({"max_concurrent": 1.5}, "max_concurrent"),
         ({"retries": {"sometimes": {}}}, "retries"),

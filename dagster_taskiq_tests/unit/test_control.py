@@ -23,6 +23,8 @@ from dagster_taskiq.signing import Signer
 
 KEY, OTHER = Signer(["k" * 32]), Signer(["o" * 32])
 
+W = WorkerRecord("w", "w@h", "h", 1, ("q",))
+
 
 #: No bytes of a JSON object, which a worker without a key reads as an order, of an unknown kind.
 GARBAGE = st.one_of(
@@ -41,20 +43,20 @@ class Clock:
 
 def test_an_order_is_obeyed_once() -> None:
     """A second copy is a replay."""
-    reader = OrderReader(KEY, "w")
-    order = worker_order(KEY, "w", "terminate")
+    reader = OrderReader(KEY, "w", "w@h")
+    order = worker_order(KEY, W, "terminate")
     assert reader.read(order)["kind"] == "terminate"
     with pytest.raises(UntrustedError, match="replay"):
         reader.read(order)
-    assert reader.read(worker_order(KEY, "w", "terminate"))["kind"] == "terminate"
+    assert reader.read(worker_order(KEY, W, "terminate"))["kind"] == "terminate"
 
 
 @pytest.mark.parametrize("offset", [-1, 1])
 def test_an_old_order_is_refused(offset: int) -> None:
     """Also one from the future, which could be kept for later: clocks may differ a little."""
     clock = Clock()
-    reader = OrderReader(KEY, "w", clock)
-    old, new = worker_order(KEY, "w", "terminate"), worker_order(KEY, "w", "terminate")
+    reader = OrderReader(KEY, "w", "w@h", clock)
+    old, new = worker_order(KEY, W, "terminate"), worker_order(KEY, W, "terminate")
     clock.now += offset * (CONTROL_AGE_SECONDS - 5)
     assert reader.read(new)
     clock.now += offset * 10
@@ -62,34 +64,52 @@ def test_an_old_order_is_refused(offset: int) -> None:
         reader.read(old)
 
 
-def test_an_order_is_for_one_worker() -> None:
-    """Whoever can copy it into another mailbox stops nobody else."""
-    with pytest.raises(UntrustedError):
-        OrderReader(KEY, "other").read(worker_order(KEY, "w", "terminate"))
+@pytest.mark.parametrize("signer", [KEY, Signer()])
+@pytest.mark.parametrize(("worker_id", "name"), [("other", "w@h"), ("w", "other@h")])
+def test_an_order_is_for_one_worker(signer: Signer, worker_id: str, name: str) -> None:
+    """It stops nobody else, copied into another mailbox or sent there by a record that lies."""
+    reader = OrderReader(signer, worker_id, name)
+    with pytest.raises(UntrustedError, match="for worker 'w@h' with the id 'w'"):
+        reader.read(worker_order(signer, W, "terminate"))
+
+
+def test_an_order_does_not_count_again_when_the_clock_goes_back() -> None:
+    """However long after it: it is remembered by its number, not by its age."""
+    clock = Clock()
+    reader = OrderReader(KEY, "w", "w@h", clock)
+    began = clock.now
+    order = worker_order(KEY, W, "terminate")
+    reader.read(order)
+    clock.now += 3 * CONTROL_AGE_SECONDS
+    with pytest.raises(UntrustedError, match="clock"):
+        reader.read(order)
+    clock.now = began
+    with pytest.raises(UntrustedError, match="replay"):
+        reader.read(order)
 
 
 def test_a_cancel_is_for_one_task() -> None:
     """In whichever mailbox, and in the record of the run as often as it is found."""
-    reader = OrderReader(KEY, "w")
+    reader = OrderReader(KEY, "w", "w@h")
     order = cancel_order(KEY, "task", "enough")
     for _ in range(2):
         reader.check_cancel("task", order)
     with pytest.raises(UntrustedError):
         reader.check_cancel("other", order)
     assert reader.read(order)["task_id"] == "task"
-    changed = json.dumps({**json.loads(order), "task_id": "other"})
+    changed = order.replace('"task"', '"other"')
     with pytest.raises(UntrustedError):
         reader.read(changed)
     with pytest.raises(UntrustedError):
-        reader.check_cancel("w", worker_order(KEY, "w", "terminate"))
+        reader.check_cancel("w", worker_order(KEY, W, "terminate"))
 
 
 @pytest.mark.parametrize("sender", [OTHER, Signer()])
 def test_another_key_or_none_orders_nothing(sender: Signer) -> None:
     """By either way."""
-    reader = OrderReader(KEY, "w")
+    reader = OrderReader(KEY, "w", "w@h")
     with pytest.raises(UntrustedError):
-        reader.read(worker_order(sender, "w", "terminate"))
+        reader.read(worker_order(sender, W, "terminate"))
     with pytest.raises(UntrustedError):
         reader.check_cancel("task", cancel_order(sender, "task", ""))
 
@@ -99,22 +119,22 @@ def test_garbage_is_refused(data: Any) -> None:
     """It never raises anything else, with a key or without: the worker must go on."""
     for signer in (KEY, Signer()):
         with pytest.raises(UntrustedError):
-            OrderReader(signer, "w").read(data)
+            OrderReader(signer, "w", "w@h").read(data)
     with pytest.raises(UntrustedError):
-        OrderReader(KEY, "w").check_cancel("task", data)
+        OrderReader(KEY, "w", "w@h").check_cancel("task", data)
 
 
 def test_deep_nesting_is_refused() -> None:
     """Nor does what is too deep to read."""
     with pytest.raises(UntrustedError):
-        OrderReader(KEY, "w").read(b'{"a":' * 100_000)
+        OrderReader(KEY, "w", "w@h").read(b'{"a":' * 100_000)
 
 
 def test_without_a_key_every_order_counts() -> None:
     """Signed or not, as often as it comes."""
-    reader = OrderReader(Signer(), "w")
+    reader = OrderReader(Signer(), "w", "w@h")
     for sender in (KEY, Signer()):
-        order = worker_order(sender, "w", "terminate")
+        order = worker_order(sender, W, "terminate")
         assert [reader.read(order)["kind"] for _ in range(2)] == ["terminate"] * 2
     reader.check_cancel("task", "enough")
 
@@ -123,8 +143,8 @@ def test_without_a_key_every_order_counts() -> None:
 def test_no_order_is_ever_obeyed_twice(deliveries: list[tuple[int, float]]) -> None:
     """Whenever its copies come: it is remembered for as long as its time would let it through."""
     clock = Clock()
-    reader = OrderReader(KEY, "w", clock)
-    orders = [worker_order(KEY, "w", "terminate") for _ in range(6)]
+    reader = OrderReader(KEY, "w", "w@h", clock)
+    orders = [worker_order(KEY, W, "terminate") for _ in range(6)]
     obeyed: list[int] = []
     start = clock.now
     for number, after in sorted(deliveries, key=lambda it: it[1]):

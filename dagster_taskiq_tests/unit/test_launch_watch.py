@@ -145,7 +145,7 @@ def launched(instance: DagsterInstance) -> Envelope:
         lease_seconds=LEASE_SECONDS,
         cancel_grace_seconds=1.0,
         epoch="first",
-        payload={},
+        payload="{}",
     )
 
 

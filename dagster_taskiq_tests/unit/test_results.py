@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ RESULTS = st.builds(
     exit_code=st.none() | st.integers(),
     is_cancelled=st.booleans(),
 )
+
+KEY = Signer(["k" * 32])
 
 
 @given(RESULTS)
@@ -76,6 +79,11 @@ def test_other_json_is_malformed(value: Any) -> None:
         {"events": None},
         {"events": 5},
         {"events": [5]},
+        {"events": [-1]},
+        {"events": [0.0]},
+        {"events": [True]},
+        {"events": ["x"]},
+        {"events": [10**30]},
         {"error": "text"},
         {"error": []},
         {"more": 1},
@@ -87,6 +95,37 @@ def test_fields_of_the_wrong_kind_are_malformed(change: dict[str, Any]) -> None:
     values = {**json.loads(TaskResult(Outcome.FINISHED, PLACE).to_bytes()), **change}
     with pytest.raises(MalformedResultError):
         TaskResult.from_bytes(json.dumps(values).encode())
+
+
+def test_texts_are_strict_utf_8() -> None:
+    """In the head and in the events; nothing guesses another encoding."""
+    whole = TaskResult(Outcome.FINISHED, PLACE, events=("aé",)).to_bytes()
+    assert TaskResult.from_bytes(whole).events == ("aé",)
+    for data in (whole.replace("é".encode(), b"\xff\xff"), whole[:-3].decode().encode("utf-16")):
+        with pytest.raises(MalformedResultError):
+            TaskResult.from_bytes(data)
+
+
+def test_a_huge_error_is_shortened() -> None:
+    """The head of a result is parsed beside the renewal of leases, so it is never large."""
+    error = {"message": "m" * 20_000, "stack": ["s" * 2**20] * 5}
+    result = TaskResult.from_bytes(TaskResult(Outcome.ERROR, PLACE, error=error).to_bytes())
+    assert result.error is None
+    assert result.reason.startswith("m" * 10_000)
+    assert "Shortened" in result.reason
+
+
+def test_a_large_result_is_read_at_once() -> None:
+    """Its events are cut out, not parsed: the thread that reads it renews a lease, too."""
+    event = "[" + "{}," * 2**20 + "{}]"
+    data = TaskResult(Outcome.FINISHED, PLACE, events=(event,) * 10).to_bytes(KEY, "task")
+    began = time.perf_counter()
+    result = TaskResult.from_bytes(data, KEY, "task")
+    seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    json.loads(event)
+    assert seconds < 10 * (time.perf_counter() - began)
+    assert result.events == (event,) * 10
 
 
 def test_deep_nesting_is_malformed() -> None:
@@ -102,9 +141,6 @@ def test_a_missing_field_is_malformed(field: str) -> None:
     del values[field]
     with pytest.raises(MalformedResultError):
         TaskResult.from_bytes(json.dumps(values).encode())
-
-
-KEY = Signer(["k" * 32])
 
 
 @given(RESULTS)

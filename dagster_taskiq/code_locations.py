@@ -5,11 +5,13 @@ Two locations may have modules of the same name, and a process finds what it has
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from dagster_taskiq.tasks import EXECUTABLE_KEY
+#: Where a step's payload names its code.
+EXECUTABLE_KEY = "executable_dict"
 
 #: What a pointer to code names within its module, and the arguments of what it calls there.
 _WITHIN_MODULE = ("fn_name", "attribute", "reconstructable_args", "reconstructable_kwargs")
@@ -22,13 +24,15 @@ def code_location(payload: Mapping[str, Any]) -> str:
         payload: of a step's task.
 
     Returns:
-        a text that is the same for all jobs of a location; empty where the payload has none, as a
+        a digest that is the same for all jobs of a location; empty where the payload has none, as a
         run's, whose child is a fresh one anyway.
     """
     found: Any = payload
     for key in (EXECUTABLE_KEY, "repository", "pointer"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    return json.dumps(_without_names(found), sort_keys=True) if found else ""
+    if not found:
+        return ""
+    return hashlib.sha256(json.dumps(_without_names(found), sort_keys=True).encode()).hexdigest()
 
 
 def _without_names(pointer: Any) -> Any:
