@@ -21,6 +21,7 @@ import pytest
 from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
+from dagster_taskiq.code_locations import code_location
 from dagster_taskiq.errors import SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.child import ChildOptions
@@ -144,6 +145,7 @@ async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | Chil
     task = {
         "name": "execute_plan",
         "payload": json.dumps({"do": do, **payload}),
+        "code_location": code_location(payload),
         "place": PLACE,
         "queue": "q",
     }
