@@ -80,7 +80,7 @@ from dagster_shared.error import SerializableErrorInfo
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
-from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.errors import ConfigError, MalformedResultError
 from dagster_taskiq.forked_copies import ending_copies
 
 __all__ = [
@@ -126,6 +126,7 @@ __all__ = [
     "execute_or_resume_run",
     "execute_plan_iterator",
     "fail_step",
+    "has_database_server",
     "hold_pool_slot",
     "is_end_of_attempt",
     "is_in_flight",
@@ -512,6 +513,23 @@ def is_own_instance(instance: DagsterInstance) -> bool:
     if not home or not instance.is_persistent:
         return False
     return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()
+
+
+def has_database_server(home: Path) -> bool:
+    """Whether the instance of a DAGSTER_HOME keeps its event log on a server, not in files.
+
+    Raises:
+        ConfigError: Dagster cannot use its dagster.yaml.
+    """
+    try:
+        storage = InstanceRef.from_dir(str(home)).event_storage_data
+    except Exception as error:  # of any kind; its text may have a password
+        raise ConfigError(
+            f"Dagster cannot use {home / 'dagster.yaml'} ({type(error).__name__}): run `dagster "
+            "instance info` there to see why."
+        ) from None
+    # Dagster's own storages are SQLite's; each of those on a server is a package of its own
+    return storage is not None and storage.module_name.partition(".")[0] != "dagster"
 
 
 @dataclass(frozen=True)

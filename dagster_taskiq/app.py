@@ -2,8 +2,8 @@
 
 It is made of the same environment variables as everything else, when it is first asked for, and
 only sends and looks: workers are started with ``dagster-taskiq worker start``, since Taskiq's own
-worker knows neither claims nor slots. dagster-celery's habit of naming an app on the command line
-(``-A dagster_taskiq.app``) is accepted and changes nothing.
+worker knows neither claims nor slots. It may be named on the command line, as in dagster-celery
+(``-A dagster_taskiq.app``), which changes nothing.
 """
 
 from __future__ import annotations

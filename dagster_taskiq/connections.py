@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from dagster_taskiq._dagster import has_database_server
 from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
@@ -57,6 +59,25 @@ def find_servers(settings: Settings) -> Servers:
         return Servers(broker, broker, settings.signer(), home)
     backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
     return Servers(broker, backend, settings.signer(), home)
+
+
+def embedded_notice(servers: Servers) -> str:
+    """What to say where several hosts may share an instance and each has a broker of its own.
+
+    Returns:
+        empty where the broker is not embedded, or the instance is in files of this host.
+
+    Raises:
+        ConfigError: Dagster cannot use its dagster.yaml.
+    """
+    home = servers.embedded_home
+    if home is None or not has_database_server(home):
+        return ""
+    return (
+        f"No broker is set, so the embedded server of this host, {socket.gethostname()}, is used, "
+        "which other hosts cannot reach, though dagster.yaml names a database server. For workers "
+        f"on other hosts set 'broker' or {BROKER_URL_VARIABLE}."
+    )
 
 
 def find_running_backend(settings: Settings) -> ServerOptions | None:

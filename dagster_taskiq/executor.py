@@ -23,7 +23,7 @@ from dagster_taskiq._dagster import (
 from dagster_taskiq.client import Client
 from dagster_taskiq.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
-from dagster_taskiq.connections import find_servers
+from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
@@ -119,8 +119,11 @@ def _open_dispatcher(
         is_kept = not settings.source.database_short_lived_sessions
         return EagerDispatcher(events, keeps_connections=is_kept)
     instance, run_id = context.instance, context.run_id
+    servers = find_servers(settings)
+    if notice := embedded_notice(servers):
+        context.log.warning(notice)
     return Client(
-        servers=find_servers(settings),
+        servers=servers,
         run_id=run_id,
         generation=instance.count_resume_run_attempts(run_id),
         is_resumable=instance.run_will_resume(run_id),

@@ -27,7 +27,7 @@ from dagster_taskiq._dagster import (
 )
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
-from dagster_taskiq.connections import find_servers
+from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
@@ -100,7 +100,10 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _open(self) -> tuple[RunClient, LaunchWatch]:
         with self._opening:
             if self._opened is None:
-                client = RunClient(find_servers(self._settings))
+                servers = find_servers(self._settings)
+                if notice := embedded_notice(servers):
+                    logger.warning(notice)
+                client = RunClient(servers)
                 self._opened = client, LaunchWatch(client, self._settings.lease_seconds)
             return self._opened
 

@@ -22,7 +22,16 @@ PRIORITY_TAG = "dagster-taskiq/priority"
 RUN_PRIORITY_TAG = "dagster-taskiq/run_priority"
 SOFT_TIMEOUT_TAG = "dagster-taskiq/soft_timeout_seconds"
 TIMEOUT_TAG = "dagster-taskiq/timeout_seconds"
-TASK_ID_TAG = "dagster-taskiq/task_id"
+
+#: On a launched run: the task of its present process. The UI hides tags that begin like this, since
+#: it would fill each row of the page of runs.
+TASK_ID_TAG = ".dagster/taskiq_task_id"
+
+# the same under names like dagster-celery's, for code that imports those
+DAGSTER_TASKIQ_QUEUE_TAG = QUEUE_TAG
+DAGSTER_TASKIQ_STEP_PRIORITY_TAG = PRIORITY_TAG
+DAGSTER_TASKIQ_RUN_PRIORITY_TAG = RUN_PRIORITY_TAG
+DAGSTER_TASKIQ_TASK_ID_TAG = TASK_ID_TAG
 
 CELERY_QUEUE_TAG = "dagster-celery/queue"
 CELERY_PRIORITY_TAG = "dagster-celery/priority"

@@ -29,7 +29,7 @@ from dagster_taskiq.cli.options import (
     say_errors,
 )
 from dagster_taskiq.config import Settings
-from dagster_taskiq.connections import Servers, find_servers
+from dagster_taskiq.connections import Servers, embedded_notice, find_servers
 from dagster_taskiq.defaults import (
     DEFAULT_QUEUE,
     DRAIN_TIMEOUT_SECONDS,
@@ -40,8 +40,13 @@ from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.worker import Worker, WorkerOptions
 
+logger = logging.getLogger(__name__)
+
 #: Exit code of a worker that had to cancel steps in order to stop.
 EXIT_CUT_SHORT = 3
+
+#: What ``-A`` names on the command lines of both packages, and which has nothing to import.
+_OWN_APPS = ("dagster_taskiq.app", "dagster_celery.app")
 
 _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
@@ -70,7 +75,9 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     type=click.Choice(list(LOG_LEVELS), case_sensitive=False),
     help="Log level. Default: INFO.",
 )
-@click.option("--app", "-A", help="Accepted for dagster-celery's command lines; not needed.")
+@click.option(
+    "--app", "-A", help="Module to import first, as -i. Not needed for dagster_taskiq.app."
+)
 @click.option("--concurrency", "-c", type=click.IntRange(min=0), help="Slots: steps at once.")
 @click.option(
     "--run-slots", type=click.IntRange(min=0), help="Whole runs at once. Default: as --concurrency."
@@ -96,9 +103,8 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 )
 @click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
-def start(app: str | None, background: bool, **given: Any) -> None:
+def start(background: bool, **given: Any) -> None:
     """Start a worker. Celery's own arguments may follow after --."""
-    del app
     if background:
         _start_worker(None, **given)
         return
@@ -136,7 +142,10 @@ def _start_worker(
     options = _worker_options(given, celery, settings)
     server.begin(forget=settings.signing_variables)
     _configure_logging(options.log_level)
-    sys.exit(asyncio.run(_run_worker(find_servers(settings), options, ready_fd)))
+    servers = find_servers(settings)
+    if notice := embedded_notice(servers):
+        logger.warning(notice)
+    sys.exit(asyncio.run(_run_worker(servers, options, ready_fd)))
 
 
 def _worker_options(
@@ -155,7 +164,14 @@ def _worker_options(
         slots=slots,
         run_slots=run_slots,
         include=tuple(
-            dict.fromkeys((*settings.include, *split_names(given["includes"]), *celery.include))
+            dict.fromkeys(
+                (
+                    *_app_modules(given["app"]),
+                    *settings.include,
+                    *split_names(given["includes"]),
+                    *celery.include,
+                )
+            )
         ),
         log_level=celery.log_level or LOG_LEVELS[given["loglevel"].upper()],
         max_tasks_per_child=_first(
@@ -179,6 +195,12 @@ def _worker_options(
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )
+
+
+def _app_modules(app: str | None) -> tuple[str, ...]:
+    """The module of ``-A``, as Celery writes it (``module:name``), which each child imports."""
+    module = (app or "").partition(":")[0]
+    return (module,) if module and module not in _OWN_APPS else ()
 
 
 def _first(*values: Any) -> Any:

@@ -139,3 +139,21 @@ def test_lists_with_commas_and_repeated_options_mean_the_same(
     """As Celery reads them, before and after ``--``."""
     given = options(monkeypatch, *arguments)
     assert (given.queues, given.include) == (("a", "b"), ("m", "n"))
+
+
+@pytest.mark.parametrize(
+    ("app", "expected"),
+    [
+        ("dagster_taskiq.app", ()),
+        ("dagster_taskiq.app:broker", ()),
+        ("dagster_celery.app", ()),
+        ("team.app", ("team.app",)),
+        ("team.app:celery", ("team.app",)),
+    ],
+)
+def test_the_module_of_an_app_is_imported(
+    app: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an include, so that one which does not exist is an error; the two known ones are empty."""
+    assert options(monkeypatch, "-A", app).include == expected
+    assert options(monkeypatch, "-A", app, "-i", "m").include == (*expected, "m")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from dagster._core.storage.tags import TagType, get_tag_type
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -135,3 +136,18 @@ def test_a_time_limit_that_is_none(tag: str, value: str) -> None:
     with pytest.raises(TagError, match="a number of seconds") as caught:
         tags.step_time_limits({tag: value})
     assert (caught.value.tag, caught.value.value) == (tag, value)
+
+
+def test_the_names_of_dagster_celery_s_constants_are_here() -> None:
+    """Code that imports one finds it under the package's name, with our value."""
+    theirs = pytest.importorskip("dagster_celery.tags")
+    for name in vars(theirs):
+        if name.startswith("DAGSTER_CELERY_"):
+            value = getattr(tags, name.replace("CELERY", "TASKIQ"))
+            assert "celery" not in value
+            assert value.rpartition("/")[2].endswith(getattr(theirs, name).rpartition("/")[2])
+
+
+def test_the_task_id_is_hidden_in_the_ui() -> None:
+    """It is on every launched run, and of no use to people."""
+    assert get_tag_type(tags.TASK_ID_TAG) is TagType.HIDDEN
