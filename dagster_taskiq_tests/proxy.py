@@ -13,9 +13,9 @@ from enum import Enum
 from urllib.parse import urlsplit
 
 from dagster_taskiq.loop_thread import LoopThread
-from dagster_taskiq.servers import ServerOptions, is_amqp
+from dagster_taskiq.servers import ServerOptions
 
-_DEFAULT_PORTS = {True: 5672, False: 6379}
+_DEFAULT_PORTS = {"amqp": 5672, "redis": 6379, "postgresql": 5432}
 
 
 class Mode(Enum):
@@ -48,12 +48,12 @@ class Proxy:
     """Listens on a port of its own, the same for its whole life.
 
     Args:
-        url: of the server behind it, ``redis://`` or ``amqp://``.
+        url: of the server behind it, ``redis://``, ``amqp://`` or ``postgresql://``.
     """
 
     def __init__(self, url: str) -> None:
         self._parts = urlsplit(url)
-        port = self._parts.port or _DEFAULT_PORTS[is_amqp(url)]
+        port = self._parts.port or _DEFAULT_PORTS[self._parts.scheme]
         self._upstream = (str(self._parts.hostname), port)
         self._port = 0
         self._mode = Mode.PASS

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
 from benchmarks.soak.stack import EmbeddedServer, Kind, OwnServer
 from dagster_taskiq_tests.acceptance.harness import Note, Stack, WorkerProcess, is_running, until
+from dagster_taskiq_tests.proxy import Proxy
 
 logger = logging.getLogger("soak")
 
@@ -78,7 +79,7 @@ class Director:
 
     Args:
         kind: of the broker.
-        stack, other_home, server: see ``open_soak_stack``.
+        stack, other_home, server, database: see ``open_soak_stack``.
         seed: of everything that is left to chance.
     """
 
@@ -88,11 +89,13 @@ class Director:
         stack: Stack,
         other_home: Path,
         server: OwnServer | EmbeddedServer,
+        database: Proxy,
         seed: int,
     ) -> None:
         self.kind = kind
         self.stack = stack
         self.server = server
+        self.database = database
         self.random = random.Random(f"{seed}/faults")
         self.runs = Runs(stack, other_home, seed)
         self.workers: list[SoakWorker] = []

@@ -33,6 +33,11 @@ OUTLIVE_SECONDS = LEASE_SECONDS + 5.0
 SPARE_DESCRIPTORS = 12
 
 
+#: Ends of a step, or of an attempt of it; and those that a run may succeed with.
+_GOOD_ENDS = (DagsterEventType.STEP_SUCCESS, DagsterEventType.STEP_SKIPPED)
+_ENDS = (*_GOOD_ENDS, DagsterEventType.STEP_FAILURE, DagsterEventType.STEP_UP_FOR_RETRY)
+
+
 @dataclass
 class Verdict:
     """What came of a soak.
@@ -42,6 +47,7 @@ class Verdict:
         steps, attempts: executed.
         lost: runs that never ended, and steps that succeeded without having run.
         twice: attempts that were executed by two processes.
+        wrong_ends: runs whose end does not fit what their steps did.
         others: what else must not be.
         left: what was left over, by kind.
         failures: how often attempts failed, by why.
@@ -52,6 +58,7 @@ class Verdict:
     attempts: int = 0
     lost: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
+    wrong_ends: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
@@ -59,7 +66,7 @@ class Verdict:
     @property
     def is_good(self) -> bool:
         """Whether every promise was kept."""
-        return not (self.lost or self.twice or self.others or +self.left)
+        return not (self.lost or self.twice or self.wrong_ends or self.others or +self.left)
 
 
 def judge(director: Director, unfinished: list[SoakRun]) -> Verdict:
@@ -130,6 +137,38 @@ def _judge_runs(director: Director, verdict: Verdict) -> None:
             director, run, soak_run, record.end_time, notes[run.run_id], verdict
         ):
             verdict.others.append(f"run {soak_run.number} ({run.run_id}): {text}")
+        for text in _wrong_ends(director, run, soak_run, notes[run.run_id]):
+            verdict.wrong_ends.append(f"run {soak_run.number} ({run.run_id}): {text}")
+
+
+def _wrong_ends(
+    director: Director, run: DagsterRun, soak_run: SoakRun, notes: list[Note]
+) -> Iterator[str]:
+    """Where the end of a run, as Dagster shows it, does not fit the ends of its steps."""
+    ends = {
+        str(entry.step_key): entry.dagster_event.event_type
+        for entry in director.stack.instance.all_logs(run.run_id, of_type=set(_ENDS))
+        if entry.dagster_event
+    }
+    if run.status is DagsterRunStatus.SUCCESS:
+        bad = {key: kind.value for key, kind in ends.items() if kind not in _GOOD_ENDS}
+        if bad:
+            yield f"it is SUCCESS, and the last ends of these steps are {bad}"
+        missing = sorted((_planned_steps(director, run) | {it.step for it in notes}) - ends.keys())
+        if missing:
+            yield f"it is SUCCESS, and the log has no end of {missing}"
+    if run.status is DagsterRunStatus.CANCELED and "it was cancelled" not in soak_run.faults:
+        yield "it is CANCELED, and nobody has cancelled it"
+    if run.status is DagsterRunStatus.FAILURE and not soak_run.faults:
+        unknown = sorted({it.step for it in notes if it.kind == "end"} - ends.keys())
+        if unknown:
+            yield f"these steps ran to their end, and the log has none: {unknown}"
+
+
+def _planned_steps(director: Director, run: DagsterRun) -> set[str]:
+    """Keys of the steps that the run was to execute, but for those of dynamic outputs."""
+    plan = director.stack.instance.get_execution_plan_snapshot(str(run.execution_plan_snapshot_id))
+    return {key for key in plan.step_keys_to_execute if "[" not in key}
 
 
 def _judge_run(

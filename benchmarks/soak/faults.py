@@ -22,18 +22,30 @@ from benchmarks.soak.stack import (
     LEASE_SECONDS,
     EmbeddedServer,
     OwnServer,
+    accept_broker_connections,
     close_broker_connections,
+    refuse_broker_connections,
 )
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import is_running
+from dagster_taskiq_tests.proxy import Mode
 
 Fault = Callable[[Director], "str | None"]
 
+#: How long Dagster's database is away, once in a soak.
+DATABASE_AWAY_SECONDS = 60.0
 
-def faults_of(director: Director) -> dict[str, Fault]:
-    """The faults that the director's broker can have, by name."""
+#: How long a worker is left without file descriptors, and RabbitMQ without connections.
+SHORTAGE_SECONDS = 8.0
+
+#: How many files a worker may still open then.
+_SPARE_FILES = 2
+
+
+def faults_of(director: Director, seconds: float) -> dict[str, Fault]:
+    """The faults that the director's broker can have in a soak of that length, by name."""
     found: dict[str, Fault] = {
         "kill a step's child": _kill_step_child,
         "kill an idle child": _kill_idle_child,
@@ -52,13 +64,17 @@ def faults_of(director: Director) -> dict[str, Fault]:
         "freeze the backend for half a lease": lambda it: _freeze_backend(it, 0.5 * LEASE_SECONDS),
         "freeze the backend for two leases": lambda it: _freeze_backend(it, 2 * LEASE_SECONDS),
         "garbage in the queues": _send_garbage,
+        "no file descriptors left in a worker": _take_descriptors,
     }
+    if seconds > 2 * DATABASE_AWAY_SECONDS:
+        found["the database away for a minute"] = _take_database
     if isinstance(director.server, OwnServer):
         found["restart the backend from an older snapshot"] = _go_back
     if isinstance(director.server, EmbeddedServer):
         found["kill the embedded server's keeper"] = _kill_keeper
     if director.kind == "rabbitmq":
         found["close the broker's connections"] = _close_connections
+        found["RabbitMQ refuses connections"] = _refuse_connections
     return found
 
 
@@ -144,6 +160,23 @@ def _drain_worker(director: Director) -> str | None:
     worker.process.terminate()
     director.start_worker()
     return worker.process.name
+
+
+def _take_descriptors(director: Director) -> str | None:
+    worker = _some_worker(director)
+    if worker is None:
+        return None
+    process = psutil.Process(worker.pid)
+    _, most = process.rlimit(psutil.RLIMIT_NOFILE)
+    process.rlimit(psutil.RLIMIT_NOFILE, (min(process.num_fds() + _SPARE_FILES, most), most))
+    worker.is_harmed = True
+
+    def give_back() -> None:
+        with suppress(psutil.Error):
+            process.rlimit(psutil.RLIMIT_NOFILE, (most, most))
+
+    director.later(SHORTAGE_SECONDS, give_back)
+    return f"{worker.process.name} for {SHORTAGE_SECONDS:g} s"
 
 
 def _kill_guard(director: Director) -> str | None:
@@ -288,6 +321,20 @@ def _kill_keeper(director: Director) -> str:
 def _close_connections(director: Director) -> str:
     close_broker_connections(director.stack)
     return "all of them"
+
+
+def _refuse_connections(director: Director) -> str:
+    refuse_broker_connections(director.stack)
+    director.later(SHORTAGE_SECONDS, lambda: accept_broker_connections(director.stack))
+    return f"for {SHORTAGE_SECONDS:g} s"
+
+
+def _take_database(director: Director) -> str | None:
+    if director.faults["the database away for a minute"]:
+        return None
+    director.database.set(Mode.REFUSE)
+    director.later(DATABASE_AWAY_SECONDS, lambda: director.database.set(Mode.PASS))
+    return f"for {DATABASE_AWAY_SECONDS:g} s"
 
 
 def _send_garbage(director: Director) -> str:

@@ -154,6 +154,26 @@ def spawning(context: OpExecutionContext, x: int) -> int:
     return x
 
 
+@op(retry_policy=_RETRIES)
+def forking(context: OpExecutionContext, x: int) -> int:
+    """Forks, and its copy ends by an exception, which leads it back to where it was called."""
+    note(context, "start")
+    copy = os.fork()
+    if copy == 0:
+        raise ValueError("in the copy")
+    work(context, draw(context).uniform(0.2, 1.5))
+    os.waitpid(copy, 0)
+    note(context, "end")
+    return x
+
+
+@op
+def failing(context: OpExecutionContext, x: int) -> int:
+    """Fails for good."""
+    note(context, "start")
+    raise Failure(f"failing on purpose, after {x}")
+
+
 @op(retry_policy=_RETRIES, pool=POOL)
 def pooled(context: OpExecutionContext, x: int) -> int:
     """Holds a slot of the pool."""
@@ -227,5 +247,22 @@ def patient() -> None:
     slow.alias("last")(total([slow.alias(f"slow_{number}")(x) for number in range(_WIDTH)]))
 
 
+@job(executor_def=taskiq_executor)
+def forks() -> None:
+    """Steps that fork, between others that have the same slots."""
+    x = begin()
+    kinds = (forking, quick) * (_WIDTH // 2)
+    total([kind.alias(f"{kind.name}_{n}")(x) for n, kind in enumerate(kinds)])
+
+
+@job(executor_def=taskiq_executor)
+def half_bad() -> None:
+    """A step fails for good while others go on for longer: the run fails, resumed or not."""
+    x = begin()
+    quick.alias("never")(failing(x))
+    for number in range(_WIDTH // 2):
+        slow.alias(f"slow_{number}")(x)
+
+
 #: Names of the jobs to choose from.
-JOBS = ("fan_out", "chain", "dynamic", "pools", "crashes", "patient")
+JOBS = ("fan_out", "chain", "dynamic", "pools", "crashes", "patient", "forks", "half_bad")

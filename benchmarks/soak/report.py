@@ -35,10 +35,11 @@ def table(values: dict[str, Any]) -> str:
         f"attempts    {values['attempts']}",
         f"lost        {len(values['lost'])}",
         f"twice       {len(values['twice'])}",
+        f"wrong ends  {len(values['wrong_ends'])}",
         f"left over   {json.dumps(values['left']) if values['left'] else 'nothing'}",
         "attempts that failed, by why",
         *[f"  {count:4} {why}" for why, count in sorted(values["failures"].items())],
     ]
-    for kind in ("lost", "twice", "others"):
+    for kind in ("lost", "twice", "wrong_ends", "others"):
         lines += [f"BROKEN ({kind}): {text}" for text in values[kind]]
     return "\n".join(lines)

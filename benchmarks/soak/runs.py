@@ -27,7 +27,7 @@ from dagster._daemon.monitoring.run_monitoring import (
 
 from benchmarks.soak import jobs
 from benchmarks.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
-from benchmarks.soak.stack import GRACE_SECONDS, LEASE_SECONDS
+from benchmarks.soak.stack import GRACE_SECONDS, LEASE_SECONDS, open_watchers_instance
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq_tests.acceptance.harness import Run, Stack
 
@@ -163,7 +163,7 @@ class Runs:
             self._thread.join()
 
     def _monitor(self) -> None:
-        with DagsterInstance.from_config(str(self._stack.home)) as instance:
+        with open_watchers_instance(self._stack.home) as instance:
             next_look = 0.0
             while not self._stopping.is_set():
                 try:

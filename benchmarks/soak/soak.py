@@ -29,10 +29,10 @@ def soak(
         directory: an empty one, for logs and trace.
         fault_seconds: between two faults, on average.
     """
-    with open_soak_stack(kind, directory) as (stack, other_home, server):
-        director = Director(kind, stack, other_home, server, seed)
+    with open_soak_stack(kind, directory) as (stack, other_home, server, database):
+        director = Director(kind, stack, other_home, server, database, seed)
         try:
-            director.play(seconds, faults_of(director), fault_seconds)
+            director.play(seconds, faults_of(director, seconds), fault_seconds)
             verdict = judge(director, director.calm_down())
             keep_logs(director)
             stop_workers(director, verdict)

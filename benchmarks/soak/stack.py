@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +21,7 @@ from benchmarks.soak.jobs import POOL, POOL_SLOTS
 from dagster_taskiq.embedded import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
+from dagster_taskiq_tests.proxy import Proxy, proxied
 from dagster_taskiq_tests.server_sources import rabbitmqctl
 from dagster_taskiq_tests.servers import (
     PrivateRedis,
@@ -37,6 +39,9 @@ GRACE_SECONDS = 5.0
 
 #: How often a run is resumed.
 RESUMES = 3
+
+#: The instance's settings without the proxy before its database, for whoever watches the soak.
+WATCHERS_YAML = "watchers.yaml"
 
 
 class StateServer(Protocol):
@@ -147,16 +152,17 @@ class EmbeddedServer:
 @contextmanager
 def open_soak_stack(
     kind: Kind, directory: Path
-) -> Iterator[tuple[Stack, Path, OwnServer | EmbeddedServer]]:
-    """The stack, the home of runs that are not resumed, and the server that keeps the state."""
+) -> Iterator[tuple[Stack, Path, OwnServer | EmbeddedServer, Proxy]]:
+    """The stack, the home of runs that are not resumed, the server that keeps the state, and the
+    proxy that runs and workers reach Dagster's database by."""
     home, other_home = directory / "home", directory / "other-home"
     with ExitStack() as resources:
         database = resources.enter_context(postgres_database())
+        database_proxy = resources.enter_context(proxied(database))
         broker, backend, server = _servers(kind, resources, home)
         for path in (home, other_home):
             path.mkdir()
-            storage = {"storage": {"postgres": {"postgres_url": database}}}
-            (path / "dagster.yaml").write_text(yaml.safe_dump({**storage, **_quiet()}))
+            _write_settings(path / "dagster.yaml", database_proxy.url)
         if kind == "embedded":
             # one server for both
             (home / "dagster_taskiq").mkdir(mode=0o700)
@@ -165,11 +171,26 @@ def open_soak_stack(
         stack = Stack(home, broker, backend, directory)
         closed_stacks.append(stack.mark)
         resources.enter_context(stack.exit_stack)
-        launching = {**storage, **_quiet(), **_launching(stack)}
-        (home / "dagster.yaml").write_text(yaml.safe_dump(launching))
-        stack.instance = resources.enter_context(DagsterInstance.from_config(str(home)))
+        _write_settings(home / "dagster.yaml", database_proxy.url, _launching(stack))
+        _write_settings(home / WATCHERS_YAML, database, _launching(stack))
+        stack.instance = resources.enter_context(open_watchers_instance(home))
         stack.instance.event_log_storage.set_concurrency_slots(POOL, POOL_SLOTS)
-        yield stack, other_home, server
+        yield stack, other_home, server, database_proxy
+
+
+def open_watchers_instance(home: Path) -> DagsterInstance:
+    """The instance for the soak itself and Dagster's monitoring: no fault takes its database away.
+
+    Runs and workers that are told of it by its directory read that directory's dagster.yaml.
+    """
+    return DagsterInstance.from_config(str(home), WATCHERS_YAML)
+
+
+def _write_settings(
+    path: Path, database: str, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    settings = {"storage": {"postgres": {"postgres_url": database}}, **_quiet(), **more}
+    path.write_text(yaml.safe_dump(settings))
 
 
 def _servers(
@@ -191,9 +212,23 @@ def _servers(
 
 def close_broker_connections(stack: Stack) -> None:
     """What RabbitMQ does to its clients when it restarts."""
+    rabbitmqctl("close_all_connections", "--vhost", _vhost(stack), "a fault of the soak")
+
+
+def refuse_broker_connections(stack: Stack) -> None:
+    """Have RabbitMQ end the connections of the virtual host and refuse new ones."""
+    rabbitmqctl("set_vhost_limits", "--vhost", _vhost(stack), '{"max-connections": 0}')
+    close_broker_connections(stack)
+
+
+def accept_broker_connections(stack: Stack) -> None:
+    """Have RabbitMQ take connections again."""
+    rabbitmqctl("clear_vhost_limits", "--vhost", _vhost(stack))
+
+
+def _vhost(stack: Stack) -> str:
     assert stack.broker is not None
-    vhost = unquote(urlsplit(stack.broker.url).path[1:])
-    rabbitmqctl("close_all_connections", "--vhost", vhost, "a fault of the soak")
+    return unquote(urlsplit(stack.broker.url).path[1:])
 
 
 def _quiet() -> dict[str, Any]:
