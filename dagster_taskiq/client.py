@@ -95,6 +95,7 @@ class Client(Dispatcher):
         self._epoch_since = 0.0
         self._sent_in: dict[str, str] = {}
         self._steady_since = 0.0
+        self._trouble = ""
         self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: queue.SimpleQueue[tuple[str, TaskResult]] = queue.SimpleQueue()
@@ -242,6 +243,7 @@ class Client(Dispatcher):
         if now - self._steady_since > _QUIET_SECONDS:
             logger.warning("Run %s: %s Trying again.", self._run_id, error)
         self._steady_since = now
+        self._trouble = str(error)
 
     async def _revive(self) -> None:
         try:
@@ -259,6 +261,7 @@ class Client(Dispatcher):
                 self._lease_seconds,
             )
             self._epoch = epoch
+            self._trouble = f"{self._backend.address} was restarted or emptied."
             self._steady_since = self._epoch_since = time.monotonic()
 
     # --- the loop's calls ---
@@ -315,6 +318,8 @@ class Client(Dispatcher):
         return Inspection(
             is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
             reports=reports,
+            trouble=self._trouble,
+            troubled_at=self._steady_since,
             absent=frozenset(await self._absent(waiting)),
             waits={
                 queue: wait for queue in {t.queue for t in waiting} if (wait := waits.of(queue))

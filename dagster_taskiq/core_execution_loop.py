@@ -40,6 +40,7 @@ from dagster_taskiq._dagster import (
     unpack_error,
 )
 from dagster_taskiq.backend.base import TaskState
+from dagster_taskiq.claim_watch import ClaimWatch
 from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
@@ -56,6 +57,7 @@ from dagster_taskiq.flights import (
     RunLog,
     error_of,
     read_steps_log,
+    reason_of_loss,
     says_sent,
 )
 from dagster_taskiq.patience import Patience
@@ -285,7 +287,8 @@ class _Loop:
 
     def _flight(self, task: StepTask, step: ExecutionStep) -> Flight:
         attempt_in_run = task.attempt - self._first_attempts[step.key] + 1
-        return Flight(task, step, attempt_in_run, sent_at=time.monotonic())
+        claim = ClaimWatch(self._settings.lease_seconds)
+        return Flight(task, step, attempt_in_run, sent_at=time.monotonic(), claim=claim)
 
     def _task_for(self, step: ExecutionStep) -> StepTask:
         attempt = self._active.retry_state.get_attempt_count(step.key) + 1
@@ -398,6 +401,7 @@ class _Loop:
             log = self._read_log()  # one for all: after an outage there may be hundreds to judge
             for flight in flights:
                 if flight.task.task_id in self._flights:
+                    self._look_at_claim(flight, inspection, asked_at=now)
                     yield from self._compare(flight, inspection, log)
         except ServerError as error:
             yield from self._note_outage("inspect", error)
@@ -411,6 +415,16 @@ class _Loop:
         done = [key for key, report in inspection.reports.items() if report.state is TaskState.DONE]
         return self._dispatcher.fetch(done) if done else []
 
+    def _look_at_claim(self, flight: Flight, inspection: Inspection, asked_at: float) -> None:
+        report = inspection.reports[flight.task.task_id]
+        now = time.monotonic()
+        if report.state is TaskState.CLAIMED:
+            flight.place = report.place
+            flight.claim.see(asked_at, report.lease_left_seconds)
+        else:
+            flight.claim.miss(now, is_expired=report.state is TaskState.EXPIRED)
+        self._reconcile_at = min(self._reconcile_at, flight.claim.next_look_at(now))
+
     def _compare(
         self, flight: Flight, inspection: Inspection, log: RunLog
     ) -> Iterator[DagsterEvent]:
@@ -421,10 +435,13 @@ class _Loop:
             return
         flight.absent_since = None
         if report.state is TaskState.CLAIMED:
-            flight.place = report.place
-        elif report.state in (TaskState.DONE, TaskState.DROPPED) or inspection.is_conclusive:
-            # done, but the result is gone: the log has what came of it
-            yield from self._judge(flight, report.state, log)
+            return
+        # done, but the result is gone: the log has what came of it
+        is_over = report.state is not TaskState.EXPIRED or flight.claim.is_over(time.monotonic())
+        if report.state in (TaskState.DONE, TaskState.DROPPED) or (
+            inspection.is_conclusive and is_over
+        ):
+            yield from self._judge(flight, report.state, inspection, log)
 
     def _look_after_waiting(
         self, flight: Flight, inspection: Inspection, log: RunLog
@@ -434,8 +451,12 @@ class _Loop:
             flight.absent_since = None
         elif flight.absent_since is None:
             flight.absent_since = now
-        elif now - flight.absent_since > IN_HAND_SECONDS and inspection.is_conclusive:
-            yield from self._judge(flight, TaskState.UNKNOWN, log)
+        elif (
+            now - flight.absent_since > IN_HAND_SECONDS
+            and inspection.is_conclusive
+            and (flight.claim.is_over(now) or not flight.claim.was_seen)
+        ):
+            yield from self._judge(flight, TaskState.UNKNOWN, inspection, log)
             return
         yield from self._explain_wait(flight, inspection.waits.get(flight.task.queue))
 
@@ -460,7 +481,9 @@ class _Loop:
             message = f'Step "{flight.step.key}" was not executed. {reason}'
             yield from self._fail(flight, plain_error(message, "StepError"), may_retry=False)
 
-    def _judge(self, flight: Flight, state: TaskState, log: RunLog) -> Iterator[DagsterEvent]:
+    def _judge(
+        self, flight: Flight, state: TaskState, inspection: Inspection, log: RunLog
+    ) -> Iterator[DagsterEvent]:
         """Decide over a task that nobody works on any more and that has no result.
 
         What Dagster's log says of the attempt decides: its end counts as its result, a start
@@ -484,7 +507,7 @@ class _Loop:
         lost = TaskResult(
             Outcome.DIED,
             flight.place or log.place_of(flight),
-            reason="The worker is gone: its lease on this attempt ended without a result.",
+            reason=reason_of_loss(flight, inspection),
         )
         yield from self._finish(flight, lost)
 
@@ -496,6 +519,7 @@ class _Loop:
             EngineEventData(metadata={"task id": flight.task.task_id}),
         )
         flight.absent_since = None
+        flight.claim = ClaimWatch(self._settings.lease_seconds)
         flight.sent_at = time.monotonic()
         self._unsent.append(flight.task)
 

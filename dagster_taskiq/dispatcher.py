@@ -46,12 +46,17 @@ class Inspection:
         is_conclusive: whether a missing claim proves that nobody works on the task: the backend
             has been reachable and in the same epoch for a full lease.
         reports: by task id.
+        trouble: what has last kept the backend from being reachable, or from remembering; a
+            sentence, or empty.
+        troubled_at: when that was last noticed, in monotonic seconds.
         absent: ids of unclaimed tasks that the broker does not hold either.
         waits: by queue of unclaimed tasks, why they wait, where there is a reason.
     """
 
     is_conclusive: bool
     reports: Mapping[str, TaskReport]
+    trouble: str = ""
+    troubled_at: float = float("-inf")
     absent: frozenset[str] = frozenset()
     waits: Mapping[str, QueueWait] = field(default_factory=dict)
 

@@ -17,7 +17,8 @@ from dagster_taskiq._dagster import (
     is_end_of_attempt,
     plain_error,
 )
-from dagster_taskiq.dispatcher import StepTask
+from dagster_taskiq.claim_watch import ClaimWatch
+from dagster_taskiq.dispatcher import Inspection, StepTask
 from dagster_taskiq.queue_waits import WaitHistory
 from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult
 
@@ -33,6 +34,7 @@ class Flight:
     Attributes:
         attempt_in_run: of the step, from 1; a re-executed run goes on counting in the task.
         sent_at: monotonic seconds; of the last time it was sent.
+        claim: what was seen of the claim on it.
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         waits: what the log says of why it waits.
@@ -42,6 +44,7 @@ class Flight:
     step: ExecutionStep
     attempt_in_run: int
     sent_at: float
+    claim: ClaimWatch
     place: Place | None = None
     absent_since: float | None = None
     waits: WaitHistory = field(default_factory=WaitHistory)
@@ -138,6 +141,21 @@ def place_in(event: DagsterEvent) -> Place | None:
         return Place(said["worker"], "", said["host"], int(said["pid"]), int(said["slot"]))
     except (KeyError, ValueError):
         return None  # a loop that has withdrawn the step ends the wait too
+
+
+def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
+    """Why an attempt that a worker had begun has no result and no claim any more."""
+    if inspection.trouble and inspection.troubled_at > max(flight.claim.seen_at, flight.sent_at):
+        return (
+            "Its lease could not be renewed, so that it was stopped or is taken for lost: "
+            f"{inspection.trouble}"
+        )
+    if flight.claim.has_vanished:
+        return (
+            "Its claim was gone before its lease had ended, so that its worker has stopped it: the "
+            "backend's clock was set forward, or the key was deleted."
+        )
+    return "The worker is gone: its lease on this attempt ended without a result."
 
 
 def error_of(flight: Flight, result: TaskResult) -> SerializableErrorInfo:

@@ -104,10 +104,16 @@ class Renewal:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What the backend knows of one task: its state and, while it is claimed, where it runs."""
+    """What the backend knows of one task.
+
+    Attributes:
+        place: where it runs, while it is claimed.
+        lease_left_seconds: until the claim ends without renewal, by the server's clock.
+    """
 
     state: TaskState
     place: Place | None = None
+    lease_left_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,12 @@ class RedisBackend(Backend):
             arguments = [_fresh(), self._key("claim:"), *batch]
             first, *rest = await self._script(scripts.INSPECT, keys, arguments)
             epoch = _text(first)
-            for task, state, place in zip(batch, rest[::2], rest[1::2], strict=True):
-                reports[task] = TaskReport(TaskState(_text(state)), _place_of(place))
+            for task, state, place, left_ms in zip(
+                batch, rest[::3], rest[1::3], rest[2::3], strict=True
+            ):
+                reports[task] = TaskReport(
+                    TaskState(_text(state)), _place_of(place), max(0, left_ms) / 1000
+                )
         return epoch, reports
 
     async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:

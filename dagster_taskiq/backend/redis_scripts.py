@@ -216,7 +216,7 @@ return found
 """
 
 #: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, tasks ...
-#: Returns {epoch, state, place or '', ...}.
+#: Returns {epoch, state, place or '', ms that are left of the lease, ...}.
 INSPECT = (
     _PRELUDE
     + """
@@ -233,6 +233,7 @@ for index = 3, #ARGV do
   end
   answer[#answer + 1] = state
   answer[#answer + 1] = place or ''
+  answer[#answer + 1] = place and redis.call('PTTL', ARGV[2] .. ARGV[index]) or 0
 end
 return answer
 """

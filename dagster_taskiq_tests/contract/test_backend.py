@@ -205,9 +205,15 @@ def bench(empty: Bench) -> Bench:
 
 
 def test_a_claim_is_granted_and_seen(bench: Bench) -> None:
-    """The loop sees who has the task."""
+    """The loop sees who has the task, and for how long by the server's clock."""
     claim = bench.claimed()
-    assert bench.report(claim.task_id) == TaskReport(TaskState.CLAIMED, claim.place)
+    report = bench.report(claim.task_id)
+    assert (report.state, report.place) == (TaskState.CLAIMED, claim.place)
+    assert 0 < report.lease_left_seconds <= claim.lease_seconds
+    later = bench.report(claim.task_id)
+    assert later.lease_left_seconds <= report.lease_left_seconds
+    assert bench.renew(claim).is_held
+    assert bench.report(claim.task_id).lease_left_seconds > claim.lease_seconds / 2
 
 
 def test_two_workers_claim_one_task(bench: Bench) -> None:
@@ -598,7 +604,7 @@ def test_inspect_looks_at_a_thousand_tasks_in_one_call(bench: Bench) -> None:
     assert epoch == bench.epoch
     assert len(reports) == 1002
     assert {reports[task].state for task in tasks} == {TaskState.UNKNOWN}
-    assert reports[held.task_id] == TaskReport(TaskState.CLAIMED, held.place)
+    assert reports[held.task_id].place == held.place
     assert reports[done.task_id] == TaskReport(TaskState.DONE)
 
 
@@ -987,7 +993,8 @@ def test_a_live_worker_asserts_its_claim_again(
     new_life()
     assert bench.renew(claim).is_held
     bench.renew_run()
-    assert bench.report(claim.task_id) == TaskReport(TaskState.CLAIMED, claim.place)
+    report = bench.report(claim.task_id)
+    assert (report.state, report.place) == (TaskState.CLAIMED, claim.place)
     assert bench.claim(bench.new_claim(claim.task_id)) is not ClaimAnswer.GRANTED
     assert bench.complete(claim, b"x")
     assert bench.results() == {claim.task_id: b"x"}

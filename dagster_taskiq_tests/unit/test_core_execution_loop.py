@@ -41,6 +41,8 @@ from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
+LEASE_SECONDS = 30.0
+
 PLACE = Place("w@h", "worker-id", "h", 4711, 2)
 
 #: What a dispatcher does with a task that is sent: it runs it and delivers the result.
@@ -88,9 +90,13 @@ class FakeDispatcher(Dispatcher):
         self.reopened: list[str] = []
         self.cancelled: list[str] = []
         self.inspections: list[float] = []
+        #: By task id, where no worker renews it any more.
+        self.leases_end_at: dict[str, float] = {}
+        self.server_clock_stepped_by = 0.0
         self.is_conclusive = True
-        #: Until when ``open``, ``submit``, ``inspect`` and ``cancel`` fail, and how.
         self.why_waiting: dict[str, QueueWait] = {}
+        self.trouble, self.troubled_at = "", float("-inf")
+        #: Until when ``open``, ``submit``, ``inspect`` and ``cancel`` fail, and how.
         self.away_until = 0.0
         self.error: ServerError = UnreachableServerError(
             "redis://fake", "Cannot reach redis://fake."
@@ -185,11 +191,17 @@ class FakeDispatcher(Dispatcher):
             reports={t.task_id: self._report(t.task_id) for t in tasks},
             absent=frozenset(t.task_id for t in unknown) - self.waiting,
             waits=self.why_waiting,
+            trouble=self.trouble,
+            troubled_at=self.troubled_at,
         )
 
     def _report(self, task_id: str) -> TaskReport:
         state = self.states.get(task_id, TaskState.UNKNOWN)
-        return TaskReport(state, PLACE if state is TaskState.CLAIMED else None)
+        if state is not TaskState.CLAIMED:
+            return TaskReport(state)
+        left = self.leases_end_at.get(task_id, self.clock.now + LEASE_SECONDS) - self.clock.now
+        left -= self.server_clock_stepped_by
+        return TaskReport(state, PLACE, left) if left > 0 else TaskReport(TaskState.EXPIRED)
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         return [(key, self.stored[key]) for key in task_ids if key in self.stored]
@@ -206,7 +218,7 @@ class FakeDispatcher(Dispatcher):
         return answers
 
     def condemn(self, task_id: str) -> bool:
-        if self.states.get(task_id) in (TaskState.CLAIMED, TaskState.DONE):
+        if self._report(task_id).state in (TaskState.CLAIMED, TaskState.DONE):
             return False
         self.states[task_id] = TaskState.LOST
         return True
@@ -516,6 +528,70 @@ def test_nothing_is_judged_before_the_watch_is_conclusive(
     fake.on_wait = late
     assert execute(jobs.single_job, instance).status is FAILURE
     assert fake.clock.now >= 1300
+
+
+def test_a_dead_worker_s_claim_is_judged_when_its_lease_ends(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Without waiting for the next round, since the loop has seen how long it has to go."""
+    fake.plan["one"] = [HOLD]
+
+    def die(_: int) -> None:
+        if fake.clock.now > 1100:
+            fake.leases_end_at.setdefault(fake.sent[0].task_id, fake.clock.now + 30)
+            fake.on_wait = lambda _: None
+
+    fake.on_wait = die
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is FAILURE
+    (ends_at,) = fake.leases_end_at.values()
+    assert ends_at <= fake.clock.now < ends_at + 0.5
+    assert "The worker is gone" in ran.error("one")
+
+
+@pytest.mark.parametrize("fault", ["deleted", "clock stepped far", "clock stepped a little"])
+def test_a_claim_that_ends_before_its_time_is_judged_when_its_worker_has_stopped(
+    fake: FakeDispatcher, instance: DagsterInstance, fault: str
+) -> None:
+    """Its worker may execute for a lease after the loop has seen the claim for the last time."""
+    fake.plan["patient"] = [HOLD, RUN]
+    gone_at: list[float] = []
+
+    def strike(_: int) -> None:
+        if fake.clock.now > 1100:
+            gone_at.append(fake.clock.now)
+            (task,) = fake.sent
+            if fault == "deleted":
+                fake.states[task.task_id] = TaskState.EXPIRED
+            else:
+                fake.leases_end_at[task.task_id] = fake.clock.now + 28
+                fake.server_clock_stepped_by = 60 if "far" in fault else 27
+            fake.on_wait = lambda _: None
+
+    fake.on_wait = strike
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.attempt for task in fake.sent if task.step_key == "patient"] == [1, 2]
+    assert fake.clock.now - gone_at[0] >= LEASE_SECONDS
+    assert fake.clock.now - gone_at[0] < LEASE_SECONDS + 2 * loop_module.RECONCILE_SECONDS
+    (retry,) = (event for event in ran.events if event.is_step_up_for_retry)
+    assert "was gone before its lease had ended" in str(retry.step_retry_data.error)
+
+
+def test_a_lost_claim_after_an_outage_names_the_outage(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Not the worker, which did what it had to."""
+    fake.plan["one"] = [HOLD]
+
+    def happen(_: int) -> None:
+        if fake.clock.now > 1010:
+            fake.trouble, fake.troubled_at = "Cannot reach redis://fake.", fake.clock.now + 1
+            fake.states[fake.sent[0].task_id] = TaskState.EXPIRED
+            fake.on_wait = lambda _: None
+
+    fake.on_wait = happen
+    assert "Cannot reach redis://fake." in execute(jobs.single_job, instance).error("one")
 
 
 def test_a_claim_that_turns_up_after_all_is_waited_for(
@@ -1145,11 +1221,16 @@ def test_a_resumed_loop_judges_before_it_sends_again(
         assert fake.sent[1].task_id == task.task_id
 
 
-def leave(fake: FakeDispatcher, instance: DagsterInstance, execute: Callable[[], str]) -> str:
-    """Have a run's process end after ten seconds, in a run that will be resumed; the run's id."""
+def leave(
+    fake: FakeDispatcher,
+    instance: DagsterInstance,
+    execute: Callable[[], str],
+    after_seconds: float = 10,
+) -> str:
+    """Have a run's process end after a time, in a run that will be resumed; the run's id."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DagsterInstance, "run_will_resume", lambda *_: True)
-        interrupt_once(fake, fake.clock.now - 1000 + 10, lambda: None)
+        interrupt_once(fake, fake.clock.now - 1000 + after_seconds, lambda: None)
         run_id = execute()
     fake.on_wait = lambda _: None
     return run_id
@@ -1250,7 +1331,7 @@ def test_a_late_failure_of_a_lost_attempt_does_not_count_after_a_resume(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fake, "start", start)
-        run_id = leave(fake, instance, lambda: execute(jobs.patient_job, instance).run_id)
+        run_id = leave(fake, instance, lambda: execute(jobs.patient_job, instance).run_id, 60)
     finish_held(fake, "patient")
     ran = resume(instance, run_id)
     assert ran.count(DagsterEventType.STEP_FAILURE, "patient") == 1, "the late one"

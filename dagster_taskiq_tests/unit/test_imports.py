@@ -24,7 +24,7 @@ LAYERS = [
     "server_urls",
     "config backend brokers control embedded_keeper queue_waits renewals",
     "embedded dispatcher settings_file",
-    "connections client flights core_execution_loop",
+    "connections client claim_watch flights core_execution_loop",
     "tasks",
     "eager",
     "executor run_client",
