@@ -75,7 +75,11 @@ from dagster._serdes import (
     unpack_value,
 )
 from dagster._utils.error import serializable_error_info_from_exc_info
-from dagster._utils.interrupts import capture_interrupts, raise_interrupts_as
+from dagster._utils.interrupts import (
+    capture_interrupts,
+    check_captured_interrupt,
+    raise_interrupts_as,
+)
 from dagster_shared.error import SerializableErrorInfo
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
@@ -127,9 +131,11 @@ __all__ = [
     "execute_plan_iterator",
     "fail_step",
     "has_database_server",
+    "has_server",
     "hold_pool_slot",
     "is_end_of_attempt",
     "is_in_flight",
+    "is_interrupt_captured",
     "is_own_instance",
     "keep_definitions",
     "multiple_process_executor_requirements",
@@ -301,6 +307,11 @@ def runs_user_code() -> bool:
     return getattr(handler, "__qualname__", "").startswith(f"{raise_interrupts_as.__qualname__}.")
 
 
+def is_interrupt_captured() -> bool:
+    """Whether a signal asked this process to stop, and what runs has not been told yet."""
+    return check_captured_interrupt()
+
+
 def copy_logs_by(begin: Callable[[str, int], None], end: Callable[[str], None]) -> None:
     """Have somebody else copy the captured output of steps to where it would have gone.
 
@@ -400,6 +411,11 @@ def storage_engines(instance: DagsterInstance) -> list[StorageEngine]:
     return [StorageEngine(storage) for storage in having]
 
 
+def has_server(engine: Engine) -> bool:
+    """Whether its database is one with a server, unlike SQLite's files."""
+    return engine.dialect.name != "sqlite"
+
+
 class SqlEventLog:
     """The event log of an instance, in a database with a server."""
 
@@ -450,8 +466,7 @@ def sql_event_log(instance: DagsterInstance) -> SqlEventLog | None:
     if not isinstance(storage, SqlEventLogStorage) or not hasattr(storage, "_event_to_row"):
         return None
     engine = getattr(storage, "_engine", None)
-    has_server = isinstance(engine, Engine) and engine.dialect.name != "sqlite"
-    return SqlEventLog(storage) if has_server else None
+    return SqlEventLog(storage) if isinstance(engine, Engine) and has_server(engine) else None
 
 
 def plain_error(message: str, error_class: str) -> SerializableErrorInfo:

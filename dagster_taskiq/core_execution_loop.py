@@ -352,8 +352,8 @@ class _Loop:
             reason = f"Its result cannot be read: {malformed}."
             result = replace(result, outcome=Outcome.DIED, error=None, reason=reason)
             error = None
-        if result.outcome is Outcome.DIED:
-            # what the child logged before it died; its result has no events
+        if result.outcome in (Outcome.DIED, Outcome.UNLOGGED):
+            # what is in the log counts; the result has no events
             events = self._read_log().outcome(flight)
         for event in events:
             yield event
@@ -367,6 +367,13 @@ class _Loop:
         if is_in_flight(self._active, flight.step.key):
             error = error or error_of(flight, result)
             yield from self._fail(flight, error, may_retry=not result.is_cancelled)
+        elif result.outcome is Outcome.UNLOGGED:
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" has ended, but events after its end are lost: '
+                f"{result.reason}",
+                EngineEventData(error=error),
+            )
 
     def _fail(
         self, flight: Flight, error: SerializableErrorInfo, *, may_retry: bool

@@ -61,6 +61,11 @@ def is_passing(error: BaseException) -> bool:
     return any(_passes(it) for it in _chain(error) if isinstance(it, DBAPIError))
 
 
+def is_read_only(error: DBAPIError) -> bool:
+    """Whether the server refuses to write, as a standby does."""
+    return sqlstate_of(error) == "25006" or _mysql_number(error) in (1290, 1792, 1836)
+
+
 def sqlstate_of(error: DBAPIError) -> str:
     """PostgreSQL's code of an error; empty where it came without one."""
     found = getattr(error.orig, "pgcode", None) or getattr(error.orig, "sqlstate", None)
@@ -76,13 +81,18 @@ def words_of(error: BaseException) -> str:
 def _passes(error: DBAPIError) -> bool:
     if error.connection_invalidated:
         return True
-    number = getattr(error.orig, "errno", None)
-    if isinstance(number, int):
+    number = _mysql_number(error)
+    if number is not None:
         return number in _PASSING_MYSQL_ERRORS
     code = sqlstate_of(error)
     if code:
         return is_passing_sqlstate(code)
     return isinstance(error, OperationalError) and not _FINAL_WORDS.search(str(error.orig))
+
+
+def _mysql_number(error: DBAPIError) -> int | None:
+    number = getattr(error.orig, "errno", None)
+    return number if isinstance(number, int) else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -22,15 +22,20 @@ class EagerDispatcher(Dispatcher):
     Args:
         events: writes what the loop reports.
         keeps_connections: see ``TaskRunner``.
+        patience_seconds: see ``TaskRunner``.
     """
 
-    def __init__(self, events: EventWriter, *, keeps_connections: bool = True) -> None:
+    def __init__(
+        self, events: EventWriter, *, keeps_connections: bool, patience_seconds: float
+    ) -> None:
         self._events = events
         host = socket.gethostname()
         self._place = Place(f"eager@{host}", "eager", host, os.getpid(), 0)
         self._waiting: deque[StepTask] = deque()
         self._waker = Waker()
-        self._runner = TaskRunner(keeps_connections=keeps_connections)
+        self._runner = TaskRunner(
+            keeps_connections=keeps_connections, patience_seconds=patience_seconds
+        )
 
     def open(self) -> None:
         """Nothing: there are no servers."""

@@ -10,6 +10,8 @@
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
+    ├── EventsNotWrittenError    Dagster's event log did not take what was to be written
+    ├── DatabaseAwayError        Dagster's database did not come back in time
     ├── UntrustedError           not signed with a key of ours, or a replay
     │   └── TooLargeError            longer than max_message_bytes
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
@@ -82,6 +84,10 @@ class MalformedResultError(DagsterTaskiqError):
 
 class EventsNotWrittenError(DagsterTaskiqError):
     """Dagster's event log did not take what was to be written."""
+
+
+class DatabaseAwayError(DagsterTaskiqError):
+    """Dagster's database is away, and was waited for in vain."""
 
 
 class UntrustedError(DagsterTaskiqError):

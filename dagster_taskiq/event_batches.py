@@ -16,23 +16,23 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dagster import DagsterInstance
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from dagster_taskiq._dagster import (
     DagsterEventType,
     EventLogEntry,
-    SqlEventLog,
     sql_event_log,
     storage_engines,
 )
 from dagster_taskiq.errors import EventsNotWrittenError
+from dagster_taskiq.event_storing import EventStore, Row
+from dagster_taskiq.storage_patience import DatabasePatience
 
 T = TypeVar("T")
 
@@ -42,9 +42,13 @@ logger = logging.getLogger(__name__)
 #: written yet, far below what somebody who looks at the run notices.
 DELAY_SECONDS = 0.02
 
-#: How many events are written in one statement, which is all or nothing; SQLAlchemy splits it from
-#: 1,000 on.
+#: How many events are written in one statement; SQLAlchemy splits it from 1,000 on.
 _ROWS = 500
+
+#: How large they may be together; a larger one is written alone. Escaped it is twice as much at
+#: most, and MySQL takes statements of 4 MiB and more (``max_allowed_packet``) unless it is told
+#: otherwise.
+_STATEMENT_BYTES = 2**20
 
 #: The kinds that may wait. All others are written by Dagster itself, some of them into more than
 #: one table; so are log lines, which have no kind, unless they are for debugging: each IO manager
@@ -83,11 +87,15 @@ _writers: weakref.WeakSet[EventWriter] = weakref.WeakSet()
 
 
 @contextmanager
-def batched_events(instance: DagsterInstance) -> Iterator[EventWriter]:
+def batched_events(instance: DagsterInstance, patience: DatabasePatience) -> Iterator[EventWriter]:
     """Write the events of this instance in batches.
 
     An instance whose log is not in a database with a server, such as SQLite's files, is left as it
     is. The engines of its storages must not be exchanged meanwhile.
+
+    Args:
+        instance: whose events.
+        patience: with its database.
 
     Yields:
         the writer, to be flushed where events must be in the log.
@@ -97,10 +105,10 @@ def batched_events(instance: DagsterInstance) -> Iterator[EventWriter]:
             where it reports the next event of a kind that may wait.
     """
     log = sql_event_log(instance)
-    writer = EventWriter(log)
     if log is None:
-        yield writer
+        yield EventWriter()
         return
+    writer = EventWriter(EventStore(log, patience))
     engines = {id(it.engine): it.engine for it in storage_engines(instance)}
     with ExitStack() as stack:
         stack.callback(writer.close)
@@ -140,17 +148,17 @@ class EventWriter:
     but queues and locks that are taken in one instruction.
 
     Args:
-        log: where to; None where nothing is batched, and ``store`` never called.
+        events: where to; None where nothing is batched, and ``store`` never called.
     """
 
-    def __init__(self, log: SqlEventLog | None = None) -> None:
-        self._log = log
+    def __init__(self, events: EventStore | None = None) -> None:
+        self._events = events
         self.begin_anew()
         _writers.add(self)
 
     def begin_anew(self) -> None:
         """Start with nothing, as a forked process does: what waits is for its parent to write."""
-        self._rows: deque[Mapping[str, Any]] = deque()
+        self._rows: deque[Row] = deque()
         self._arrivals: SimpleQueue[None] = SimpleQueue()
         self._urgent: SimpleQueue[_Written] = SimpleQueue()
         self._is_writing = False
@@ -160,19 +168,26 @@ class EventWriter:
 
     def store(self, event: EventLogEntry) -> None:
         """Take an event, or have Dagster write it at once if it must not wait."""
-        assert self._log is not None
+        assert self._events is not None
         if self._is_closed or not _may_wait(event):
-            self._log.store_event(event)
+            self._store_now(event)
             return
         self._raise_error()
         if self._thread is None:  # first, so that no event waits for a thread that is not there
             self._thread = threading.Thread(target=self._live, name="event-writer", daemon=True)
             self._thread.start()
         # made here, where time is, and not when somebody waits for the last one
-        self._rows.append(self._log.row_of(event))
+        self._rows.append(self._events.row_of(event))
         self._arrivals.put(None)
         if event.dagster_event and event.dagster_event.event_type in ENDS:
             self.begin_writing()
+
+    def _store_now(self, event: EventLogEntry) -> None:
+        assert self._events is not None
+        if event.step_key is not None and event.dagster_event is not None:
+            self.wait_until_written()
+            self._raise_error()
+        self._events.store_event(event)
 
     def begin_writing(self) -> None:
         """Write what waits now, beside what the caller does until it calls ``flush``."""
@@ -210,9 +225,7 @@ class EventWriter:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            raise EventsNotWrittenError(
-                f"Events could not be written to Dagster's log: {self._error}"
-            ) from self._error
+            raise EventsNotWrittenError(str(self._error)) from self._error
 
     def _live(self) -> None:
         while not self._is_closed:
@@ -229,28 +242,25 @@ class EventWriter:
                 written.say()
 
     def _write(self) -> None:
-        while self._rows and self._log is not None:
-            rows = [self._rows.popleft() for _ in range(min(len(self._rows), _ROWS))]
+        while self._rows and self._events is not None:
+            rows = self._next_rows()
+            if self._error is not None:
+                continue  # Dagster would not have come to what follows a refused event
             try:
-                _store(self._log, rows)
+                self._events.store_rows(rows)
             except Exception as error:  # whatever the driver raises
-                logger.error("Dagster's log did not take %d events: %s", len(rows), error)
+                logger.error("Events are not in Dagster's log: %s", error)
                 self._error = error
 
-
-def _store(log: SqlEventLog, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Store rows once, also when the server is restarted meanwhile."""
-    for is_last in (False, False, True):
-        try:
-            log.store_rows(rows)
-        except DBAPIError as error:
-            if is_last or not error.connection_invalidated:
-                raise
-        else:
-            return
-        # it has taken all of them or none, and can only be asked
-        if log.has_row(rows[0]):
-            return
+    def _next_rows(self) -> list[Row]:
+        rows = [self._rows.popleft()]
+        size_bytes = rows[0].size_bytes
+        while self._rows and len(rows) < _ROWS:
+            size_bytes += self._rows[0].size_bytes
+            if size_bytes > _STATEMENT_BYTES:
+                break
+            rows.append(self._rows.popleft())
+        return rows
 
 
 def _may_wait(event: EventLogEntry) -> bool:

@@ -25,11 +25,13 @@ from dagster_taskiq.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
+from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.event_batches import EventWriter, batched_events
 from dagster_taskiq.storage_connections import kept_connections
+from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq.tasks import ARGS_KEY, EXIT_SUPERSEDED
 
 
@@ -94,10 +96,13 @@ class TaskiqExecutor(Executor):
             return _payload(plan_context, step, known_state)
 
         is_kept = not self._settings.source.database_short_lived_sessions
+        patience = DatabasePatience(SERVER_PATIENCE_SECONDS)
+        instance = plan_context.instance
         try:
             with (
-                kept_connections(plan_context.instance) if is_kept else nullcontext(),
-                batched_events(plan_context.instance) as events,
+                kept_connections(instance) if is_kept else nullcontext(),
+                patient_connections(instance, patience),
+                batched_events(instance, patience) as events,
             ):
 
                 def open_dispatcher() -> Dispatcher:
@@ -117,7 +122,9 @@ def _open_dispatcher(
 ) -> Dispatcher:
     if settings.source.task_always_eager:
         is_kept = not settings.source.database_short_lived_sessions
-        return EagerDispatcher(events, keeps_connections=is_kept)
+        return EagerDispatcher(
+            events, keeps_connections=is_kept, patience_seconds=SERVER_PATIENCE_SECONDS
+        )
     instance, run_id = context.instance, context.run_id
     servers = find_servers(settings)
     if notice := embedded_notice(servers):

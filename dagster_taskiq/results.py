@@ -29,6 +29,9 @@ class Outcome(str, Enum):
     FINISHED = "finished"
     #: The child process could not run the task: code that does not load, no such run, ...
     ERROR = "error"
+    #: The child process ran the task, but Dagster's log did not take all of its events: what counts
+    #: is what the log has.
+    UNLOGGED = "unlogged"
     #: The child process is gone, with an exit code or by a signal.
     DIED = "died"
 
@@ -72,7 +75,7 @@ class TaskResult:
         outcome: see ``Outcome``.
         place: who ran it.
         events: Dagster's events of the step, serialized, in their order.
-        error: Dagster's packed ``SerializableErrorInfo``, for ``Outcome.ERROR``.
+        error: Dagster's packed ``SerializableErrorInfo``, for ``ERROR`` and ``UNLOGGED``.
         reason: a sentence for people: of a death, of a cancel.
         exit_code: of a child process that died or of a run; negative is a signal's number.
         is_cancelled: whether it was told to stop before it ended.

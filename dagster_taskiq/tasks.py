@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
@@ -30,13 +32,15 @@ from dagster_taskiq._dagster import (
     unpack_value,
 )
 from dagster_taskiq.code_locations import EXECUTABLE_KEY
+from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.envelope import TaskName
-from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.errors import DagsterTaskiqError, EventsNotWrittenError
 from dagster_taskiq.event_batches import EventWriter, batched_events
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.step_plans import RunPlans
 from dagster_taskiq.storage_connections import kept_connections
+from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
 
 #: Keys of a step's payload, beside ``EXECUTABLE_KEY``, and of a run's.
 ARGS_KEY = "execute_step_args_packed"
@@ -58,10 +62,17 @@ class TaskRunner:
 
     Args:
         keeps_connections: whether the database of Dagster's storage may be left connected.
+        patience_seconds: how long that database is waited for when it is away.
     """
 
-    def __init__(self, *, keeps_connections: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        keeps_connections: bool = True,
+        patience_seconds: float = SERVER_PATIENCE_SECONDS,
+    ) -> None:
         self._keeps_connections = keeps_connections
+        self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
         self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
         self._events = EventWriter()
@@ -94,6 +105,7 @@ class TaskRunner:
             the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
             workers, it is not 0 where the run failed.
         """
+        self._patience.begin_anew()
         with capture_interrupts():
             try:
                 args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
@@ -117,27 +129,40 @@ class TaskRunner:
 
         Returns:
             the events of the step, also when it failed or was interrupted, since Dagster reports
-            both as events; an error only where the step could not be brought to run.
+            both as events; all of them are in Dagster's log. An error where the step could not be
+            brought to run, or where the log did not take its events.
         """
-        events: list[str] = []
+        self._patience.begin_anew()
         with capture_interrupts():
+            result = self._executed_plan(payload, place, queue)
             try:
-                args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-                for event in self._step_events(args, payload[EXECUTABLE_KEY], place, queue):
-                    events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
-            except (DagsterExecutionInterruptedError, KeyboardInterrupt):
-                return TaskResult(
-                    Outcome.FINISHED,
-                    place,
-                    tuple(events),
-                    reason="It was interrupted before it had started.",
-                    is_cancelled=True,
+                self._events.flush()
+            except EventsNotWrittenError as error:
+                unlogged = TaskResult(
+                    Outcome.UNLOGGED, place, reason=str(error), error=pack_value(error_info())
                 )
-            except StepRefusedError as refusal:
-                return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
-            except Exception:
-                error = pack_value(error_info())
-                return TaskResult(Outcome.ERROR, place, tuple(events), error=error)
+                return replace(unlogged, is_cancelled=result.is_cancelled)
+        return result
+
+    def _executed_plan(self, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+        events: list[str] = []
+        try:
+            args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+            for event in self._step_events(args, payload[EXECUTABLE_KEY], place, queue):
+                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            return TaskResult(
+                Outcome.FINISHED,
+                place,
+                tuple(events),
+                reason="It was interrupted before it had started.",
+                is_cancelled=True,
+            )
+        except StepRefusedError as refusal:
+            return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
+        except Exception:
+            error = pack_value(error_info())
+            return TaskResult(Outcome.ERROR, place, tuple(events), error=error)
         return TaskResult(Outcome.FINISHED, place, tuple(events))
 
     def _step_events(
@@ -150,19 +175,16 @@ class TaskRunner:
         instance.inject_env_vars(location)
         run_plan = self._plans.of_run(run, executable)
         plan = run_plan.of_step(step_key, args.known_state or KnownExecutionState())
-        try:
-            yield _report_start(instance, run, step_key, place, queue)
-            self._events.flush()  # who looks for the step after a crash must find that it began
-            yield from execute_plan_iterator(
-                execution_plan=plan,
-                job=run_plan.job,
-                dagster_run=run,
-                instance=instance,
-                retry_mode=args.retry_mode,
-                run_config=run_plan.run_config,
-            )
-        finally:
-            self._events.flush()
+        yield _report_start(instance, run, step_key, place, queue)
+        self._events.flush()  # who looks for the step after a crash must find that it began
+        yield from execute_plan_iterator(
+            execution_plan=plan,
+            job=run_plan.job,
+            dagster_run=run,
+            instance=instance,
+            retry_mode=args.retry_mode,
+            run_config=run_plan.run_config,
+        )
 
     def is_run_over(self, payload: Mapping[str, Any]) -> bool:
         """Whether the run that a step belongs to is finished, or is not there any more.
@@ -191,11 +213,12 @@ class TaskRunner:
         """The instance of the message, or this process's own where it was sent by reference."""
         if self._known is None or self._known[0] != ref:
             self.close()
-            instance = _own_instance() if ref is None else DagsterInstance.from_ref(ref)
+            instance = self._patience.keep_trying(partial(_open_instance, ref))
             self._resources.callback(instance.dispose)
+            self._resources.enter_context(patient_connections(instance, self._patience))
             if self._keeps_connections:
                 self._resources.enter_context(kept_connections(instance))
-            self._events = self._resources.enter_context(batched_events(instance))
+            self._events = self._resources.enter_context(batched_events(instance, self._patience))
             self._known = (ref, instance)
         return self._known[1]
 
@@ -286,7 +309,9 @@ def _describe(instance: DagsterInstance) -> str:
     return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
 
 
-def _own_instance() -> DagsterInstance:
+def _open_instance(ref: InstanceRef | None) -> DagsterInstance:
+    if ref is not None:
+        return DagsterInstance.from_ref(ref)
     if not os.getenv("DAGSTER_HOME"):
         raise StepRefusedError(
             "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "

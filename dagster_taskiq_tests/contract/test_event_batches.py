@@ -30,11 +30,13 @@ from dagster_taskiq._dagster import (
 from dagster_taskiq.errors import EventsNotWrittenError
 from dagster_taskiq.event_batches import batched_events
 from dagster_taskiq.storage_connections import kept_connections
+from dagster_taskiq.storage_patience import DatabasePatience
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
 
 WAIT_SECONDS = 20.0
+PATIENCE = DatabasePatience(WAIT_SECONDS)
 
 
 @dataclass
@@ -121,7 +123,7 @@ def _await(condition: Callable[[], bool]) -> None:
 def test_what_comes_together_is_one_statement(log: Log) -> None:
     """In its order, and with a line of the user between, three."""
     expected = []
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         for number in range(5):
             log.report(f"before {number}")
             log.print(f"for debugging {number}", logging.DEBUG)
@@ -177,7 +179,7 @@ def _end_waiting_insert(cursor: Any) -> bool:
 
 def test_nobody_reads_a_log_that_is_behind(log: Log) -> None:
     """Through the same instance, whichever storage is asked."""
-    with batched_events(log.instance):
+    with batched_events(log.instance, PATIENCE):
         for number in range(10):
             log.report(f"event {number}")
             assert len(log.messages()) == number + 1
@@ -188,7 +190,7 @@ def test_nobody_reads_a_log_that_is_behind(log: Log) -> None:
 
 def test_others_see_an_event_soon(log: Log, reader: DagsterInstance) -> None:
     """Without a word from anybody."""
-    with batched_events(log.instance):
+    with batched_events(log.instance, PATIENCE):
         for number in range(3):
             log.report(f"event {number}")
             _await(lambda n=number: len(log.messages(reader)) == n + 1)
@@ -196,7 +198,7 @@ def test_others_see_an_event_soon(log: Log, reader: DagsterInstance) -> None:
 
 def test_the_users_words_are_there_at_once(log: Log, reader: DagsterInstance) -> None:
     """With all that was said before, also of an asset."""
-    with batched_events(log.instance):
+    with batched_events(log.instance, PATIENCE):
         log.report("before")
         log.print("a line")
         assert log.messages(reader) == ["before", "a line"]
@@ -210,8 +212,8 @@ def test_the_users_words_are_there_at_once(log: Log, reader: DagsterInstance) ->
 def test_afterwards_all_is_as_before(log: Log) -> None:
     """Also where two batch, one within the other; and nothing that waited is lost."""
     threads = threading.active_count()
-    with batched_events(log.instance):
-        with batched_events(log.instance):
+    with batched_events(log.instance, PATIENCE):
+        with batched_events(log.instance, PATIENCE):
             log.report("inner")
         log.report("outer")
     assert log.messages() == ["inner", "outer"]
@@ -224,7 +226,7 @@ def test_afterwards_all_is_as_before(log: Log) -> None:
 
 def test_a_server_that_has_closed_the_connection_costs_no_event(log: Log) -> None:
     """As one does that is restarted."""
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         for number in range(3):
             log.report(f"event {number}")
             events.flush()
@@ -239,7 +241,7 @@ def test_a_server_that_has_closed_the_connection_costs_no_event(log: Log) -> Non
 
 def test_a_server_that_goes_away_within_a_statement_costs_no_event(log: Log) -> None:
     """It had not taken the rows: they are written again."""
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         log.report("before")
         events.flush()
         with psycopg2.connect(log.url) as other, other.cursor() as cursor:
@@ -266,7 +268,7 @@ def test_rows_whose_answer_is_lost_are_not_doubled(log: Log) -> None:
         cursor.connection.close()
         raise psycopg2.OperationalError("server closed the connection unexpectedly")
 
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         event.listen(engine, "do_execute", execute_and_hang_up)
         log.report("one")
         log.report("two")
@@ -277,7 +279,7 @@ def test_rows_whose_answer_is_lost_are_not_doubled(log: Log) -> None:
 
 def test_what_cannot_be_written_is_said(log: Log) -> None:
     """Once: what comes later is written again."""
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         execute_sql(log.url, "ALTER TABLE event_logs RENAME TO away")
         log.report("lost")
         with pytest.raises(EventsNotWrittenError, match="event_logs"):
@@ -290,7 +292,7 @@ def test_what_cannot_be_written_is_said(log: Log) -> None:
 
 def test_an_error_is_not_forgotten_by_who_reads(log: Log) -> None:
     """Dagster gets it with the next event of its own; a line of the user's is no such event."""
-    with pytest.raises(EventsNotWrittenError), batched_events(log.instance):  # noqa: PT012
+    with pytest.raises(EventsNotWrittenError), batched_events(log.instance, PATIENCE):  # noqa: PT012
         execute_sql(log.url, "ALTER TABLE event_logs RENAME TO away")
         log.report("lost")
         log.instance.get_runs()
@@ -303,7 +305,7 @@ def test_an_error_is_not_forgotten_by_who_reads(log: Log) -> None:
 
 def test_what_a_step_forks_writes_its_own(log: Log) -> None:
     """And not what waits in its parent."""
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
         log.report("first")
         events.flush()
         for number in range(20):
@@ -337,7 +339,7 @@ def test_an_interrupt_loses_and_doubles_nothing(log: Log) -> None:
     before = signal.signal(signal.SIGALRM, interrupt)
     interrupted = 0
     try:
-        with batched_events(log.instance) as events:
+        with batched_events(log.instance, PATIENCE) as events:
             for number in range(60):
                 log.report(f"event {number}")
                 try:
@@ -354,7 +356,7 @@ def test_an_interrupt_loses_and_doubles_nothing(log: Log) -> None:
 
 def test_threads_keep_each_their_order(log: Log) -> None:
     """Whoever flushes finds its own written."""
-    with batched_events(log.instance) as events:
+    with batched_events(log.instance, PATIENCE) as events:
 
         def write(name: int) -> None:
             for number in range(20):
@@ -377,7 +379,7 @@ def test_files_are_left_alone(tmp_path: Path) -> None:
     """SQLite's log is written as ever."""
     with DagsterInstance.local_temp(str(tmp_path)) as instance:
         run = instance.create_run_for_job(single_job)
-        with batched_events(instance) as events:
+        with batched_events(instance, PATIENCE) as events:
             assert "store_event" not in vars(instance.event_log_storage)
             instance.report_engine_event("an event", run, EngineEventData())
             assert len(instance.all_logs(run.run_id)) == 1

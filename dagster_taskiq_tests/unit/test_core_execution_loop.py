@@ -660,6 +660,37 @@ def test_a_dead_child_is_retried_by_the_policy(
     assert execute(jobs.patient_job, instance).status is SUCCESS
 
 
+def test_events_that_are_not_in_the_log_do_not_count(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """An end is one if the log has it; what is missing after it is said."""
+    fake.plan["one"] = [HOLD]
+    unlogged = TaskResult(Outcome.UNLOGGED, PLACE, reason="no space left")
+
+    def answer(_: int) -> None:
+        (task,) = fake.sent
+        if fake.states[task.task_id] is TaskState.CLAIMED:
+            fake.finish(task)  # it logs all its events
+            fake.arrived[-1] = (task.task_id, unlogged)
+
+    fake.on_wait = answer
+    ended = execute(jobs.single_job, instance)
+    assert ended.status is SUCCESS
+    assert ended.said("events after its end are lost: no space left") == 1
+
+
+def test_a_step_without_an_end_in_the_log_is_tried_again(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Whatever its worker has seen of it."""
+    deliver(fake, "patient", TaskResult(Outcome.UNLOGGED, PLACE, reason="no space left"))
+    assert execute(jobs.patient_job, instance).status is SUCCESS
+    deliver(fake, "one", TaskResult(Outcome.UNLOGGED, PLACE, reason="no space left"))
+    failed = execute(jobs.single_job, instance)
+    assert failed.status is FAILURE
+    assert "no space left" in failed.error("one")
+
+
 def test_an_attempt_that_could_not_begin_fails_with_the_reason(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:

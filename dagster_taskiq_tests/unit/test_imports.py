@@ -20,6 +20,8 @@ LAYERS = [
     "signing server_refusals patience plain_json code_locations",
     "tags servers results envelope worker.frames worker.guard",
     "waker loop_thread _dagster redis_client tls_settings",
+    "storage_patience",
+    "event_storing",
     "storage_connections step_plans event_batches",
     "server_urls",
     "config backend brokers control embedded_keeper queue_waits renewals",
