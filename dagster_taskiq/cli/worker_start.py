@@ -38,6 +38,7 @@ from dagster_taskiq.defaults import (
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
+from dagster_taskiq.worker.log_writer import log_to_standard_error
 from dagster_taskiq.worker.worker import Worker, WorkerOptions
 
 logger = logging.getLogger(__name__)
@@ -141,11 +142,12 @@ def _start_worker(
         return
     options = _worker_options(given, celery, settings)
     server.begin(forget=settings.signing_variables)
-    _configure_logging(options.log_level)
-    servers = find_servers(settings)
-    if notice := embedded_notice(servers):
-        logger.warning(notice)
-    sys.exit(asyncio.run(_run_worker(servers, options, ready_fd)))
+    with _logging(options.log_level):
+        servers = find_servers(settings)
+        if notice := embedded_notice(servers):
+            logger.warning(notice)
+        exit_code = asyncio.run(_run_worker(servers, options, ready_fd))
+    sys.exit(exit_code)
 
 
 def _worker_options(
@@ -228,7 +230,7 @@ async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | 
     loop.add_signal_handler(signal.SIGHUP, _on_hangup, this, ends_with_terminal)
     is_complete = await this.run()
     if not is_complete:
-        click.echo("Stopped; steps that were still running have been cancelled.", err=True)
+        logger.warning("Stopped; steps that were still running have been cancelled.")
     return 0 if is_complete else EXIT_CUT_SHORT
 
 
@@ -255,9 +257,11 @@ def _queues(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(split_names(names))) or (default,)
 
 
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
+@contextmanager
+def _logging(level: str) -> Iterator[None]:
     if level != "DEBUG":
         # one line a task from a library that does not know which step it is
         for noisy in ("taskiq", "aio_pika", "aiormq"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+    with log_to_standard_error(level, "%(asctime)s %(levelname)s %(message)s"):
+        yield

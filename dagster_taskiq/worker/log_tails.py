@@ -21,6 +21,9 @@ LOOK_SECONDS = 0.2
 
 _CHUNK_BYTES = 1 << 16
 
+#: How many files may be open at once. Where nobody reads the worker's output they stay open.
+_MOST_FILES = 200
+
 #: How long the last words may take that nobody reads.
 _STOP_SECONDS = 5.0
 
@@ -55,6 +58,7 @@ class LogTails:
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._is_stopping = False
+        self._is_full = False
         self._thread: threading.Thread | None = None
 
     def begin(self, owner: int, path: str, target: int) -> None:
@@ -65,6 +69,8 @@ class LogTails:
             path: of the file.
             target: the descriptor that it would have written to: 1 or 2.
         """
+        if self._note_full(len(self._tails) >= _MOST_FILES):
+            return
         try:
             source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -91,6 +97,15 @@ class LogTails:
         self._changed.set()
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
+
+    def _note_full(self, is_full: bool) -> bool:
+        if is_full and not self._is_full:
+            logger.warning(
+                "The output of steps is only in their logs in the UI from now on, until somebody "
+                "reads the worker's own output."
+            )
+        self._is_full = is_full
+        return is_full
 
     def _run(self) -> None:
         # a thread, since whoever reads our output may let us wait

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dagster_taskiq.worker import log_tails
 from dagster_taskiq.worker.log_tails import LogTails
 
 SECONDS = 30.0
@@ -120,3 +121,36 @@ def test_a_file_that_is_not_there(
     """It is said, and the step goes on."""
     tails.begin(OWNER, str(tmp_path / "none"), 1)
     assert "only in its log in the UI" in caplog.text
+
+
+def test_files_do_not_pile_up_where_nobody_reads(
+    tails: LogTails,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The steps go on, and it is said once; when somebody reads, output is copied again."""
+    monkeypatch.setattr(log_tails, "_MOST_FILES", 3)
+    reader, writer = os.pipe()
+    path = tmp_path / "out"
+    path.write_bytes(b"x\n" * 100_000)  # more than the pipe takes
+    before = psutil.Process().num_fds()
+    for _ in range(10):
+        tails.begin(OWNER, str(path), writer)
+        tails.end(OWNER)
+    assert psutil.Process().num_fds() == before + 3
+    assert caplog.text.count("only in their logs") == 1
+    read = threading.Thread(target=_read_all, args=(reader,), daemon=True)
+    read.start()
+    until(lambda: not tails._tails, "all that was open is copied")
+    tails.begin(OWNER, str(path), writer)
+    tails.end(OWNER)
+    until(lambda: not tails._tails, "it is copied, too")
+    os.close(writer)
+    read.join(SECONDS)
+    os.close(reader)
+
+
+def _read_all(reader: int) -> None:
+    while os.read(reader, 65536):
+        pass
