@@ -31,7 +31,9 @@ from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.flights import QUEUE_WAIT_MARKER
+from dagster_taskiq.late_launches import LateLaunches
 from dagster_taskiq.launch_watch import LaunchWatch
+from dagster_taskiq.patience import is_passing
 from dagster_taskiq.queue_waits import QueueWait
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.run_client import RunClient
@@ -68,6 +70,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._settings = settings
         self._opened: tuple[RunClient, LaunchWatch] | None = None
         self._opening = threading.Lock()
+        self._late = LateLaunches(settings.server_patience_seconds)
         self._disposed = threading.Event()
 
     # --- configuration ---
@@ -111,6 +114,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
         self._disposed.set()
         self._disposed = threading.Event()  # it may be used again
+        self._late.close()
+        self._late = LateLaunches(self._settings.server_patience_seconds)
         with self._opening:
             if self._opened is not None:
                 client, watch = self._opened
@@ -123,11 +128,26 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def launch_run(self, context: LaunchRunContext) -> None:
         """Send a run to its queue, and again should the servers lose it before it begins.
 
+        While a server is away the run goes back to Dagster's queue, or is sent later.
+
         Raises:
-            ServerError: a server is away or refuses; the launch has failed then.
+            ServerError: a server refuses, or was away for ``server_patience_seconds``; the launch
+                has failed then.
             TagError: a tag of the run cannot be used.
         """
-        envelope, wait = self._send(context.dagster_run, TaskName.EXECUTE_JOB, resume_number=0)
+        run = context.dagster_run
+        is_sending = False
+        try:
+            self._client.reach(self._physical_queue(run))
+            is_sending = True
+            self._launch(run)
+        except ServerError as error:
+            if not is_passing(error, has_worked=self._client.has_worked):
+                raise
+            self._late.put_off(self._instance, run, error, self._launch, may_be_sent=is_sending)
+
+    def _launch(self, run: DagsterRun) -> None:
+        envelope, wait = self._send(run, TaskName.EXECUTE_JOB, resume_number=0)
         self._watch.look_after(self._instance, envelope, wait)
 
     @property
@@ -136,12 +156,29 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return True
 
     def resume_run(self, context: ResumeRunContext) -> None:
-        """Send a run whose process died to its queue again; its steps are adopted."""
+        """Send a run whose process died to its queue again; its steps are adopted.
+
+        While a server is away it is sent later: its steps may be running.
+
+        Raises:
+            ServerError: a server refuses.
+        """
         run = context.dagster_run
         number = context.resume_attempt_number
         if number is None:
             number = self._instance.count_resume_run_attempts(run.run_id)
-        self._send(run, TaskName.RESUME_JOB, resume_number=number)
+        resume_number = number
+
+        def send(run: DagsterRun) -> None:
+            self._send(run, TaskName.RESUME_JOB, resume_number)
+
+        try:
+            send(run)
+        except ServerError as error:
+            # it has been launched with these settings
+            if not is_passing(error, has_worked=True):
+                raise
+            self._late.put_off_resume(self._instance, run, error, send)
 
     def _send(
         self, run: DagsterRun, name: TaskName, resume_number: int
@@ -165,7 +202,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
         self._client.submit(envelope)
-        wait = self._client.queue_waits().of(queue)
+        wait = self._why_waiting(queue)
         self._instance.report_engine_event(
             f'Sent the run to queue "{queue}".' + (f" It waits. {wait.reason}" if wait else ""),
             run,
@@ -176,6 +213,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             cls=self.__class__,
         )
         return envelope, wait
+
+    def _why_waiting(self, queue: str) -> QueueWait | None:
+        """Why a run that was just sent waits; None where there is no reason, or none is known."""
+        try:
+            return self._client.queue_waits().of(queue)
+        except ServerError:
+            return None  # the watch will say it
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:

@@ -45,9 +45,9 @@ class Patience:
         Raises:
             ServerError: asking again is of no use, or was not for the whole time.
         """
-        is_refused = isinstance(error, RefusedByServerError)
-        if is_refused and not (self._has_worked and may_pass(error)):
+        if not is_passing(error, has_worked=self._has_worked):
             raise error
+        is_refused = isinstance(error, RefusedByServerError)
         is_new = error.address not in self._away
         _, since = self._away.setdefault(error.address, (what, self._now()))
         if (is_refused or not self._has_worked) and self._now() - since >= self.seconds:
@@ -65,9 +65,15 @@ class Patience:
         return bool(self._away)
 
 
-def may_pass(error: ServerError) -> bool:
-    """Whether an error can end by itself where the same settings have worked before."""
-    return not (isinstance(error, RefusedByServerError) and error.is_final)
+def is_passing(error: ServerError, *, has_worked: bool) -> bool:
+    """Whether it is of use to try again.
+
+    Args:
+        has_worked: whether the same settings are known to have worked.
+    """
+    if isinstance(error, RefusedByServerError):
+        return has_worked and not error.is_final
+    return True
 
 
 def out_of_patience(error: ServerError, seconds: float) -> ServerError:

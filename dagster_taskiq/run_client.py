@@ -43,6 +43,20 @@ class RunClient:
         self._broker: TaskBroker
         self._backend: Backend
 
+    @property
+    def has_worked(self) -> bool:
+        """Whether the servers have ever taken us."""
+        return self._thread is not None
+
+    def reach(self, physical: str) -> None:
+        """Raise unless both servers answer, asked for one of the broker's queues."""
+
+        async def reach() -> None:
+            await self._backend.inspect("", [])
+            await self._broker.depth(physical)
+
+        self._call(reach)
+
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
         return self._call(self._epoch)

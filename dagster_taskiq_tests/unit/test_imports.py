@@ -30,7 +30,7 @@ LAYERS = [
     "tasks",
     "eager",
     "executor run_client",
-    "launch_watch",
+    "launch_watch late_launches",
     "launcher",
     "worker",
     "app demo metrics",
