@@ -469,9 +469,11 @@ def sql_event_log(instance: DagsterInstance) -> SqlEventLog | None:
     return SqlEventLog(storage) if isinstance(engine, Engine) and has_server(engine) else None
 
 
-def plain_error(message: str, error_class: str) -> SerializableErrorInfo:
-    """An error without a traceback, for where a sentence serves."""
-    return SerializableErrorInfo(message=message, stack=[], cls_name=error_class)
+def plain_error(
+    message: str, error_class: str, cause: SerializableErrorInfo | None = None
+) -> SerializableErrorInfo:
+    """An error without a traceback of its own, for where a sentence serves."""
+    return SerializableErrorInfo(message=message, stack=[], cls_name=error_class, cause=cause)
 
 
 def execute_or_resume_run(

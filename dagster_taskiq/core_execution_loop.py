@@ -365,7 +365,7 @@ class _Loop:
             else:
                 self._active.handle_event(event)
         if is_in_flight(self._active, flight.step.key):
-            error = error or error_of(flight, result)
+            error = error_of(flight, result, error)
             yield from self._fail(flight, error, may_retry=not result.is_cancelled)
         elif result.outcome is Outcome.UNLOGGED:
             yield DagsterEvent.engine_event(

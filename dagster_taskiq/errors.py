@@ -14,6 +14,7 @@
     ├── DatabaseAwayError        Dagster's database did not come back in time
     ├── UntrustedError           not signed with a key of ours, or a replay
     │   └── TooLargeError            longer than max_message_bytes
+    ├── UnloadableCodeError      the code of a job is not where a worker looks for it, or raises
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -109,6 +110,10 @@ class TooLargeError(UntrustedError):
         error = TooLargeError(self.size_bytes, self.limit_bytes)
         error.args = (f"{what}: {self}.",)
         return error
+
+
+class UnloadableCodeError(DagsterTaskiqError):
+    """The code of a job cannot be loaded; the message says what was looked for and where."""
 
 
 class SupersededLoopError(DagsterTaskiqError):

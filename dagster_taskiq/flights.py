@@ -158,12 +158,20 @@ def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
     return "The worker is gone: its lease on this attempt ended without a result."
 
 
-def error_of(flight: Flight, result: TaskResult) -> SerializableErrorInfo:
-    """Why an attempt without an end of its own failed, for the step's page in the UI."""
+def error_of(
+    flight: Flight, result: TaskResult, raised: SerializableErrorInfo | None
+) -> SerializableErrorInfo:
+    """Why an attempt without an end of its own failed, for the step's page in the UI.
+
+    Args:
+        raised: what was raised on the worker, if anything; kept as the cause.
+    """
     reason = result.reason or "It ended without saying whether it had succeeded."
+    reason = raised.message.strip() if raised else reason
     place = result.place
     return plain_error(
         f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
         f"{place.slot}, pid {place.pid}): {reason}",
         "StepLost" if result.outcome is Outcome.DIED else "StepError",
+        raised,
     )

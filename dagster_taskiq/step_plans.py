@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dagster import DagsterRun
@@ -25,6 +26,7 @@ from dagster_taskiq._dagster import (
     UnresolvedCollectExecutionStep,
     create_execution_plan,
 )
+from dagster_taskiq.errors import SoftTimeLimitError, UnloadableCodeError
 
 #: Runs whose plans are kept. A child seldom works for more of them in turn.
 _RUNS = 8
@@ -106,8 +108,28 @@ class RunPlans:
         return known
 
 
+def _load(job: ReconstructableJob) -> None:
+    """Load a job's code, which is kept; an error says what was looked for, and where."""
+    try:
+        job.get_definition()
+    except SoftTimeLimitError:
+        raise
+    except Exception as error:
+        pointer = job.repository.pointer
+        directory = getattr(pointer, "working_directory", None) or "not given"
+        first_line = next(iter(str(error).splitlines()), "")
+        raise UnloadableCodeError(
+            f'The code of job "{job.job_name}" cannot be loaded: {type(error).__name__}: '
+            f'{first_line.rstrip(".")}. Looked for "{pointer.describe()}"; directory of the code '
+            f"location: {directory}; directory of the worker: {Path.cwd()}. The worker needs the "
+            "same code as the run: install it as a package on both, or start the worker where the "
+            "code lies."
+        ) from error
+
+
 def _build(run: DagsterRun, executable: Mapping[str, Any]) -> RunPlan:
     job = ReconstructableJob.from_dict(dict(executable))
+    _load(job)
     plan = create_execution_plan(
         job, run.run_config, repository_load_data=job.repository.repository_load_data
     )

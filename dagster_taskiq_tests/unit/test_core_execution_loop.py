@@ -6,10 +6,14 @@ nothing. Steps that run, run in this process through the workers' own task code.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -287,6 +291,14 @@ class Ran:
         error = event.step_failure_data.error
         assert error
         return str(error.message)
+
+    def causes(self, step: str) -> list[str]:
+        """The classes of the errors that the step's failure came from."""
+        (event,) = (e for e in self.events if e.is_step_failure and e.step_key == step)
+        names, error = [], event.step_failure_data.error
+        while error and (error := error.cause):
+            names.append(str(error.cls_name))
+        return names
 
 
 def execute(
@@ -697,6 +709,33 @@ def test_an_attempt_that_could_not_begin_fails_with_the_reason(
     """The code could not be loaded on the worker, for example."""
     deliver(fake, "one", TaskResult(Outcome.ERROR, PLACE, reason="No module named 'their_code'"))
     assert "their_code" in execute(jobs.single_job, instance).error("one")
+
+
+def test_code_that_cannot_be_loaded_says_where_and_what(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Worker, host, directory and what was looked for; Dagster's own error is the cause."""
+    submit = fake.submit
+
+    def submit_lost(tasks: Sequence[StepTask]) -> None:
+        submit([replace(it, make_payload=partial(_payload_without_code, it)) for it in tasks])
+
+    fake.submit = submit_lost  # type: ignore[method-assign]
+    ran = execute(jobs.single_job, instance)
+    error = ran.error("one")
+    for text in ("worker w@h (host h", 'job "single_job"', "from no_such_module import"):
+        assert text in error
+    assert f"directory of the worker: {Path.cwd()}" in error
+    assert "install it as a package" in error
+    causes = ran.causes("one")
+    assert causes[0] == "UnloadableCodeError"
+    assert "ModuleNotFoundError" in causes
+
+
+def _payload_without_code(task: StepTask) -> Mapping[str, Any]:
+    """As if the module of the jobs were not there any more."""
+    payload = json.dumps(task.make_payload())
+    return dict(json.loads(payload.replace(jobs.__name__, "no_such_module")))
 
 
 def test_a_result_without_an_end_is_a_failure(
