@@ -271,7 +271,7 @@ def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
             verdict.left[kind] += left
     for worker in director.ready_workers():
         children = psutil.Process(worker.pid).children(recursive=True)
-        names = [" ".join(child.cmdline()) for child in children]
+        names = [_command_of(child) for child in children]
         helpers = sum("guard.py" in name or "resource_tracker" in name for name in names)
         # each slot has one child of the fork server, or none where that was killed while it was
         # idle: a slot whose child is gone gets another one with its next task
@@ -284,6 +284,13 @@ def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
             if count > SPARE_DESCRIPTORS:
                 verdict.left["file descriptors"] += count
                 verdict.others.append(f"{worker.process.name} has {count} {kind}s more")
+
+
+def _command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error as error:  # a zombie has none
+        return str(error)
 
 
 def _count_pool_slots(director: Director) -> int:
