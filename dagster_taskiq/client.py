@@ -115,7 +115,7 @@ class Client(Dispatcher):
             raise
 
     async def _make_connections(self) -> tuple[TaskBroker, Backend]:
-        return open_broker(self._servers.broker), open_backend(self._servers.backend)
+        return open_broker(self._servers.broker), open_backend(self._servers.backend, self._signer)
 
     def open(self) -> None:
         """See ``Dispatcher``."""

@@ -54,15 +54,18 @@ def _order(signer: Signer, content: Mapping[str, Any]) -> str:
 def refuses(signer: Signer, worker: WorkerRecord) -> str:
     """Why a worker refuses what this signer signs, and what to do; empty where it does not.
 
-    The list of workers is not signed: act on nothing but people's attention.
+    Also where nobody knows whether the record is the worker's own.
     """
-    if signer.is_accepted_by(worker.key_ids):
-        return ""
-    why = "it is signed with another signing_key" if signer.is_active else "it is not signed"
-    return (
-        f"worker {worker.name} refuses it, since {why}. Set the same 'signing_key' or "
-        f"{SIGNING_KEY_VARIABLE} on both sides."
-    )
+    advice = f"Set the same 'signing_key' or {SIGNING_KEY_VARIABLE} on both sides."
+    if not signer.is_accepted_by(worker.key_ids):
+        why = "it is signed with another signing_key" if signer.is_active else "it is not signed"
+        return f"worker {worker.name} refuses it, since {why}. {advice}"
+    if not worker.is_trusted:
+        return (
+            f"the record of worker {worker.name} is not signed with the signing_key that is set "
+            f"here, so it is not relied on. {advice}"
+        )
+    return ""
 
 
 class OrderReader:

@@ -36,6 +36,8 @@ class WaitKind(str, Enum):
     REFUSED = "refused"
     #: Those that listen do so on a broker of another address, and have nothing to do.
     BROKER = "broker"
+    #: The same, by a record that is not signed as it must be: for people, and to decide nothing.
+    UNTRUSTED = "untrusted"
     #: All run slots are taken. Not said of steps, of which many usually wait.
     BUSY = "busy"
 
@@ -72,7 +74,9 @@ class QueueWaits:
         protocol: int = PROTOCOL,
     ) -> None:
         self._kind = kind
-        self._workers = [it for it in workers if self._slots(it)[1] and it.state != "draining"]
+        usable = [it for it in workers if self._slots(it)[1] and it.state != "draining"]
+        self._workers = [it for it in usable if it.is_trusted]
+        self._untrusted = [it for it in usable if not it.is_trusted]
         self._broker = broker
         self._signer = signer
         self._protocol = protocol
@@ -84,13 +88,21 @@ class QueueWaits:
             queue: as people name it.
         """
         listening = [it for it in self._workers if queue in it.queues]
-        if not listening:
-            return QueueWait(WaitKind.UNSERVED, self._unserved(queue))
+        doubtful = next((it for it in self._untrusted if queue in it.queues), None)
+        if listening:
+            wait = self._of_listening(queue, listening)
+        else:
+            wait = QueueWait(WaitKind.UNSERVED, self._unserved(queue))
+        if doubtful and (wait is None or wait.kind is WaitKind.UNSERVED):
+            return QueueWait(WaitKind.UNTRUSTED, _sentence(refuses(self._signer, doubtful)))
+        return wait
+
+    def _of_listening(self, queue: str, listening: Collection[WorkerRecord]) -> QueueWait | None:
         able = [it for it in listening if it.protocol == self._protocol]
         if not able:
             return QueueWait(WaitKind.PROTOCOL, self._foreign(queue, listening))
         if refusals := [reason for it in able if (reason := refuses(self._signer, it))]:
-            return QueueWait(WaitKind.REFUSED, refusals[0][0].upper() + refusals[0][1:])
+            return QueueWait(WaitKind.REFUSED, _sentence(refusals[0]))
         near = [it for it in able if not it.broker or is_same_address(it.broker, self._broker)]
         if not near and not self._are_busy(able):
             return QueueWait(WaitKind.BROKER, self._elsewhere(queue, able))
@@ -171,6 +183,10 @@ class WaitHistory:
         return (
             self.foreign_since is not None and now - self.foreign_since >= FOREIGN_WORKERS_SECONDS
         )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _version(version: str, protocol: int) -> str:

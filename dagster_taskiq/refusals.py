@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import logging
 
+from dagster_taskiq.plain_text import plain_reason
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,4 +36,5 @@ class Refusals:
         count = self._counts[type(error)] = self._counts.get(type(error), 0) + 1
         if str(count).strip("0") == "1":
             so_far = f" ({count} of this kind so far)" if count > 1 else ""
-            logger.error("Refused %s from %s: %s.%s", what, self._source, error, so_far)
+            reason = plain_reason(str(error))
+            logger.error("Refused %s from %s: %s.%s", what, self._source, reason, so_far)

@@ -15,6 +15,7 @@ from typing import Any
 
 from dagster_taskiq.errors import MalformedResultError, UntrustedError
 from dagster_taskiq.plain_json import parse_object
+from dagster_taskiq.plain_text import plain_name, plain_reason
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.signing import Purpose, Signer
 
@@ -56,10 +57,22 @@ class Place:
 
     @classmethod
     def from_dict(cls, values: Any) -> Place:
-        """Raises MalformedResultError for what is no place."""
+        """The place; names in it are safe to show.
+
+        Raises:
+            MalformedResultError: the values are no place.
+        """
         try:
-            return cls(**values)
-        except TypeError as error:
+            place = cls(**values)
+            if not all(isinstance(it, int) for it in (place.pid, place.slot)):
+                raise TypeError("pid or slot is no number")
+            return replace(
+                place,
+                worker=plain_name(place.worker),
+                worker_id=str(place.worker_id),
+                host=plain_name(place.host),
+            )
+        except (TypeError, AttributeError) as error:
             raise MalformedResultError(f"it does not say where it ran: {error}") from None
 
 
@@ -119,6 +132,8 @@ class TaskResult:
             events = tuple(_cut(body, values.pop("events")))
             if not isinstance(values.get("error"), (dict, type(None))):
                 raise TypeError("the error is no mapping")
+            if not isinstance(values.get("reason"), str):
+                raise TypeError("the reason is no text")
             return cls(
                 outcome=Outcome(values.pop("outcome")),
                 place=Place.from_dict(values.pop("place")),
@@ -158,7 +173,8 @@ def read_result(signer: Signer, task_id: str, data: bytes, refusals: Refusals) -
     What came of the task is then for Dagster's log to say.
     """
     try:
-        return TaskResult.from_bytes(data, signer, task_id)
+        result = TaskResult.from_bytes(data, signer, task_id)
+        return replace(result, reason=plain_reason(result.reason))
     except (MalformedResultError, UntrustedError) as error:
         refusals.note("a result", error)
         reason = f"The result of task {task_id} was refused: {error}."

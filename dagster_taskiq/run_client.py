@@ -169,7 +169,7 @@ class RunClient:
 
     async def _open(self) -> None:
         self._broker = open_broker(self._servers.broker)
-        self._backend = open_backend(self._servers.backend)
+        self._backend = open_backend(self._servers.backend, self._signer)
         try:
             await self._backend.startup()
             await self._broker.startup()

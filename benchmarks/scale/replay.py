@@ -28,6 +28,7 @@ from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
 from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 
 #: Of the claims while they are recorded, much longer than all of it takes.
 _LEASE_SECONDS = 3600.0
@@ -58,8 +59,8 @@ async def _record(options: ServerOptions, workers: int, slots: int) -> list[Reco
         return (sent if is_to_server else received).extend
 
     with tapped(options.url, make_reader) as tap:
-        direct = RedisBackend(options)
-        through_tap = RedisBackend(ServerOptions(tap.url, key_prefix=options.key_prefix))
+        direct = RedisBackend(options, Signer())
+        through_tap = RedisBackend(ServerOptions(tap.url, key_prefix=options.key_prefix), Signer())
         await through_tap.startup()
         run_id = str(uuid.uuid4())
         epoch = await direct.open_run(

@@ -33,6 +33,7 @@ from dagster_taskiq.errors import ServerError, UntrustedError
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
@@ -77,7 +78,7 @@ class WatchedBackend(RedisBackend):
     """The backend of a worker, which notes how its renewals fare."""
 
     def __init__(self, options: ServerOptions, record: Callable[[], Record]) -> None:
-        super().__init__(options)
+        super().__init__(options, Signer())
         self._record_of_now = record
         self._sent_at: dict[str, float] = {}
 

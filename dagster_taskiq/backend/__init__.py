@@ -13,6 +13,7 @@ from dagster_taskiq.backend.base import (
 )
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 
 __all__ = [
     "Backend",
@@ -26,6 +27,10 @@ __all__ = [
 ]
 
 
-def open_backend(options: ServerOptions) -> Backend:
-    """The backend for a URL; not yet connected, ``startup`` does that."""
-    return RedisBackend(options)
+def open_backend(options: ServerOptions, signer: Signer) -> Backend:
+    """The backend for a URL; not yet connected, ``startup`` does that.
+
+    Args:
+        signer: of workers' records.
+    """
+    return RedisBackend(options, signer)

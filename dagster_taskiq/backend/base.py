@@ -132,6 +132,7 @@ class WorkerRecord:
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
         broker: address of the broker that it listens to, without a password; empty if not told.
+        is_trusted: whether the reader may act on it: it is signed, or the reader has no key.
     """
 
     worker_id: str
@@ -150,6 +151,7 @@ class WorkerRecord:
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
     broker: str = ""
+    is_trusted: bool = True
 
 
 class RunBackend(ABC):
@@ -268,7 +270,10 @@ class ControlBackend(ABC):
 
     @abstractmethod
     async def workers(self) -> list[WorkerRecord]:
-        """The live workers, by name."""
+        """The live workers, by name.
+
+        Records that cannot be read are left out; what is not ``is_trusted`` is for people only.
+        """
 
     @abstractmethod
     async def send_control(self, worker_id: str, order: str) -> None:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from redis.asyncio import Redis
@@ -32,11 +32,14 @@ from dagster_taskiq.backend.base import (
     TaskState,
     WorkerRecord,
 )
+from dagster_taskiq.backend.worker_records import read_record, write_record
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError, SupersededLoopError
+from dagster_taskiq.plain_text import plain_name
 from dagster_taskiq.redis_client import open_redis, server_errors
 from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,9 @@ _BATCH = 500
 #: A control message that no worker has taken by then is for a worker that is gone.
 _CONTROL_EXPIRES_SECONDS = 600
 
+#: How many keys are said to hold what cannot be read.
+_MOST_SAID = 100
+
 #: So many connections are no crowd.
 _IDLE_CONNECTIONS = 4
 
@@ -57,9 +63,19 @@ _BLOCKING_TIMEOUT_SECONDS = 30.0
 
 
 class RedisBackend(Backend):
-    """See ``Backend``; ``options`` say how to reach the server."""
+    """See ``Backend``.
 
-    def __init__(self, options: ServerOptions) -> None:
+    What cannot be decoded counts as unknown and is said once: anybody who can write to the server
+    can have put it there, and it must not end a worker or a run that it is not about.
+
+    Args:
+        options: how to reach the server.
+        signer: of workers' records.
+    """
+
+    def __init__(self, options: ServerOptions, signer: Signer) -> None:
+        self._signer = signer
+        self._said: set[str] = set()
         self.address = options.address
         self._prefix = options.key_prefix + ":"
         self._redis = open_redis(options, timeout_seconds=options.connect_timeout_seconds)
@@ -168,7 +184,7 @@ class RedisBackend(Backend):
                 batch, rest[::3], rest[1::3], rest[2::3], strict=True
             ):
                 reports[task] = TaskReport(
-                    TaskState(_text(state)), _place_of(place), max(0, left_ms) / 1000
+                    self._state(run_id, task, state), _place_of(place), max(0, left_ms) / 1000
                 )
         return epoch, reports
 
@@ -181,7 +197,10 @@ class RedisBackend(Backend):
             pairs = [part for task in batch for part in (task, orders[task])]
             arguments = [claims, mailboxes, *expiries, *pairs]
             answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
-            states |= {t: TaskState(_text(s)) for t, s in zip(batch, answer, strict=True)}
+            states |= {
+                task: self._state(run_id, task, state)
+                for task, state in zip(batch, answer, strict=True)
+            }
         return states
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
@@ -287,7 +306,7 @@ class RedisBackend(Backend):
         expires_ms = _milliseconds(expires_seconds)
         async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
             key = self._key("worker:", record.worker_id)
-            pipeline.set(key, json.dumps(asdict(record)), px=expires_ms)
+            pipeline.set(key, write_record(self._signer, record), px=expires_ms)
             pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
         await self._close_idle_connections()
@@ -310,8 +329,16 @@ class RedisBackend(Backend):
             if not ids:
                 return []
             values: Any = await self._redis.mget([self._key("worker:", item) for item in ids])
-        records = [_record_of(value) for value in values if value]
+        pairs = zip(ids, values, strict=True)
+        records = [self._record_of(worker_id, value) for worker_id, value in pairs if value]
         return sorted((it for it in records if it), key=lambda record: record.name)
+
+    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
+        try:
+            return read_record(self._signer, worker_id, data)
+        except ValueError as error:
+            self._say_unreadable(self._key("worker:", worker_id), str(error))
+            return None
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
@@ -380,6 +407,24 @@ class RedisBackend(Backend):
             self._peak = self._recent_peak
         self._recent_peak = self._calls
 
+    def _state(self, run_id: str, task_id: str, word: bytes) -> TaskState:
+        try:
+            return TaskState(_text(word))
+        except ValueError:
+            self._say_unreadable(self._record(run_id), f"the state of task {task_id} is {word!r}")
+            return TaskState.UNKNOWN
+
+    def _say_unreadable(self, key: str, problem: str) -> None:
+        """Say once of each key that it holds what none of ours has written."""
+        if key not in self._said and len(self._said) < _MOST_SAID:
+            self._said.add(key)
+            logger.warning(
+                "The key %s at %s cannot be read, and is ignored: %s.",
+                plain_name(key),
+                self.address,
+                plain_name(problem),
+            )
+
     async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
         async with self._server():
             if script not in self._scripts:
@@ -393,21 +438,6 @@ class RedisBackend(Backend):
             timeout = max(0.001, min(timeout_seconds, _LONGEST_WAIT_SECONDS))
             answer: Any = await client.blpop([mailbox], timeout=timeout)
         return None if answer is None else answer[1]
-
-
-def _record_of(data: bytes) -> WorkerRecord | None:
-    """A worker's record; what another version has added to it or leaves out does no harm.
-
-    None for what is none: the listing shows the others.
-    """
-    try:
-        values = json.loads(data)
-        known = {item.name: values.get(item.name, item.default) for item in fields(WorkerRecord)}
-        lists = {key: tuple(map(str, known[key])) for key in ("queues", "key_ids")}
-        return WorkerRecord(**{**known, **lists, "name": str(known["name"])})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("Ignored the record of a worker that cannot be read: %r", error)
-        return None
 
 
 def _place_of(data: bytes) -> Place | None:
@@ -439,7 +469,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:

@@ -19,8 +19,15 @@ _PRELUDE = """
 -- the epoch's id; `fresh` becomes it when this is a new life of the server
 local function epoch(key, fresh)
   local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-  local known = redis.call('HMGET', key, 'id', 'server')
-  if known[1] and known[2] == server then return known[1] end
+  local known = redis.pcall('HMGET', key, 'id', 'server')
+  if known.err then
+    -- no hash: none of ours wrote it, and every claim needs an epoch
+    redis.call('DEL', key)
+    known = {false, false}
+  end
+  -- nor is any other text than ours an epoch
+  local is_ours = known[1] and string.match(known[1], '^%x+$')
+  if is_ours and known[2] == server then return known[1] end
   redis.call('HSET', key, 'id', fresh, 'server', server)
   return fresh
 end
@@ -31,6 +38,16 @@ _KEEP = f"""
 local function keep(record, seconds)
   local is_over = redis.call('HEXISTS', record, 'closed') == 1
   redis.call('EXPIRE', record, is_over and {CLOSED_RECORD_EXPIRES_SECONDS} or seconds)
+end
+"""
+
+_STATE = """
+-- what the record of a run says of a task; false where that is nothing, or none of ours wrote it
+local function task_state(record, task)
+  local state = redis.call('HGET', record, 't:' .. task)
+  local word = state and string.match(state, '^%a+')
+  local words = {claimed=1, done=1, cancelled=1, lost=1, dropped=1}
+  return word and words[word] and state
 end
 """
 
@@ -47,7 +64,7 @@ OPEN_RUN = (
     _PRELUDE
     + """
 local now = epoch(KEYS[1], ARGV[1])
-local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1')
+local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1') or -1
 local live = redis.call('GET', KEYS[3])
 if tonumber(ARGV[2]) < generation
     or (tonumber(ARGV[2]) == generation and live and live ~= ARGV[3]) then
@@ -68,7 +85,7 @@ RENEW_RUN = (
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local live = redis.call('GET', KEYS[3])
-local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1')
+local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1') or -1
 -- a live loop with a lower number can only be there because a flush took the higher one with it
 if generation > tonumber(ARGV[2])
     or (generation == tonumber(ARGV[2]) and live and live ~= ARGV[3]) then
@@ -101,6 +118,7 @@ return 1
 CLAIM = (
     _PRELUDE
     + _KEEP
+    + _STATE
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local holder = redis.call('HGET', KEYS[4], 'token')
@@ -110,7 +128,7 @@ if holder then
   return {waits and 'pending' or 'claimed', now}
 end
 local field = 't:' .. ARGV[2]
-local state = redis.call('HGET', KEYS[2], field)
+local state = task_state(KEYS[2], ARGV[2])
 local is_free = not state or string.match(state, '^dropped') or (waits and state == 'claimed')
 if not is_free then return {string.match(state, '^%a+'), now} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'done', now} end
@@ -138,13 +156,14 @@ RENEW = (
     _PRELUDE
     + _KEEP
     + _IS_OPEN
+    + _STATE
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local field = 't:' .. ARGV[2]
 local held = redis.call('HGET', KEYS[4], 'token') == ARGV[4]
 if not held and now ~= ARGV[3] and redis.call('EXISTS', KEYS[4]) == 0 then
   -- a new life of the server, which may have forgotten the claim: assert it again
-  held = is_open(redis.call('HGET', KEYS[2], field))
+  held = is_open(task_state(KEYS[2], ARGV[2]))
 end
 if held then
   redis.call('HSET', KEYS[4], 'token', ARGV[4], 'place', ARGV[5])
@@ -166,10 +185,11 @@ COMPLETE = (
     _PRELUDE
     + _KEEP
     + _IS_OPEN
+    + _STATE
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local field = 't:' .. ARGV[2]
-local state = redis.call('HGET', KEYS[2], field)
+local state = task_state(KEYS[2], ARGV[2])
 if state == 'done:' .. ARGV[4] then return 1 end
 local holder = redis.call('HGET', KEYS[3], 'token')
 if holder ~= ARGV[4] then
@@ -225,7 +245,7 @@ local answer = {now}
 for index = 3, #ARGV do
   local found = redis.call('HGET', KEYS[2], 't:' .. ARGV[index])
   local place = redis.call('HGET', ARGV[2] .. ARGV[index], 'place')
-  local state = found and string.match(found, '^%a+') or 'unknown'
+  local state = found and (string.match(found, '^%a+') or 'unreadable') or 'unknown'
   if place then
     state = 'claimed'
   elseif state == 'claimed' or (state == 'dropped' and found ~= 'dropped:' .. now) then
@@ -244,19 +264,23 @@ return answer
 #: Returns the state of each.
 CANCEL = (
     _KEEP
+    + _STATE
     + """
 local answer = {}
 for index = 5, #ARGV, 2 do
   local task, order = ARGV[index], ARGV[index + 1]
-  local state = redis.call('HGET', KEYS[1], 't:' .. task)
+  local state = task_state(KEYS[1], task)
   local place = redis.call('HGET', ARGV[1] .. task, 'place')
   if state and string.match(state, '^done') then
     answer[#answer + 1] = 'done'
   elseif place then
     redis.call('HSET', KEYS[1], 'c:' .. task, order)
-    local mailbox = ARGV[2] .. cjson.decode(place).worker_id
-    redis.call('RPUSH', mailbox, order)
-    redis.call('EXPIRE', mailbox, ARGV[3])
+    local is_json, where = pcall(cjson.decode, place)
+    if is_json and type(where) == 'table' and type(where.worker_id) == 'string' then
+      local mailbox = ARGV[2] .. where.worker_id
+      redis.pcall('RPUSH', mailbox, order)
+      redis.pcall('EXPIRE', mailbox, ARGV[3])
+    end
     answer[#answer + 1] = 'claimed'
   elseif state == 'claimed' then
     -- it may have started, so it is for the loop to judge; a worker that lives is told
@@ -278,8 +302,9 @@ return answer
 #: a result.
 CONDEMN = (
     _KEEP
+    + _STATE
     + """
-local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
+local state = task_state(KEYS[1], ARGV[1])
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or (state and string.match(state, '^done')) then
   return 0
 end
@@ -292,8 +317,9 @@ return 1
 #: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled.
 REOPEN = (
     _IS_OPEN
+    + _STATE
     + """
-local state = redis.call('HGET', KEYS[1], 't:' .. ARGV[1])
+local state = task_state(KEYS[1], ARGV[1])
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or not is_open(state) then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])

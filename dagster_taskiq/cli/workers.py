@@ -127,7 +127,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
             f"{record.busy_run_slots}/{record.run_slots}",
-            record.state,
+            record.state if record.is_trusted else f"{record.state} (not signed)",
             str(record.pid),
             record.version + _other_protocol(record),
             str(record.refused),
@@ -161,9 +161,17 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
         records = [item for item in running if all_ or _is_named(item, str(name))]
         if running and not records:
             raise click.ClickException(_nobody(str(name)))
-        for record in records:
-            await _send_order(backend, settings, record, kind)
-        return [record.name for record in records]
+        refusals = [refuses(settings.signer(), record) for record in records]
+        told = [it for it, refusal in zip(records, refusals, strict=True) if not refusal]
+        for refusal in filter(None, refusals):
+            if not told:
+                raise ConfigError(f"The order to {kind} would be of no use: {refusal}")
+            warnings.warn(f"Not told to {kind}: {refusal}", stacklevel=1)
+        for record in told:
+            await backend.send_control(
+                record.worker_id, worker_order(settings.signer(), record, kind)
+            )
+        return [record.name for record in told]
 
     names: list[str] = asyncio.run(_with_backend(settings, tell))
     if not names:
@@ -178,15 +186,6 @@ def _nobody(name: str) -> str:
     return f"No worker named {name!r} is running."
 
 
-async def _send_order(
-    backend: Backend, settings: Settings, record: WorkerRecord, kind: str
-) -> None:
-    signer = settings.signer()
-    if reason := refuses(signer, record):
-        raise ConfigError(f"The order to {kind} would be of no use: {reason}")
-    await backend.send_control(record.worker_id, worker_order(signer, record, kind))
-
-
 def _is_named(record: WorkerRecord, name: str) -> bool:
     """Whether NAME, NAME@HOST or @HOST means this worker."""
     own, _, host = record.name.partition("@")
@@ -197,7 +196,7 @@ async def _with_backend(settings: Settings, use: Callable[[Backend], Any]) -> An
     options = find_running_backend(settings)
     if options is None:
         return []  # nobody uses the embedded server, so there is no worker either
-    backend = open_backend(options)
+    backend = open_backend(options, settings.signer())
     try:
         await backend.startup()
         return await use(backend)

@@ -123,7 +123,7 @@ class Worker:
         self.name = f"{options.name}@{self._host}"
         self._worker_id = uuid.uuid4().hex
         self._started_at = time.time()
-        self._backend: Backend = open_backend(servers.backend)
+        self._backend: Backend = open_backend(servers.backend, servers.signer)
         self._guard = GuardClient()
         self._tails = LogTails()
         self._orders = OrderReader(servers.signer, self._worker_id, self.name)

@@ -55,6 +55,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance import jobs
 from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
 
@@ -555,7 +556,7 @@ class Stack:
         async def look() -> list[WorkerRecord]:
             options = self.backend or self.broker
             assert options is not None
-            backend = open_backend(replace(options, key_prefix=self.prefix))
+            backend = open_backend(replace(options, key_prefix=self.prefix), Signer())
             try:
                 return await backend.workers()
             finally:

@@ -174,9 +174,13 @@ def test_a_forged_order_is_not_obeyed(signed: Stack) -> None:
     """Unsigned, with another key, for another worker, or garbage: the worker works on."""
     record = record_of(signed)
     orders = [
-        worker_order(Signer(), record.worker_id, "terminate"),
-        worker_order(Signer([OTHER_KEY], signed.prefix), record.worker_id, "terminate"),
-        worker_order(Signer([KEY], signed.prefix), "another worker", "terminate"),
+        worker_order(Signer(), record, "terminate"),
+        worker_order(Signer([OTHER_KEY], signed.prefix), record, "terminate"),
+        worker_order(
+            Signer([KEY], signed.prefix), replace(record, worker_id="another"), "terminate"
+        ),
+        # as a record would have it that lies about its name
+        worker_order(Signer([KEY], signed.prefix), replace(record, name="another@h"), "terminate"),
         "garbage",
         "[" * 100_000,
     ]

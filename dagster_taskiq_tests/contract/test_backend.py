@@ -35,6 +35,7 @@ from dagster_taskiq.errors import RefusedByServerError, SupersededLoopError, Unr
 from dagster_taskiq.loop_thread import LoopThread
 from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.servers import (
     PrivateRedis,
     private_redis,
@@ -63,9 +64,9 @@ class Bench:
         self.loop_token = "loop"
         self.epoch = ""
 
-    def open(self) -> Backend:
+    def open(self, signer: Signer | None = None) -> Backend:
         """Another process' view of the same server."""
-        backend = open_backend(self.options)
+        backend = open_backend(self.options, signer or Signer())
         self.call(backend.startup())
         return backend
 
@@ -1245,7 +1246,7 @@ def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
     """Calls that overlapped, as in an outage, leave no connections that nobody needs."""
 
     async def scenario(server: PrivateRedis) -> None:
-        backend = open_backend(ServerOptions(url=server.url))
+        backend = open_backend(ServerOptions(url=server.url), Signer())
         await backend.startup()
         try:
             await asyncio.gather(*(backend.workers() for _ in range(20)))
@@ -1262,3 +1263,96 @@ def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
 
     with private_redis() as server:
         asyncio.run(scenario(server))
+
+
+# --- what none of ours has written ---
+
+
+@contextmanager
+def raw(bench: Bench) -> Iterator[tuple[redis.Redis, str]]:
+    """The server itself, and the prefix of its keys."""
+    with redis.Redis.from_url(bench.options.url) as client:
+        yield client, bench.options.key_prefix
+
+
+def test_unreadable_workers_affect_nobody_else(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are left out of the list, and said once with the names of their keys."""
+    bench.call(bench.backend.heartbeat(record("a"), expires_seconds=30))
+    with raw(bench) as (client, prefix):
+        for worker_id in (b"\xff\xfe", b"odd", b"deep", b"list", b"gone"):
+            client.zadd(f"{prefix}:workers", {worker_id: time.time() + 30})
+        client.set(f"{prefix}:worker:odd", b"\xff")
+        client.set(f"{prefix}:worker:deep", b"[" * 60_000)
+        client.rpush(f"{prefix}:worker:list", "x")
+    for _ in range(2):
+        assert bench.call(bench.backend.workers()) == [record("a")]
+    assert caplog.text.count(f"{prefix}:worker:odd") == 1
+    assert caplog.text.count(f"{prefix}:worker:deep") == 1
+
+
+@pytest.mark.parametrize("key", [["k" * 32], []])
+def test_records_are_verified(bench: Bench, key: list[str]) -> None:
+    """By who has a key."""
+    bench.call(bench.backend.heartbeat(record("a"), expires_seconds=30))
+    reader = bench.open(Signer(key))
+    try:
+        (found,) = bench.call(reader.workers())
+        assert found == record("a", is_trusted=not key)
+    finally:
+        bench.call(reader.shutdown())
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xfe", b"", b"a\nb"])
+def test_an_unreadable_epoch_is_a_new_life(bench: Bench, garbage: bytes) -> None:
+    """New runs begin, and workers keep their leases: they assert them again."""
+    bench.open_run()
+    claim = bench.claimed()
+    with raw(bench) as (client, prefix):
+        client.hset(f"{prefix}:epoch", "id", garbage)
+    renewal = bench.renew(claim)
+    assert renewal.is_held
+    assert renewal.epoch != claim.epoch
+    with raw(bench) as (client, prefix):
+        client.set(f"{prefix}:epoch", garbage)
+    assert bench.renew(claim).is_held
+    assert bench.renew_run() == bench.renew(claim).epoch
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xfe", b"", b"unheard-of", b"1"])
+def test_an_unreadable_state_is_unknown(
+    bench: Bench, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once with its key; the task can be claimed, cancelled or reopened as if new."""
+    bench.open_run()
+    tasks = [uuid.uuid4().hex for _ in range(3)]
+    with raw(bench) as (client, prefix):
+        for task in tasks:
+            client.hset(f"{prefix}:run:{bench.run_id}", f"t:{task}", garbage)
+        client.hset(f"{prefix}:run:{bench.run_id}", "generation", b"\xff")
+    for _ in range(2):
+        assert [bench.state(task) for task in tasks] == [TaskState.UNKNOWN] * 3
+    assert caplog.text.count(f"{prefix}:run:{bench.run_id} ") == 1
+    assert bench.complete(bench.claimed(tasks[0]))
+    assert bench.cancel(tasks[1]) == [TaskState.CANCELLED]
+    assert bench.reopen(tasks[2])
+    assert bench.renew_run() is not None
+
+
+def test_an_unreadable_mailbox_or_place_stops_nothing(bench: Bench) -> None:
+    """Results arrive, and a cancel is kept for the next renewal."""
+    bench.open_run()
+    claim, other = bench.claimed(), bench.claimed()
+    with raw(bench) as (client, prefix):
+        mailbox = f"{prefix}:run:{bench.run_id}:mailbox"
+        client.rpush(mailbox, b"\xff\xfe", b"", b"no-task")
+        client.set(f"{prefix}:result:".encode() + b"\xff\xfe", "x")
+        client.hset(f"{prefix}:claim:{claim.task_id}", "place", b"\xff[")
+        client.hset(f"{prefix}:claim:{other.task_id}", "place", "[]")
+    assert bench.complete(other)
+    assert bench.results()[other.task_id] == b"result"
+    report = bench.report(claim.task_id)
+    assert (report.state, report.place) == (TaskState.CLAIMED, None)
+    assert bench.cancel(claim.task_id) == [TaskState.CLAIMED]
+    assert bench.renew(claim).cancel_order == "enough"

@@ -17,6 +17,7 @@ from dagster_taskiq.config import Settings
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import RefusedByServerError, ServerError
 from dagster_taskiq.servers import ServerOptions, Tls
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.tls_servers import TlsKind, certificates, tls_options
 
 
@@ -46,7 +47,7 @@ async def use(options: ServerOptions) -> None:
     finally:
         await broker.shutdown()
     if options.url.startswith("rediss"):
-        backend = open_backend(options)
+        backend = open_backend(options, Signer())
         try:
             await backend.startup()
             assert await backend.workers() == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ class Crowd:
 
     async def send_control(self, worker_id: str, order: str) -> None:
         assert worker_id not in self.orders
-        self.orders[worker_id] = json.loads(order)["kind"]
+        self.orders[worker_id] = json.loads(order.splitlines()[-1])["kind"]
 
 
 @pytest.fixture
@@ -41,8 +41,29 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
     """No worker, yet."""
     crowd = Crowd()
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", "redis://localhost:6379/0")
-    monkeypatch.setattr(workers, "open_backend", lambda _options: crowd)
+    monkeypatch.setattr(workers, "open_backend", lambda _options, _signer: crowd)
     return crowd
+
+
+def test_a_record_that_is_not_signed_is_told_nothing(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps no order from the others, whatever it says of itself; a listing marks it."""
+    monkeypatch.setenv("DAGSTER_TASKIQ_SIGNING_KEY", "k" * 32)
+    crowd.add("a@one")
+    crowd.add("b@two")
+    crowd.records[0] = replace(crowd.records[0], is_trusted=False)
+    crowd.records.append(replace(crowd.records[0], name="c@one", key_ids=("another",)))
+    told = call("worker", "terminate", "--all")
+    assert told.exit_code == 0
+    assert set(crowd.orders) == {"B@TWO"}
+    assert "the record of worker a@one is not signed" in told.stderr
+    assert "worker c@one refuses it" in told.stderr
+    alone = call("worker", "terminate", "a@one")
+    assert alone.exit_code == 1
+    assert "the record of worker a@one is not signed" in alone.stderr
+    listed = call("worker", "list").stdout
+    assert listed.count("running (not signed)") == 2
 
 
 def call(*arguments: str, **more: Any) -> Result:

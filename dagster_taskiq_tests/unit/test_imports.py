@@ -16,6 +16,7 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: The parts from the bottom to the top; what is in one line may import from the lines above it,
 #: and from its own line. Cycles are looked for module by module, so a line may hold several.
 LAYERS = [
+    "plain_text",
     "version defaults celery_names errors time_limits refusals database_errors forked_copies",
     "signing server_refusals patience plain_json code_locations",
     "tags servers results envelope worker.frames worker.guard",

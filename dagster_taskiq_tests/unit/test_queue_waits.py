@@ -141,3 +141,15 @@ def test_hopeless_is_what_has_only_other_versions_for_long() -> None:
         assert history.is_hopeless(100 + FOREIGN_WORKERS_SECONDS)
         history.news(wait, LATER, 101)
         assert not history.is_hopeless(1000 + FOREIGN_WORKERS_SECONDS)
+
+
+def test_a_record_that_is_not_signed_decides_nothing() -> None:
+    """Neither that a queue is served, nor that its tasks are refused or of another version."""
+    doubtful = worker("x", is_trusted=False, key_ids=KEY.key_ids, protocol=PROTOCOL + 1)
+    stranger = worker("y", is_trusted=False, key_ids=("another",))
+    for record, reason in ((doubtful, "The record of worker x@h is not signed"), (stranger, "y@h")):
+        for others in ([], [worker("z", key_ids=KEY.key_ids)]):
+            wait = why(record, *others, signer=KEY)
+            assert wait is not None
+            assert wait.kind is WaitKind.UNTRUSTED
+            assert reason in wait.reason

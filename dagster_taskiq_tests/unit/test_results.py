@@ -23,13 +23,15 @@ JSON = st.recursive(
     max_leaves=5,
 )
 
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=100)
+
 RESULTS = st.builds(
     TaskResult,
     outcome=st.sampled_from(Outcome),
-    place=st.builds(Place, st.text(), st.text(), st.text(), st.integers(), st.integers()),
+    place=st.builds(Place, NAMES, st.text(), NAMES, st.integers(), st.integers()),
     events=st.lists(st.text()).map(tuple),
     error=st.none() | st.dictionaries(st.text(), JSON),
-    reason=st.text(),
+    reason=NAMES,
     exit_code=st.none() | st.integers(),
     is_cancelled=st.booleans(),
 )
@@ -85,6 +87,9 @@ def test_other_json_is_malformed(value: Any) -> None:
         {"events": ["x"]},
         {"events": [10**30]},
         {"error": "text"},
+        {"reason": 5},
+        {"place": {**vars(PLACE), "worker": {}}},
+        {"place": {**vars(PLACE), "pid": "x"}},
         {"error": []},
         {"more": 1},
     ],

@@ -1,0 +1,92 @@
+"""Workers' records: whose they are, and that a bad one affects nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dagster_taskiq.backend.base import WorkerRecord
+from dagster_taskiq.backend.worker_records import read_record, write_record
+from dagster_taskiq.signing import Signer
+
+KEY, OTHER, NONE = Signer(["k" * 32]), Signer(["o" * 32]), Signer()
+
+RECORD = WorkerRecord("id", "w@h", "h", 7, ("a", "b"), slots=2, started_at=1.5, broker="redis://h")
+
+
+def changed(**values: Any) -> bytes:
+    """The unsigned record with other values."""
+    return json.dumps({**asdict(RECORD), **values}).encode()
+
+
+def test_a_record_is_trusted_with_the_key_only() -> None:
+    """Without one all are; what is not signed as it must be can still be shown."""
+    for writer in (KEY, OTHER, NONE):
+        data = write_record(writer, RECORD)
+        assert read_record(NONE, "id", data) == RECORD
+        assert read_record(KEY, "id", data) == replace(RECORD, is_trusted=writer is KEY)
+
+
+def test_no_record_says_of_itself_that_it_is_trusted() -> None:
+    assert not read_record(KEY, "id", changed(is_trusted=True)).is_trusted
+
+
+def test_a_record_is_of_one_worker() -> None:
+    """Copied to the key of another one, or with another id in it, it is none."""
+    for signer in (KEY, NONE):
+        with pytest.raises(ValueError, match="of another worker, 'id'"):
+            read_record(signer, "other", write_record(signer, RECORD))
+
+
+def test_texts_of_a_record_can_be_shown() -> None:
+    """No escape sequence, no line break, nothing without end, whatever the writer put there."""
+    odd = "a\x1b[2J\r\nb\u202e\x9b" + "x" * 10_000
+    for field in ("name", "host", "state", "version", "broker"):
+        text = getattr(read_record(KEY, "id", changed(**{field: odd})), field)
+        assert text.isprintable()
+        assert len(text) <= 255
+    (queue,) = read_record(KEY, "id", changed(queues=[odd])).queues
+    assert queue.isprintable()
+    assert len(read_record(KEY, "id", changed(queues=["q"] * 9999)).queues) <= 1000
+
+
+def test_another_version_may_have_other_fields() -> None:
+    """More of them, or fewer of those with a default."""
+    values = {key: value for key, value in asdict(RECORD).items() if key != "protocol"}
+    data = json.dumps({**values, "of tomorrow": [1]}).encode()
+    assert read_record(NONE, "id", data).name == "w@h"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b"{}",
+        b"[" * 100_000,
+        b" " * 100_000,
+        *(changed(**{field: bad}) for field in ("name", "host", "state") for bad in (None, 5, [])),
+        *(changed(**{field: bad}) for field in ("pid", "slots") for bad in ("1", None, -1, True)),
+        *(changed(queues=bad) for bad in ("q", None, [1], {})),
+        *(changed(started_at=bad) for bad in ("1", None, float("nan"), 10**400)),
+    ],
+    ids=lambda data: data[:20].decode(errors="replace"),
+)
+def test_what_is_no_record_is_refused(data: bytes) -> None:
+    """With one kind of error, so that its reader shows the others."""
+    for signer in (KEY, NONE):
+        with pytest.raises(ValueError, match="it"):
+            read_record(signer, "id", data)
+
+
+@given(st.binary())
+def test_garbage_is_refused(data: bytes) -> None:
+    """No bytes raise anything else."""
+    with pytest.raises(ValueError, match="it"):
+        read_record(KEY, "id", data)
