@@ -25,7 +25,6 @@ from dagster_taskiq.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.core_execution_loop import core_execution_loop
-from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher
 from dagster_taskiq.eager import EagerDispatcher
 from dagster_taskiq.errors import SupersededLoopError
@@ -96,7 +95,7 @@ class TaskiqExecutor(Executor):
             return _payload(plan_context, step, known_state)
 
         is_kept = not self._settings.source.database_short_lived_sessions
-        patience = DatabasePatience(SERVER_PATIENCE_SECONDS)
+        patience = DatabasePatience(self._settings.server_patience_seconds)
         instance = plan_context.instance
         try:
             with (
@@ -123,7 +122,9 @@ def _open_dispatcher(
     if settings.source.task_always_eager:
         is_kept = not settings.source.database_short_lived_sessions
         return EagerDispatcher(
-            events, keeps_connections=is_kept, patience_seconds=SERVER_PATIENCE_SECONDS
+            events,
+            keeps_connections=is_kept,
+            patience_seconds=settings.server_patience_seconds,
         )
     instance, run_id = context.instance, context.run_id
     servers = find_servers(settings)

@@ -194,6 +194,7 @@ def _worker_options(
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         keeps_connections=not source.database_short_lived_sessions,
+        database_patience_seconds=settings.server_patience_seconds,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_taskiq._dagster import copy_logs_by, end_copies_of_steps, keep_definitions
+from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.forked_copies import ending_copies
 from dagster_taskiq.plain_json import parse_object
@@ -44,6 +45,7 @@ class ChildOptions:
         log_level: of the root logger, a name.
         slot: the number of its slot.
         keeps_connections: whether it leaves Dagster's database connected between statements.
+        patience_seconds: how long it waits for Dagster's database when that is away.
         environment: variables that it has and other children have not; may be secret.
     """
 
@@ -51,6 +53,7 @@ class ChildOptions:
     log_level: str
     slot: int
     keeps_connections: bool = True
+    patience_seconds: float = SERVER_PATIENCE_SECONDS
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -93,7 +96,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
         return
     keep_definitions()
     end_copies_of_steps()
-    runner = TaskRunner(keeps_connections=options.keeps_connections)
+    runner = TaskRunner(
+        keeps_connections=options.keeps_connections, patience_seconds=options.patience_seconds
+    )
     copy_logs_by(
         lambda path, target: mention("log", path=path, target=target),
         lambda path: mention("log-end", path=path),

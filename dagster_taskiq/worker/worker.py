@@ -28,6 +28,7 @@ from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
+    SERVER_PATIENCE_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.envelope import PROTOCOL, QueueKind, physical_queue
@@ -77,6 +78,7 @@ class WorkerOptions:
         result_expires_seconds: how long an unread result is kept.
         limits: how long a step may take whose tags say nothing.
         keeps_connections: see ``ChildOptions``.
+        database_patience_seconds: its children's, see ``ChildOptions``.
         watch: directory whose changes of code give every slot a fresh child; None for none.
         secrets: environment variables of the runs' processes that steps do not get.
     """
@@ -93,6 +95,7 @@ class WorkerOptions:
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
     limits: TimeLimits = TimeLimits()
     keeps_connections: bool = True
+    database_patience_seconds: float = SERVER_PATIENCE_SECONDS
     watch: Path | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -153,6 +156,7 @@ class Worker:
                         options.log_level,
                         number,
                         options.keeps_connections,
+                        options.database_patience_seconds,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),

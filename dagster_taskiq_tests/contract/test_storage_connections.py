@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 import yaml
 from dagster import DagsterInstance, DagsterRun
-from sqlalchemy import event
+from sqlalchemy import event, select, text
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from dagster_taskiq._dagster import EngineEventData, storage_engines
+from dagster_taskiq._dagster import EngineEventData, capture_interrupts, storage_engines
+from dagster_taskiq.errors import DatabaseAwayError
 from dagster_taskiq.storage_connections import kept_connections
+from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
+
+PATIENCE_SECONDS = 60.0
 
 
 @dataclass
@@ -35,6 +43,13 @@ class Storage:
     instance: DagsterInstance
     run: DagsterRun
     connects: list[Any]
+    at_end: ExitStack
+
+    def listen(self, name: str, listener: Callable[..., Any]) -> None:
+        """Listen to an event of all engines until the end of the test."""
+        for engine in self.engines:
+            event.listen(engine, name, listener)
+            self.at_end.callback(event.remove, engine, name, listener)
 
     def write(self, message: str) -> None:
         self.instance.report_engine_event(message, self.run, EngineEventData())
@@ -48,17 +63,24 @@ class Storage:
         return [it.engine for it in storage_engines(self.instance)]
 
 
-@pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, DagsterInstance]]:
+    """One for all, since to make its tables takes longer than a test."""
     with postgres_database() as url:
         settings = {"storage": {"postgres": {"postgres_url": url}}, "telemetry": {"enabled": False}}
-        (tmp_path / "dagster.yaml").write_text(yaml.safe_dump(settings))
-        with DagsterInstance.from_config(str(tmp_path)) as instance:
-            run = instance.create_run_for_job(single_job)
-            found = Storage(url, instance, run, [])
-            for engine in found.engines:
-                event.listen(engine, "connect", lambda *_: found.connects.append(1))
-            yield found
+        directory = tmp_path_factory.mktemp("instance")
+        (directory / "dagster.yaml").write_text(yaml.safe_dump(settings))
+        with DagsterInstance.from_config(str(directory)) as instance:
+            yield url, instance
+
+
+@pytest.fixture
+def storage(database: tuple[str, DagsterInstance]) -> Iterator[Storage]:
+    url, instance = database
+    with ExitStack() as at_end:
+        found = Storage(url, instance, instance.create_run_for_job(single_job), [], at_end)
+        found.listen("connect", lambda *_: found.connects.append(1))
+        yield found
 
 
 def test_one_connection_serves_all_storages(storage: Storage) -> None:
@@ -141,6 +163,115 @@ def test_what_a_step_forks_has_its_own(storage: Storage) -> None:
             "after",
         ]
         assert len(storage.connects) == 1
+
+
+def _hang_up(cursor: Any) -> None:
+    with psycopg2.connect(cursor.connection.dsn) as other, other.cursor() as killer:
+        killer.execute(
+            "SELECT pg_terminate_backend(%s, 10000)", (cursor.connection.get_backend_pid(),)
+        )
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_what_loses_its_connection_is_read_again(storage: Storage, is_kept: bool) -> None:
+    """Ended after it was looked at, before its statement, by an administrator or a shutdown."""
+    ended = []
+
+    def end(cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT") and len(ended) < 2:
+            ended.append(statement)
+            _hang_up(cursor)
+
+    storage.listen("do_execute", end)
+    storage.write("an event")
+    patience = DatabasePatience(PATIENCE_SECONDS)
+    with (
+        kept_connections(storage.instance) if is_kept else nullcontext(),
+        patient_connections(storage.instance, patience),
+    ):
+        assert storage.instance.get_run_by_id(storage.run.run_id) is not None
+        assert storage.messages() == ["an event"]
+    assert len(ended) == 2
+
+
+def test_a_transaction_is_not_read_again(storage: Storage) -> None:
+    """What came before the statement is lost with the connection."""
+    with patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)):
+        engine = storage.engines[0]
+        with engine.connect() as connection:
+            connection.execute(text("CREATE TEMPORARY TABLE mine (number int)"))
+            _hang_up(connection.connection.cursor())
+            with pytest.raises(OperationalError):
+                connection.execute(select(text("* FROM mine")))
+
+
+def test_a_database_that_takes_no_connection_is_waited_for(
+    storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is read and written then is there, and the log says once what was waited for."""
+    left = [
+        "FATAL: the database system is starting up",
+        "FATAL: sorry, too many clients already",
+        "connection to server failed: Connection refused",
+    ]
+
+    def refuse(*_: Any) -> None:
+        if left:
+            raise psycopg2.OperationalError(left.pop())
+
+    storage.listen("do_connect", refuse)
+    with patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)):
+        storage.write("an event")
+        assert storage.messages() == ["an event"]
+    assert not left
+    assert caplog.text.count("is away: connection to server failed") == 1
+    assert caplog.text.count("is away") == 1
+
+
+def test_a_password_that_is_wrong_is_not_waited_for(storage: Storage) -> None:
+    """Nor is anything else that no waiting mends."""
+    tries = []
+
+    def refuse(*_: Any) -> None:
+        tries.append(1)
+        raise psycopg2.OperationalError('FATAL:  password authentication failed for user "me"')
+
+    engine = storage.engines[0]
+    storage.listen("do_connect", refuse)
+    with (
+        patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)),
+        pytest.raises(OperationalError),
+    ):
+        engine.connect()
+    assert len(tries) == 1
+
+
+def test_waiting_ends_when_the_process_is_told_to_stop(storage: Storage) -> None:
+    """A step that waits for the database obeys a cancel, and so does a run."""
+
+    def refuse(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise psycopg2.OperationalError("FATAL:  the database system is starting up")
+
+    engine = storage.engines[0]
+    storage.listen("do_connect", refuse)
+    with (
+        capture_interrupts(),
+        patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)),
+        pytest.raises(DatabaseAwayError, match="told to stop"),
+    ):
+        engine.connect()
+
+
+def test_afterwards_nobody_waits(storage: Storage) -> None:
+    """Also where two wait, one within the other."""
+    for seconds in (PATIENCE_SECONDS, 0):
+        outer, inner = DatabasePatience(seconds), DatabasePatience(PATIENCE_SECONDS)
+        with patient_connections(storage.instance, outer):
+            with patient_connections(storage.instance, inner):
+                storage.write("inner")
+            storage.write("outer")
+    assert all("_connection_cls" not in vars(engine) for engine in storage.engines)
 
 
 def test_storage_without_a_server(tmp_path: Path) -> None:

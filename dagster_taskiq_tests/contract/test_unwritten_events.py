@@ -26,7 +26,7 @@ from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 
-EAGER = {"execution": {"config": {"config_source": {"task_always_eager": True}}}}
+EAGER = {"config_source": {"task_always_eager": True}}
 
 #: How long the database is away.
 AWAY_SECONDS = 2.0
@@ -89,10 +89,14 @@ class Database:
             "EXECUTE FUNCTION refuse()",
         )
 
-    def run(self) -> tuple[bool, list[tuple[str | None, str]]]:
+    def run(self, patience_seconds: float = 300.0) -> tuple[bool, list[tuple[str | None, str]]]:
         """Whether a run succeeds, and all that its log has: step, and event or line."""
+        config = {**EAGER, "server_patience_seconds": patience_seconds}
+        run_config = {"execution": {"config": config}}
         target = reconstructable(speaking_job)
-        with execute_job(target, self.instance, run_config=EAGER, raise_on_error=False) as result:
+        with execute_job(
+            target, self.instance, run_config=run_config, raise_on_error=False
+        ) as result:
             entries = self.instance.all_logs(result.run_id)
         said = [
             (it.step_key, it.dagster_event.event_type_value if it.dagster_event else _line(it))
@@ -181,9 +185,8 @@ def test_a_database_that_does_not_come_back_fails_the_step(
         return result
 
     monkeypatch.setattr(TaskRunner, "execute_plan", execute_and_come_back)
-    monkeypatch.setattr("dagster_taskiq.executor.SERVER_PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(Meanwhile, "happen", lambda: database.proxy.set(Mode.REFUSE))
-    is_success, said = database.run()
+    is_success, said = database.run(patience_seconds=0.5)
     assert not is_success
     assert ends(said, "speaks") == ["STEP_FAILURE"]
     assert "Dagster's database is away; it was waited for until 0.5 s were over" in database.errors
