@@ -119,13 +119,20 @@ class TaskRunner:
             except Exception:
                 return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
 
-    def execute_plan(self, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+    def execute_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> TaskResult:
         """Execute one step.
 
         Args:
             payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
             place: where this is, for the step's events.
             queue: that the step was taken from.
+            on_loaded: called when the code is loaded, before the step's part of it runs.
 
         Returns:
             the events of the step, also when it failed or was interrupted, since Dagster reports
@@ -134,7 +141,7 @@ class TaskRunner:
         """
         self._patience.begin_anew()
         with capture_interrupts():
-            result = self._executed_plan(payload, place, queue)
+            result = self._executed_plan(payload, place, queue, on_loaded)
             try:
                 self._events.flush()
             except EventsNotWrittenError as error:
@@ -144,11 +151,18 @@ class TaskRunner:
                 return replace(unlogged, is_cancelled=result.is_cancelled)
         return result
 
-    def _executed_plan(self, payload: Mapping[str, Any], place: Place, queue: str) -> TaskResult:
+    def _executed_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None],
+    ) -> TaskResult:
         events: list[str] = []
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-            for event in self._step_events(args, payload[EXECUTABLE_KEY], place, queue):
+            executable = payload[EXECUTABLE_KEY]
+            for event in self._step_events(args, executable, place, queue, on_loaded):
                 events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
@@ -166,7 +180,12 @@ class TaskRunner:
         return TaskResult(Outcome.FINISHED, place, tuple(events))
 
     def _step_events(
-        self, args: ExecuteStepArgs, executable: Mapping[str, Any], place: Place, queue: str
+        self,
+        args: ExecuteStepArgs,
+        executable: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None],
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
         run = _live_run(instance, args.run_id)
@@ -175,6 +194,7 @@ class TaskRunner:
         instance.inject_env_vars(location)
         run_plan = self._plans.of_run(run, executable)
         plan = run_plan.of_step(step_key, args.known_state or KnownExecutionState())
+        on_loaded()
         yield _report_start(instance, run, step_key, place, queue)
         self._events.flush()  # who looks for the step after a crash must find that it began
         yield from execute_plan_iterator(

@@ -29,6 +29,7 @@ from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq.worker.channel import Channel, ChannelLostError
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
+from dagster_taskiq.worker.leftovers import Leftovers
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
 
 #: Names of what ``run_watch`` has to say, beside those of tasks.
@@ -62,7 +63,8 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
 
     Messages to the parent: ``ready``, or ``failed`` with the reason; for each task ``started``
     before any of its code runs, ``log`` and ``log-end`` around each of its captured outputs,
-    ``begun`` for a run whose start is in Dagster's log, and ``result``.
+    ``begun`` for a run whose start is in Dagster's log, and ``result``, which names what keeps the
+    child from taking another task.
     """
     os.setsid()
     die_with_worker()
@@ -141,6 +143,7 @@ def _execute(
 ) -> dict[str, Any]:
     place = Place.from_dict(task["place"])
     name = TaskName(task["name"])
+    leftovers = Leftovers()
     try:
         payload = _payload(task)
     except ValueError as error:
@@ -148,12 +151,13 @@ def _execute(
     else:
         if name is TaskName.EXECUTE_PLAN:
             with soft_time_limit(task.get("soft_timeout_seconds")):
-                result = runner.execute_plan(payload, place, task["queue"])
+                result = runner.execute_plan(payload, place, task["queue"], leftovers.look)
         else:
             result = runner.execute_run(name, payload, place, task["queue"], on_begun)
     sys.stdout.flush()
     sys.stderr.flush()
-    return {"result": result.to_bytes().decode()}
+    left_behind = ", ".join(leftovers.put_back())
+    return {"result": result.to_bytes().decode(), "left_behind": left_behind}
 
 
 def _payload(task: dict[str, Any]) -> dict[str, Any]:

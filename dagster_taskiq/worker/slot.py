@@ -1,8 +1,8 @@
 """A slot: one warm child process, which executes one task at a time.
 
 The child is replaced between tasks: after so many of them, above so much memory, after a cancel
-(which may leave something behind), for a task of another code location, and when it died. Whoever
-takes a slot calls ``prepare`` first.
+(which may leave something behind) or a task that did leave something, for a task of another code
+location, and when it died. Whoever takes a slot calls ``prepare`` first.
 """
 
 from __future__ import annotations
@@ -274,6 +274,8 @@ class Slot:
 
     def _note_use(self, answer: dict[str, Any]) -> None:
         if self._max_tasks and self._tasks_done >= self._max_tasks:
+            self._must_replace = True
+        if answer.get("left_behind"):
             self._must_replace = True
         if self._max_memory_kib and answer["resident_kib"] > self._max_memory_kib:
             self._must_replace = True

@@ -292,6 +292,7 @@ class Station:
                 task, lambda pid: self._leases.guard_group(lease, pid), timers.start, on_begun
             )
             result = _result_of(answer, lease, timers.verdict)
+            _say_what_is_left(title, answer)
         except SlotError as error:
             result = TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
         finally:
@@ -392,6 +393,11 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
     # the child knows that it was interrupted, but not by whom: only a cancel rules out a retry
     is_cancelled = result.is_cancelled and lease.stop_reason is StopReason.CANCELLED
     return replace(result, is_cancelled=is_cancelled)
+
+
+def _say_what_is_left(title: str, answer: Mapping[str, Any] | ChildDied) -> None:
+    if not isinstance(answer, ChildDied) and answer.get("left_behind"):
+        logger.warning("%s left behind %s: its process is replaced.", title, answer["left_behind"])
 
 
 def _cause(result: TaskResult) -> str:

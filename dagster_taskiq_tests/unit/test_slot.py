@@ -37,12 +37,13 @@ PLACE = vars(Place("w@h", "id", "h", 1, 1))
 
 #: What a child does instead of executing a step.
 ACTOR = """
-import ctypes, multiprocessing, os, signal, subprocess, time
+import ctypes, multiprocessing, os, signal, subprocess, threading, time
 from dagster_taskiq.worker import channel
 from dagster_taskiq.results import Outcome, TaskResult
 from dagster_taskiq.tasks import TaskRunner
 
-def act(runner, payload, place, queue):
+def act(runner, payload, place, queue, on_loaded):
+    on_loaded()
     kind = payload["do"]
     reason = ""
     if kind == "exit":
@@ -84,6 +85,15 @@ def act(runner, payload, place, queue):
         from dagster._core.definitions.reconstruct import ReconstructableJob
         job = ReconstructableJob.from_dict(payload["executable_dict"]).get_definition()
         reason = f"{os.getpid()} {job.tags['team']}"
+    elif kind == "alarm":
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.alarm(1)
+        os.environ["SLOT_LEFT"] = "x"
+    elif kind == "thread":
+        threading.Thread(target=time.sleep, args=(1000,), name="lingering").start()
+    elif kind == "environment":
+        timer = signal.getitimer(signal.ITIMER_REAL)[0]
+        reason = f"{os.getpid()} {os.environ.get('SLOT_LEFT')} {timer}"
     elif kind == "start method":
         reason = f"{multiprocessing.get_start_method(allow_none=True)}"
     elif kind == "hang":
@@ -312,7 +322,8 @@ def test_a_fresh_child_runs_what_stands_on_disk_now(tmp_path: Path) -> None:
 
     def version(number: int) -> None:
         module.write_text(
-            ACTOR + f"\nTaskRunner.execute_plan = lambda runner, payload, place, queue: ("
+            ACTOR
+            + f"\nTaskRunner.execute_plan = lambda runner, payload, place, queue, on_loaded: ("
             f"TaskResult(Outcome.FINISHED, place, reason='version {number}'))"
         )
 
@@ -609,5 +620,24 @@ def test_a_child_executes_the_code_of_one_location(tmp_path: Path) -> None:
             other_pid, team = await load(slot, "b")
             assert team == "b"
             assert other_pid != pid
+
+    play(scenario())
+
+
+def test_what_a_step_leaves_behind_does_not_meet_the_next_one() -> None:
+    """What can be put back is; a child with a thread or process that goes on is replaced."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            pid = await pid_of(slot)
+            await run(slot, "alarm")
+            result = await run(slot, "environment")
+            assert isinstance(result, TaskResult)
+            assert result.reason == f"{pid} None 0.0"
+            for what in ("thread", "spawn"):
+                pid = await pid_of(slot)
+                left = await run(slot, what)
+                assert isinstance(left, TaskResult)
+                assert await pid_of(slot) != pid
 
     play(scenario())
