@@ -18,7 +18,6 @@ import logging
 import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -36,6 +35,7 @@ from pamqp.exceptions import PAMQPException
 from taskiq import AsyncBroker, BrokerMessage
 from taskiq_aio_pika import AioPikaBroker
 
+from dagster_taskiq.brokers.amqp_properties import is_ours
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -464,9 +464,6 @@ def _words_of_close(error: BaseException) -> str:
     return ""
 
 
-#: Set in the tasks of our connections, which inherit it from the call that connects.
-_is_ours = ContextVar("_is_ours", default=False)
-
 #: What aiormq logs for each try to connect, of which an outage has many, and, with a traceback,
 #: for each lost connection. Our own error or warning says it.
 _SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited abnormally")
@@ -474,15 +471,15 @@ _SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited 
 
 @contextmanager
 def _our_message_is_enough() -> Iterator[None]:
-    token = _is_ours.set(True)
+    token = is_ours.set(True)
     try:
         yield
     finally:
-        _is_ours.reset(token)
+        is_ours.reset(token)
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    return not (_is_ours.get() and str(record.msg).startswith(_SAID_BY_US))
+    return not (is_ours.get() and str(record.msg).startswith(_SAID_BY_US))
 
 
 logging.getLogger("aiormq.connection").addFilter(_is_of_use)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import ssl
+import struct
 import subprocess
 import time
 import uuid
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import aio_pika
+import pamqp.commands
 import pytest
 import redis
 from taskiq import BrokerMessage
@@ -1299,6 +1301,68 @@ def test_a_queue_of_another_kind_is_refused_on_rabbitmq(on_rabbitmq: ServerOptio
             await _delete(on_rabbitmq, queue)
 
     run(test())
+
+
+class RawProperties(pamqp.commands.Basic.Properties):
+    """Properties with any bytes on their way."""
+
+    def __init__(self, flags: int, data: bytes) -> None:
+        super().__init__()
+        self.raw = struct.pack(">H", flags) + data
+
+    def marshal(self) -> bytes:
+        return self.raw
+
+
+def nested_headers(depth: int) -> bytes:
+    """Tables in tables."""
+    table = b""
+    for _ in range(depth):
+        table = b"\x01aF" + struct.pack(">I", len(table)) + table
+    return struct.pack(">I", len(table)) + table
+
+
+#: The flag of each property, and after it the best priority.
+HEADERS, PRIORITY, CORRELATION_ID, TIMESTAMP = 1 << 13, 1 << 11, 1 << 10, 1 << 6
+UNREADABLE = {
+    "correlation id": RawProperties(PRIORITY | CORRELATION_ID, b"\x0a\x01\xff"),
+    "header key": RawProperties(HEADERS | PRIORITY, b"\x00\x00\x00\x04\x01\xfft\x01\x0a"),
+    "timestamp": RawProperties(PRIORITY | TIMESTAMP, b"\x0a" + b"\xff" * 8),
+    "nesting": RawProperties(HEADERS | PRIORITY, nested_headers(2000) + b"\x0a"),
+}
+
+
+@pytest.mark.parametrize("is_idle", [False, True])
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_unreadable_properties_block_no_queue_on_rabbitmq(
+    on_rabbitmq: ServerOptions, what: str, is_idle: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their message is refused, counted and acked like any other, whoever waits for it and how."""
+
+    async def test() -> None:
+        queue = queue_name(on_rabbitmq)
+
+        def refuse(data: bytes) -> None:
+            if data == b"bad":
+                raise MalformedTaskError("it is bad")
+
+        async with consuming(on_rabbitmq, queue) as consumer:
+            consumer.broker.admit = refuse
+            if is_idle:
+                await consumer.until_idle()
+            async with await aio_pika.connect(on_rabbitmq.url) as connection:
+                channel = await (await connection.channel()).get_underlay_channel()
+                for _ in range(3):
+                    await channel.basic_publish(
+                        b"bad", routing_key=queue, properties=UNREADABLE[what]
+                    )
+                await consumer.broker.kick(task(queue, "good"))
+                assert await consumer.finish() == "good"
+            assert consumer.broker.refused_count == 3
+            assert await consumer.broker.depth(queue) == 0
+
+    run(test())
+    assert "Listening goes on when it is back" not in caplog.text
 
 
 def test_an_unknown_virtual_host_is_refused_on_rabbitmq(on_rabbitmq: ServerOptions) -> None:
