@@ -12,12 +12,15 @@ import click
 
 from dagster_taskiq.errors import DagsterTaskiqError
 
+#: What a worker writes to ``--ready-fd``: it takes tasks; it waits for a server that is away.
+READY, WAITING = b"r", b"w"
+
 #: Options of ``worker start`` that its child in the background must not get, or gets anew.
 _OF_THE_PARENT = ("background", "name", "ready_fd")
 
 
 def start_in_background(context: click.Context, name: str) -> None:
-    """Start the worker that a command line asked for, and return when it is ready.
+    """Start the worker that a command line asked for, and return when it is ready or waits.
 
     Args:
         context: of the ``worker start`` that was called, by whatever program.
@@ -41,12 +44,14 @@ def start_in_background(context: click.Context, name: str) -> None:
         )
     os.close(writer)
     with os.fdopen(reader, "rb") as ready:
-        is_ready = bool(ready.read(1))
-    if not is_ready:  # it has ended without a word
+        word = ready.read(1)
+    if not word:  # it has ended without a word
         lines = log.read_text(encoding="utf8", errors="replace").splitlines()
         reason = lines[-1].removeprefix("Error: ") if lines else "it said nothing"
         raise DagsterTaskiqError(f"The worker did not start: {reason} (log: {log})")
     click.echo(f"Started worker {name}@{socket.gethostname()}, pid {process.pid}, log {log}")
+    if word == WAITING:
+        click.echo("It waits for a server that is away; its log says which.", err=True)
 
 
 def arguments_of(context: click.Context) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dagster_taskiq.cli.background import start_in_background
+from dagster_taskiq.cli.background import READY, WAITING, start_in_background
 from dagster_taskiq.cli.celery_arguments import (
     LOG_LEVELS,
     CeleryArguments,
@@ -193,8 +193,8 @@ def _worker_options(
         limits=TimeLimits(given["soft_time_limit"], given["time_limit"])
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
+        server_patience_seconds=settings.server_patience_seconds,
         keeps_connections=not source.database_short_lived_sessions,
-        database_patience_seconds=settings.server_patience_seconds,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )
@@ -217,12 +217,15 @@ def _take_secrets(settings: Settings) -> dict[str, str]:
 
 
 async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
-    def say_ready() -> None:
+    def tell_starter(word: bytes) -> None:
+        """The process that has started the worker in the background reads one word."""
+        nonlocal ready_fd
         if ready_fd is not None:
-            os.write(ready_fd, b"r")
+            os.write(ready_fd, word)
             os.close(ready_fd)
+            ready_fd = None
 
-    this = Worker(servers, options, say_ready)
+    this = Worker(servers, options, lambda: tell_starter(READY), lambda: tell_starter(WAITING))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, this.drain)

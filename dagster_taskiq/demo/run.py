@@ -48,6 +48,7 @@ _SETTINGS_YAML = """\
 execution:
   config:
     cancel_grace_seconds: 5
+    server_patience_seconds: 0
     config_source:
       key_prefix: dagster-taskiq-demo
 """

@@ -102,14 +102,20 @@ class Station:
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
-    async def start(self) -> None:
-        """Reach the broker and warm the slots.
+    async def reach(self) -> None:
+        """Reach the broker.
 
         Raises:
-            ServerError: the broker cannot be reached, or refuses.
-            SlotError: a child cannot be started.
+            ServerError: it cannot be reached, or refuses.
         """
         await self._broker.startup()
+
+    async def start(self) -> None:
+        """Warm the slots.
+
+        Raises:
+            SlotError: a child cannot be started.
+        """
         outcomes = await asyncio.gather(
             *(slot.prepare() for slot in self._slots), return_exceptions=True
         )

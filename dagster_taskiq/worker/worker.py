@@ -39,6 +39,7 @@ from dagster_taskiq.errors import (
     UntrustedError,
 )
 from dagster_taskiq.loop_thread import end_tasks
+from dagster_taskiq.patience import Patience
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import Place
 from dagster_taskiq.time_limits import TimeLimits
@@ -78,7 +79,8 @@ class WorkerOptions:
         result_expires_seconds: how long an unread result is kept.
         limits: how long a step may take whose tags say nothing.
         keeps_connections: see ``ChildOptions``.
-        database_patience_seconds: its children's, see ``ChildOptions``.
+        server_patience_seconds: how long it waits for servers that are away when it starts, and its
+            children for the database.
         watch: directory whose changes of code give every slot a fresh child; None for none.
         secrets: environment variables of the runs' processes that steps do not get.
     """
@@ -95,7 +97,7 @@ class WorkerOptions:
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
     limits: TimeLimits = TimeLimits()
     keeps_connections: bool = True
-    database_patience_seconds: float = SERVER_PATIENCE_SECONDS
+    server_patience_seconds: float = SERVER_PATIENCE_SECONDS
     watch: Path | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -111,6 +113,7 @@ class Worker:
         servers: broker and backend.
         options: see ``WorkerOptions``.
         on_ready: called when it takes tasks.
+        on_waiting: called when it begins to wait for a server.
     """
 
     def __init__(
@@ -118,10 +121,12 @@ class Worker:
         servers: Servers,
         options: WorkerOptions,
         on_ready: Callable[[], None] = lambda: None,
+        on_waiting: Callable[[], None] = lambda: None,
     ) -> None:
         self._servers = servers
         self._options = options
         self._on_ready = on_ready
+        self._on_waiting = on_waiting
         self._host = socket.gethostname()
         self.name = f"{options.name}@{self._host}"
         self._worker_id = uuid.uuid4().hex
@@ -137,6 +142,7 @@ class Worker:
         self._cancel_now = asyncio.Event()
         self._reload = asyncio.Event()
         self._code_watch = CodeWatch(options.watch, self.reload) if options.watch else None
+        self._is_listed = False
         self._was_cut_short = False
 
     def _make_stations(self) -> Iterator[Station]:
@@ -156,7 +162,7 @@ class Worker:
                         options.log_level,
                         number,
                         options.keeps_connections,
-                        options.database_patience_seconds,
+                        options.server_patience_seconds,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),
@@ -193,13 +199,14 @@ class Worker:
             whether everything that it had begun could finish.
 
         Raises:
-            ServerError: broker or backend cannot be reached, or refuse.
+            ServerError: broker or backend refuse, or were away for the patience of the options.
             SlotError: the children cannot be started.
             WorkerFailedError: a background task failed.
         """
         try:
-            await self._start()
-            await self._work()
+            if await self._await_servers():
+                await self._start()
+                await self._work()
         finally:
             await self._stop()
         return not self._was_cut_short
@@ -222,13 +229,44 @@ class Worker:
         """Give every slot a fresh child, between tasks, which imports the present code."""
         self._reload.set()
 
+    async def _await_servers(self) -> bool:
+        """Wait for broker and backend; whether the worker is to start, and not told to stop."""
+        reaching = asyncio.create_task(self._reach_servers(), name="reach-servers")
+        draining = asyncio.create_task(self._drain.wait(), name="drain")
+        try:
+            await asyncio.wait({reaching, draining}, return_when=asyncio.FIRST_COMPLETED)
+            if reaching.done():
+                reaching.result()
+            return reaching.done()
+        finally:
+            await end_tasks([reaching, draining])
+
+    async def _reach_servers(self) -> None:
+        patience = Patience(self._options.server_patience_seconds)
+        while True:
+            try:
+                await self._backend.startup()
+                await asyncio.gather(*(station.reach() for station in self._stations))
+            except ServerError as error:
+                if patience.note("start", error):
+                    logger.warning(
+                        "%s The worker starts when it is back; it waits for %g seconds at most.",
+                        error,
+                        patience.seconds,
+                    )
+                    self._on_waiting()
+            else:
+                return
+            await self._revive()
+            await asyncio.sleep(_RETRY_SECONDS)
+
     async def _start(self) -> None:
-        await self._backend.startup()
         self._guard.start()
         if self._code_watch:  # before the children import code
             await self._code_watch.start()
         for station in self._stations:
             await station.start()
+        self._is_listed = True
         await self._send_heartbeat()
         logger.info(
             "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
@@ -302,7 +340,8 @@ class Worker:
             await station.stop()
         await asyncio.to_thread(self._tails.stop)
         try:
-            await self._backend.goodbye(self._worker_id)
+            if self._is_listed:
+                await self._backend.goodbye(self._worker_id)
         except ServerError as error:
             logger.warning("Could not sign off: %s The listing will show it for a while.", error)
         await self._backend.shutdown()
