@@ -21,7 +21,7 @@ def main() -> None:
 @main.command()
 @say_errors
 def demo() -> None:
-    """Show a job on two workers: starts all it needs, and stops it again."""
+    """Show a job on two workers. It starts what it needs, and stops it again."""
     check_platform()
     # here, as it brings the demo's job with it
     from dagster_taskiq.demo.run import run_demo  # noqa: PLC0415

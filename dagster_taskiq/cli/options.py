@@ -20,7 +20,7 @@ config_yaml_option = click.option(
     "--config-yaml",
     "-y",
     type=click.Path(exists=True, dir_okay=False),
-    help="YAML file with the settings, the same as the run's: execution: config: broker: ...",
+    help="YAML file with the settings, as in the config of a run: execution: config: broker: ...",
 )
 
 

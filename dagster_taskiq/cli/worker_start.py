@@ -53,59 +53,92 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
 
 @click.command("start")
-@click.option("--name", "-n", help="Name of the worker. Default: a unique one.")
+@click.option(
+    "--name", "-n", help="Name of the worker; its host is added. A unique one is made by default."
+)
 @config_yaml_option
 @click.option(
     "--queue",
     "-q",
     "queues",
     multiple=True,
-    help="Queue to listen on, or several with commas; repeatable.",
+    help="Queue to listen on. Repeat it, or give several with commas.",
 )
-@click.option("--background", "-d", is_flag=True, help="Run in the background.")
+@click.option(
+    "--background",
+    "-d",
+    is_flag=True,
+    help="Leave the worker running, with a log file in DAGSTER_HOME, once it is ready.",
+)
 @click.option(
     "--includes",
     "-i",
     multiple=True,
-    help="Module to import first, or several with commas; repeatable.",
+    help="Module that each child imports first. Repeat it, or give several with commas.",
 )
 @click.option(
     "--loglevel",
     "-l",
     default="INFO",
+    show_default=True,
     type=click.Choice(list(LOG_LEVELS), case_sensitive=False),
-    help="Log level. Default: INFO.",
+    help="Least severe level of what is logged.",
 )
 @click.option(
-    "--app", "-A", help="Module to import first, as -i. Not needed for dagster_taskiq.app."
+    "--app",
+    "-A",
+    help="Module of an app, imported as by -i. dagster_taskiq.app may be named, but holds nothing.",
 )
-@click.option("--concurrency", "-c", type=click.IntRange(min=0), help="Slots: steps at once.")
 @click.option(
-    "--run-slots", type=click.IntRange(min=0), help="Whole runs at once. Default: as --concurrency."
+    "--concurrency",
+    "-c",
+    type=click.IntRange(min=0),
+    help="How many steps run at once. The number of cores by default.",
 )
-@click.option("--max-tasks-per-child", type=click.IntRange(min=1), help="Replace a child after.")
-@click.option("--max-memory-per-child", type=click.IntRange(min=1), help="... above so many KiB.")
+@click.option(
+    "--run-slots",
+    type=click.IntRange(min=0),
+    help="How many launched runs go on at once. The same as --concurrency by default.",
+)
+@click.option(
+    "--max-tasks-per-child",
+    type=click.IntRange(min=1),
+    help="Replace a child process after it has executed this number of steps.",
+)
+@click.option(
+    "--max-memory-per-child",
+    type=click.IntRange(min=1),
+    help="Replace a child process after a step if it holds more than this number of KiB.",
+)
 @click.option(
     "--soft-time-limit",
     type=_SECONDS,
-    help="Seconds until a step gets an exception, unless its tags say otherwise.",
+    help="Raise an exception in a step after this number of seconds. The step's tags go first.",
 )
 @click.option(
-    "--time-limit", type=_SECONDS, help="Seconds until a step is killed, unless its tags say ..."
+    "--time-limit",
+    type=_SECONDS,
+    help="Kill a step after this number of seconds. The step's tags go first.",
 )
 @click.option(
-    "--reload", is_flag=True, help="For development: run changed code of this directory at once."
+    "--reload",
+    is_flag=True,
+    help="For development: run new code when a Python file of this directory has changed.",
 )
 @click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
     default=DRAIN_TIMEOUT_SECONDS,
-    help="Seconds that running steps may take when the worker is told to stop. Default: 3600.",
+    show_default=True,
+    help="Seconds that running steps may still take when the worker is told to stop.",
 )
 @click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
 def start(background: bool, **given: Any) -> None:
-    """Start a worker. Celery's own arguments may follow after --."""
+    """Start a worker that executes steps and launched runs.
+
+    Arguments of Celery's worker may follow after --. Those that mean nothing here give a warning.
+    """
     if background:
         _start_worker(None, **given)
         return
