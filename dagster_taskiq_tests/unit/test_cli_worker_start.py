@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", "redis://localhost:6379/0")
     monkeypatch.setattr(module, "_run_worker", note)
     monkeypatch.setattr(module, "start_early", module.EarlyForkServer)
-    monkeypatch.setattr(module, "_configure_logging", lambda _level: None)
+    monkeypatch.setattr(module, "_logging", lambda _level: nullcontext())
     done = CliRunner().invoke(main, [*START, *arguments])
     assert done.exit_code == 0, done.output
     return found[0]

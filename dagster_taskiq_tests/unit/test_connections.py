@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ def test_the_worker_says_it(
     monkeypatch.setattr(worker_start, "find_servers", lambda _settings: servers)
     monkeypatch.setattr(worker_start, "_run_worker", run)
     monkeypatch.setattr(worker_start, "start_early", worker_start.EarlyForkServer)
-    monkeypatch.setattr(worker_start, "_configure_logging", lambda _level: None)
+    monkeypatch.setattr(worker_start, "_logging", lambda _level: nullcontext())
     with pytest.raises(SystemExit) as end:
         main(["worker", "start"], standalone_mode=False)
     assert end.value.code == 0
