@@ -42,7 +42,7 @@ from dagster_taskiq._dagster import (
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.claim_watch import ClaimWatch
 from dagster_taskiq.config import Settings
-from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import (
@@ -339,8 +339,45 @@ class _Loop:
             flight = self._flights.pop(task_id, None)
             if flight is None:
                 continue  # a second copy of what the reconciliation has fetched, or of a lost one
+            if result.outcome is Outcome.REFUSED:
+                yield from self._take_back(flight, result)
+                continue
             yield from self._finish(flight, result)
             self._dispatcher.acknowledge([task_id])
+
+    def _take_back(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
+        """A worker could not execute a task: the reconciliation sends it again, for another one."""
+        if self._context.instance.get_run_by_id(self._context.run_id) is None:
+            reason = "The run has been deleted from Dagster's instance: its steps do not start."
+            yield from self._finish(flight, replace(result, outcome=Outcome.ERROR, reason=reason))
+            self._dispatcher.acknowledge([flight.task.task_id])
+            return
+        self._flights[flight.task.task_id] = flight
+        if self._is_stopping:
+            yield from self._withdraw(flight)
+            return
+        if flight.refused_since is None:
+            flight.refused_since = time.monotonic()
+        worker = result.place.worker
+        if worker not in flight.refusals:
+            flight.refusals[worker] = result.reason
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" waits for another worker: {worker} has given it back. '
+                f"{result.reason}",
+                EngineEventData(metadata={"queue": flight.task.queue}),
+            )
+
+    def _send_to_another(self, flight: Flight) -> Iterator[DagsterEvent]:
+        """Send a task again that a worker has given back, for a while."""
+        now = time.monotonic()
+        if self._is_stopping:
+            return  # it is being cancelled
+        if flight.refused_since and now - flight.refused_since >= FOREIGN_WORKERS_SECONDS:
+            reasons = " ".join(f"Worker {name}: {why}" for name, why in flight.refusals.items())
+            yield from self._fail_unexecuted(flight, f"Each worker gave it back. {reasons}")
+        elif self._dispatcher.reopen(flight.task.task_id):
+            self._prepare_to_send_again(flight)
 
     def _finish(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """Feed what came of an attempt to ``ActiveExecution``, so that it is in flight no more."""
@@ -419,7 +456,8 @@ class _Loop:
             yield from self._give_up_waiting()
 
     def _fetch_done(self, inspection: Inspection) -> list[tuple[str, TaskResult]]:
-        done = [key for key, report in inspection.reports.items() if report.state is TaskState.DONE]
+        with_result = (TaskState.DONE, TaskState.REFUSED)
+        done = [key for key, report in inspection.reports.items() if report.state in with_result]
         return self._dispatcher.fetch(done) if done else []
 
     def _look_at_claim(self, flight: Flight, inspection: Inspection, asked_at: float) -> None:
@@ -442,6 +480,9 @@ class _Loop:
             return
         flight.absent_since = None
         if report.state is TaskState.CLAIMED:
+            return
+        if report.state is TaskState.REFUSED:
+            yield from self._send_to_another(flight)
             return
         # done, but the result is gone: the log has what came of it
         is_over = report.state is not TaskState.EXPIRED or flight.claim.is_over(time.monotonic())
@@ -525,6 +566,9 @@ class _Loop:
             "disappeared before a worker had started it.",
             EngineEventData(metadata={"task id": flight.task.task_id}),
         )
+        self._prepare_to_send_again(flight)
+
+    def _prepare_to_send_again(self, flight: Flight) -> None:
         flight.absent_since = None
         flight.claim = ClaimWatch(self._settings.lease_seconds)
         flight.sent_at = time.monotonic()

@@ -38,6 +38,8 @@ class Flight:
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         waits: what the log says of why it waits.
+        refusals: by worker that has given it back as it cannot execute it, the reason.
+        refused_since: when the first of them did, in monotonic seconds.
     """
 
     task: StepTask
@@ -48,6 +50,8 @@ class Flight:
     place: Place | None = None
     absent_since: float | None = None
     waits: WaitHistory = field(default_factory=WaitHistory)
+    refusals: dict[str, str] = field(default_factory=dict)
+    refused_since: float | None = None
 
 
 class RunLog:

@@ -30,6 +30,9 @@ class Outcome(str, Enum):
     FINISHED = "finished"
     #: The child process could not run the task: code that does not load, no such run, ...
     ERROR = "error"
+    #: Another worker may execute it, this one cannot: it has another Dagster instance. Nothing of
+    #: the task has begun.
+    REFUSED = "refused"
     #: The child process ran the task, but Dagster's log did not take all of its events: what counts
     #: is what the log has.
     UNLOGGED = "unlogged"

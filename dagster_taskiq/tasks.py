@@ -57,6 +57,10 @@ class StepRefusedError(DagsterTaskiqError):
     """The step or run must not or cannot be executed here; the message says why."""
 
 
+class WrongInstanceError(StepRefusedError):
+    """The step belongs to another Dagster instance than this worker's."""
+
+
 class TaskRunner:
     """Executes one task after the other, in one process.
 
@@ -172,6 +176,8 @@ class TaskRunner:
                 reason="It was interrupted before it had started.",
                 is_cancelled=True,
             )
+        except WrongInstanceError as refusal:
+            return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
         except StepRefusedError as refusal:
             return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
         except Exception:
@@ -310,7 +316,7 @@ def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
 def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     run = _find_run(instance, run_id)
     if run is None:
-        raise StepRefusedError(
+        raise WrongInstanceError(
             f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
             "worker needs the same dagster.yaml and storage as the run."
         )
@@ -333,7 +339,7 @@ def _open_instance(ref: InstanceRef | None) -> DagsterInstance:
     if ref is not None:
         return DagsterInstance.from_ref(ref)
     if not os.getenv("DAGSTER_HOME"):
-        raise StepRefusedError(
+        raise WrongInstanceError(
             "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "
             "dagster.yaml that the run uses, and start the worker again."
         )

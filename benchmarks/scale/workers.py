@@ -114,9 +114,13 @@ class WatchedBackend(RedisBackend):
             self._sent_at[claim.token] = sent_at
         return renewals
 
-    async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
+    async def complete(
+        self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
+    ) -> bool:
         """See ``ClaimBackend``."""
-        is_stored = await super().complete(claim, result, expires_seconds=expires_seconds)
+        is_stored = await super().complete(
+            claim, result, expires_seconds=expires_seconds, is_refused=is_refused
+        )
         self._sent_at.pop(claim.token, None)
         self._record_of_now().steps += is_stored
         return is_stored

@@ -6,6 +6,7 @@ The backend is the one place that decides who may run a task. A task's life in i
         |                   |                                 held, checked and written at once
         |                   '--lease ends--> (expired) --condemn--> lost
         |                                        '------reopen----> (nothing)
+        |                   |--complete refused--> refused --reopen, cancel--> ...
         |--cancel--> cancelled
         '--a claim that is refused for its epoch or run--> dropped --claim, reopen, cancel, ...
 
@@ -44,6 +45,8 @@ class ClaimAnswer(str, Enum):
     DONE = "done"
     CANCELLED = "cancelled"
     LOST = "lost"
+    #: A worker has refused it: the loop will send it again.
+    REFUSED = "refused"
     #: It was sent in an older life of the backend: the loop will send it again if need be.
     STALE = "stale"
     #: No execution loop of its run is alive.
@@ -60,6 +63,8 @@ class TaskState(str, Enum):
     EXPIRED = "expired"
     #: A worker dropped its message while the run had no living loop; nobody has ever claimed it.
     DROPPED = "dropped"
+    #: A worker that could not execute it has given it back; its result says why.
+    REFUSED = "refused"
     DONE = "done"
     CANCELLED = "cancelled"
     LOST = "lost"
@@ -222,7 +227,11 @@ class RunBackend(ABC):
 
     @abstractmethod
     async def reopen(self, run_id: str, task_id: str) -> bool:
-        """Let an expired task be claimed again; False when it is claimed, done or cancelled."""
+        """Let an expired or refused task be claimed again, without the result of a refusal.
+
+        Returns:
+            False when it is claimed, done or cancelled.
+        """
 
 
 class ClaimBackend(ABC):
@@ -249,8 +258,13 @@ class ClaimBackend(ABC):
         """Extend the leases of all claims in one round trip, in their order."""
 
     @abstractmethod
-    async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
+    async def complete(
+        self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
+    ) -> bool:
         """Store the result, wake the loop and end the claim, if the claim is held.
+
+        Args:
+            is_refused: the task has not begun and is for another worker: it may be reopened.
 
         Returns:
             False when the claim was not ours any more; nothing was stored then.

@@ -276,7 +276,9 @@ class RedisBackend(Backend):
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
         return answers
 
-    async def complete(self, claim: Claim, result: bytes, *, expires_seconds: float) -> bool:
+    async def complete(
+        self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
+    ) -> bool:
         """See ``ClaimBackend``."""
         answer = await self._script(
             scripts.COMPLETE,
@@ -295,6 +297,7 @@ class RedisBackend(Backend):
                 result,
                 max(1, int(expires_seconds)),
                 RUN_RECORD_EXPIRES_SECONDS,
+                "refused" if is_refused else "done",
             ],
         )
         return bool(answer)

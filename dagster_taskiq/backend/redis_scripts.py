@@ -4,7 +4,8 @@ Every script starts with ``epoch``, which notices in the same atomic step whethe
 still in the life that the caller knows: the key vanishes with a flush, and the server's own run id
 changes with a restart (perhaps from an older snapshot) or a fail-over to a replica.
 
-States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``, ``cancelled``,
+States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``,
+``refused:<token>``, ``cancelled``,
 ``lost``; ``dropped:<epoch>`` where a worker has dropped the message in that epoch, in which nobody
 had claimed it, and ``dropped:`` where the message was of an older epoch. Field ``c:<task id>`` is
 the order to cancel that the task's worker was given, ``b:<task id>`` is there when a launched run
@@ -46,7 +47,7 @@ _STATE = """
 local function task_state(record, task)
   local state = redis.call('HGET', record, 't:' .. task)
   local word = state and string.match(state, '^%a+')
-  local words = {claimed=1, done=1, cancelled=1, lost=1, dropped=1}
+  local words = {claimed=1, done=1, refused=1, cancelled=1, lost=1, dropped=1}
   return word and words[word] and state
 end
 """
@@ -180,7 +181,8 @@ return {held and 1 or 0,
 )
 
 #: KEYS epoch, record, claim, result, mailbox. ARGV fresh epoch, task, epoch of the claim, token,
-#: result, result expiry s, record expiry s. Returns 1, or 0 when the claim is not held.
+#: result, result expiry s, record expiry s, ``done`` or ``refused``. Returns 1, or 0 when the claim
+#: is not held.
 COMPLETE = (
     _PRELUDE
     + _KEEP
@@ -190,14 +192,15 @@ COMPLETE = (
 local now = epoch(KEYS[1], ARGV[1])
 local field = 't:' .. ARGV[2]
 local state = task_state(KEYS[2], ARGV[2])
-if state == 'done:' .. ARGV[4] then return 1 end
+local ended = ARGV[8] .. ':' .. ARGV[4]
+if state == ended then return 1 end
 local holder = redis.call('HGET', KEYS[3], 'token')
 if holder ~= ARGV[4] then
   local forgotten = not holder and now ~= ARGV[3] and is_open(state)
   if not forgotten then return 0 end
 end
 redis.call('SET', KEYS[4], ARGV[5], 'EX', ARGV[6])
-redis.call('HSET', KEYS[2], field, 'done:' .. ARGV[4])
+redis.call('HSET', KEYS[2], field, ended)
 redis.call('HDEL', KEYS[2], 'c:' .. ARGV[2])
 keep(KEYS[2], ARGV[7])
 redis.call('DEL', KEYS[3])
@@ -314,13 +317,17 @@ return 1
 """
 )
 
-#: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled.
+#: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled. The
+#: result of a task that was refused goes with it.
 REOPEN = (
     _IS_OPEN
     + _STATE
     + """
 local state = task_state(KEYS[1], ARGV[1])
-if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 or not is_open(state) then return 0 end
+local is_refused = state and string.match(state, '^refused')
+if is_refused then redis.call('DEL', KEYS[3]) end
+if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then return 0 end
+if not is_refused and not is_open(state) then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
 return 1

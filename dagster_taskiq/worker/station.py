@@ -218,7 +218,7 @@ class Station:
             lease.is_executed = True
             if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
                 return  # it has not begun: as it is neither acked nor completed, another starts it
-            if await self._store(lease, self._sealed(envelope, result)) and not acking:
+            if await self._store(lease, envelope, result) and not acking:
                 await self._end_unbegun(lease, envelope, result)
                 await self._ack(envelope, context)
         finally:
@@ -318,14 +318,16 @@ class Station:
             refused = TaskResult(Outcome.ERROR, result.place, reason=reason)
             return refused.to_bytes(self._signer, envelope.task_id)
 
-    async def _store(self, lease: Lease, data: bytes) -> bool:
+    async def _store(self, lease: Lease, envelope: Envelope, result: TaskResult) -> bool:
         """Store a result as long as the lease may hold; whether it is stored."""
+        data = self._sealed(envelope, result)
         while True:
             try:
                 is_stored = await self._backend.complete(
                     lease.claim,
                     data,
                     expires_seconds=self._result_expires_seconds,
+                    is_refused=result.outcome is Outcome.REFUSED,
                 )
             except ServerError as error:
                 if clock() >= lease.ends_at:

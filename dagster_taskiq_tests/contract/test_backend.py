@@ -153,6 +153,10 @@ class Bench:
     def complete(self, claim: Claim, result: bytes = b"result", expires: float = 600) -> bool:
         return self.call(self.backend.complete(claim, result, expires_seconds=expires))
 
+    def refuse(self, claim: Claim) -> bool:
+        complete = self.backend.complete(claim, b"refused", expires_seconds=600, is_refused=True)
+        return self.call(complete)
+
     def renew(self, claim: Claim) -> Any:
         (renewal,) = self.call(self.backend.renew([claim]))
         return renewal
@@ -719,6 +723,45 @@ def test_a_tombstone_without_a_record_expires_too(empty: Bench, judge: str) -> N
     """After a flush the loop may cancel or condemn before it has renewed its lease."""
     empty.cancel("task") if judge == "cancel" else empty.condemn("task")
     assert all(ttl > 0 for key, ttl in empty.keys().items() if ":run:" in key)
+
+
+# --- refusal ---
+
+
+def test_a_refused_task_is_for_another_worker(bench: Bench) -> None:
+    """Its loop is woken and told why; nobody may claim it before the loop has reopened it."""
+    claim = bench.claimed()
+    task_id = claim.task_id
+    assert bench.refuse(claim)
+    assert bench.refuse(claim), "an answer that was lost may be asked for again"
+    assert bench.results() == {task_id: b"refused"}
+    assert bench.state(task_id) is TaskState.REFUSED
+    assert not bench.renew(claim).is_held
+    assert bench.claim(bench.new_claim(task_id)) is ClaimAnswer.REFUSED
+    assert not bench.condemn(task_id)
+    for _ in range(2):
+        assert bench.reopen(task_id)
+    assert bench.read(task_id) == {}
+    assert bench.state(task_id) is TaskState.UNKNOWN
+    assert bench.complete(bench.claimed(task_id))
+    assert not bench.reopen(task_id)
+    assert bench.read(task_id) == {task_id: b"result"}
+
+
+def test_a_refused_task_can_be_cancelled(bench: Bench) -> None:
+    """It has never started, and never will."""
+    claim = bench.claimed()
+    assert bench.refuse(claim)
+    assert bench.cancel(claim.task_id) == [TaskState.CANCELLED]
+    assert bench.claim(bench.new_claim(claim.task_id)) is ClaimAnswer.CANCELLED
+    assert not bench.reopen(claim.task_id)
+
+
+def test_who_does_not_hold_a_task_cannot_refuse_it(bench: Bench) -> None:
+    """A claim that has ended may be somebody else's by now."""
+    claim = bench.claimed()
+    bench.expire(claim)
+    assert not bench.refuse(claim)
 
 
 # --- workers and control ---

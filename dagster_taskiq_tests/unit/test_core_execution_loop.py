@@ -29,7 +29,11 @@ from dagster._core.execution.plan.objects import StepFailureData
 from dagster_taskiq import core_execution_loop as loop_module
 from dagster_taskiq import executor as executor_module
 from dagster_taskiq import tasks
-from dagster_taskiq._dagster import SerializableErrorInfo, execute_or_resume_run
+from dagster_taskiq._dagster import (
+    SerializableErrorInfo,
+    execute_or_resume_run,
+    pack_value,
+)
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
 from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
@@ -49,6 +53,8 @@ LEASE_SECONDS = 30.0
 
 PLACE = Place("w@h", "worker-id", "h", 4711, 2)
 
+REFUSAL = TaskResult(Outcome.REFUSED, PLACE, reason="It has another dagster.yaml.")
+
 #: What a dispatcher does with a task that is sent: it runs it and delivers the result.
 RUN = "run"
 #: It runs it, and the result is stored, but no word of it arrives.
@@ -64,6 +70,9 @@ EXPIRE_UNSTARTED = "expire unstarted"
 EXPIRE_STARTED = "expire started"
 #: A worker has dropped its message, since the run seemed to have no loop.
 DROP = "drop"
+#: A worker cannot execute it, and word of that arrives, or not.
+REFUSE = "refuse"
+REFUSE_UNHEARD = "refuse unheard"
 #: A worker has it and goes on and on.
 HOLD = "hold"
 
@@ -98,6 +107,7 @@ class FakeDispatcher(Dispatcher):
         self.leases_end_at: dict[str, float] = {}
         self.server_clock_stepped_by = 0.0
         self.is_conclusive = True
+        self.is_deleted = False
         self.why_waiting: dict[str, QueueWait] = {}
         self.trouble, self.troubled_at = "", float("-inf")
         #: Until when ``open``, ``submit``, ``inspect`` and ``cancel`` fail, and how.
@@ -125,6 +135,13 @@ class FakeDispatcher(Dispatcher):
         key = task.task_id
         if word == RUN:
             self.arrived.append((key, self._done(task)))
+        elif word == REFUSE:
+            self.states[key] = TaskState.REFUSED
+            self.stored[key] = REFUSAL
+            self.arrived.append((key, REFUSAL))
+        elif word == REFUSE_UNHEARD:
+            self.states[key] = TaskState.REFUSED
+            self.stored[key] = REFUSAL
         elif word == RUN_UNHEARD:
             self._done(task)
         elif word == RUN_AND_LOSE:
@@ -216,7 +233,7 @@ class FakeDispatcher(Dispatcher):
         for task in tasks:
             self.cancelled.append(task.step_key)
             state = self.states.get(task.task_id, TaskState.UNKNOWN)
-            if state is TaskState.UNKNOWN:
+            if state in (TaskState.UNKNOWN, TaskState.REFUSED):
                 state = self.states[task.task_id] = TaskState.CANCELLED
             answers[task.task_id] = state
         return answers
@@ -228,7 +245,12 @@ class FakeDispatcher(Dispatcher):
         return True
 
     def reopen(self, task_id: str) -> bool:
-        open_states = (TaskState.UNKNOWN, TaskState.EXPIRED, TaskState.DROPPED)
+        open_states = (
+            TaskState.UNKNOWN,
+            TaskState.EXPIRED,
+            TaskState.DROPPED,
+            TaskState.REFUSED,
+        )
         if self.states.get(task_id) not in open_states:
             return False
         self.reopened.append(task_id)
@@ -1049,6 +1071,81 @@ def test_a_step_that_is_taken_after_all_does_not_fail(
 
     fake.cancel = take_and_cancel  # type: ignore[method-assign]
     assert execute(jobs.single_job, instance).status is SUCCESS
+
+
+# --- what a worker gives back ---
+
+
+@pytest.mark.parametrize("word", [REFUSE, REFUSE_UNHEARD])
+def test_what_a_worker_cannot_execute_goes_to_another(
+    word: str, fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Without using up a retry, and the log says once which worker could not, and why."""
+    fake.plan["one"] = [word] * 3
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert len(fake.sent) == 4
+    assert len({task.task_id for task in fake.sent}) == 1
+    assert len(fake.reopened) == 3
+    assert ran.said("w@h has given it back. It has another dagster.yaml.") == 1
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
+    assert fake.acknowledged == [fake.sent[0].task_id], "what is reopened has no result to forget"
+
+
+def test_a_worker_of_another_instance_gives_a_step_back(
+    fake: FakeDispatcher, instance: DagsterInstance, tmp_path: Path
+) -> None:
+    """It has not begun with it, and says which instance it has."""
+    payloads: list[dict[str, Any]] = []
+    submit = fake.submit
+
+    def note(sent: Sequence[StepTask]) -> None:
+        payloads.extend(dict(it.make_payload()) for it in sent)
+        submit(sent)
+
+    fake.submit = note  # type: ignore[method-assign]
+    execute(jobs.single_job, instance)
+    (payload,) = payloads
+    with DagsterInstance.local_temp(str(tmp_path)) as other:
+        instance_ref = pack_value(other.get_ref())
+        payload[tasks.ARGS_KEY] = {**payload[tasks.ARGS_KEY], "instance_ref": instance_ref}
+        runner = TaskRunner()
+        result = runner.execute_plan(payload, PLACE, "dagster")
+        runner.close()
+    assert result.outcome is Outcome.REFUSED
+    assert result.events == ()
+    assert "is not in this worker's Dagster instance" in result.reason
+
+
+def test_what_only_wrong_workers_take_fails_after_a_while(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """With the reason, and without a retry."""
+    fake.plan["patient"] = [REFUSE] * 1000
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is FAILURE
+    assert "Worker w@h: It has another dagster.yaml." in ran.error("patient")
+    assert fake.clock.now - 1000 > FOREIGN_WORKERS_SECONDS
+    assert 10 < len(fake.sent) <= FOREIGN_WORKERS_SECONDS, "it is not taken and sent in a circle"
+
+
+def test_a_run_that_was_deleted_is_no_fault_of_the_worker(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps fail at once, and the failure says what happened."""
+    fake.plan["one"] = [REFUSE]
+    with monkeypatch.context() as patch:
+        find = DagsterInstance.get_run_by_id
+        patch.setattr(
+            DagsterInstance,
+            "get_run_by_id",
+            lambda self, run_id: None if fake.sent and fake.is_deleted else find(self, run_id),
+        )
+        fake.is_deleted = True
+        fake.acknowledge = lambda _: setattr(fake, "is_deleted", False)  # type: ignore[method-assign]
+        ran = execute(jobs.single_job, instance)
+    assert "has been deleted" in ran.error("one")
+    assert len(fake.sent) == 1
 
 
 # --- interrupts ---
