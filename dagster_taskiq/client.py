@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import queue
 import time
 import uuid
 from collections import deque
@@ -34,6 +33,7 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.event_batches import EventWriter
 from dagster_taskiq.loop_thread import LoopThread, end_tasks
+from dagster_taskiq.patched_library import SimpleQueue
 from dagster_taskiq.queue_waits import QueueWaits
 from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.renewals import keep_renewing
@@ -98,7 +98,7 @@ class Client(Dispatcher):
         self._trouble = ""
         self._answered_at = 0.0
         self._is_superseded = False
-        self._arrived: queue.SimpleQueue[tuple[str, TaskResult]] = queue.SimpleQueue()
+        self._arrived: SimpleQueue[tuple[str, TaskResult]] = SimpleQueue()
         self._handled: deque[str] = deque()
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")

@@ -15,6 +15,7 @@
     ├── UntrustedError           not signed with a key of ours, or a replay
     │   └── TooLargeError            longer than max_message_bytes
     ├── UnloadableCodeError      the code of a job is not where a worker looks for it, or raises
+    ├── PatchedLibraryError      user code has replaced parts of the standard library
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
 
@@ -114,6 +115,10 @@ class TooLargeError(UntrustedError):
 
 class UnloadableCodeError(DagsterTaskiqError):
     """The code of a job cannot be loaded; the message says what was looked for and where."""
+
+
+class PatchedLibraryError(DagsterTaskiqError):
+    """User code has replaced a part of the standard library that is needed as it is."""
 
 
 class SupersededLoopError(DagsterTaskiqError):

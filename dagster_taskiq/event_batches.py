@@ -18,7 +18,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from dagster import DagsterInstance
@@ -32,6 +31,7 @@ from dagster_taskiq._dagster import (
 )
 from dagster_taskiq.errors import EventsNotWrittenError
 from dagster_taskiq.event_storing import EventStore, Row
+from dagster_taskiq.patched_library import Empty, SimpleQueue, get_ident, has_real_threads
 from dagster_taskiq.storage_patience import DatabasePatience
 
 T = TypeVar("T")
@@ -165,6 +165,7 @@ class EventWriter:
         self._is_closed = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._writer = 0
 
     def store(self, event: EventLogEntry) -> None:
         """Take an event, or have Dagster write it at once if it must not wait."""
@@ -173,6 +174,9 @@ class EventWriter:
             self._store_now(event)
             return
         self._raise_error()
+        if self._thread is None and not has_real_threads():
+            self._store_now(event)
+            return
         if self._thread is None:  # first, so that no event waits for a thread that is not there
             self._thread = threading.Thread(target=self._live, name="event-writer", daemon=True)
             self._thread.start()
@@ -209,7 +213,7 @@ class EventWriter:
 
     def wait_until_written(self) -> None:
         """Return when everything is written or could not be."""
-        is_writer = threading.current_thread() is self._thread  # it connects in order to write
+        is_writer = get_ident() == self._writer  # it connects in order to write
         if not is_writer and (self._rows or self._is_writing):
             written = _Written()
             self._urgent.put(written)
@@ -228,6 +232,7 @@ class EventWriter:
             raise EventsNotWrittenError(str(self._error)) from self._error
 
     def _live(self) -> None:
+        self._writer = get_ident()
         while not self._is_closed:
             self._arrivals.get()
             waiting = [] if self._is_closed else _take(self._urgent, DELAY_SECONDS)
@@ -273,14 +278,13 @@ class _Written:
     """Says once to one thread that what it waits for is done."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
+        self._queue: SimpleQueue[None] = SimpleQueue()
 
     def say(self) -> None:
-        self._lock.release()
+        self._queue.put(None)
 
     def wait(self) -> None:
-        self._lock.acquire()
+        self._queue.get()
 
 
 def _take(queue: SimpleQueue[T], seconds: float) -> list[T]:

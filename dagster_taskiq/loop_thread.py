@@ -11,8 +11,13 @@ import threading
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
+from dagster_taskiq.patched_library import make_executor, require_real_threads
+
 #: How long a cancelled task may take before it is cancelled again.
 _CANCEL_SECONDS = 0.2
+
+#: Threads for what the event loop must not wait for: looking up names of hosts, mostly.
+_EXECUTOR_THREADS = 4
 
 T = TypeVar("T")
 
@@ -32,10 +37,16 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 class LoopThread:
-    """Starts the thread at once; ``stop`` ends it."""
+    """Starts the thread at once; ``stop`` ends it.
+
+    Raises:
+        PatchedLibraryError: user code has replaced Python's threads.
+    """
 
     def __init__(self, name: str) -> None:
+        require_real_threads()
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(make_executor(_EXECUTOR_THREADS))
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 

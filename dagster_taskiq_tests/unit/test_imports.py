@@ -17,7 +17,8 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: and from its own line. Cycles are looked for module by module, so a line may hold several.
 LAYERS = [
     "plain_text",
-    "version defaults celery_names errors time_limits refusals database_errors forked_copies",
+    "version defaults celery_names errors time_limits refusals database_errors",
+    "forked_copies patched_library",
     "signing server_refusals patience plain_json code_locations",
     "tags servers results envelope worker.frames worker.guard",
     "waker loop_thread _dagster redis_client tls_settings",
