@@ -18,6 +18,7 @@
     ├── PatchedLibraryError      user code has replaced parts of the standard library
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
     └── SlotError                a worker's child process did not become ready
+        └── NoProcessError       no process can be started now
 
 Messages are for the reader at 3 a.m.: what failed, where, what to do; never a password.
 """
@@ -139,3 +140,10 @@ class SoftTimeLimitError(DagsterTaskiqError):
 
 class SlotError(DagsterTaskiqError):
     """A child process did not become ready; the message has the reason it gave."""
+
+
+class NoProcessError(SlotError):
+    """The system is short of processes, memory or file descriptors, or the fork server is gone.
+
+    It says nothing about the task: another worker can execute it, or this one later.
+    """

@@ -131,7 +131,7 @@ class WorkerRecord:
         queues: that it listens on, as people name them.
         slots, busy_slots: how many steps it can and does run.
         run_slots, busy_run_slots: the same for whole runs.
-        state: ``running`` or ``draining``.
+        state: ``running``, ``draining``, or ``no processes``: it can start none, and takes nothing.
         started_at: seconds since the epoch.
         refused: how many messages it has refused.
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.

@@ -22,7 +22,7 @@ import threading
 import traceback
 import uuid
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -45,6 +45,12 @@ _TRACKER: Any = resource_tracker._resource_tracker  # noqa: SLF001
 #: ``ForkServer.ensure_running``.
 _ADDRESS, _ALIVE, _PID = "_forkserver_address", "_forkserver_alive_fd", "_forkserver_pid"
 
+#: How many descriptors a start takes for a moment, with some for what else the worker does then.
+_DESCRIPTORS_OF_START = 12
+
+#: Held during a start, whose descriptors no other start may take.
+_STARTING = threading.Lock()
+
 #: Standard input, output and error.
 _STANDARD_DESCRIPTORS = range(3)
 
@@ -62,7 +68,28 @@ def start_deaf(process: ForkServerProcess) -> None:
     A supervisor may send it to every process of a worker. The fork server must not die of it,
     since a draining worker learns of the ends of its children through it, nor a child before it
     can ignore it; ``child_main`` unblocks it.
+
+    Raises:
+        OSError: no process, or no descriptors for one.
+        EOFError: the fork server has ended meanwhile.
     """
+    with _STARTING:
+        _check_descriptors()
+        _start_deaf(process)
+
+
+def _check_descriptors() -> None:
+    """Raise OSError where there are too few descriptors for a start.
+
+    A fork server that somebody has called and not told everything ends, and with it the worker
+    loses sight of all children.
+    """
+    with ExitStack() as found:
+        for _ in range(_DESCRIPTORS_OF_START):
+            found.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+
+
+def _start_deaf(process: ForkServerProcess) -> None:
     resource_tracker.ensure_running()  # first, as its start unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

@@ -330,5 +330,5 @@ class LeaseKeeper:
 def _is_suspended(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:
+    except (psutil.Error, OSError):  # the latter without descriptors
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from taskiq import AckableMessage
 from taskiq.acks import AcknowledgeType
@@ -25,9 +26,13 @@ class SettlingReceiver(Receiver):
     Args:
         broker: with its tasks registered.
         slots: how many messages may be in work at once.
+        recover: called after each message, when it is settled; no other one is taken in its place
+            before it returns.
     """
 
-    def __init__(self, broker: TaskBroker, slots: int) -> None:
+    def __init__(
+        self, broker: TaskBroker, slots: int, recover: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(
             broker,
             validate_params=False,  # the envelope has been checked, and payloads can be large
@@ -36,6 +41,7 @@ class SettlingReceiver(Receiver):
             run_startup=False,
             ack_type=AcknowledgeType.MANUAL,
         )
+        self._recover = recover
 
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Run one message's task, then settle the message if the task has not."""
@@ -49,6 +55,7 @@ class SettlingReceiver(Receiver):
         finally:
             if not message.settled:
                 await self._release(message)
+        await self._recover()
 
     async def _release(self, delivery: Delivery) -> None:
         try:

@@ -12,14 +12,14 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
 from typing import Any
 
-from dagster_taskiq.errors import SlotError
+from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.fork_server import start_deaf
@@ -128,6 +128,7 @@ class Slot:
             location: of the task; empty for any. See ``code_locations``.
 
         Raises:
+            NoProcessError: none can be started now.
             SlotError: the child could not import the user's modules, or did not come up.
         """
         async with self._preparing:
@@ -150,19 +151,8 @@ class Slot:
 
     async def _start(self) -> None:
         self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
-        ours, theirs = socket.socketpair()
         self._oom_kills = count_oom_kills()
-        # the standard library keeps the fork server's state behind a lock and may wait for it
-        process = self._context.Process(
-            target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
-        )
-        try:
-            await asyncio.to_thread(start_deaf, process)
-        except (OSError, EOFError) as error:
-            ours.close()
-            raise SlotError(f"slot {self.number}: cannot start a process: {error!r}") from error
-        finally:
-            theirs.close()
+        process, ours = await self._fork()
         assert process.pid is not None
         self._guard.watch(process.pid)
         self._process = process
@@ -175,6 +165,25 @@ class Slot:
             reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
             await self.stop()
             raise SlotError(f"slot {self.number}: {reason}")
+
+    async def _fork(self) -> tuple[ForkServerProcess, socket.socket]:
+        """Start a child; its process, and our end of the connection to it."""
+        with ExitStack() as undo, ExitStack() as after:
+            try:
+                ours, theirs = socket.socketpair()
+                after.callback(theirs.close)
+                undo.callback(ours.close)
+                process = self._context.Process(
+                    target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
+                )
+                # the standard library keeps the fork server's state behind a lock and may wait
+                await asyncio.to_thread(start_deaf, process)
+            # the last one where no thread can be started
+            except (OSError, EOFError, RuntimeError) as error:
+                reason = f"slot {self.number}: cannot start a process: {error!r}"
+                raise NoProcessError(reason) from error
+            undo.pop_all()
+            return process, ours
 
     def _watch_exit(self, process: ForkServerProcess) -> asyncio.Future[int]:
         loop = asyncio.get_running_loop()

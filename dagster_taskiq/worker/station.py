@@ -25,7 +25,13 @@ from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.defaults import ORPHAN_GRACE_SECONDS
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskFormatter, TaskName
-from dagster_taskiq.errors import ServerError, SlotError, TooLargeError, UntrustedError
+from dagster_taskiq.errors import (
+    NoProcessError,
+    ServerError,
+    SlotError,
+    TooLargeError,
+    UntrustedError,
+)
 from dagster_taskiq.loop_thread import end_tasks
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
@@ -41,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a run is claimed again that another worker has claimed and not begun.
 _PENDING_SECONDS = 0.5
+
+#: Pause before another try to start a child where none can be started.
+_SHORTAGE_SECONDS = 1.0
 
 #: Pause before a result is offered again to a backend that was away.
 _RETRY_SECONDS = 0.5
@@ -88,6 +97,8 @@ class Station:
         self._leases = leases
         self._slots = slots
         self._idle = list(reversed(slots))
+        #: Slots for which no process could be started.
+        self._lacking: set[Slot] = set()
         self._run_watch = run_watch
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._place = place
@@ -126,15 +137,13 @@ class Station:
     async def work(self, drain: asyncio.Event) -> None:
         """Take and execute tasks until told to drain; returns when the last one is done."""
         self._is_draining = drain.is_set
-        await SettlingReceiver(self._broker, len(self._slots)).listen(drain)
+        await SettlingReceiver(self._broker, len(self._slots), self._end_shortage).listen(drain)
 
     async def reload(self) -> None:
         """Give every slot a fresh child: at once where it is idle, else after its task."""
         for slot in self._slots:
             slot.retire()
-        failures = await asyncio.gather(*(_prepare(slot) for slot in list(self._idle)))
-        for failure in filter(None, failures):
-            logger.error("No child: %s. The next task fails with that reason.", failure)
+        await asyncio.gather(*(self._warm(slot) for slot in list(self._idle)))
 
     async def stop(self) -> None:
         """Kill what still runs, and leave the broker."""
@@ -148,6 +157,11 @@ class Station:
     def refused_count(self) -> int:
         """How many messages were refused."""
         return self._broker.refused_count
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it takes no tasks, since it cannot start processes for them."""
+        return bool(self._lacking)
 
     def _admit(self, data: bytes) -> None:
         """Raises UntrustedError or MalformedTaskError for what must not be executed here."""
@@ -175,12 +189,46 @@ class Station:
         slot = _take_slot(self._idle, envelope.code_location)
         try:
             await self._execute_in(slot, envelope, context)
+        except NoProcessError as error:
+            self._note_shortage(slot, error)  # unclaimed: the receiver gives it back
         finally:
-            # warm again before the next message is taken, so that none waits for it in our hands
-            failure = "" if self._is_draining() else await _prepare(slot)
-            if failure:
-                logger.error("No child: %s. The next task fails with that reason.", failure)
-            self._idle.append(slot)
+            try:
+                # before the next message is taken, so that none waits for it in our hands
+                if not self._is_draining() and slot not in self._lacking:
+                    await self._warm(slot)
+            finally:
+                self._idle.append(slot)
+
+    async def _warm(self, slot: Slot) -> None:
+        """Have the slot ready for the next task."""
+        try:
+            failure = await _prepare(slot)
+        except NoProcessError as error:
+            self._note_shortage(slot, error)
+            return
+        if slot in self._lacking:
+            self._lacking.discard(slot)
+            if not self._lacking:
+                logger.info("This worker takes %s again.", self.kind.value)
+        if failure:
+            logger.error("No child: %s. The next task fails with that reason.", failure)
+
+    def _note_shortage(self, slot: Slot, error: NoProcessError) -> None:
+        if not self._lacking:
+            logger.error(
+                "This worker takes no %s until it can start processes again: %s. Look at its "
+                "limits (ulimit -a, pids and memory of its control group).",
+                self.kind.value,
+                error,
+            )
+        self._lacking.add(slot)
+
+    async def _end_shortage(self) -> None:
+        """Wait until every slot can have a process; at once where none lacks one."""
+        while self._lacking and not self._is_draining():
+            await asyncio.sleep(_SHORTAGE_SECONDS)
+            for slot in list(self._lacking):
+                await self._warm(slot)
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
         failure = await _prepare(slot, envelope.code_location)
@@ -428,9 +476,15 @@ def _take_slot(idle: list[Slot], location: str) -> Slot:
 
 
 async def _prepare(slot: Slot, location: str = "") -> str:
-    """Have the slot ready for a task of a location; the reason when it cannot be."""
+    """Have the slot ready for a task of a location; the reason when it cannot be.
+
+    Raises:
+        NoProcessError: it can be later.
+    """
     try:
         await slot.prepare(location)
+    except NoProcessError:
+        raise
     except SlotError as error:
         return str(error)
     return ""

@@ -373,7 +373,7 @@ class Worker:
     async def _revive(self) -> None:
         try:
             await asyncio.to_thread(self._servers.revive)
-        except EmbeddedServerError as error:
+        except (EmbeddedServerError, OSError) as error:  # the latter without descriptors
             logger.warning("%s", error)
 
     async def _send_heartbeat(self) -> None:
@@ -387,7 +387,7 @@ class Worker:
             run_slots=self._options.run_slots,
             busy_slots=self._leases.count(runs=False),
             busy_run_slots=self._leases.count(runs=True),
-            state="draining" if self._drain.is_set() else "running",
+            state=self._state,
             started_at=self._started_at,
             version=__version__,
             refused=self._refusals.count + sum(it.refused_count for it in self._stations),
@@ -396,6 +396,13 @@ class Worker:
             broker=self._servers.broker.address,
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
+
+    @property
+    def _state(self) -> str:
+        """For the listing, see ``WorkerRecord``."""
+        if self._drain.is_set():
+            return "draining"
+        return "no processes" if any(it.is_short for it in self._stations) else "running"
 
     async def _obey_control(self) -> None:
         while True:

@@ -7,14 +7,16 @@ that it can die in every way.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -22,8 +24,9 @@ from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.code_locations import code_location
-from dagster_taskiq.errors import SlotError
+from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.worker import slot as slot_module
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.guard import clock
@@ -641,3 +644,38 @@ def test_what_a_step_leaves_behind_does_not_meet_the_next_one() -> None:
                 assert await pid_of(slot) != pid
 
     play(scenario())
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (socket, "socketpair", OSError(errno.EMFILE, "Too many open files")),
+        (slot_module, "start_deaf", OSError(errno.EAGAIN, "Resource temporarily unavailable")),
+        (slot_module, "start_deaf", EOFError("the fork server is gone")),
+        (slot_module, "start_deaf", RuntimeError("can't start new thread")),
+    ],
+)
+def test_a_slot_without_a_process_has_one_when_there_can_be_one(
+    module: Any, name: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That there can be none is no failure of the task; nothing is left open meanwhile."""
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor") as slot:
+            with monkeypatch.context() as shortage:
+                shortage.setattr(module, name, _raise(error))
+                before = psutil.Process().num_fds()
+                for _ in range(3):
+                    with pytest.raises(NoProcessError, match="slot 1: cannot start a process"):
+                        await slot.prepare()
+                assert psutil.Process().num_fds() == before
+            assert isinstance(await run(slot), TaskResult)
+
+    play(scenario())
+
+
+def _raise(error: Exception) -> Callable[..., NoReturn]:
+    def function(*_: object, **__: object) -> NoReturn:
+        raise error.with_traceback(None)
+
+    return function

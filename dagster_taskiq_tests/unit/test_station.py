@@ -1,13 +1,27 @@
-"""What a station makes of its child's answer."""
+"""What a station makes of its child's answer, and what it does where it can have no child."""
 
 from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from dagster_taskiq.backend import Claim
+from dagster_taskiq.brokers import Delivery
+from dagster_taskiq.envelope import Envelope, QueueKind
+from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.worker import station as station_module
 from dagster_taskiq.worker.leases import Lease, StopReason
-from dagster_taskiq.worker.station import _result_of
+from dagster_taskiq.worker.receiver import SettlingReceiver
+from dagster_taskiq.worker.station import Station, _result_of
 
 PLACE = Place("w@h", "worker-id", "h", 4711, 2)
 
@@ -22,3 +36,93 @@ def test_only_a_cancel_rules_out_a_retry(reason: StopReason | None) -> None:
     result = _result_of(answer, lease, "")
     assert result.is_cancelled == (reason is StopReason.CANCELLED)
     assert result.reason == "interrupted"
+
+
+SECONDS = 30.0
+
+
+class ShortSlot:
+    """A slot that can have no process while ``is_short``."""
+
+    location = ""
+    number = 1
+    pid = 0
+    is_short = True
+
+    async def prepare(self, location: str = "") -> None:
+        if self.is_short:
+            raise NoProcessError("slot 1: cannot start a process: EMFILE")
+
+    def retire(self) -> None: ...
+
+
+def a_station(*slots: ShortSlot) -> Station:
+    """A station that has only its slots, and cannot claim anything."""
+    nothing = cast("Any", None)
+    return Station(
+        QueueKind.STEPS,
+        cast("Any", MagicMock()),
+        backend=nothing,
+        leases=nothing,
+        slots=cast("Any", list(slots)),
+        run_watch=nothing,
+        place=PLACE,
+        result_expires_seconds=1.0,
+        limits=TimeLimits(),
+        signer=nothing,
+        queues=("q",),
+    )
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+def test_a_worker_without_processes_claims_nothing_and_has_its_slots_afterwards(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on when every slot can have a process again, and says once each that it is so."""
+    monkeypatch.setattr(station_module, "_SHORTAGE_SECONDS", 0.01)
+    caplog.set_level(logging.INFO)
+    slots = [ShortSlot(), ShortSlot()]
+    station = a_station(*slots)
+    message = cast("Envelope", SimpleNamespace(code_location=""))
+
+    async def scenario() -> None:
+        await station._end_shortage()  # nothing is missing
+        for _ in slots:
+            await station._execute(message, cast("Any", None))  # a claim would raise
+        assert station.is_short
+        recovering = asyncio.gather(*(station._end_shortage() for _ in slots))
+        slots[0].is_short = False
+        await _until(lambda: len(station._lacking) == 1)
+        assert not recovering.done()
+        slots[1].is_short = False
+        await asyncio.wait_for(recovering, SECONDS)
+
+    asyncio.run(scenario())
+    assert not station.is_short
+    assert len(station._idle) == len(slots)
+    assert caplog.text.count("takes no steps until") == 1
+    assert caplog.text.count("takes steps again") == 1
+
+
+def test_a_message_is_given_back_before_its_worker_recovers() -> None:
+    """Another worker may have a process for it; this one takes no other in its place meanwhile."""
+    happened: list[str] = []
+
+    async def scenario() -> None:
+        async def release() -> None:
+            happened.append("released")
+
+        async def recover() -> None:
+            happened.append("recovered")
+
+        receiver = SettlingReceiver(cast("Any", MagicMock()), 1, recover)
+        await receiver.callback(Delivery(data=b"", ack=release, release=release))
+
+    asyncio.run(scenario())
+    assert happened == ["released", "recovered"]
