@@ -33,6 +33,7 @@ from dagster_taskiq import defaults
 from dagster_taskiq._dagster import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.celery_names import CELERY_SETTINGS
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.plain_text import yaml_problem
 from dagster_taskiq.server_urls import find_backend_url, find_broker_url
 from dagster_taskiq.servers import ServerOptions, Tls, redact
 from dagster_taskiq.signing import Signer, parse_keys
@@ -316,8 +317,9 @@ def _config_source(value: Any) -> Mapping[str, Any]:
         try:
             text = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            reason = redact(" ".join(str(error).split()))
-            raise ConfigError(f"config_source in ${value['env']} is not YAML: {reason}.") from None
+            raise ConfigError(
+                f"config_source in ${value['env']} is not YAML: {yaml_problem(error)}."
+            ) from None
     return mapping("config_source", text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 #: The longest name of a worker, host or queue that is shown, in characters.
@@ -38,3 +39,11 @@ def _is_hidden(character: str) -> bool:
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a YAML text, and where, without a word of the text: it may be secret."""
+    problem = str(getattr(error, "problem", None) or "it cannot be decoded")
+    mark = getattr(error, "problem_mark", None)
+    place = f", in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return re.sub(r"'.*'|\".*\"", "...", problem, flags=re.DOTALL) + place

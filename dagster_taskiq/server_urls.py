@@ -12,7 +12,7 @@ import warnings
 
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_HOST_VARIABLES, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import is_amqp, is_redis, redact_url, scheme_of
+from dagster_taskiq.servers import is_amqp, is_redis, redact_url, scheme_of, split_url
 
 #: Kombu's sign between the servers of one URL, where another URL follows.
 _NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
@@ -86,6 +86,8 @@ def _url_of_host() -> str | None:
 def _first_of(name: str, url: str) -> str:
     """The first of Celery's list of servers that stand in for each other, with a warning."""
     first, *others = _NEXT_URL.split(url)
+    for one in (first, *others):
+        split_url(one)
     if others:
         warnings.warn(
             f"'{name}' has {len(others) + 1} servers, but only the first, {redact_url(first)}, is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
 from dagster_taskiq.errors import ConfigError, RefusedByServerError
@@ -129,24 +129,55 @@ def _texts(error: BaseException | None) -> str:
     return "\n".join(texts)
 
 
-#: Up to the last "@", as everybody reads URLs: user names and passwords may have one in them.
-_LOGIN_IN_TEXT = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<login>\S*)@", re.IGNORECASE)
 _PASSWORD_IN_QUERY = re.compile(r"(?P<head>[?&]\w*passw(?:or)?d=)[^&\s]+", re.IGNORECASE)
+
+#: What must be written with a percent sign in user names and passwords, in words.
+_TO_BE_ESCAPED = (
+    "in its user name and password '/', '?', '#', '[', ']', '%' and white space must be "
+    "percent-encoded, as %2F, %3F, %23, %5B, %5D, %25 and %20"
+)
+
+
+def split_url(url: str) -> SplitResult:
+    """The parts of a server's URL, which all readers of it agree on.
+
+    Raises:
+        ConfigError: it is none, or of a scheme that neither broker nor backend speaks. The error
+            says what is wrong and never repeats a part of the URL, which could be of a password.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() not in (*AMQP_SCHEMES, *REDIS_SCHEMES):
+        known = ", ".join(f"{name}://" for name in (*AMQP_SCHEMES, *REDIS_SCHEMES))
+        raise ConfigError(f"The URL of a server must start with {known}, and this one does not.")
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise _unreadable("it has white space or control characters")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    path, _, query = rest[len(authority) :].partition("?")
+    if "@" in path or "@" in query.partition("#")[2] or ("@" in query and "@" not in authority):
+        raise _unreadable("an '@' stands after a '/', '?' or '#'")
+    login, _, _ = authority.rpartition("@")
+    if re.search(r"[\[\]]", login):
+        raise _unreadable("its user name or password has a '[' or ']' in it")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        problem = "its host or port is none (is the '@' before the host missing?)"
+        raise _unreadable(problem) from None
+    return parts
+
+
+def _unreadable(problem: str) -> ConfigError:
+    return ConfigError(f"The URL of a server cannot be read: {problem}; {_TO_BE_ESCAPED}.")
 
 
 def scheme_of(url: str) -> str:
     """The URL's scheme in lower case.
 
     Raises:
-        ConfigError: the text is no URL, or of a scheme that neither broker nor backend speaks.
+        ConfigError: see ``split_url``.
     """
-    scheme = url.partition("://")[0].lower() if "://" in url else ""
-    if scheme in AMQP_SCHEMES or scheme in REDIS_SCHEMES:
-        return scheme
-    known = ", ".join(f"{name}://" for name in (*AMQP_SCHEMES, *REDIS_SCHEMES))
-    raise ConfigError(
-        f"Cannot use {redact_url(url)!r} as a server: its URL must start with {known}."
-    )
+    return split_url(url).scheme.lower()
 
 
 def is_amqp(url: str) -> bool:
@@ -165,7 +196,7 @@ def normalize_amqp(url: str) -> str:
     dagster-celery's ``pyamqp`` is ``amqp`` by another name, and both of Celery's ways to say the
     default virtual host, no path and the path ``//``, become the one that aio-pika knows.
     """
-    parts = urlsplit(url)
+    parts = split_url(url)
     scheme = "amqp" if parts.scheme.lower() == "pyamqp" else parts.scheme.lower()
     path = "/" if parts.path == "//" else parts.path
     netloc = parts.netloc
@@ -202,15 +233,26 @@ def _place_of(address: str) -> tuple[object, ...]:
 
 def redact(text: str) -> str:
     """The text with the password of every URL in it replaced by ``***``."""
-    text = _LOGIN_IN_TEXT.sub(_without_password, text)
-    return _PASSWORD_IN_QUERY.sub(r"\g<head>***", text)
+    words = re.split(r"(\s+)", text)
+    return _PASSWORD_IN_QUERY.sub(r"\g<head>***", "".join(map(_without_password, words)))
 
 
 def redact_url(url: str) -> str:
     """The same for a text that is one URL and nothing else, where a password may have spaces."""
-    return redact(re.sub(r"\s", "%20", url))
+    return redact(re.sub(r"\s", "%20", url)) if "://" in url else "(no URL)"
 
 
-def _without_password(match: re.Match[str]) -> str:
-    user, colon, _ = match["login"].partition(":")
-    return f"{match['scheme']}{user}{':***' if colon else ''}@"
+def _without_password(word: str) -> str:
+    """A word without the password of the URL in it, which may go up to the last "@" of the word.
+
+    Not a regular expression: it would take a time that grows with the square of the length.
+    """
+    end = word.rfind("@")
+    start = 0
+    while (start := word.find("://", start, max(0, end))) != -1:
+        if start and re.match(r"[a-z0-9+.-]", word[start - 1], re.IGNORECASE):
+            login = word[start + 3 : end]
+            user, colon, _ = login.partition(":")
+            return f"{word[: start + 3]}{user}{':***' if colon else ''}{word[end:]}"
+        start += 3
+    return word

@@ -11,7 +11,7 @@ import yaml
 
 from dagster_taskiq.config import EXECUTOR_SCHEMA, check_config, mapping
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import redact
+from dagster_taskiq.plain_text import yaml_problem
 
 #: The keys of ``execution`` that may hold the settings; the first that is given counts. ``celery``
 #: is dagster-celery's older form, which names the executor, and ``taskiq`` the same of ours.
@@ -51,8 +51,7 @@ def _read(path: str | Path) -> Any:
     except OSError as error:
         raise ConfigError(f"Cannot read the settings file {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = redact(" ".join(str(error).split()))  # it quotes the line
-        raise ConfigError(f"The settings file {path} is not YAML: {reason}.") from None
+        raise ConfigError(f"The settings file {path} is not YAML: {yaml_problem(error)}.") from None
 
 
 def _refuse_settings(where: str, found: Mapping[Any, Any], place: str) -> None:

@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlunsplit
 
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import Tls, scheme_of
+from dagster_taskiq.servers import Tls, scheme_of, split_url
 
 #: The options in kombu's two spellings, and the field of ``Tls`` each one sets.
 _FIELDS = {
@@ -83,7 +83,7 @@ def read_tls(url: str, tls: Tls | None) -> tuple[str, Tls]:
         url = f"{scheme}{url[url.index('://') :]}"
     if scheme != "rediss":
         return url, tls or Tls()
-    parts = urlsplit(url)
+    parts = split_url(url)
     parameters = parse_qsl(parts.query, keep_blank_values=True)
     ours = {key: value for key, value in parameters if key in _FIELDS and key.startswith("ssl_")}
     if not ours:

@@ -19,7 +19,6 @@ import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import aio_pika
 import pamqp.commands
@@ -45,7 +44,7 @@ from dagster_taskiq.brokers.base import (
     queue_of,
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
-from dagster_taskiq.errors import ConfigError, ServerError, UnreachableServerError
+from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.server_refusals import AMQP_REFUSALS, Outlook, find_refusal, refusal_error
 from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact, reset_hint, tls_refusal
 
@@ -82,12 +81,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         self.address = options.address
         self.options = options
         self.queues = tuple(queues)
-        try:
-            url = normalize_amqp(options.url)
-            urlsplit(url).port  # noqa: B018  # raises for what is no number
-            super().__init__(url)
-        except ValueError as error:
-            raise ConfigError(f"Cannot use {self.address} as a server: {error}") from None
+        super().__init__(normalize_amqp(options.url))
         self._timeout_seconds = options.connect_timeout_seconds
         self._current: _Connection | None = None
         self._connecting = asyncio.Lock()

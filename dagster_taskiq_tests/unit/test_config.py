@@ -790,3 +790,31 @@ def test_settings_do_not_show_signing_keys() -> None:
     found = settings(signing_key=[KEY, OTHER_KEY])
     assert KEY not in f"{found!r} {found.signer()!r}"
     assert OTHER_KEY not in f"{found!r} {found.signer()!r}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'signing_key: "hunter2hunter2',
+        "signing_key: hunter2hunter2'\n  x: ]",
+        "signing_key: *hunter2hunter2",
+        "signing_key: !hunter2hunter2 x",
+        "signing_key: %hunter2hunter2",
+        "signing_key: a: hunter2hunter2",
+        "broker: [redis://:hunter2hunter2",
+    ],
+)
+def test_yaml_errors_do_not_quote_the_text(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quote that is missing in YAML is no reason to show a key; the place of it is said."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"execution:\n  config:\n    {line}\n")
+    with pytest.raises(ConfigError, match="is not YAML") as caught:
+        load_yaml(file)
+    assert "hunter2" not in str(caught.value)
+    assert "line" in str(caught.value)
+    monkeypatch.setenv("SOURCE", line)
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_config(check_config({"config_source": {"env": "SOURCE"}}, "x"))
+    assert "hunter2" not in str(caught.value)

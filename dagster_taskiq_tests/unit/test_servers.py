@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
+import time
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from hypothesis import example, given
@@ -20,6 +21,7 @@ from dagster_taskiq.servers import (
     normalize_amqp,
     redact,
     scheme_of,
+    split_url,
 )
 
 SCHEMES = st.sampled_from(["amqp", "amqps", "pyamqp", "redis", "rediss", "unix", "REDIS"])
@@ -82,6 +84,56 @@ def test_what_has_no_password_is_shown_as_it_is(text: str) -> None:
 def test_redacting_twice_changes_nothing_more(text: str) -> None:
     """Messages pass through several hands."""
     assert redact(redact(text)) == redact(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a://" * 100_000, "a." * 200_000, "?passw" * 50_000, ":" * 400_000]
+)
+def test_redacting_takes_a_time_that_grows_with_the_length(text: str) -> None:
+    """Not with its square: some errors quote what somebody else has written."""
+    began = time.process_time()
+    redact(text)
+    assert time.process_time() - began < 2
+
+
+# --- what cannot be read ---
+
+
+@pytest.mark.parametrize("character", "/?#[] \t\n\x1b")
+@pytest.mark.parametrize("scheme", ["amqp", "redis", "unix"])
+def test_an_unescaped_character_in_a_password_is_an_error_that_hides_it(
+    scheme: str, character: str
+) -> None:
+    """It says what must be percent-encoded, and repeats nothing."""
+    with pytest.raises(ConfigError, match="must be percent-encoded") as caught:
+        split_url(f"{scheme}://sesame:secret{character}mouse@host:1/2")
+    for part in ("secret", "mouse", "sesame"):
+        assert part not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:12?secret@h",
+        "redis://:secret",
+        "redis://user:secret",
+        "user:secret@host",
+        "secret",
+        "sqs://:secret@h",
+    ],
+)
+def test_a_url_without_its_other_parts_is_an_error_that_hides_it(url: str) -> None:
+    """What stands at the place of a port or a scheme may be the password."""
+    with pytest.raises(ConfigError) as caught:
+        split_url(url)
+    assert "secret" not in str(caught.value)
+
+
+@given(SCHEMES, st.text(), st.text(min_size=1))
+def test_every_password_can_be_written(scheme: str, user: str, password: str) -> None:
+    """Percent-encoded, whatever it is made of."""
+    parts = split_url(f"{scheme}://{quote(user, safe='')}:{quote(password, safe='')}@host:1/2")
+    assert unquote(parts.password or "") == password
 
 
 # --- kinds ---
