@@ -73,6 +73,8 @@ class DatabasePatience:
         while True:
             try:
                 done = do()
+            except DatabaseAwayError:
+                raise  # somebody within has waited
             except Exception as error:
                 if not self.seconds or not may_pass(error):
                     raise
@@ -107,7 +109,8 @@ class DatabasePatience:
 
 
 def _sentence(error: Exception) -> str:
-    return words_of(error).rstrip(".") + "."
+    words = words_of(error)
+    return words if words.endswith((".", "?", "!")) else f"{words}."
 
 
 @contextmanager

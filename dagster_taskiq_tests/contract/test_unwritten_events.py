@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psycopg2
 import pytest
 import yaml
 from dagster import (
@@ -17,9 +18,10 @@ from dagster import (
     op,
     reconstructable,
 )
+from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq import taskiq_executor
-from dagster_taskiq._dagster import EventLogEntry
+from dagster_taskiq import taskiq_executor, tasks
+from dagster_taskiq._dagster import EventLogEntry, InstanceRef
 from dagster_taskiq.results import TaskResult
 from dagster_taskiq.tasks import TaskRunner
 from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
@@ -171,6 +173,26 @@ def test_a_database_that_is_away_for_a_while_costs_nothing(
     is_success, said = database.run()
     assert is_success
     assert said == quiet
+
+
+def test_a_database_that_starts_up_when_a_step_begins_is_waited_for(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has not been connected yet opens its instance later."""
+    left = ["the database system is starting up", "sorry, too many clients already"]
+    open_instance = tasks._open_instance
+
+    def refuse_and_open(ref: InstanceRef | None) -> DagsterInstance:
+        if left:
+            lost = OperationalError("SELECT", {}, psycopg2.OperationalError(left.pop()))
+            raise RuntimeError("too many retries for DB connection") from lost
+        return open_instance(ref)
+
+    monkeypatch.setattr(tasks, "_open_instance", refuse_and_open)
+    is_success, said = database.run()
+    assert is_success
+    assert not left
+    assert ends(said, "speaks") == ["STEP_SUCCESS"]
 
 
 def test_a_database_that_does_not_come_back_fails_the_step(
