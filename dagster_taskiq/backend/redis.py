@@ -37,6 +37,7 @@ from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError, SupersededLoopError
 from dagster_taskiq.plain_text import plain_name
 from dagster_taskiq.redis_client import open_redis, server_errors
+from dagster_taskiq.redis_rights import check_rights, commands_of
 from dagster_taskiq.results import Place
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.signing import Signer
@@ -60,6 +61,13 @@ _IDLE_CONNECTIONS = 4
 #: The longest a blocking command may wait, and what its connection allows for the answer.
 _LONGEST_WAIT_SECONDS = 20.0
 _BLOCKING_TIMEOUT_SECONDS = 30.0
+
+
+#: What the user of the server must be allowed.
+_COMMANDS = {
+    *commands_of(text for text in vars(scripts).values() if isinstance(text, str)),
+    *"BLPOP EVALSHA MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
+}
 
 
 class RedisBackend(Backend):
@@ -88,9 +96,10 @@ class RedisBackend(Backend):
         self._calls = self._recent_peak = self._peak = 0
 
     async def startup(self) -> None:
-        """Reach the server."""
+        """Reach the server, as a user that may do what is done there."""
         async with self._server():
             await self._redis.ping()
+            await check_rights(self._redis, self.address, self._key("rights"), _COMMANDS)
 
     async def shutdown(self) -> None:
         """Close the connections."""

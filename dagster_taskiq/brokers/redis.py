@@ -52,6 +52,7 @@ from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.redis_client import connection_arguments, server_errors, use_tls
+from dagster_taskiq.redis_rights import check_rights, commands_of
 from dagster_taskiq.servers import ServerOptions
 
 #: How long an idle worker waits for the bell before it looks into its queues all the same.
@@ -235,6 +236,9 @@ return absent
 
 _SCRIPTS = (_SEND, _TAKE, _HOLD, _ACK, _RELEASE, _WITHDRAW, _ABSENT)
 
+#: What the user of the server must be allowed.
+_COMMANDS = commands_of(script.text for script in _SCRIPTS) | {"BLPOP", "EVALSHA", "SCRIPT"}
+
 
 class RedisTaskBroker(TaskBroker, BaseRedisBroker):
     """Queues with priority, withdrawal and safe recovery on Redis or Valkey; see ``TaskBroker``.
@@ -285,6 +289,9 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
             ConfigError: a TLS file cannot be loaded.
         """
         await self._execute(("PING",), *_loads())
+        await check_rights(
+            self._redis, self.address, f"{self.options.key_prefix}.rights", _COMMANDS
+        )
         self._is_shut_down = False
         await super().startup()
 

@@ -21,7 +21,7 @@ LAYERS = [
     "forked_copies patched_library",
     "signing server_refusals patience plain_json code_locations",
     "tags servers results envelope worker.frames worker.guard",
-    "waker loop_thread _dagster redis_client tls_settings",
+    "waker loop_thread _dagster redis_client redis_rights tls_settings",
     "storage_patience",
     "event_storing",
     "storage_connections step_plans event_batches",
