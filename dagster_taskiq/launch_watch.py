@@ -14,13 +14,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._dagster import EngineEventData
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
 from dagster_taskiq.envelope import Envelope
 from dagster_taskiq.queue_waits import QueueWait, WaitHistory, WaitKind
 from dagster_taskiq.run_client import RunClient
@@ -31,13 +31,20 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Launched:
-    """A run's task, and what its log says of why it waits."""
+    """A run's task, and what its log says of why it waits.
+
+    Attributes:
+        refusals: by worker that has given it back as it cannot execute it, the reason.
+        refused_since: when the first of them did, on the watch's clock.
+    """
 
     envelope: Envelope
     sent_at: float
     waits: WaitHistory
+    refusals: dict[str, str] = field(default_factory=dict)
+    refused_since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,7 @@ class LaunchWatch:
             if it.envelope in lost and not (wait and wait.kind is WaitKind.REFUSED):
                 self._send_again(instance, run, it.envelope)
             self._explain_wait(instance, run, it, wait, now)
+            self._look_after_refused(instance, run, it, now)
 
     def _explain_wait(
         self,
@@ -187,10 +195,41 @@ class LaunchWatch:
                 EngineEventData(metadata={"queue": envelope.queue}),
             )
         if wait and launched.waits.is_hopeless(now):
-            physical = self._client.physical_queue(envelope)
-            state = self._client.cancel(run.run_id, envelope.task_id, physical, wait.reason)
-            if state is TaskState.CANCELLED:
-                instance.report_run_failed(run, f"The run was not executed. {wait.reason}")
+            self._fail_unexecuted(instance, run, envelope, wait.reason)
+
+    def _look_after_refused(
+        self, instance: DagsterInstance, run: DagsterRun, launched: _Launched, now: float
+    ) -> None:
+        """Send a run again that a worker with another instance has given back, for a while."""
+        envelope = launched.envelope
+        report, result = self._client.look(run.run_id, envelope.task_id)
+        if report.state is not TaskState.REFUSED:
+            return
+        if launched.refused_since is None:
+            launched.refused_since = now
+        if result is not None and result.place.worker not in launched.refusals:
+            launched.refusals[result.place.worker] = result.reason
+            instance.report_engine_event(
+                f"The run waits for another worker: {result.place.worker} has given it back. "
+                f"{result.reason}",
+                run,
+                EngineEventData(metadata={"queue": envelope.queue}),
+            )
+        if now - launched.refused_since < FOREIGN_WORKERS_SECONDS:
+            if self._client.reopen(run.run_id, envelope.task_id):
+                self._client.submit(replace(envelope, epoch=self._client.epoch()))
+            return
+        reasons = " ".join(f"Worker {name}: {why}" for name, why in launched.refusals.items())
+        self._fail_unexecuted(instance, run, envelope, f"Each worker gave it back. {reasons}")
+
+    def _fail_unexecuted(
+        self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
+    ) -> None:
+        """Fail a run that no worker has begun, unless one has by now."""
+        physical = self._client.physical_queue(envelope)
+        state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
+        if state is TaskState.CANCELLED:
+            instance.report_run_failed(run, f"The run was not executed. {reason}")
 
     def _send_again(self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope) -> None:
         self._client.submit(replace(envelope, epoch=self._client.epoch()))

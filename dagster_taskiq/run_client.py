@@ -84,7 +84,7 @@ class RunClient:
         async def look() -> tuple[TaskReport, TaskResult | None]:
             _, reports = await self._backend.inspect(run_id, [task_id])
             report = reports[task_id]
-            if report.state is not TaskState.DONE:
+            if report.state not in (TaskState.DONE, TaskState.REFUSED):
                 return report, None
             data = (await self._backend.read_results(run_id, [task_id])).get(task_id)
             if data is None:
@@ -92,6 +92,10 @@ class RunClient:
             return report, read_result(self._signer, task_id, data, self._refusals)
 
         return self._call(look)
+
+    def reopen(self, run_id: str, task_id: str) -> bool:
+        """Let a run that a worker has given back be claimed again; see ``RunBackend.reopen``."""
+        return self._call(lambda: self._backend.reopen(run_id, task_id))
 
     def state_of(self, run_id: str, task_id: str) -> tuple[str, TaskState]:
         """The backend's epoch, and what it knows of a run's task in it."""

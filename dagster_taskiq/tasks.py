@@ -118,6 +118,11 @@ class TaskRunner:
                 _report_run_start(instance, run, place, queue)
                 self._events.flush()
                 return _execute_run(instance, run, name, place, on_begun)
+            except WrongInstanceError as refusal:
+                # Dagster itself looks after a run that is resumed
+                is_new = name is TaskName.EXECUTE_JOB
+                outcome = Outcome.REFUSED if is_new else Outcome.ERROR
+                return TaskResult(outcome, place, reason=str(refusal))
             except StepRefusedError as refusal:
                 return TaskResult(Outcome.ERROR, place, reason=str(refusal))
             except Exception:

@@ -316,7 +316,8 @@ class Station:
         Only once its result is stored: until then another worker could take the run over.
         """
         reason = _cause(result)
-        if reason and lease.stop_reason is None:
+        is_refused = result.outcome is Outcome.REFUSED  # another worker may start it
+        if reason and lease.stop_reason is None and not is_refused:
             await self._run_watch.fail(envelope.payload, reason)
 
     async def _ack(self, envelope: Envelope, context: Context) -> None:

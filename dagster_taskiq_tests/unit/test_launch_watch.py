@@ -12,11 +12,12 @@ import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq import launch_watch
-from dagster_taskiq.backend import TaskState
+from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
 from dagster_taskiq.envelope import Envelope, TaskName
 from dagster_taskiq.launch_watch import LaunchWatch
 from dagster_taskiq.queue_waits import QueueWait, WaitKind
+from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.run_client import RunClient
 from dagster_taskiq_tests.acceptance import jobs
 
@@ -24,6 +25,11 @@ from dagster_taskiq_tests.acceptance import jobs
 PATIENCE_SECONDS = 30.0
 
 LEASE_SECONDS = 2 * IN_HAND_SECONDS
+
+
+REFUSAL = TaskResult(
+    Outcome.REFUSED, Place("w@h", "id", "h", 1, 1), reason="It has another dagster.yaml."
+)
 
 
 class FakeClient:
@@ -51,6 +57,14 @@ class FakeClient:
     def epoch(self) -> str:
         return self.now_epoch
 
+    def look(self, *_: str) -> tuple[TaskReport, TaskResult | None]:
+        is_refused = self.state is TaskState.REFUSED
+        return TaskReport(self.state), REFUSAL if is_refused else None
+
+    def reopen(self, *_: str) -> bool:
+        self.state = TaskState.UNKNOWN
+        return True
+
     def queue_waits(self) -> FakeClient:
         return self
 
@@ -59,7 +73,8 @@ class FakeClient:
 
     def cancel(self, run_id: str, *_: str) -> TaskState:
         self.cancelled.append(run_id)
-        return TaskState.CANCELLED if self.state is TaskState.UNKNOWN else self.state
+        is_free = self.state in (TaskState.UNKNOWN, TaskState.REFUSED)
+        return TaskState.CANCELLED if is_free else self.state
 
     def submit(self, envelope: Envelope) -> None:
         self.sent.append(envelope)
@@ -242,6 +257,31 @@ def test_workers_of_another_version_alone_fail_a_run(
     assert client.cancelled == [envelope.run_id]
     messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
     assert any("The run was not executed. All workers are of another" in it for it in messages)
+
+
+def test_a_run_that_a_worker_gives_back_goes_to_another(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """The log says once which worker could not execute it; after a while the run fails."""
+    client.is_queued, client.state = True, TaskState.REFUSED
+    envelope = launched(instance)
+    watch.look_after(instance, envelope)
+    await_looks(client)
+    assert [it.task_id for it in client.sent] == ["task"]
+    assert client.state is TaskState.UNKNOWN
+    client.state = TaskState.REFUSED
+    await_looks(client)
+    assert len(client.sent) == 2
+    messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
+    assert sum("w@h has given it back. It has another" in text for text in messages) == 1
+    clock.seconds += FOREIGN_WORKERS_SECONDS
+    client.state = TaskState.REFUSED
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not instance.get_run_by_id(envelope.run_id).is_finished:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    failed = [entry.message for entry in instance.all_logs(envelope.run_id)]
+    assert any("was not executed. Each worker gave it back. Worker w@h: It" in it for it in failed)
 
 
 def test_the_watch_ends_with_its_last_run(
