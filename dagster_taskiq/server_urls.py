@@ -52,8 +52,9 @@ def find_backend_url(
         has_own = broker_url is None or is_redis(broker_url)
         if not is_needed or (has_own and not is_rpc):
             return None
+        what = "rpc://" if is_rpc else f"RabbitMQ alone ({redact_url(str(broker_url))})"
         raise ConfigError(
-            f"{'rpc://' if is_rpc else 'RabbitMQ alone'} cannot keep results and claims: set "
+            f"{what} cannot keep results and claims: set "
             f"'backend' or {BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or Valkey."
         )
     if is_rpc:

@@ -286,7 +286,7 @@ def test_rpc_without_the_variable_says_what_to_set(broker: str | None) -> None:
 def test_the_host_of_the_default_broker(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It makes dagster-celery's default URL, which needs a backend; a whole URL goes before it."""
     monkeypatch.setenv(variable, "rabbit.example.org")
-    assert "RabbitMQ alone" in refusal()
+    assert "RabbitMQ alone (pyamqp://guest@rabbit.example.org:5672//)" in refusal()
     given = settings(backend="redis://h")
     assert given.broker_url == "pyamqp://guest@rabbit.example.org:5672//"
     assert settings(broker="redis://h").broker_url == "redis://h"

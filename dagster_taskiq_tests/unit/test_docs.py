@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from dagster_taskiq import tags
+from dagster_taskiq import tags, taskiq_executor
 from dagster_taskiq.config import EXECUTOR_SCHEMA, ConfigSource
 from dagster_taskiq_tests.unit.test_imports import PACKAGE
 
@@ -86,3 +87,14 @@ def test_code_in_the_documents_can_be_read(document: Path) -> None:
             execution = (yaml.safe_load(code) or {}).get("execution", {})
             config = dict.fromkeys(execution.get("config", {}), "x")
             assert set(config) <= set(EXECUTOR_SCHEMA)
+
+
+def test_the_first_job_of_the_readme_runs() -> None:
+    """It is a whole file, as a newcomer copies it."""
+    (code,) = (
+        it for it in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "my_jobs" in it
+    )
+    names: dict[str, Any] = {"__name__": "my_jobs"}
+    exec(compile(code, "my_jobs.py", "exec"), names)
+    assert names["defs"].resolve_job_def("my_job").executor_def is taskiq_executor
+    assert names["my_job"].execute_in_process().output_for_node("double") == 2
