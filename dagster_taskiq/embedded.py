@@ -237,6 +237,10 @@ def _ensure_running(directory: Path, path: Path) -> None:
         time.sleep(LOOK_SECONDS)
 
 
+#: What the keeper and the server get of the environment.
+_KEEPER_VARIABLES = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "LC_ALL", "LD_LIBRARY_PATH")
+
+
 def _start_keeper(directory: Path, keeper_lock: int) -> None:
     """Start the keeper and hand it the lock, so that there is no moment without one."""
     binary = find_server_binary()
@@ -250,7 +254,9 @@ def _start_keeper(directory: Path, keeper_lock: int) -> None:
     log = directory / "server.log"
     if log.exists():
         log.replace(log.with_suffix(".log.old"))
-    with log.open("ab") as output:
+    # not through a link, which others could have put there if they can write to the directory
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(os.open(log, flags, 0o600), "ab") as output:
         os.fchmod(output.fileno(), 0o600)
         process = subprocess.Popen(
             [*keeper, str(keeper_lock), str(binary), *options],
@@ -260,6 +266,8 @@ def _start_keeper(directory: Path, keeper_lock: int) -> None:
             stderr=output,
             pass_fds=[keeper_lock],
             start_new_session=True,
+            # it outlives whoever starts it, and must not keep their keys and passwords
+            env={name: os.environ[name] for name in _KEEPER_VARIABLES if name in os.environ},
         )
     process.wait()  # for what it forks from; the keeper itself is nobody's child
 

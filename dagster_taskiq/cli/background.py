@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 
@@ -33,7 +34,7 @@ def start_in_background(context: click.Context, name: str) -> None:
     reader, writer = os.pipe()
     command = [sys.executable, "-m", "dagster_taskiq", "worker", "start"]
     own = [f"--name={name}", f"--ready-fd={writer}"]
-    with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as output:
+    with _open_log(log) as output:
         process = subprocess.Popen(
             [*command, *own, *arguments_of(context)],
             stdin=subprocess.DEVNULL,
@@ -52,6 +53,15 @@ def start_in_background(context: click.Context, name: str) -> None:
     click.echo(f"Started worker {name}@{socket.gethostname()}, pid {process.pid}, log {log}")
     if word == WAITING:
         click.echo("It waits for a server that is away; its log says which.", err=True)
+
+
+def _open_log(log: Path) -> BinaryIO:
+    """Not through a link, which others can have put there where they can write to DAGSTER_HOME."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        return os.fdopen(os.open(log, flags, 0o600), "ab")
+    except OSError as error:
+        raise DagsterTaskiqError(f"Cannot write the log {log}: {error.strerror}.") from error
 
 
 def arguments_of(context: click.Context) -> list[str]:

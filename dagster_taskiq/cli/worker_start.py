@@ -36,6 +36,7 @@ from dagster_taskiq.defaults import (
     LONGEST_TIME_LIMIT_SECONDS,
 )
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.plain_text import plain_name
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.log_writer import log_to_standard_error
@@ -169,7 +170,8 @@ def _start_worker(
     check_platform()
     settings = read_settings(config_yaml)
     celery = read_celery_arguments(celery_arguments)
-    given["name"] = given["name"] or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
+    name = given["name"] or celery.name or f"dagster-{uuid.uuid4().hex[:6]}"
+    given["name"] = _checked_name(name)
     if server is None:
         start_in_background(click.get_current_context(), given["name"])
         return
@@ -285,6 +287,20 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
+
+
+def _checked_name(name: str) -> str:
+    """The name of a worker, which is also that of its log file.
+
+    Raises:
+        ConfigError: it would lead to another directory, or cannot be shown.
+    """
+    if "/" in name or name.startswith((".", "@")) or plain_name(name) != name:
+        raise ConfigError(
+            f"The worker cannot be named {plain_name(name)!r}: a name has no '/', no control "
+            "characters, at most 255 characters, and does not begin with '.' or '@'."
+        )
+    return name
 
 
 def _queues(names: tuple[str, ...], settings: Settings) -> tuple[str, ...]:

@@ -158,3 +158,31 @@ def test_the_module_of_an_app_is_imported(
     """As an include, so that one which does not exist is an error; the two known ones are empty."""
     assert options(monkeypatch, "-A", app).include == expected
     assert options(monkeypatch, "-A", app, "-i", "m").include == (*expected, "m")
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", "../a", "/etc/a", ".", "@h", "a\x1b[2J", "a\nb", "x" * 300]
+)
+@pytest.mark.parametrize("background", [["-d"], []])
+def test_a_name_that_is_no_file_name_is_refused(
+    name: str, background: list[str], commands: list[list[str]], tmp_path: Path
+) -> None:
+    """It would make a path of the log, or reach terminals and logs with what it holds."""
+    result = CliRunner().invoke(main, [*START, *background, "-n", name])
+    assert result.exit_code == 1
+    assert "cannot be named" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert commands == []
+
+
+def test_a_log_is_not_written_through_a_link(commands: list[list[str]], tmp_path: Path) -> None:
+    """Others may have put it there, where they can write to DAGSTER_HOME."""
+    target = tmp_path / "target"
+    logs = tmp_path / "dagster_taskiq" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "w.log").symlink_to(target)
+    result = CliRunner().invoke(main, [*START, "-d", "-n", "w"])
+    assert result.exit_code == 1
+    assert "Cannot write the log" in result.stderr
+    assert not target.exists()
+    assert commands == []

@@ -437,6 +437,17 @@ def test_a_home_with_a_long_path_has_a_short_socket(
         nothing_runs_after_release(long)
 
 
+def test_the_keeper_keeps_no_secret_of_who_starts_it(home: Path) -> None:
+    """It outlives that process, and its environment can be read while it lives."""
+    with users(home, environment={"SOME_KEY": "hunter2"}) as [user]:
+        user.start()
+        user.url()
+        running = processes(home)
+        assert running
+        for process in running:
+            assert b"hunter2" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+
+
 def test_links_that_somebody_else_has_laid_are_refused(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
