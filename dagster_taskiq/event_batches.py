@@ -145,7 +145,7 @@ class EventWriter:
 
     Only the thread writes, since the one that reports events may be interrupted by a signal at any
     point, and nobody could say then what had been written. For the same reason they share nothing
-    but queues and locks that are taken in one instruction.
+    but queues, whose operations are one instruction.
 
     Args:
         events: where to; None where nothing is batched, and ``store`` never called.
