@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, RetryRequested
 from dagster._cli.api import _execute_run_command_body, _resume_run_command_body
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core import errors
@@ -38,6 +38,7 @@ from dagster._core.execution.api import (
     execute_run_iterator,
 )
 from dagster._core.execution.context.system import IStepContext, PlanOrchestrationContext
+from dagster._core.execution.plan import execute_plan
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.handle import ResolvedFromDynamicStepHandle, StepHandle
 from dagster._core.execution.plan.inputs import FromMultipleSources
@@ -133,6 +134,7 @@ __all__ = [
     "has_database_server",
     "has_server",
     "hold_pool_slot",
+    "interrupts_end_no_attempt",
     "is_end_of_attempt",
     "is_in_flight",
     "is_interrupt_captured",
@@ -310,6 +312,47 @@ def runs_user_code() -> bool:
 def is_interrupt_captured() -> bool:
     """Whether a signal asked this process to stop, and what runs has not been told yet."""
     return check_captured_interrupt()
+
+
+@contextmanager
+def interrupts_end_no_attempt() -> Iterator[None]:
+    """Keep Dagster from logging an interrupted step as failed or to be retried.
+
+    Its process knows neither why it was interrupted, nor whether it is to be retried. Where Dagster
+    has no such functions any more, it logs an end that tells of the interrupt alone.
+    """
+    module: Any = execute_plan
+    names = ("step_failure_event_from_exc_info", "core_dagster_event_sequence_for_step")
+    fail, run = (getattr(module, name, None) for name in names)
+    if fail is None or run is None:
+        yield
+        return
+    interrupts = (KeyboardInterrupt, DagsterExecutionInterruptedError)
+
+    def fail_unless_interrupted(
+        step_context: Any, exc_info: Any, *more: Any, **options: Any
+    ) -> DagsterEvent:
+        if issubclass(exc_info[0], interrupts):
+            message = f'Step "{step_context.step.key}" was interrupted.'
+            return DagsterEvent.engine_event(step_context, message, EngineEventData())
+        event: DagsterEvent = fail(step_context, exc_info, *more, **options)
+        return event
+
+    def run_without_policy(step_context: Any) -> Iterator[DagsterEvent]:
+        try:
+            yield from run(step_context)
+        except RetryRequested as request:
+            if isinstance(request.__cause__, interrupts):
+                raise request.__cause__ from None
+            raise
+
+    module.step_failure_event_from_exc_info = fail_unless_interrupted
+    module.core_dagster_event_sequence_for_step = run_without_policy
+    try:
+        yield
+    finally:
+        module.step_failure_event_from_exc_info = fail
+        module.core_dagster_event_sequence_for_step = run
 
 
 def copy_logs_by(begin: Callable[[str, int], None], end: Callable[[str], None]) -> None:

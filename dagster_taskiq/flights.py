@@ -170,8 +170,8 @@ def error_of(
     Args:
         raised: what was raised on the worker, if anything; kept as the cause.
     """
-    reason = result.reason or "It ended without saying whether it had succeeded."
-    reason = raised.message.strip() if raised else reason
+    reason = result.reason or (raised.message.strip() if raised else "")
+    reason = reason or "It ended without saying whether it had succeeded."
     place = result.place
     return plain_error(
         f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '

@@ -91,7 +91,8 @@ class TaskResult:
         outcome: see ``Outcome``.
         place: who ran it.
         events: Dagster's events of the step, serialized, in their order.
-        error: Dagster's packed ``SerializableErrorInfo``, for ``ERROR`` and ``UNLOGGED``.
+        error: Dagster's packed ``SerializableErrorInfo``, for ``ERROR`` and ``UNLOGGED``; of a step
+            that was interrupted, where it was.
         reason: a sentence for people: of a death, of a cancel.
         exit_code: of a child process that died or of a run; negative is a signal's number.
         is_cancelled: whether it was told to stop before it ended.

@@ -27,6 +27,7 @@ from dagster_taskiq._dagster import (
     error_info,
     execute_or_resume_run,
     execute_plan_iterator,
+    interrupts_end_no_attempt,
     pack_value,
     serialize_value,
     unpack_value,
@@ -144,12 +145,13 @@ class TaskRunner:
             on_loaded: called when the code is loaded, before the step's part of it runs.
 
         Returns:
-            the events of the step, also when it failed or was interrupted, since Dagster reports
-            both as events; all of them are in Dagster's log. An error where the step could not be
-            brought to run, or where the log did not take its events.
+            the events of the step, also when it failed; all of them are in Dagster's log. An error
+            where the step could not be brought to run, or where the log did not take its events. An
+            interrupted step has no end among its events, and an error that shows where it was: why
+            it was interrupted is for the worker to add.
         """
         self._patience.begin_anew()
-        with capture_interrupts():
+        with capture_interrupts(), interrupts_end_no_attempt():
             result = self._executed_plan(payload, place, queue, on_loaded)
             try:
                 self._events.flush()
@@ -178,7 +180,8 @@ class TaskRunner:
                 Outcome.FINISHED,
                 place,
                 tuple(events),
-                reason="It was interrupted before it had started.",
+                error=pack_value(error_info()),
+                reason="It was stopped." if events else "It was stopped before it had started.",
                 is_cancelled=True,
             )
         except WrongInstanceError as refusal:

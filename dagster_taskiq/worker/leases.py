@@ -59,6 +59,7 @@ class Lease:
         on_orphaned: called at each renewal while its run has no process but may get another one.
         needs_live_run: whether it ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
+        stop_cause: the same for people, to follow "stopped after"; empty if it was not.
         is_lost: whether the backend has said that the claim is not ours any more.
         is_resumable: whether another process would take over a run.
         suspended_since: since when its process has been seen stopped.
@@ -73,6 +74,7 @@ class Lease:
     on_orphaned: Callable[[], None]
     needs_live_run: bool = True
     stop_reason: StopReason | None = None
+    stop_cause: str = ""
     is_lost: bool = False
     is_resumable: bool = False
     suspended_since: float | None = None
@@ -112,7 +114,7 @@ class LeaseKeeper:
         self._leases: dict[str, Lease] = {}
         self._epoch = ""
         self._epoch_since = 0.0
-        self._is_away = False
+        self._outage = ""
         self._answered_at = float("-inf")
         self._added = asyncio.Event()
         self._hands_over = False
@@ -213,18 +215,18 @@ class LeaseKeeper:
             return False
         if sent_at > self._answered_at:  # else a later try knows better
             self._answered_at = sent_at
-            if self._is_away:
+            if self._outage:
                 logger.info("%s is back; the leases are renewed.", self._backend.address)
-            self._is_away = False
+            self._outage = ""
             for lease, renewal in zip(leases, renewals, strict=True):
                 self._note_epoch(renewal.epoch, sent_at)
                 self._apply(lease, renewal, sent_at)
         return True
 
     def _note_outage(self, error: ServerError) -> None:
-        if not self._is_away:
+        if not self._outage:
             logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
-        self._is_away = True
+        self._outage = str(error)
 
     def _note_epoch(self, epoch: str, now: float) -> None:
         if epoch != self._epoch:
@@ -273,17 +275,24 @@ class LeaseKeeper:
         """Stop what had not been renewed for that share of its lease at that moment."""
         for lease in list(self._leases.values()):
             if when >= lease.renewed_at + lease.claim.lease_seconds * share:
-                self.stop(lease, StopReason.LEASE_LOST)
+                outage = self._outage or f"{self._backend.address} does not answer."
+                cause = f"{StopReason.LEASE_LOST.value}: {outage.removesuffix('.')}"
+                self.stop(lease, StopReason.LEASE_LOST, cause)
 
-    def stop(self, lease: Lease, reason: StopReason) -> None:
-        """Stop a task, once."""
+    def stop(self, lease: Lease, reason: StopReason, cause: str = "") -> None:
+        """Stop a task, once.
+
+        Args:
+            cause: for people, where more is known than the reason's own text.
+        """
         if lease.stop_reason is not None or lease.claim.token not in self._leases:
             return
         # a renewal that the server answers after it has stored the result finds no claim
         if lease.is_executed:
             return
         lease.stop_reason = reason
-        logger.warning("Stopping task %s: %s.", lease.claim.task_id, reason.value)
+        lease.stop_cause = cause or reason.value
+        logger.warning("Stopping task %s: %s.", lease.claim.task_id, lease.stop_cause)
         lease.on_stop()
 
     def stop_unguarded(self, group: int) -> None:
@@ -318,10 +327,10 @@ class LeaseKeeper:
         """How many claims on runs, or on steps."""
         return sum(it.needs_live_run is not runs for it in self._leases.values())
 
-    def stop_all(self, reason: StopReason) -> None:
-        """Stop every task."""
+    def stop_all(self, reason: StopReason, cause: str = "") -> None:
+        """Stop every task; see ``stop``."""
         for lease in list(self._leases.values()):
-            self.stop(lease, reason)
+            self.stop(lease, reason, cause)
 
     def __len__(self) -> int:
         return len(self._leases)

@@ -437,7 +437,7 @@ def _is_until_begun(envelope: Envelope) -> bool:
 
 def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str) -> TaskResult:
     if isinstance(answer, ChildDied):
-        why = lease.stop_reason.value if lease.stop_reason else verdict
+        why = lease.stop_cause or verdict
         why = why and f" after {why}"
         return TaskResult(
             Outcome.DIED,
@@ -447,9 +447,15 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
             is_cancelled=lease.stop_reason is StopReason.CANCELLED,
         )
     result = TaskResult.from_bytes(answer["result"].encode())
+    if not result.is_cancelled:
+        return result
     # the child knows that it was interrupted, but not by whom: only a cancel rules out a retry
-    is_cancelled = result.is_cancelled and lease.stop_reason is StopReason.CANCELLED
-    return replace(result, is_cancelled=is_cancelled)
+    why = lease.stop_cause or "a signal that its worker had not sent"
+    return replace(
+        result,
+        reason=f"{result.reason.removesuffix('.')} after {why}.",
+        is_cancelled=lease.stop_reason is StopReason.CANCELLED,
+    )
 
 
 def _say_what_is_left(title: str, answer: Mapping[str, Any] | ChildDied) -> None:

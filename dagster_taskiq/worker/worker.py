@@ -328,7 +328,9 @@ class Worker:
             cancelling.cancel()
         if not working.done():
             self._was_cut_short = len(self._leases) > 0
-            self._leases.stop_all(StopReason.WORKER_STOPS)
+            timeout = f"--drain-timeout of {self._options.drain_timeout_seconds:g} s"
+            why = "a second order to stop" if self._cancel_now.is_set() else timeout
+            self._leases.stop_all(StopReason.WORKER_STOPS, f"{why} on worker {self.name}")
         await working
 
     async def _stop(self) -> None:

@@ -277,7 +277,7 @@ def test_sigterm_to_every_process(stack: Stack) -> None:
 
 
 def test_drain_timeout(stack: Stack) -> None:
-    """After ``--drain-timeout`` the running step is cancelled; the exit code says so."""
+    """After ``--drain-timeout`` the running step is cancelled; failure and exit code say so."""
     worker = stack.worker("--drain-timeout", "1", slots=1).await_ready()
     run = stack.start("one_to_cancel")
     run.await_notes("started")
@@ -285,6 +285,8 @@ def test_drain_timeout(stack: Stack) -> None:
     assert worker.wait(20) == 3
     assert run.wait().status is DagsterRunStatus.FAILURE
     assert len(run.notes("cleaned")) == 1
+    (failed,) = run.steps(DagsterEventType.STEP_FAILURE)
+    assert "It was stopped after --drain-timeout of 1 s on worker " in run.failure(failed)
 
 
 def test_a_step_cut_short_is_retried_elsewhere(stack: Stack) -> None:

@@ -75,6 +75,24 @@ def test_a_worker_is_killed_at_a_certain_point(kind: BrokerKind, tmp_path: Path)
         check_each_once(run.wait(LONG_SECONDS), DEATH_POINTS)
 
 
+def test_claims_vanish(tmp_path: Path) -> None:
+    """Keys that are deleted, as a stepped clock would: no attempt runs beside its retry.
+
+    The steps' worker lives, and has stopped them when they are judged.
+    """
+    with open_stack("redis", tmp_path) as stack:
+        stack.worker(slots=3).await_ready()
+        run = start(stack, "crowd")
+        pids = await_crowd(run)
+        with stack.redis() as server:
+            claims = list(server.scan_iter("*:claim:*", count=1000))
+            assert server.delete(*claims) == len(CROWD_RUNNING)
+        judgements = (UP_FOR_RETRY, STEP_FAILURE)
+        until(lambda: any(run.steps(kind) for kind in judgements), "its steps are judged")
+        assert not any(map(is_running, pids)), "judged while they were running"
+        check_crowd(run.wait(LONG_SECONDS))
+
+
 def test_a_worker_is_frozen_for_longer_than_its_lease(tmp_path: Path) -> None:
     """Its steps are dead before anybody judges, its results are refused, the retries' stand.
 

@@ -29,6 +29,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
+from dagster_taskiq._dagster import DagsterExecutionInterruptedError
 from dagster_taskiq.tags import DAGSTER_PRIORITY_TAG, PRIORITY_TAG, QUEUE_TAG
 
 
@@ -76,6 +77,17 @@ def patient() -> int:
 @job(executor_def=taskiq_executor)
 def patient_job() -> None:
     add_one(patient())
+
+
+@op(retry_policy=RetryPolicy(max_retries=1))
+def interrupted_once(context: OpExecutionContext) -> None:
+    if context.retry_number == 0:
+        raise DagsterExecutionInterruptedError
+
+
+@job(executor_def=taskiq_executor)
+def interrupted_job() -> None:
+    interrupted_once()
 
 
 @op(out={"yes": Out(int, is_required=False), "no": Out(int, is_required=False)})

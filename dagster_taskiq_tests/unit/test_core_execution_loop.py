@@ -760,6 +760,30 @@ def _payload_without_code(task: StepTask) -> Mapping[str, Any]:
     return dict(json.loads(payload.replace(jobs.__name__, "no_such_module")))
 
 
+def test_an_interrupted_step_is_retried_and_shows_why_and_where(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The worker knows why, and the step's process where it was; Dagster's log has one end."""
+    fake.plan["interrupted_once"] = [HOLD]
+
+    def answer(_: int) -> None:
+        fake.on_wait = lambda _: None
+        (task,) = fake.sent
+        result = TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
+        assert result.is_cancelled
+        told = replace(result, is_cancelled=False, reason=f"{result.reason[:-1]} after a drain.")
+        fake.arrived.append((task.task_id, told))
+
+    fake.on_wait = answer
+    ran = execute(jobs.interrupted_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.count(DagsterEventType.STEP_FAILURE) == 0
+    (retry,) = (event for event in ran.events if event.is_step_up_for_retry)
+    error = retry.step_retry_data.error
+    assert "It was stopped after a drain." in error.message
+    assert "in interrupted_once" in error.to_string(), "where it was"
+
+
 def test_a_result_without_an_end_is_a_failure(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:

@@ -31,11 +31,13 @@ def test_only_a_cancel_rules_out_a_retry(reason: StopReason | None) -> None:
     """An interrupt before the step's start may also be a lost lease, or a stranger's signal."""
     claim = Claim("run", "task", "token", 30.0, "epoch", PLACE)
     lease = Lease(claim, 4711, 0.0, lambda: None, lambda: None, stop_reason=reason)
-    interrupted = TaskResult(Outcome.FINISHED, PLACE, reason="interrupted", is_cancelled=True)
+    lease.stop_cause = "this" if reason else ""
+    interrupted = TaskResult(Outcome.FINISHED, PLACE, reason="Stopped.", is_cancelled=True)
     answer = {"kind": "result", "result": interrupted.to_bytes().decode(), "resident_kib": 1}
     result = _result_of(answer, lease, "")
     assert result.is_cancelled == (reason is StopReason.CANCELLED)
-    assert result.reason == "interrupted"
+    expected = "this" if reason else "a signal that its worker had not sent"
+    assert result.reason == f"Stopped after {expected}."
 
 
 SECONDS = 30.0
