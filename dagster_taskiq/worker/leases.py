@@ -245,13 +245,13 @@ class LeaseKeeper:
             self.stop(lease, StopReason.CANCELLED)
         elif not lease.needs_live_run and self._hands_over and lease.is_resumable:
             self.stop(lease, StopReason.HANDED_OVER)
-        elif not lease.needs_live_run:
-            self._look_at_process(lease)
-        elif not renewal.is_run_alive and self._is_steady(lease):
+        elif lease.needs_live_run and not renewal.is_run_alive and self._is_steady(lease):
             if renewal.is_resumable:
                 lease.on_orphaned()
             else:
                 self.stop(lease, StopReason.RUN_GONE)
+        if not lease.is_executed:
+            self._look_at_process(lease)
 
     def _is_to_cancel(self, lease: Lease, order: str) -> bool:
         if order == lease.refused_order:
@@ -303,7 +303,10 @@ class LeaseKeeper:
         kill_group(group)
 
     def _look_at_process(self, lease: Lease) -> None:
-        """A run's process that is stopped would hold its claim for ever, since we renew it."""
+        """A process that is stopped would hold its claim for ever, since we renew it.
+
+        One that a debugger holds is traced, not stopped, and may take its time.
+        """
         if not _is_suspended(lease.group):
             lease.suspended_since = None
         elif lease.suspended_since is None:

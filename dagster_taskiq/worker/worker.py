@@ -52,6 +52,7 @@ from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import Slot
+from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
 
 logger = logging.getLogger(__name__)
@@ -261,6 +262,8 @@ class Worker:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _start(self) -> None:
+        warn_without_init()
+        warn_of_namesakes(self.name, await self._backend.workers())
         self._guard.start()
         if self._code_watch:  # before the children import code
             await self._code_watch.start()

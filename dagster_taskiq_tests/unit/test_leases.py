@@ -148,7 +148,7 @@ class Scene:
         self.keeper = LeaseKeeper(
             cast("Backend", backend),
             cast("GuardClient", self.guard),
-            OrderReader(signer, "worker"),
+            OrderReader(signer, "worker", "worker@host"),
             self.refusals,
             now,
         )
@@ -549,6 +549,32 @@ def test_a_task_that_no_guard_watches_is_stopped(monkeypatch: pytest.MonkeyPatch
         assert killed == [lease.group]
         assert lease.stop_reason is StopReason.UNGUARDED
         assert other.stop_reason is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("is_step", [True, False])
+def test_a_process_that_is_stopped_for_a_lease_is_killed(
+    is_step: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else would notice, since its claim is renewed; a shorter stop has no effect."""
+    stopped: set[int] = set()
+    killed: list[int] = []
+    monkeypatch.setattr(leases_module, "_is_suspended", stopped.__contains__)
+    monkeypatch.setattr(leases_module, "kill_group", killed.append)
+
+    async def scenario(scene: Scene) -> None:
+        lease, other, executed = (scene.keep() for _ in range(3))
+        lease.needs_live_run = other.needs_live_run = is_step
+        executed.is_executed = True
+        stopped.update({lease.group, other.group, executed.group})
+        await asyncio.sleep(LEASE / 2)
+        stopped.remove(other.group)
+        assert not killed
+        await asyncio.sleep(LEASE)
+        assert set(killed) == {lease.group}
+        assert lease.stop_reason is StopReason.PROCESS_STOPPED
+        assert other.stop_reason is executed.stop_reason is None
 
     play(scenario)
 
