@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.cli import worker_start as module
-from dagster_taskiq.cli.background import arguments_of
+from dagster_taskiq.cli.background import READY, WAITING, arguments_of
 from dagster_taskiq.cli.worker_start import start
 from dagster_taskiq.worker.worker import WorkerOptions
 
@@ -27,10 +27,11 @@ class ReadyProcess:
 
     pid = 4711
     commands: list[list[str]]
+    word = READY
 
     def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int], **_: Any) -> None:
         self.commands.append(list(command))
-        os.write(pass_fds[0], b"r")
+        os.write(pass_fds[0], self.word)
 
 
 @pytest.fixture
@@ -66,6 +67,17 @@ def test_a_background_worker_starts_one_in_the_foreground(
     assert child.params["background"] is False
     assert child.params["queues"] == ("short",)
     assert child.params["name"] == "w"
+
+
+def test_a_background_worker_that_waits_for_its_server_is_not_waited_for(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command returns, and says that the worker takes no tasks yet."""
+    monkeypatch.setattr(ReadyProcess, "word", WAITING)
+    done = CliRunner().invoke(main, [*START, "-d", "-n", "w"])
+    assert done.exit_code == 0, done.output
+    assert len(commands) == 1
+    assert "It waits for a server that is away" in done.output
 
 
 def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
