@@ -14,9 +14,10 @@ import pytest
 
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.brokers import Delivery
-from dagster_taskiq.envelope import Envelope, QueueKind
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, step_task_id
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
 from dagster_taskiq.worker import station as station_module
 from dagster_taskiq.worker.leases import Lease, StopReason
@@ -128,3 +129,29 @@ def test_a_message_is_given_back_before_its_worker_recovers() -> None:
 
     asyncio.run(scenario())
     assert happened == ["released", "recovered"]
+
+
+def test_a_result_that_is_too_large_is_an_error_that_says_so() -> None:
+    """It names the step, the size and the setting; what is stored instead is small and sealed."""
+    signer = Signer(["k" * 32], max_bytes=2000)
+    station = SimpleNamespace(_signer=signer)
+    envelope = Envelope(
+        task_id=step_task_id("run", "big", 1),
+        name=TaskName.EXECUTE_PLAN,
+        run_id="run",
+        step_key="big",
+        attempt=1,
+        queue="q",
+        priority=5,
+        lease_seconds=30,
+        cancel_grace_seconds=1,
+        epoch="e",
+        payload="{}",
+    )
+    whole = TaskResult(Outcome.FINISHED, PLACE, events=("x" * 3000,))
+    sealed = Station._sealed(station, envelope, whole)  # type: ignore[arg-type]
+    stored = TaskResult.from_bytes(sealed, signer, envelope.task_id)
+    assert stored.outcome is Outcome.ERROR
+    assert stored.events == ()
+    for part in ("Step big of run run", "3,", "max_message_bytes allows 2,000"):
+        assert part in stored.reason
