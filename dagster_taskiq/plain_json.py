@@ -20,6 +20,8 @@ def parse_object(data: bytes, max_bytes: int) -> dict[str, Any]:
         value = json.loads(data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # it tells where, and shows nothing of the data
+        raise ValueError(f"it is no JSON in UTF-8: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004 - for one kind of error
     return value
