@@ -315,11 +315,14 @@ def is_interrupt_captured() -> bool:
 
 
 @contextmanager
-def interrupts_end_no_attempt() -> Iterator[None]:
+def interrupts_end_no_attempt(is_run_over: Callable[[], bool]) -> Iterator[None]:
     """Keep Dagster from logging an interrupted step as failed or to be retried.
 
     Its process knows neither why it was interrupted, nor whether it is to be retried. Where Dagster
     has no such functions any more, it logs an end that tells of the interrupt alone.
+
+    Args:
+        is_run_over: whether no loop of the run will log the end; asked after an interrupt.
     """
     module: Any = execute_plan
     names = ("step_failure_event_from_exc_info", "core_dagster_event_sequence_for_step")
@@ -332,7 +335,7 @@ def interrupts_end_no_attempt() -> Iterator[None]:
     def fail_unless_interrupted(
         step_context: Any, exc_info: Any, *more: Any, **options: Any
     ) -> DagsterEvent:
-        if issubclass(exc_info[0], interrupts):
+        if issubclass(exc_info[0], interrupts) and not is_run_over():
             message = f'Step "{step_context.step.key}" was interrupted.'
             return DagsterEvent.engine_event(step_context, message, EngineEventData())
         event: DagsterEvent = fail(step_context, exc_info, *more, **options)

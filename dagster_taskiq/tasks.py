@@ -147,11 +147,16 @@ class TaskRunner:
         Returns:
             the events of the step, also when it failed; all of them are in Dagster's log. An error
             where the step could not be brought to run, or where the log did not take its events. An
-            interrupted step has no end among its events, and an error that shows where it was: why
-            it was interrupted is for the worker to add.
+            interrupted step has no end among its events, unless its run is over, and an error that
+            shows where it was: why it was interrupted is for the worker to add.
         """
         self._patience.begin_anew()
-        with capture_interrupts(), interrupts_end_no_attempt():
+
+        def is_run_over() -> bool:
+            run = self._run_of(payload)
+            return run is not None and run.is_finished
+
+        with capture_interrupts(), interrupts_end_no_attempt(is_run_over):
             result = self._executed_plan(payload, place, queue, on_loaded)
             try:
                 self._events.flush()
@@ -226,9 +231,13 @@ class TaskRunner:
         Args:
             payload: of the step's task.
         """
-        args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-        run = _find_run(self._instance(args.instance_ref), args.run_id)
+        run = self._run_of(payload)
         return run is None or run.is_finished
+
+    def _run_of(self, payload: Mapping[str, Any]) -> DagsterRun | None:
+        """The run that a step belongs to, as it is now; None if it was deleted."""
+        args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+        return _find_run(self._instance(args.instance_ref), args.run_id)
 
     def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
         """Fail a run that could not start, unless something else has become of it.

@@ -159,9 +159,8 @@ class Director:
         for worker in self.workers:
             if worker.has_ended and not worker.is_doomed:
                 worker.is_doomed = True
-                if not _is_refusal(worker.process.log):
-                    code = worker.process.process.poll()
-                    self.problems.append(f"{worker.process.name} ended by itself with {code}")
+                code = worker.process.process.poll()
+                self.problems.append(f"{worker.process.name} ended by itself with {code}")
                 self.start_worker()
             elif worker.fds is None and worker.is_ready:
                 worker.fds = descriptors(worker.pid)
@@ -228,12 +227,6 @@ class Director:
         last: dict[int, Note] = {note.pid: note for note in self.notes()}
         busy = (pid for pid, note in last.items() if note.kind in ("start", "tick", "child"))
         return [pid for pid in busy if is_running(pid)]
-
-
-def _is_refusal(log: str) -> bool:
-    """Whether a worker did not start because a server was away, and said so."""
-    lines = log.splitlines()
-    return "is ready" not in log and bool(lines) and lines[-1].startswith("Error: ")
 
 
 def as_note(entry: dict[str, Any]) -> Note:

@@ -183,8 +183,7 @@ def _judge_run(
     events = [entry.dagster_event for entry in entries if entry.dagster_event]
     has_failed_step = _judge_steps(run.run_id, events, notes, verdict)
     text = " ".join(str(entry.message) for entry in entries)
-    # a run that begins while its servers are away fails with their address, as it should
-    if "An exception was thrown during execution" in text and not _began_without_servers(events):
+    if "An exception was thrown during execution" in text:
         yield f"its loop failed: {_errors(events)}"
     is_excused = soak_run.faults or "surpassed the configured maximum attempts to resume" in text
     if run.status is DagsterRunStatus.FAILURE and not has_failed_step and not is_excused:
@@ -241,16 +240,6 @@ def _errors(events: list[Any]) -> str:
         if getattr(data, "error", None) is not None:
             found.append(f"{data.error.cls_name}: {data.error.message[:300]}")
     return " | ".join(found)
-
-
-def _began_without_servers(events: list[Any]) -> bool:
-    ends = [event for event in events if event.event_type is DagsterEventType.RUN_FAILURE]
-    error = ends[-1].event_specific_data.error if ends else None
-    return (
-        error is not None
-        and error.cls_name == "UnreachableServerError"
-        and any("open_dispatcher" in line for line in error.stack)
-    )
 
 
 def _end_text(events: list[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import threading
@@ -27,8 +26,9 @@ from benchmarks.soak.stack import (
     refuse_broker_connections,
 )
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
 from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import is_running
 from dagster_taskiq_tests.proxy import Mode
 
@@ -338,7 +338,7 @@ def _take_database(director: Director) -> str | None:
 
 
 def _send_garbage(director: Director) -> str:
-    """Into the queues of steps and of runs: no JSON, odd labels, a task of no run, a half one."""
+    """Into the queues of steps and of runs: no JSON, half a task, an odd header, no run."""
     options = director.stack.broker or _embedded_options(director)
 
     async def send() -> int:
@@ -372,28 +372,19 @@ def _message(queue: str, data: bytes) -> BrokerMessage:
 
 
 def _garbage() -> list[bytes]:
-    task_id = str(uuid.uuid4())
-    header = {
-        "task_id": task_id,
-        "name": "execute_plan",
-        "run_id": "no-run",
-        "step_key": "no_step",
-        "attempt": 1,
-        "queue": "dagster",
-        "priority": 5,
-        "lease_seconds": 5,
-        "cancel_grace_seconds": 5,
-        "epoch": "no-epoch",
-        "protocol": 2,
-    }
-    forged: dict[str, Any] = {
-        "task_id": task_id,
-        "task_name": "execute_plan",
-        "labels": {"queue_name": "dagster", "priority": 5},
-        "labels_types": None,
-        "args": [],
-        "kwargs": {"header": header, "payload": {}},
-    }
-    whole = f"{json.dumps(header)}\n{{}}".encode()
-    odd = json.dumps({**forged, "labels": {"ack_type": "bogus", "timeout": "abc"}}).encode()
+    forged = Envelope(
+        task_id=str(uuid.uuid4()),
+        name=TaskName.EXECUTE_PLAN,
+        run_id="no-run",
+        step_key="no_step",
+        attempt=1,
+        queue="dagster",
+        priority=5,
+        lease_seconds=LEASE_SECONDS,
+        cancel_grace_seconds=LEASE_SECONDS,
+        epoch="no-epoch",
+        payload="{}",
+    )
+    whole = forged.to_message("", Signer()).message
+    odd = whole.replace(b'"attempt": 1', b'"attempt": "first"')
     return [b"\xff\x00garbage", whole[: len(whole) // 2], odd, whole]

@@ -358,14 +358,17 @@ class Station:
         return result
 
     def _sealed(self, envelope: Envelope, result: TaskResult) -> bytes:
-        """The result as it is stored; one that is too large becomes an error that says so."""
+        """The result as it is stored; of one that is too large only the reason why it is not sent.
+
+        The loop then reads in Dagster's log, which has all of the step's events, how it ended.
+        """
         try:
             return result.to_bytes(self._signer, envelope.task_id)
         except TooLargeError as error:
             reason = str(error.of(f"{envelope.title} returned too much"))
             logger.error("%s", reason)
-            refused = TaskResult(Outcome.ERROR, result.place, reason=reason)
-            return refused.to_bytes(self._signer, envelope.task_id)
+            unsent = TaskResult(Outcome.DIED, result.place, reason=reason)
+            return unsent.to_bytes(self._signer, envelope.task_id)
 
     async def _store(self, lease: Lease, envelope: Envelope, result: TaskResult) -> bool:
         """Store a result as long as the lease may hold; whether it is stored."""

@@ -617,7 +617,7 @@ def test_a_former_process_that_still_lives(resuming: Stack) -> None:
 
 
 def test_a_run_that_is_given_up_though_it_might_be_resumed(resuming: Stack) -> None:
-    """A step goes on while its run may get another process, and stops when Dagster has failed it.
+    """A step goes on while its run may get another process, and fails when Dagster has failed it.
 
     Nobody calls ``terminate`` then, as when the launch of the resumed run fails.
     """
@@ -635,6 +635,8 @@ def test_a_run_that_is_given_up_though_it_might_be_resumed(resuming: Stack) -> N
     until(lambda: not is_running(started.pid), "its step is stopped")
     assert time.monotonic() - given_up_at < LEASE_SECONDS + 5 + _SLACK_SECONDS
     assert run.notes("ran") == []
+    # no loop is there to log the end of the attempt
+    assert len(run.steps(DagsterEventType.STEP_FAILURE)) == 1
 
 
 def launch_on_its_own_worker(
