@@ -85,7 +85,7 @@ def test_claims_vanish(tmp_path: Path) -> None:
         run = start(stack, "crowd")
         pids = await_crowd(run)
         with stack.redis() as server:
-            claims = list(server.scan_iter("*:claim:*", count=1000))
+            claims = list(server.scan_iter(f"{stack.prefix}:claim:*", count=1000))
             assert server.delete(*claims) == len(CROWD_RUNNING)
         judgements = (UP_FOR_RETRY, STEP_FAILURE)
         until(lambda: any(run.steps(kind) for kind in judgements), "its steps are judged")
