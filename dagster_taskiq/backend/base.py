@@ -241,7 +241,7 @@ class ClaimBackend(ABC):
     async def claim(
         self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
     ) -> ClaimAnswer:
-        """Claim a task; the same claim may be repeated.
+        """Claim a task; the same claim may be repeated, which renews it.
 
         Args:
             needs_live_run: whether only a task whose run has a living loop is granted.

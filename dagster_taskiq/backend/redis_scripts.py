@@ -125,8 +125,9 @@ local now = epoch(KEYS[1], ARGV[1])
 local holder = redis.call('HGET', KEYS[4], 'token')
 local waits = ARGV[9] == '1' and redis.call('HEXISTS', KEYS[2], 'b:' .. ARGV[2]) == 0
 if holder then
-  if holder == ARGV[4] then return {'granted', now} end
-  return {waits and 'pending' or 'claimed', now}
+  if holder ~= ARGV[4] then return {waits and 'pending' or 'claimed', now} end
+  redis.call('PEXPIRE', KEYS[4], ARGV[6])
+  return {'granted', now}
 end
 local field = 't:' .. ARGV[2]
 local state = task_state(KEYS[2], ARGV[2])

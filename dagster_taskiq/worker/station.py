@@ -23,7 +23,7 @@ from taskiq import Context, TaskiqDepends
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
-from dagster_taskiq.defaults import ORPHAN_GRACE_SECONDS
+from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, ORPHAN_GRACE_SECONDS
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskFormatter, TaskName
 from dagster_taskiq.errors import (
     NoProcessError,
@@ -47,6 +47,10 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a run is claimed again that another worker has claimed and not begun.
 _PENDING_SECONDS = 0.5
+
+#: Share of a lease within which its claim must be answered: the first renewal comes another sixth
+#: later, and must be answered before the task is stopped as one that is not renewed.
+_LATEST_ANSWER_SHARE = INTERRUPT_AFTER_LEASE_SHARE / 2
 
 #: Pause before another try to start a child where none can be started.
 _SHORTAGE_SECONDS = 1.0
@@ -291,7 +295,10 @@ class Station:
                 await asyncio.sleep(RELEASE_PAUSE_SECONDS)
                 return None
             if answer is ClaimAnswer.GRANTED:
-                return claimed_at
+                if clock() - claimed_at <= claim.lease_seconds * _LATEST_ANSWER_SHARE:
+                    return claimed_at
+                # it may have waited long for the server, and the task would be stopped at once
+                continue
             if answer is not ClaimAnswer.PENDING:
                 await self._ack(envelope, context)
                 logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from dagster_taskiq.backend import Claim
+from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, step_task_id
 from dagster_taskiq.errors import NoProcessError
@@ -158,3 +158,26 @@ def test_a_result_that_is_too_large_is_left_to_the_log_and_says_so() -> None:
     assert stored.events == ()
     for part in ("Step big of run run", "3,", "max_message_bytes allows 2,000"):
         assert part in stored.reason
+
+
+def test_a_claim_that_was_answered_late_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is most of a lease old would have its task stopped as soon as it begins."""
+    lease_seconds = 30.0
+    claim = Claim("run", "task", "token", lease_seconds, "epoch", PLACE)
+    now = 1000.0
+    asked_at: list[float] = []
+    delays = [lease_seconds * 0.7, lease_seconds * 0.1]
+
+    async def answer(*_: object, **__: object) -> ClaimAnswer:
+        nonlocal now
+        asked_at.append(now)
+        now += delays[len(asked_at) - 1]
+        return ClaimAnswer.GRANTED
+
+    monkeypatch.setattr(station_module, "clock", lambda: now)
+    station = a_station()
+    station._backend = cast("Any", SimpleNamespace(claim=answer))
+    envelope = cast("Envelope", SimpleNamespace(name=TaskName.EXECUTE_PLAN, task_id="task"))
+    counts_from = asyncio.run(station._claim(claim, envelope, cast("Any", None)))
+    assert counts_from == asked_at[-1]
+    assert len(asked_at) == len(delays)
