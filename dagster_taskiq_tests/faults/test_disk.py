@@ -60,9 +60,10 @@ def fill(directory: Path) -> Path:
 
 
 def test_the_disk_is_full(tmp_path: Path) -> None:
-    """Worker and run say so and wait; with room again all goes on, and nothing was lost.
+    """Worker and runs say so and wait; with room again all goes on, and nothing was lost.
 
-    After that the server is killed, and its file can be read: it was left whole.
+    A run that begins meanwhile waits too, unless it has no patience. In the end the server is
+    killed, and its file can be read: it was left whole.
     """
     with open_stack("embedded", tmp_path) as stack:
         directory = stack.home / "dagster_taskiq"
@@ -75,14 +76,17 @@ def test_the_disk_is_full(tmp_path: Path) -> None:
                 until(lambda: _is_refused(client), "the server takes nothing")
                 run.open_gate()
                 run.await_notes("ended", 2)
-                second = start(stack, "single", lease_seconds=30)
-                until(lambda: "takes nothing now" in worker.log, "the worker says so")
+                late = start(stack, "single", lease_seconds=30)
+                hasty = start(stack, "single", lease_seconds=30, server_patience_seconds=0)
+                worker.await_log("takes nothing now")
                 assert "No space left on device" in worker.log
-                assert second.wait(LONG_SECONDS).status is FAILURE
-                assert "takes nothing now" in second.output_of_process
+                assert "The run goes on when it is back." in late.await_message("takes nothing now")
+                assert hasty.wait().status is FAILURE
+                assert "takes nothing now" in hasty.output_of_process
                 filler.unlink()
                 until(lambda: not _is_refused(client), "the server takes something again")
                 check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+                check_each_once(late.wait(LONG_SECONDS), ["quick"])
                 server = client.info("server")["process_id"]
             os.kill(server, signal.SIGKILL)
             check_each_once(start(stack, "single").wait(LONG_SECONDS), ["quick"])
