@@ -24,13 +24,14 @@ import psycopg2  # type: ignore[import-untyped]
 import pytest
 import redis
 import yaml
-from dagster import DagsterInstance
+from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq.defaults import (
     BACKEND_URL_VARIABLE,
     BROKER_URL_VARIABLE,
     SIGNING_KEY_VARIABLE,
 )
+from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions, normalize_amqp
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
@@ -138,7 +139,7 @@ def test_no_password_or_key_gets_anywhere(secret_stack: SecretStack) -> None:
     )  # fmt: skip
     background = int(re.findall(r"pid (\d+)", said)[0])
     try:
-        said += "".join(_failures(stack, file))
+        said += "".join(_failures(stack))
         run = stack.run("diamond", environment=stack.secrets)
         assert run.is_success
         # as the daemon has it: another instance than DAGSTER_HOME's goes by value
@@ -175,20 +176,24 @@ def _end(held: Run, lost: Run, waiting: LaunchedRun) -> None:
     waiting.terminate()
 
 
-def _failures(stack: SecretStack, file: Path) -> Iterator[str]:
-    """What is said when a server refuses the password, or is not there; each in one line."""
+def _failures(stack: SecretStack) -> Iterator[str]:
+    """What is said when a server refuses the password, or is not there; nobody waits for it."""
+    impatient = {"server_patience_seconds": 0}
+    file = stack.settings_file(**impatient)
+    begun = []
     for name, url in list(stack.secrets.items())[:2]:
         parts = urlsplit(url)
         login = f"{parts.username or ''}:{WRONG}"
         for address in (f"{parts.hostname}:{parts.port}", f"{parts.hostname}:1"):
             wrong = parts._replace(netloc=f"{login}@{address}").geturl()
-            with mock.patch.object(SecretStack, "secrets", {**stack.secrets, name: wrong}):
-                done = stack.try_cli("worker", "start", "-l", "DEBUG", "-c", "1", "-y", str(file))
-                run = stack.run("simple", environment=stack.secrets)
-            assert done.returncode == 1
-            assert "Traceback" not in done.stderr
-            assert not run.is_success
-            yield done.stdout + done.stderr + run.output_of_process
+            worker = stack.worker("-l", "DEBUG", settings=file, environment={name: wrong})
+            run = stack.start("simple", environment={**stack.secrets, name: wrong}, **impatient)
+            begun.append((worker, run))
+    for worker, run in begun:
+        assert worker.wait() == 1
+        assert "Traceback" not in worker.log
+        assert run.wait().status is DagsterRunStatus.FAILURE
+        yield worker.log + run.output_of_process
 
 
 def _search_processes(stack: Stack) -> None:
@@ -202,7 +207,7 @@ def _search_processes(stack: Stack) -> None:
 def _search_messages(stack: Stack) -> None:
     texts = [
         *redis_texts(stack),
-        *asyncio.run(amqp_texts(stack, "steps.unserved", "runs.unserved")),
+        *asyncio.run(amqp_texts(stack, QueueKind.STEPS, QueueKind.RUNS)),
     ]
     assert any("execute_plan" in text for text in texts)
     assert any("execute_job" in text for text in texts)
@@ -263,15 +268,19 @@ def _values(client: redis.Redis, key: bytes) -> list[bytes]:
     return values
 
 
-async def amqp_texts(stack: Stack, *queues: str) -> list[str]:
-    """What waits in queues of the stack's RabbitMQ, with all that goes with it; it is put back."""
+async def amqp_texts(stack: Stack, *kinds: QueueKind) -> list[str]:
+    """What waits in queue "unserved" of the stack's RabbitMQ, with all that goes with it.
+
+    It is put back.
+    """
     assert stack.broker is not None
     connection = await aio_pika.connect(normalize_amqp(stack.broker.url))
     texts: list[str] = []
     async with connection:
         channel = await connection.channel()
-        for queue in queues:
-            found = await channel.get_queue(f"{stack.prefix}.{queue}")
+        for kind in kinds:
+            queue = physical_queue(stack.prefix, kind, "unserved")
+            found = await channel.get_queue(queue)
             message = await found.get(fail=False)
             assert message is not None, queue
             assert not message.headers
@@ -283,11 +292,12 @@ async def amqp_texts(stack: Stack, *queues: str) -> list[str]:
 
 
 def assert_is_plain(text: str) -> None:
-    """JSON, or a name or number: nothing that a decoder could take for code."""
-    if text[:1] in ("{", "["):
-        json.loads(text)
-    else:
-        assert re.fullmatch(r"[\w .:@*/-]*", text), text[:200]
+    """Each line is JSON, or names and numbers: nothing that a decoder could take for code."""
+    for line in text.split("\n"):
+        if line[:1] in ("{", "["):
+            json.loads(line)
+        else:
+            assert re.fullmatch(r"[\w .:@*/-]*", line), line[:200]
 
 
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
@@ -308,7 +318,7 @@ def test_what_is_stored_is_json_or_plain_text(kind: BrokerKind, tmp_path: Path) 
         texts = redis_texts(stack)
         held.signal(signal.SIGCONT)
         if kind == "rabbitmq":
-            texts += asyncio.run(amqp_texts(stack, "steps.unserved"))
+            texts += asyncio.run(amqp_texts(stack, QueueKind.STEPS))
         assert any("execute_plan" in text for text in texts)
         assert any('"outcome"' in text for text in texts)
         for text in texts:
