@@ -1280,7 +1280,7 @@ def test_one_tasks_life(options_of: Callable[[], Any]) -> None:
         machine = type("OneTaskOnThisServer", (OneTask,), {"bench": bench})
         case = machine.TestCase  # type: ignore[attr-defined]
         case.settings = settings(
-            max_examples=60,
+            max_examples=30,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),

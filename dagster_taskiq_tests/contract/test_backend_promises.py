@@ -356,7 +356,7 @@ def test_promises_hold_across_the_servers_lives(options_of: Callable[[], Any]) -
         machine = type("PromisesOnThisServer", (Promises,), {"bench": bench, "server": server})
         case = machine.TestCase  # type: ignore[attr-defined]
         case.settings = settings(
-            max_examples=50,
+            max_examples=25,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -207,7 +207,7 @@ class Keeping(RuleBasedStateMachine):
 
 TestKeeping = Keeping.TestCase
 TestKeeping.settings = settings(
-    max_examples=150,
+    max_examples=75,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
