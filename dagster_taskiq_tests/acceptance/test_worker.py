@@ -331,10 +331,10 @@ def test_list_and_terminate(stack: Stack) -> None:
     assert alpha.full_name in said
     assert alpha.wait() == 0
     assert beta.process.poll() is None
-    assert alpha.full_name not in stack.cli("worker", "list", "-y", settings)
+    assert [record.name for record in stack.worker_records()] == [beta.full_name]
     stack.cli("worker", "terminate", "--all", "-y", settings)
     assert beta.wait() == 0
-    assert "No worker is running" in stack.cli("worker", "list", "-y", settings)
+    assert stack.worker_records() == []
 
 
 def test_background(stack: Stack) -> None:

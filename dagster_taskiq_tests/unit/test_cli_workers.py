@@ -152,6 +152,13 @@ def test_the_list_never_cuts(crowd: Crowd) -> None:
     assert lines[0].index("steps") == lines[1].index("0/0") == lines[2].index("0/0")
 
 
+@pytest.mark.usefixtures("crowd")
+def test_the_list_of_nobody() -> None:
+    """It says that there is none, and is no error."""
+    done = call("worker", "list")
+    assert (done.exit_code, done.stdout) == (0, "No worker is running.\n")
+
+
 def test_the_list_of_a_name(crowd: Crowd) -> None:
     """Its exit code says whether one runs, for health checks."""
     assert call("worker", "list").exit_code == 0
