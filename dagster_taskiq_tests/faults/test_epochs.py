@@ -71,19 +71,13 @@ def replace_by_empty(server: PrivateRedis) -> None:
 FAULTS: tuple[Callable[[PrivateRedis], None], ...] = (flush, go_back, replace_by_empty)
 
 
-def begin(stack: Stack, server: PrivateRedis) -> Run:
-    """A ``varied`` with something done, two steps running, three queued, and one to come.
-
-    The snapshot is from before any of it: the first step waits in the queue there.
-    """
-    run = start(stack, "varied")
+def serve(run: Run, server: PrivateRedis) -> None:
+    """Start a worker for a ``varied`` whose first step waits in the queue; save that in a snapshot."""
     run.await_message("Sending step")
     with server.client() as client:
         until(lambda: client.keys("*"), "the run is on the server")
         client.save()
-    stack.worker(slots=2).await_ready()
-    run.await_notes("ran", 3)
-    return run
+    run.stack.worker(slots=2)
 
 
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
@@ -94,17 +88,22 @@ def test_the_backend_forgets(kind: BrokerKind, tmp_path: Path) -> None:
     brought back is dropped.
     """
     with ExitStack() as exits:
-        runs = []
+        parts = []
         for fault in FAULTS:
             entered = open_private_stack(kind, tmp_path / fault.__name__)
             stack, server = exits.enter_context(entered)
-            runs.append((fault, server, begin(stack, server)))
-        for fault, server, _ in runs:
+            parts.append((fault, server, start(stack, "varied")))
+        for _, server, run in parts:
+            serve(run, server)
+        for _, _, run in parts:
+            # something done, two steps running, three queued, and one to come
+            run.await_notes("ran", 3, LONG_SECONDS)
+        for fault, server, _ in parts:
             fault(server)
-        for _, _, run in runs:
+        for _, _, run in parts:
             until(lambda: "restarted or emptied" in run.output_of_process, "the run has noticed")  # noqa: B023
             run.open_gate()
-        for _, _, run in runs:
+        for _, _, run in parts:
             check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
 
 
