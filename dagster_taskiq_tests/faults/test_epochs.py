@@ -72,7 +72,7 @@ FAULTS: tuple[Callable[[PrivateRedis], None], ...] = (flush, go_back, replace_by
 
 
 def serve(run: Run, server: PrivateRedis) -> None:
-    """Start a worker for a ``varied`` whose first step waits in the queue; save that in a snapshot."""
+    """Save in a snapshot that the first step waits in the queue, and start a worker for it."""
     run.await_message("Sending step")
     with server.client() as client:
         until(lambda: client.keys("*"), "the run is on the server")
@@ -126,7 +126,7 @@ def test_a_run_is_resumed_when_its_backend_has_forgotten_it(tmp_path: Path) -> N
     The worker that runs it is frozen meanwhile, for less than its lease, and another one is idle.
     """
     with open_launching_stack("redis", tmp_path, resumes=1) as stack:
-        stack.worker("--run-slots", "1", slots=0, queues=["runs"], name="runs").await_ready()
+        stack.worker("--run-slots", "1", slots=0, queues=["runs"], name="runs")
         steps = ("--run-slots", "0")
         holder = stack.worker(*steps, slots=1, name="holder").await_ready()
         run = launch(
