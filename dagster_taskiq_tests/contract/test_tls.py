@@ -11,8 +11,8 @@ from urllib.parse import quote
 import pytest
 from taskiq import BrokerMessage
 
-from dagster_taskiq.backend import open_backend
-from dagster_taskiq.brokers import Delivery, open_broker
+from dagster_taskiq.backend import Backend, open_backend
+from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
 from dagster_taskiq.config import Settings
 from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import RefusedByServerError, ServerError
@@ -58,9 +58,10 @@ async def use(options: ServerOptions) -> None:
 async def failure(options: ServerOptions) -> str:
     """The error of whoever connects, which is one line with the address; broker and backend."""
     texts = []
-    openers = [open_broker, *([open_backend] if options.url.startswith("rediss") else [])]
-    for opener in openers:
-        server = opener(options)  # type: ignore[operator]
+    servers: list[TaskBroker | Backend] = [open_broker(options)]
+    if options.url.startswith("rediss"):
+        servers.append(open_backend(options, Signer()))
+    for server in servers:
         with pytest.raises(ServerError) as caught:
             await server.startup()
         await server.shutdown()
