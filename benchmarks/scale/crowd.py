@@ -162,6 +162,8 @@ class _Crowd:
         watch.cancel()
 
     async def _answer(self, word: str) -> Any:
+        for worker in self._workers:
+            worker.check()
         if word == "start":
             return await self._start()
         if word == "busy":

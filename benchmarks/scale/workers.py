@@ -46,6 +46,9 @@ from dagster_taskiq.worker.station import Station
 #: How long one wait for control messages lasts, as in ``worker.py``.
 _CONTROL_WAIT_SECONDS = 15.0
 
+#: Process ids from here on are no process's on any system: the lease keeper finds none.
+_NO_PID = 2**30
+
 #: What a step's result is filled up to: about what ``measure`` finds for a step without metadata.
 RESULT_BYTES = 7300
 
@@ -138,7 +141,7 @@ class SimulatedSlot(Slot):
     @property
     def pid(self) -> int:
         """A number that is no process's."""
-        return -self.number
+        return _NO_PID + self.number
 
     async def prepare(self, location: str = "") -> None:
         """It is always ready."""
@@ -222,7 +225,7 @@ class SimulatedWorker:
             if count
         ]
         self._drain = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._background: asyncio.Future[list[None]] | None = None
 
     def _station(
         self, servers: Servers, kind: QueueKind, slots: int, step_seconds: float
@@ -255,11 +258,16 @@ class SimulatedWorker:
         await self._send_heartbeat()
         work = [station.work(self._drain) for station in self._stations]
         others = [self._leases.run(), self._send_heartbeats(), self._obey_control()]
-        self._tasks = [asyncio.create_task(it) for it in (*work, *others)]
+        self._background = asyncio.gather(*work, *others)
         epoch = ""
         for number, (task_id, run_id) in enumerate(self._held.items(), start=1):
             epoch = epoch or (await self._backend.inspect(run_id, []))[0]
             await self._hold(run_id, task_id, number, epoch)
+
+    def check(self) -> None:
+        """Raise the error of what it does in the background, which would end a worker."""
+        if self._background is not None and self._background.done():
+            self._background.result()
 
     async def _hold(self, run_id: str, task_id: str, number: int, epoch: str) -> None:
         """Claim a step and keep the claim, as a station does."""
@@ -269,7 +277,7 @@ class SimulatedWorker:
         answer = await self._backend.claim(claim, needs_live_run=True)
         assert answer is ClaimAnswer.GRANTED, answer
         # a step that takes no notice of being stopped
-        self._leases.keep(Lease(claim, -number, claimed_at, lambda: None, lambda: None))
+        self._leases.keep(Lease(claim, _NO_PID + number, claimed_at, lambda: None, lambda: None))
 
     async def _send_heartbeats(self) -> None:
         while True:
