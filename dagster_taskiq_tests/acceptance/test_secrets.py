@@ -132,13 +132,14 @@ def test_no_password_or_key_gets_anywhere(secret_stack: SecretStack) -> None:
     stack = secret_stack
     file = stack.directory / "settings.yaml"
     file.write_text(yaml.safe_dump({"execution": {"config": stack.config}}))
-    worker = stack.worker("-l", "DEBUG", settings=file).await_ready()
+    worker = stack.worker("-l", "DEBUG", settings=file)
     said = stack.cli(
         "worker", "start", "-d", "-n", "background", "-c", "1", "-q", "background", "-l", "DEBUG",
         "-y", str(file),
     )  # fmt: skip
     background = int(re.findall(r"pid (\d+)", said)[0])
     try:
+        worker.await_ready()
         said += "".join(_failures(stack))
         run = stack.run("diamond", environment=stack.secrets)
         assert run.is_success
@@ -150,8 +151,8 @@ def test_no_password_or_key_gets_anywhere(secret_stack: SecretStack) -> None:
         held = stack.start("one_gated", environment=stack.secrets)
         held.await_notes("started")
         lost = stack.start("one_gated", environment=stack.secrets, tags=UNSERVED)
-        lost.await_message("No worker listens")
         said += stack.cli("worker", "list", "-y", str(file))
+        lost.await_message("No worker listens")
         assert "background@" in said
         _search_processes(stack)
         _search_messages(stack)
@@ -180,20 +181,25 @@ def _failures(stack: SecretStack) -> Iterator[str]:
     """What is said when a server refuses the password, or is not there; nobody waits for it."""
     impatient = {"server_patience_seconds": 0}
     file = stack.settings_file(**impatient)
-    begun = []
-    for name, url in list(stack.secrets.items())[:2]:
-        parts = urlsplit(url)
-        login = f"{parts.username or ''}:{WRONG}"
-        for address in (f"{parts.hostname}:{parts.port}", f"{parts.hostname}:1"):
-            wrong = parts._replace(netloc=f"{login}@{address}").geturl()
-            worker = stack.worker("-l", "DEBUG", settings=file, environment={name: wrong})
-            run = stack.start("simple", environment={**stack.secrets, name: wrong}, **impatient)
-            begun.append((worker, run))
-    for worker, run in begun:
+    wrong_urls = list(_wrong_urls(stack))
+    workers = [stack.worker("-l", "DEBUG", settings=file, environment=it) for it in wrong_urls]
+    runs = [
+        stack.start("simple", environment={**stack.secrets, **it}, **impatient) for it in wrong_urls
+    ]
+    for worker, run in zip(workers, runs, strict=True):
         assert worker.wait() == 1
         assert "Traceback" not in worker.log
         assert run.wait().status is DagsterRunStatus.FAILURE
         yield worker.log + run.output_of_process
+
+
+def _wrong_urls(stack: SecretStack) -> Iterator[dict[str, str]]:
+    """The variable of each server, with a password that is wrong and with a port that is closed."""
+    for name, url in list(stack.secrets.items())[:2]:
+        parts = urlsplit(url)
+        login = f"{parts.username or ''}:{WRONG}"
+        for address in (f"{parts.hostname}:{parts.port}", f"{parts.hostname}:1"):
+            yield {name: parts._replace(netloc=f"{login}@{address}").geturl()}
 
 
 def _search_processes(stack: Stack) -> None:
