@@ -99,7 +99,7 @@ class LaunchWatch:
         if not self._client.is_absent(physical, task_id):
             return False
         epoch, state = self._client.state_of(run_id, task_id)
-        if state is not TaskState.UNKNOWN:
+        if state not in _NOT_HELD:
             return False
         if known is None or known.epoch != epoch:
             known = _Absence(epoch, now)

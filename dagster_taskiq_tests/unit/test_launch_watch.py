@@ -120,7 +120,12 @@ def is_lost(watch: LaunchWatch) -> bool:
     return watch.is_lost("queue", "run", "task")
 
 
-def test_lost_after_a_lease_of_absence(watch: LaunchWatch, clock: Clock) -> None:
+@pytest.mark.parametrize("state", [TaskState.UNKNOWN, TaskState.EXPIRED])
+def test_lost_after_a_lease_of_absence(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, state: TaskState
+) -> None:
+    """Also after the death of a worker that had claimed it, and of the message in its hands."""
+    client.state = state
     assert not is_lost(watch)
     clock.seconds += LEASE_SECONDS - 1
     assert not is_lost(watch)
