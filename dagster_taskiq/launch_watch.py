@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 
 
+#: States of a run's task that no worker holds. A claim that has ended before the run began is as
+#: good as none: its message is delivered again, unless the server has lost that too.
+_NOT_HELD = (TaskState.UNKNOWN, TaskState.EXPIRED)
+
+
 @dataclass
 class _Launched:
     """A run's task, and what its log says of why it waits.
