@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
-from benchmarks.scale.crowd import Share
 from benchmarks.scale.replay import find_knee
 from benchmarks.scale.simulation import Crowd, simulate
-from benchmarks.scale.workers import Record, SimulatedWorker
-from dagster_taskiq.worker.leases import LeaseKeeper
 from dagster_taskiq_tests.servers import private_redis
 
 
@@ -39,25 +34,6 @@ def test_a_small_crowd(step_seconds: float | None) -> None:
     assert figures["requests_per_s"] > 10
     # of each worker: a wait for orders, one for runs, and its calls; of each run: a wait and calls
     assert figures["connections"] >= 5 * 3 + 2 * 2
-
-
-def test_a_worker_whose_leases_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends in a worker's background ends the simulation: its figures would be of nothing."""
-
-    async def fail(self: LeaseKeeper) -> None:
-        raise ValueError("the keeper has ended")
-
-    async def work(share: Share) -> None:
-        worker = SimulatedWorker(share.servers, 1, 1.0, Record, {}, share.lease_seconds)
-        worker.check()
-        await worker.start()
-        while True:
-            worker.check()
-            await asyncio.sleep(0.01)
-
-    monkeypatch.setattr(LeaseKeeper, "run", fail)
-    with private_redis() as server, pytest.raises(ValueError, match="the keeper has ended"):
-        asyncio.run(asyncio.wait_for(work(Share(server.options, lease_seconds=3.0)), 60))
 
 
 def test_the_knee_is_where_a_level_is_not_carried() -> None:
