@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.cli import worker_start as module
 from dagster_taskiq.cli.background import READY, WAITING, arguments_of
 from dagster_taskiq.cli.worker_start import start
 from dagster_taskiq.worker.worker import WorkerOptions
+from dagster_taskiq_tests.cli_runner import cli_runner
 
 START = ("worker", "start")
 
@@ -58,7 +58,7 @@ def test_a_background_worker_starts_one_in_the_foreground(
 ) -> None:
     """However ``-d`` was spelt, and whatever program calls the command: its own arguments count."""
     monkeypatch.setattr(sys, "argv", ["pytest", "-d", "--of-another-program"])
-    done = CliRunner().invoke(main, [*START, *spelling, "-n", "w"])
+    done = cli_runner().invoke(main, [*START, *spelling, "-n", "w"])
     assert done.exit_code == 0, done.output
     assert "pid 4711" in done.output
     (command,) = commands
@@ -74,10 +74,10 @@ def test_a_background_worker_that_waits_for_its_server_is_not_waited_for(
 ) -> None:
     """The command returns, and says that the worker takes no tasks yet."""
     monkeypatch.setattr(ReadyProcess, "word", WAITING)
-    done = CliRunner().invoke(main, [*START, "-d", "-n", "w"])
+    done = cli_runner().invoke(main, [*START, "-d", "-n", "w"])
     assert done.exit_code == 0, done.output
     assert len(commands) == 1
-    assert "It waits for a server that is away" in done.output
+    assert "It waits for a server that is away" in done.stderr
 
 
 def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
     monkeypatch.setattr(module, "_run_worker", note)
     monkeypatch.setattr(module, "start_early", module.EarlyForkServer)
     monkeypatch.setattr(module, "_logging", lambda _level: nullcontext())
-    done = CliRunner().invoke(main, [*START, *arguments])
+    done = cli_runner().invoke(main, [*START, *arguments])
     assert done.exit_code == 0, done.output
     return found[0]
 
@@ -180,7 +180,7 @@ def test_a_name_that_is_no_file_name_is_refused(
     name: str, background: list[str], commands: list[list[str]], tmp_path: Path
 ) -> None:
     """It would make a path of the log, or reach terminals and logs with what it holds."""
-    result = CliRunner().invoke(main, [*START, *background, "-n", name])
+    result = cli_runner().invoke(main, [*START, *background, "-n", name])
     assert result.exit_code == 1
     assert "cannot be named" in result.stderr
     assert "\x1b" not in result.stderr
@@ -193,7 +193,7 @@ def test_a_log_is_not_written_through_a_link(commands: list[list[str]], tmp_path
     logs = tmp_path / "dagster_taskiq" / "logs"
     logs.mkdir(parents=True)
     (logs / "w.log").symlink_to(target)
-    result = CliRunner().invoke(main, [*START, "-d", "-n", "w"])
+    result = cli_runner().invoke(main, [*START, "-d", "-n", "w"])
     assert result.exit_code == 1
     assert "Cannot write the log" in result.stderr
     assert not target.exists()

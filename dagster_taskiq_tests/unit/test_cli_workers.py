@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from dagster_taskiq.backend import WorkerRecord
 from dagster_taskiq.cli import main, workers
+from dagster_taskiq_tests.cli_runner import cli_runner
 
 
 @dataclass
@@ -67,7 +68,7 @@ def test_a_record_that_is_not_signed_is_told_nothing(
 
 
 def call(*arguments: str, **more: Any) -> Result:
-    return CliRunner().invoke(main, arguments, **more)
+    return cli_runner().invoke(main, arguments, **more)
 
 
 # --- whom a name means ---

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.config import Settings
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.demo.jobs import LONG_QUEUE, SHORT_QUEUE
 from dagster_taskiq.settings_file import load_yaml
+from dagster_taskiq_tests.cli_runner import cli_runner
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "example"
@@ -113,7 +113,7 @@ def test_the_workers_command_lines_are_accepted(name: str, queue: str) -> None:
     assert drain_seconds < 120
     assert arguments[arguments.index("-y") + 1] == "taskiq.yaml"
     # --help last: click parses what stands before it, and ends
-    result = CliRunner().invoke(main, [*_without_yaml(arguments), "--help"])
+    result = cli_runner().invoke(main, [*_without_yaml(arguments), "--help"])
     assert result.exit_code == 0, result.output
 
 

@@ -12,11 +12,6 @@ from typing import Any, cast
 import pytest
 from dagster import DagsterEvent, DagsterInstance, DagsterRun, DagsterRunStatus, reconstructable
 from dagster._core.launcher import LaunchRunContext, ResumeRunContext
-from dagster._core.remote_origin import (
-    RegisteredCodeLocationOrigin,
-    RemoteJobOrigin,
-    RemoteRepositoryOrigin,
-)
 from dagster._core.run_coordinator.queued_run_coordinator import RunQueueConfig
 from dagster._core.storage.dagster_run import DagsterRunStatus as Status
 from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
@@ -30,6 +25,19 @@ from dagster_taskiq.envelope import Envelope
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
 from dagster_taskiq.launch_watch import LaunchWatch
 from dagster_taskiq_tests.acceptance import jobs
+
+try:
+    from dagster._core.remote_origin import (
+        RegisteredCodeLocationOrigin,
+        RemoteJobOrigin,
+        RemoteRepositoryOrigin,
+    )
+except ImportError:  # where Dagster 1.11 has them
+    from dagster._core.remote_representation.origin import (
+        RegisteredCodeLocationOrigin,
+        RemoteJobOrigin,
+        RemoteRepositoryOrigin,
+    )
 
 #: For what must happen, on a loaded machine.
 PATIENCE_SECONDS = 30.0

@@ -129,12 +129,12 @@ def of_rabbitmq(error: Exception) -> ServerError:
     return caught.value
 
 
-@pytest.mark.parametrize("error", PASSING_ON_RABBITMQ, ids=repr)
+@pytest.mark.parametrize("error", PASSING_ON_RABBITMQ, ids=lambda error: type(error).__name__)
 def test_a_rabbitmq_that_takes_nothing_just_now_passes(error: Exception) -> None:
     assert isinstance(of_rabbitmq(error), UnreachableServerError)
 
 
-@pytest.mark.parametrize("error", UNCLEAR_ON_RABBITMQ, ids=repr)
+@pytest.mark.parametrize("error", UNCLEAR_ON_RABBITMQ, ids=lambda error: type(error).__name__)
 def test_a_refusal_of_rabbitmq_that_may_be_a_change_under_way_is_not_final(
     error: Exception,
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_refusal_of_rabbitmq_that_may_be_a_change_under_way_is_not_final(
     assert not ours.is_final
 
 
-@pytest.mark.parametrize("error", FINAL_ON_RABBITMQ, ids=repr)
+@pytest.mark.parametrize("error", FINAL_ON_RABBITMQ, ids=lambda error: type(error).__name__)
 def test_a_refusal_of_rabbitmq_that_no_waiting_mends_is_final(error: Exception) -> None:
     ours = of_rabbitmq(error)
     assert isinstance(ours, RefusedByServerError)
