@@ -42,6 +42,7 @@ from dagster_taskiq.worker.limit_timers import LimitTimers
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS, SettlingReceiver
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot import ChildDied, Slot
+from dagster_taskiq.worker.slot_pool import SlotPool
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,6 @@ _PENDING_SECONDS = 0.5
 #: Share of a lease within which its claim must be answered: the first renewal comes another sixth
 #: later, and must be answered before the task is stopped as one that is not renewed.
 _LATEST_ANSWER_SHARE = INTERRUPT_AFTER_LEASE_SHARE / 2
-
-#: Pause before another try to start a child where none can be started.
-_SHORTAGE_SECONDS = 1.0
 
 #: Pause before a result is offered again to a backend that was away.
 _RETRY_SECONDS = 0.5
@@ -99,10 +97,7 @@ class Station:
         self._broker = broker
         self._backend = backend
         self._leases = leases
-        self._slots = slots
-        self._idle = list(reversed(slots))
-        #: Slots for which no process could be started.
-        self._lacking: set[Slot] = set()
+        self._slots = SlotPool(slots, kind.value)
         self._run_watch = run_watch
         self._looks: dict[str, asyncio.Task[None]] = {}
         self._place = place
@@ -131,28 +126,24 @@ class Station:
         Raises:
             SlotError: a child cannot be started.
         """
-        outcomes = await asyncio.gather(
-            *(slot.prepare() for slot in self._slots), return_exceptions=True
-        )
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        await self._slots.start()
 
     async def work(self, drain: asyncio.Event) -> None:
         """Take and execute tasks until told to drain; returns when the last one is done."""
         self._is_draining = drain.is_set
-        await SettlingReceiver(self._broker, len(self._slots), self._end_shortage).listen(drain)
+
+        async def recover() -> None:
+            await self._slots.end_shortage(self._is_draining)
+
+        await SettlingReceiver(self._broker, len(self._slots), recover).listen(drain)
 
     async def reload(self) -> None:
         """Give every slot a fresh child: at once where it is idle, else after its task."""
-        for slot in self._slots:
-            slot.retire()
-        await asyncio.gather(*(self._warm(slot) for slot in list(self._idle)))
+        await self._slots.reload()
 
     async def stop(self) -> None:
         """Kill what still runs, and leave the broker."""
-        for slot in self._slots:
-            await slot.stop()
+        await self._slots.stop()
         await end_tasks(self._looks.values())
         await self._run_watch.stop()
         await self._broker.shutdown()
@@ -165,7 +156,7 @@ class Station:
     @property
     def is_short(self) -> bool:
         """Whether it takes no tasks, since it cannot start processes for them."""
-        return bool(self._lacking)
+        return self._slots.is_short
 
     def _admit(self, data: bytes) -> None:
         """Raises UntrustedError or MalformedTaskError for what must not be executed here."""
@@ -190,52 +181,16 @@ class Station:
         """Execute a message that ``admit`` has let through."""
         if self._is_draining():
             return  # unclaimed: the receiver gives it back
-        slot = _take_slot(self._idle, envelope.code_location)
+        slot = self._slots.take(envelope.code_location)
         try:
             await self._execute_in(slot, envelope, context)
         except NoProcessError as error:
-            self._note_shortage(slot, error)  # unclaimed: the receiver gives it back
+            self._slots.note_shortage(slot, error)  # unclaimed: the receiver gives it back
         finally:
-            try:
-                # before the next message is taken, so that none waits for it in our hands
-                if not self._is_draining() and slot not in self._lacking:
-                    await self._warm(slot)
-            finally:
-                self._idle.append(slot)
-
-    async def _warm(self, slot: Slot) -> None:
-        """Have the slot ready for the next task."""
-        try:
-            failure = await _prepare(slot)
-        except NoProcessError as error:
-            self._note_shortage(slot, error)
-            return
-        if slot in self._lacking:
-            self._lacking.discard(slot)
-            if not self._lacking:
-                logger.info("This worker takes %s again.", self.kind.value)
-        if failure:
-            logger.error("No child: %s. The next task fails with that reason.", failure)
-
-    def _note_shortage(self, slot: Slot, error: NoProcessError) -> None:
-        if not self._lacking:
-            logger.error(
-                "This worker takes no %s until it can start processes again: %s. Look at its "
-                "limits (ulimit -a, pids and memory of its control group).",
-                self.kind.value,
-                error,
-            )
-        self._lacking.add(slot)
-
-    async def _end_shortage(self) -> None:
-        """Wait until every slot can have a process; at once where none lacks one."""
-        while self._lacking and not self._is_draining():
-            await asyncio.sleep(_SHORTAGE_SECONDS)
-            for slot in list(self._lacking):
-                await self._warm(slot)
+            await self._slots.put_back(slot, is_needed=not self._is_draining())
 
     async def _execute_in(self, slot: Slot, envelope: Envelope, context: Context) -> None:
-        failure = await _prepare(slot, envelope.code_location)
+        failure = await self._slots.prepare(slot, envelope.code_location)
         claim = Claim(
             run_id=envelope.run_id,
             task_id=envelope.task_id,
@@ -476,32 +431,3 @@ def _say_what_is_left(title: str, answer: Mapping[str, Any] | ChildDied) -> None
 def _cause(result: TaskResult) -> str:
     """Why a task ended other than by its own end; empty where there is nothing to say."""
     return result.reason or str((result.error or {}).get("message", ""))
-
-
-def _take_slot(idle: list[Slot], location: str) -> Slot:
-    """Take out of the idle slots, the last used one last, the one that costs a task the least.
-
-    It is the last used one whose child has the task's location, else one whose child has none yet,
-    else the one that was not used for the longest time, so that the others stay warm.
-    """
-    for wanted in (location, ""):
-        for slot in reversed(idle):
-            if slot.location == wanted:
-                idle.remove(slot)
-                return slot
-    return idle.pop(0)
-
-
-async def _prepare(slot: Slot, location: str = "") -> str:
-    """Have the slot ready for a task of a location; the reason when it cannot be.
-
-    Raises:
-        NoProcessError: it can be later.
-    """
-    try:
-        await slot.prepare(location)
-    except NoProcessError:
-        raise
-    except SlotError as error:
-        return str(error)
-    return ""

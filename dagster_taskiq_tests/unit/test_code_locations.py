@@ -14,7 +14,7 @@ from dagster._core.code_pointer import (
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.code_locations import EXECUTABLE_KEY, code_location
-from dagster_taskiq.worker.station import _take_slot
+from dagster_taskiq.worker.slot_pool import SlotPool
 
 
 def location_of(pointer: CodePointer, job: str = "one") -> str:
@@ -68,6 +68,6 @@ def test_what_names_no_code_has_no_location(payload: dict[str, Any]) -> None:
 def test_the_slot_that_costs_least_is_taken(idle: list[str], taken: int) -> None:
     """So that as many children as possible stay warm for their locations."""
     slots: Any = [SimpleNamespace(location=it) for it in idle]
-    left = list(slots)
-    assert _take_slot(left, "a") is slots[taken]
-    assert left == [it for it in slots if it is not slots[taken]]
+    pool = SlotPool(slots[::-1], "steps")
+    assert pool.take("a") is slots[taken]
+    assert pool._idle == [it for it in slots if it is not slots[taken]]

@@ -19,6 +19,7 @@ from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.worker import slot_pool
 from dagster_taskiq.worker import station as station_module
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.receiver import SettlingReceiver
@@ -88,27 +89,28 @@ def test_a_worker_without_processes_claims_nothing_and_has_its_slots_afterwards(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It goes on when every slot can have a process again, and says once each that it is so."""
-    monkeypatch.setattr(station_module, "_SHORTAGE_SECONDS", 0.01)
+    monkeypatch.setattr(slot_pool, "_SHORTAGE_SECONDS", 0.01)
     caplog.set_level(logging.INFO)
     slots = [ShortSlot(), ShortSlot()]
     station = a_station(*slots)
+    pool = station._slots
     message = cast("Envelope", SimpleNamespace(code_location=""))
 
     async def scenario() -> None:
-        await station._end_shortage()  # nothing is missing
+        await pool.end_shortage(lambda: False)  # nothing is missing
         for _ in slots:
             await station._execute(message, cast("Any", None))  # a claim would raise
         assert station.is_short
-        recovering = asyncio.gather(*(station._end_shortage() for _ in slots))
+        recovering = asyncio.gather(*(pool.end_shortage(lambda: False) for _ in slots))
         slots[0].is_short = False
-        await _until(lambda: len(station._lacking) == 1)
+        await _until(lambda: len(pool._lacking) == 1)
         assert not recovering.done()
         slots[1].is_short = False
         await asyncio.wait_for(recovering, SECONDS)
 
     asyncio.run(scenario())
     assert not station.is_short
-    assert len(station._idle) == len(slots)
+    assert len(pool._idle) == len(slots)
     assert caplog.text.count("takes no steps until") == 1
     assert caplog.text.count("takes steps again") == 1
 
