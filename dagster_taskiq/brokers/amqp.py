@@ -14,14 +14,11 @@ once more, and a ``release`` has nothing left to do.
 from __future__ import annotations
 
 import asyncio
-import logging
-import traceback
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import aio_pika
-import pamqp.commands
 from aio_pika.abc import (
     AbstractChannel,
     AbstractConnection,
@@ -34,7 +31,11 @@ from pamqp.exceptions import PAMQPException
 from taskiq import AsyncBroker, BrokerMessage
 from taskiq_aio_pika import AioPikaBroker
 
-from dagster_taskiq.brokers.amqp_properties import is_ours
+from dagster_taskiq.brokers.amqp_errors import (
+    amqp_errors,
+    our_message_is_enough,
+    words_of_close,
+)
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -45,8 +46,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.server_refusals import AMQP_REFUSALS, Outlook, find_refusal, refusal_error
-from dagster_taskiq.servers import ServerOptions, normalize_amqp, redact, reset_hint, tls_refusal
+from dagster_taskiq.servers import ServerOptions, normalize_amqp
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.
@@ -179,7 +179,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
                 f"{self.address} did not answer within {self._timeout_seconds:g} s. (A RabbitMQ "
                 "that is short of memory or disk space takes no messages.)",
             )
-        with _server_errors(self.address):
+        with amqp_errors(self.address):
             return task.result()
 
     async def _connection(self) -> _Connection:
@@ -434,118 +434,16 @@ async def _connect(options: ServerOptions) -> _Connection:
     url = normalize_amqp(options.url)
     if url.startswith("amqps://"):
         arguments["ssl_context"] = options.tls.context()
-    with _our_message_is_enough():
+    with our_message_is_enough():
         try:
             connection = await aio_pika.connect(url, **arguments)
         except (exceptions.InvalidFrameError, PAMQPException) as error:
             # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
             raise exceptions.ConnectionNotAllowed(
-                _words_of_close(error)
+                words_of_close(error)
                 or "its virtual host does not exist, or the user has no access to it"
             ) from error
     return _Connection(connection)
-
-
-def _words_of_close(error: BaseException) -> str:
-    """What RabbitMQ said in the frame that aiormq did not expect, which its error leaves out.
-
-    Empty where it is not found. Only these words tell a limit from a virtual host that is missing.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        close = frame.f_locals.get("frame")
-        if isinstance(close, pamqp.commands.Connection.Close):
-            return str(close.reply_text)
-    return ""
-
-
-#: What aiormq logs for each try to connect, of which an outage has many, and, with a traceback,
-#: for each lost connection. Our own error or warning says it.
-_SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited abnormally")
-
-
-@contextmanager
-def _our_message_is_enough() -> Iterator[None]:
-    token = is_ours.set(True)
-    try:
-        yield
-    finally:
-        is_ours.reset(token)
-
-
-def _is_of_use(record: logging.LogRecord) -> bool:
-    return not (is_ours.get() and str(record.msg).startswith(_SAID_BY_US))
-
-
-logging.getLogger("aiormq.connection").addFilter(_is_of_use)
-
-
-@contextmanager
-def _server_errors(address: str) -> Iterator[None]:
-    try:
-        yield
-    except CONNECTION_EXCEPTIONS as error:
-        if (code := _reply_code(error)) is not None:
-            raise _refusal(address, code, error) from error
-        if refusal := tls_refusal(address, error):
-            raise refusal from error
-        hint = reset_hint(address, error)
-        raise _unreachable(address, redact(str(error)), hint) from error
-    except asyncio.CancelledError as error:
-        # not ours: one of aiormq's ways to end the calls on a lost connection
-        raise _unreachable(address) from error
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        # the other one of its ways
-        raise _unreachable(address) from error
-
-
-def _unreachable(address: str, text: str = "", hint: str = "") -> UnreachableServerError:
-    reason = text.rstrip(".") or "the connection was lost"
-    return UnreachableServerError(address, f"Cannot reach {address}: {reason}.{hint}")
-
-
-#: Those of aiormq's errors that are answers of RabbitMQ, with the reply code that it leaves out.
-_REPLY_CODES: tuple[tuple[type[Exception], str], ...] = (
-    (exceptions.AuthenticationError, "403"),
-    (exceptions.ProbableAuthenticationError, "403"),
-    (exceptions.ConnectionNotAllowed, "530"),
-    (exceptions.ConnectionResourceError, "506"),
-    (exceptions.ConnectionNotImplemented, "540"),
-    (exceptions.ConnectionInternalError, "541"),
-    (exceptions.ChannelAccessRefused, "403"),
-    (exceptions.ChannelNotFoundEntity, "404"),
-    (exceptions.ChannelLockedResource, "405"),
-    (exceptions.ChannelPreconditionFailed, "406"),
-    (exceptions.AMQPChannelError, "channel closed"),
-    (exceptions.DeliveryError, "nack"),
-)
-
-
-def _reply_code(error: BaseException) -> str | None:
-    """The code of RabbitMQ's answer; None where the error is no answer."""
-    for kind, code in _REPLY_CODES:
-        if isinstance(error, kind):
-            return code
-    is_close = isinstance(error, exceptions.ConnectionClosed) and len(error.args) == 2
-    return str(error.args[0]) if is_close and error.args[0] else None
-
-
-def _refusal(address: str, code: str, error: BaseException) -> ServerError:
-    text = redact(str(error)).rstrip(".")
-    refusal = find_refusal(AMQP_REFUSALS, f"{code} {text}")
-    if refusal.outlook is Outlook.PASSES:
-        return refusal_error(address, refusal, f"{address} takes nothing now: {text}.")
-    if code == "406" and "inequivalent" in text:
-        sentence = (
-            f"{address} has a queue of that name which is of another kind: {text}. Delete it while "
-            f"it is empty, or set another key_prefix; it must be durable with {_QUEUE_ARGUMENTS}."
-        )
-    elif isinstance(error, exceptions.AMQPConnectionError):
-        sentence = f"{address} refuses the connection: {text}."
-    else:
-        sentence = f"{address} refuses: {text}."
-    return refusal_error(address, refusal, sentence)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

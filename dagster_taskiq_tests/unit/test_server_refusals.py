@@ -8,7 +8,7 @@ from pamqp.commands import Basic
 from redis import exceptions
 from redis.asyncio.connection import DefaultParser
 
-from dagster_taskiq.brokers.amqp import _server_errors as amqp_errors
+from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
 from dagster_taskiq.redis_client import server_errors as redis_errors
 
