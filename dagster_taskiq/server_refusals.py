@@ -99,6 +99,34 @@ AMQP_REFUSALS: tuple[Refusal, ...] = (
     Refusal(r"^(?:403|530)\b", Outlook.UNCLEAR, "Check the URL."),
 )
 
+#: PostgreSQL: the SQLSTATE, which is empty where libpq could not connect, and the text. A full disk
+#: is not among those that pass: a server that answers so may do it for days.
+POSTGRESQL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(r"^08", Outlook.PASSES),  # the connection is lost, or was not made
+    Refusal(r"^25006\b", Outlook.PASSES),  # read-only: a standby, after a failover
+    Refusal(r"^(?:40001|40P01|55P03)\b", Outlook.PASSES),  # lost against another statement
+    Refusal(r"^53300\b", Outlook.PASSES),  # too many connections
+    Refusal(r"^57P0[1235]\b", Outlook.PASSES),  # it starts, stops or recovers; an idle timeout
+    # in other languages than English such a connection is waited for as well
+    Refusal(
+        r"^ .*(?:authentication failed|no pg_hba\.conf entry|does not exist|permission denied|"
+        r"certificate|does not support SSL|invalid (?:connection option|port)|"
+        r"no password supplied)",
+        Outlook.FINAL,
+    ),
+    Refusal(r"^ ", Outlook.PASSES),
+)
+
+#: MySQL and MariaDB: the error number and the text.
+MYSQL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(r"^(?:1040|1203)\b", Outlook.PASSES),  # too many connections
+    Refusal(r"^1053\b", Outlook.PASSES),  # it shuts down
+    Refusal(r"^(?:1205|1213)\b", Outlook.PASSES),  # lost against another statement
+    Refusal(r"^(?:1290|1792|1836)\b", Outlook.PASSES),  # read-only
+    Refusal(r"^(?:2002|2003|2005)\b", Outlook.PASSES),  # cannot be reached
+    Refusal(r"^(?:2006|2013|2055)\b", Outlook.PASSES),  # the connection is lost
+)
+
 
 def find_refusal(table: Sequence[Refusal], text: str) -> Refusal:
     """The row of a table for a server's code and text."""

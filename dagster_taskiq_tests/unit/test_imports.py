@@ -17,9 +17,10 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: and from its own line. Cycles are looked for module by module, so a line may hold several.
 LAYERS = [
     "plain_text",
-    "version defaults celery_names errors time_limits refusals database_errors",
+    "version defaults celery_names errors time_limits refusals",
     "forked_copies patched_library",
     "signing server_refusals patience plain_json code_locations",
+    "database_errors",
     "tags servers results envelope worker.frames worker.guard",
     "waker loop_thread _dagster redis_client redis_rights tls_settings",
     "storage_patience",
