@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -161,10 +160,13 @@ class TaskRunner:
             try:
                 self._events.flush()
             except EventsNotWrittenError as error:
-                unlogged = TaskResult(
-                    Outcome.UNLOGGED, place, reason=str(error), error=pack_value(error_info())
+                return TaskResult(
+                    Outcome.UNLOGGED,
+                    place,
+                    reason=str(error),
+                    error=pack_value(error_info()),
+                    is_cancelled=result.is_cancelled,
                 )
-                return replace(unlogged, is_cancelled=result.is_cancelled)
         return result
 
     def _executed_plan(

@@ -415,12 +415,11 @@ def _result_of(answer: Mapping[str, Any] | ChildDied, lease: Lease, verdict: str
     if not result.is_cancelled:
         return result
     # the child knows that it was interrupted, but not by whom: only a cancel rules out a retry
+    result = replace(result, is_cancelled=lease.stop_reason is StopReason.CANCELLED)
+    if result.outcome is Outcome.UNLOGGED:
+        return result  # its reason is what the database said
     why = lease.stop_cause or "a signal that its worker had not sent"
-    return replace(
-        result,
-        reason=f"{result.reason.removesuffix('.')} after {why}.",
-        is_cancelled=lease.stop_reason is StopReason.CANCELLED,
-    )
+    return replace(result, reason=f"{result.reason.removesuffix('.')} after {why}.")
 
 
 def _say_what_is_left(title: str, answer: Mapping[str, Any] | ChildDied) -> None:

@@ -31,15 +31,31 @@ PLACE = Place("w@h", "worker-id", "h", 4711, 2)
 @pytest.mark.parametrize("reason", [None, *StopReason])
 def test_only_a_cancel_rules_out_a_retry(reason: StopReason | None) -> None:
     """An interrupt before the step's start may also be a lost lease, or a stranger's signal."""
-    claim = Claim("run", "task", "token", 30.0, "epoch", PLACE)
-    lease = Lease(claim, 4711, 0.0, lambda: None, lambda: None, stop_reason=reason)
-    lease.stop_cause = "this" if reason else ""
-    interrupted = TaskResult(Outcome.FINISHED, PLACE, reason="Stopped.", is_cancelled=True)
-    answer = {"kind": "result", "result": interrupted.to_bytes().decode(), "resident_kib": 1}
-    result = _result_of(answer, lease, "")
+    result = result_of(
+        TaskResult(Outcome.FINISHED, PLACE, reason="Stopped.", is_cancelled=True), reason
+    )
     assert result.is_cancelled == (reason is StopReason.CANCELLED)
     expected = "this" if reason else "a signal that its worker had not sent"
     assert result.reason == f"Stopped after {expected}."
+
+
+def test_the_words_of_a_database_stay_as_they_are() -> None:
+    """Of a step that was also interrupted: that was not why its events were refused."""
+    result = result_of(
+        TaskResult(Outcome.UNLOGGED, PLACE, reason="The disk is full.", is_cancelled=True),
+        StopReason.CANCELLED,
+    )
+    assert result.is_cancelled
+    assert result.reason == "The disk is full."
+
+
+def result_of(said: TaskResult, reason: StopReason | None) -> TaskResult:
+    """What a station makes of a child's result, where it has stopped the task for that reason."""
+    claim = Claim("run", "task", "token", 30.0, "epoch", PLACE)
+    lease = Lease(claim, 4711, 0.0, lambda: None, lambda: None, stop_reason=reason)
+    lease.stop_cause = "this" if reason else ""
+    answer = {"kind": "result", "result": said.to_bytes().decode(), "resident_kib": 1}
+    return _result_of(answer, lease, "")
 
 
 SECONDS = 30.0
