@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -26,10 +27,11 @@ from benchmarks.soak.stack import (
     refuse_broker_connections,
 )
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers import ServerOptions
 from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import is_running
+from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
 
 Fault = Callable[[Director], "str | None"]
@@ -372,19 +374,7 @@ def _message(queue: str, data: bytes) -> BrokerMessage:
 
 
 def _garbage() -> list[bytes]:
-    forged = Envelope(
-        task_id=str(uuid.uuid4()),
-        name=TaskName.EXECUTE_PLAN,
-        run_id="no-run",
-        step_key="no_step",
-        attempt=1,
-        queue="dagster",
-        priority=5,
-        lease_seconds=LEASE_SECONDS,
-        cancel_grace_seconds=LEASE_SECONDS,
-        epoch="no-epoch",
-        payload="{}",
-    )
+    forged = replace(STEP_TASK, lease_seconds=LEASE_SECONDS)
     whole = forged.to_message("", Signer()).message
     odd = whole.replace(b'"attempt": 1', b'"attempt": "first"')
     return [b"\xff\x00garbage", whole[: len(whole) // 2], odd, whole]

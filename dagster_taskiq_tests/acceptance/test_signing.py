@@ -21,7 +21,7 @@ from taskiq import BrokerMessage
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.control import cancel_order, worker_order
 from dagster_taskiq.defaults import SIGNING_KEY_VARIABLE
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, step_task_id
+from dagster_taskiq.envelope import QueueKind, physical_queue, step_task_id
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import (
@@ -32,6 +32,7 @@ from dagster_taskiq_tests.acceptance.harness import (
     until,
 )
 from dagster_taskiq_tests.acceptance.test_launcher import launch
+from dagster_taskiq_tests.messages import STEP_TASK
 
 KEY, OTHER_KEY = "key-of-the-deployment-" + "k" * 32, "key-of-somebody-else--" + "o" * 32
 WITH_KEY = {SIGNING_KEY_VARIABLE: KEY}
@@ -115,22 +116,9 @@ def test_everything_works_with_a_key(kind: BrokerKind, tmp_path: Path) -> None:
 
 def forged_tasks(prefix: str) -> list[bytes]:
     """A task that would run, unsigned, signed with another key, and signed for another queue."""
-    envelope = Envelope(
-        task_id=step_task_id("run", "step", 1),
-        name=TaskName.EXECUTE_PLAN,
-        run_id="run",
-        step_key="step",
-        attempt=1,
-        queue="dagster",
-        priority=5,
-        lease_seconds=30,
-        cancel_grace_seconds=1,
-        epoch="e",
-        payload="{}",
-    )
     signers = [Signer(), Signer([OTHER_KEY], prefix), Signer([KEY], "another deployment")]
-    messages = [envelope.to_message("q", signer) for signer in signers]
-    elsewhere = replace(envelope, queue="another-queue").to_message("q", Signer([KEY], prefix))
+    messages = [STEP_TASK.to_message("q", signer) for signer in signers]
+    elsewhere = replace(STEP_TASK, queue="another-queue").to_message("q", Signer([KEY], prefix))
     return [message.message for message in [*messages, elsewhere]]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import PROTOCOL, Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.envelope import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.test_queues_and_priority import taken_by
@@ -28,6 +27,7 @@ from dagster_taskiq_tests.faults.checks import (
     start,
 )
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
+from dagster_taskiq_tests.messages import STEP_TASK
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -36,20 +36,7 @@ FORGED_COUNT = 1000
 
 def forgeries(queue: str) -> list[bytes]:
     """A real message cut short at some places, and all that is no task."""
-    envelope = Envelope(
-        task_id=str(uuid.uuid4()),
-        name=TaskName.EXECUTE_PLAN,
-        run_id=str(uuid.uuid4()),
-        step_key="quick",
-        attempt=1,
-        queue="dagster",
-        priority=5,
-        lease_seconds=30.0,
-        cancel_grace_seconds=30.0,
-        epoch="",
-        payload="{}",
-    )
-    whole = envelope.to_message(queue, Signer()).message
+    whole = STEP_TASK.to_message(queue, Signer()).message
     cuts = [whole[: len(whole) * number // 10] for number in range(1, 10)]
     return list(itertools.islice(itertools.cycle([*GARBAGE, *cuts]), FORGED_COUNT))
 

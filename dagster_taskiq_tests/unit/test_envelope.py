@@ -26,6 +26,7 @@ from dagster_taskiq.envelope import (
 from dagster_taskiq.errors import MalformedTaskError, TooLargeError, UntrustedError
 from dagster_taskiq.signing import Signer
 from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq_tests.messages import STEP_TASK
 
 UNSIGNED, KEY = Signer(), Signer(["k" * 32])
 
@@ -64,19 +65,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
 
 TASK_ID = "5f0e7c52-51e6-4b34-8f0b-0a63a7b8a8d1"
 
-ENVELOPE = Envelope(
-    task_id=TASK_ID,
-    name=TaskName.EXECUTE_PLAN,
-    run_id="run",
-    step_key="step",
-    attempt=1,
-    queue="q",
-    priority=5,
-    lease_seconds=30.0,
-    cancel_grace_seconds=10.0,
-    epoch="e",
-    payload='{"a": 1}',
-)
+ENVELOPE = replace(STEP_TASK, task_id=TASK_ID, queue="q", payload='{"a": 1}')
 
 
 def raw(envelope: Envelope, signer: Signer = UNSIGNED) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock
@@ -14,7 +15,7 @@ import pytest
 
 from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, step_task_id
+from dagster_taskiq.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.results import Outcome, Place, TaskResult
 from dagster_taskiq.signing import Signer
@@ -24,6 +25,7 @@ from dagster_taskiq.worker import station as station_module
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.receiver import SettlingReceiver
 from dagster_taskiq.worker.station import Station, _result_of
+from dagster_taskiq_tests.messages import STEP_TASK
 
 PLACE = Place("w@h", "worker-id", "h", 4711, 2)
 
@@ -156,19 +158,7 @@ def test_a_result_that_is_too_large_is_left_to_the_log_and_says_so() -> None:
     """
     signer = Signer(["k" * 32], max_bytes=2000)
     station = SimpleNamespace(_signer=signer)
-    envelope = Envelope(
-        task_id=step_task_id("run", "big", 1),
-        name=TaskName.EXECUTE_PLAN,
-        run_id="run",
-        step_key="big",
-        attempt=1,
-        queue="q",
-        priority=5,
-        lease_seconds=30,
-        cancel_grace_seconds=1,
-        epoch="e",
-        payload="{}",
-    )
+    envelope = replace(STEP_TASK, step_key="big")
     whole = TaskResult(Outcome.FINISHED, PLACE, events=("x" * 3000,))
     sealed = Station._sealed(station, envelope, whole)  # type: ignore[arg-type]
     stored = TaskResult.from_bytes(sealed, signer, envelope.task_id)
