@@ -203,8 +203,15 @@ class TaskFormatter(TaskiqFormatter):
         )
 
     def dumps(self, message: TaskiqMessage) -> BrokerMessage:
-        """Nothing: tasks are written by ``Envelope.to_message``."""
-        raise NotImplementedError(f"Task {message.task_id} was not made from an Envelope.")
+        """Refuse to write a task: Taskiq's own ``kiq`` would neither sign nor bound it.
+
+        Raises:
+            TypeError: always; ``Envelope.to_message`` writes tasks.
+        """
+        raise TypeError(
+            f"Task {message.task_id} cannot be sent by Taskiq's kiq(): Envelope.to_message writes "
+            "the tasks, and signs them."
+        )
 
 
 def asdict_shallow(envelope: Envelope) -> dict[str, Any]:

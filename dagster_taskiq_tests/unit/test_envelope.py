@@ -312,3 +312,11 @@ def test_a_task_without_our_signature_is_refused(signer: Signer) -> None:
     expected = "another signing_key" if signer.is_active else "it is not signed"
     with pytest.raises(UntrustedError, match=expected):
         Envelope.from_bytes(raw(ENVELOPE, signer), KEY)
+
+
+def test_taskiq_itself_can_send_no_task() -> None:
+    """Such a task would be neither signed nor bounded."""
+    formatter = TaskFormatter()
+    message = formatter.loads(raw(ENVELOPE))
+    with pytest.raises(TypeError, match=f"{TASK_ID} cannot be sent"):
+        formatter.dumps(message)
