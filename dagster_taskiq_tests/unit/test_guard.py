@@ -398,11 +398,15 @@ def test_a_guard_that_answers_is_kept_and_so_is_what_it_guards(client: GuardClie
 
     async def scenario() -> None:
         monitor = asyncio.create_task(client.monitor(told.append))
-        first, begun_at = client.pid, clock()
-        while clock() < begun_at + 2.0:
-            client.set_deadline(group, clock() + 1.5)
-            client.ask(SECONDS)
-            await asyncio.sleep(0.05)
+        first = client.pid
+        soon, later = clock() + SECONDS, clock() + 2 * SECONDS
+        client.set_deadline(group, soon)
+        client.set_deadline(group, later)
+        assert client._limits == {group: soon}  # nobody has said that it knows of the other one
+        await _until(lambda: client._question is None)  # it has started
+        client.ask(SECONDS)
+        await _until(lambda: client._question is None)
+        assert client._limits == {group: later}
         assert client.pid == first
         client.close()
         await asyncio.wait_for(monitor, SECONDS)
