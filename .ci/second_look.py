@@ -30,7 +30,7 @@ def failed_tests(result: Mapping[str, Any], work_directory: Path) -> list[tuple[
     """
     found = []
     for name, environment in result["testenvs"].items():
-        # an environment that builds the package has no result; where it fails, those that need it do
+        # an environment that only builds the package has no result
         if environment.get("result", {}).get("success", True):
             continue
         file = work_directory / name / "failed_tests.json"

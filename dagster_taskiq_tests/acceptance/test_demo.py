@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
-from dagster_taskiq.embedded import find_server_binary
+from dagster_taskiq.servers.embedded.server import find_server_binary
 from dagster_taskiq_tests.server_processes import temporary_directory
 from dagster_taskiq_tests.server_sources import missing
 

@@ -18,7 +18,7 @@ from dagster import DagsterEventType, DagsterRunStatus
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Run,
