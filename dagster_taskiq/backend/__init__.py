@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from dagster_taskiq.backend.base import (
     Backend,
     Claim,
@@ -10,7 +12,6 @@ from dagster_taskiq.backend.base import (
     TaskReport,
     TaskState,
 )
-from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 
@@ -31,4 +32,7 @@ def open_backend(options: ServerOptions, signer: Signer) -> Backend:
     Args:
         signer: of workers' records.
     """
-    return RedisBackend(options, signer)
+    # by name, so that nobody loads the client library of a server that is not used
+    module = import_module(f"{__name__}.redis")
+    backend: Backend = module.RedisBackend(options, signer)
+    return backend

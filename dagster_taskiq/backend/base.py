@@ -1,21 +1,9 @@
 """What a backend must do, in three roles: for the execution loop, for workers, for control.
 
-The backend is the one place that decides who may run a task. A task's life in it:
-
-    (nothing) --claim--> claimed --complete--> done          the result is stored with the claim
-        |                   |                                 held, checked and written at once
-        |                   '--lease ends--> (expired) --condemn--> lost
-        |                                        '------reopen----> (nothing)
-        |                   |--complete refused--> refused --reopen, cancel--> ...
-        |--cancel--> cancelled
-        '--a claim that is refused for its epoch or run--> dropped --claim, reopen, cancel, ...
-
-A launched run is claimed ``until_begun``: nobody judges it as a loop judges its steps, so while it
-has not begun, a claim on it that has ended is as good as none.
-
-``done``, ``lost`` and ``cancelled`` are tombstones: a second delivery finds them and is dropped.
-They live in the record of the run. Every operation is atomic and may be repeated after an answer
-that was lost.
+The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
+says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
+them, in one process. Tombstones live in the record of the run. Every operation is atomic and may be
+repeated after an answer that was lost.
 
 The epoch is the identity of the server's present life. It changes when the server restarted, was
 flushed or failed over, and then nothing that is missing proves anything: a task sent in an older
@@ -30,8 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
+
+#: How long an order waits for its worker: one that has not taken it by then is gone.
+CONTROL_EXPIRES_SECONDS = 600
 
 
 class ClaimAnswer(str, Enum):
@@ -122,6 +114,14 @@ class TaskReport:
     lease_left_seconds: float = 0.0
 
 
+def superseded_error(run_id: str, generation: int) -> SupersededLoopError:
+    """The error of ``RunBackend.open_run``; the generation is of the loop that goes on."""
+    return SupersededLoopError(
+        f"Run {run_id} is executed by another process (resume number {generation}): "
+        "this one, started before, stops."
+    )
+
+
 class RunBackend(ABC):
     """The execution loop's side."""
 
@@ -152,7 +152,10 @@ class RunBackend(ABC):
 
     @abstractmethod
     async def disown_run(self, run_id: str) -> None:
-        """No other loop will take over: once the run's loop is dead its steps are stopped."""
+        """No other loop will take over: once the run's loop is dead its steps are stopped.
+
+        It holds, whatever the present loop says of itself, until another loop opens the run.
+        """
 
     @abstractmethod
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
@@ -180,7 +183,7 @@ class RunBackend(ABC):
             orders: by task id, what the holder is told, ready to be sent.
 
         Returns:
-            the state of each when it was told: CANCELLED means that it never started and never
+            the state of each when it was told: CANCELLED means that nobody executes it and nobody
             will, CLAIMED that its worker will report.
         """
 

@@ -23,9 +23,18 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, ReadOnlyError
 
 from dagster_taskiq.backend import redis_scripts as scripts
-from dagster_taskiq.backend.base import Backend, Claim, ClaimAnswer, Renewal, TaskReport, TaskState
+from dagster_taskiq.backend.base import (
+    CONTROL_EXPIRES_SECONDS,
+    Backend,
+    Claim,
+    ClaimAnswer,
+    Renewal,
+    TaskReport,
+    TaskState,
+    superseded_error,
+)
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
-from dagster_taskiq.errors import MalformedResultError, SupersededLoopError
+from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
@@ -40,9 +49,6 @@ _RENEW_DIGEST = hashlib.sha1(scripts.RENEW.encode(), usedforsecurity=False).hexd
 
 #: How many tasks one script looks at: it holds up every other client of the server meanwhile.
 _BATCH = 500
-
-#: A control message that no worker has taken by then is for a worker that is gone.
-_CONTROL_EXPIRES_SECONDS = 600
 
 #: How many keys are said to hold what cannot be read.
 _MOST_SAID = 100
@@ -107,10 +113,7 @@ class RedisBackend(Backend):
         self._runs[run_id] = (generation, is_resumable)
         answer = await self._run_script(scripts.OPEN_RUN, run_id, token, lease_seconds)
         if answer[0] is None:
-            raise SupersededLoopError(
-                f"Run {run_id} is executed by another process (resume number {answer[1]}): "
-                "this one, started before, stops."
-            )
+            raise superseded_error(run_id, answer[1])
         return _text(answer[0])
 
     async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
@@ -141,9 +144,8 @@ class RedisBackend(Backend):
 
     async def disown_run(self, run_id: str) -> None:
         """See ``RunBackend``."""
-        async with self._server():
-            await self._redis.hset(self._record(run_id), "resumable", "0")
-            await self._redis.expire(self._record(run_id), RUN_RECORD_EXPIRES_SECONDS)
+        arguments = [RUN_RECORD_EXPIRES_SECONDS]
+        await self._script(scripts.DISOWN_RUN, [self._record(run_id)], arguments)
 
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
         """See ``RunBackend``."""
@@ -161,7 +163,9 @@ class RedisBackend(Backend):
         for batch in _batches(task_ids):
             async with self._server():
                 values: Any = await self._redis.mget([self._key("result:", task) for task in batch])
-            found |= {task: value for task, value in zip(batch, values, strict=True) if value}
+            found |= {
+                task: value for task, value in zip(batch, values, strict=True) if value is not None
+            }
         return found
 
     async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
@@ -178,7 +182,7 @@ class RedisBackend(Backend):
         epoch = ""
         reports: dict[str, TaskReport] = {}
         for batch in _batches(task_ids) or [[]]:
-            arguments = [_fresh(), self._key("claim:"), *batch]
+            arguments = [_fresh(), self._key("claim:"), self._key("result:"), *batch]
             first, *rest = await self._script(scripts.INSPECT, keys, arguments)
             epoch = _text(first)
             for task, state, place, left_ms in zip(
@@ -193,10 +197,10 @@ class RedisBackend(Backend):
         """See ``RunBackend``."""
         states: dict[str, TaskState] = {}
         for batch in _batches(list(orders)):
-            claims, mailboxes = self._key("claim:"), self._key("control:")
-            expiries = [_CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
+            prefixes = [self._key(name) for name in ("claim:", "result:", "control:")]
+            expiries = [CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
             pairs = [part for task in batch for part in (task, orders[task])]
-            arguments = [claims, mailboxes, *expiries, *pairs]
+            arguments = [*prefixes, *expiries, *pairs]
             answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
             states |= {
                 task: self._state(run_id, task, state)
@@ -349,7 +353,7 @@ class RedisBackend(Backend):
         mailbox = self._key("control:", worker_id)
         async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.rpush(mailbox, order)
-            pipeline.expire(mailbox, _CONTROL_EXPIRES_SECONDS)
+            pipeline.expire(mailbox, CONTROL_EXPIRES_SECONDS)
             await pipeline.execute()
 
     async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The Redis backend's Lua scripts: each is one atomic step of a task's life (see ``base``).
+"""The Redis backend's Lua scripts: each is one atomic step of a task's life (see ``life``).
 
 Every script starts with ``epoch``, which notices in the same atomic step whether the server is
 still in the life that the caller knows: the key vanishes with a flush, and the server's own run id
@@ -87,13 +87,16 @@ RENEW_RUN = (
 local now = epoch(KEYS[1], ARGV[1])
 local live = redis.call('GET', KEYS[3])
 local generation = tonumber(redis.call('HGET', KEYS[2], 'generation') or '-1') or -1
+local is_other = live and live ~= ARGV[3]
+local is_over = is_other or redis.call('HEXISTS', KEYS[2], 'closed') == 1
 -- a live loop with a lower number can only be there because a flush took the higher one with it
-if generation > tonumber(ARGV[2])
-    or (generation == tonumber(ARGV[2]) and live and live ~= ARGV[3]) then
+if generation > tonumber(ARGV[2]) or (generation == tonumber(ARGV[2]) and is_over) then
   return false
 end
--- a record that a flush took with it is written again
-redis.call('HSET', KEYS[2], 'generation', ARGV[2], 'resumable', ARGV[4])
+-- a record that a flush took with it is written again; what disown has said of the run stays
+redis.call('HSET', KEYS[2], 'generation', ARGV[2])
+redis.call('HSETNX', KEYS[2], 'resumable', ARGV[4])
+redis.call('HDEL', KEYS[2], 'closed')
 redis.call('EXPIRE', KEYS[2], ARGV[6])
 redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[5])
 return now
@@ -109,6 +112,16 @@ if redis.call('GET', KEYS[2]) == ARGV[1] then
   redis.call('HSET', KEYS[1], 'resumable', '0', 'closed', '1')
   keep(KEYS[1])
 end
+return 1
+"""
+)
+
+#: KEYS record. ARGV record expiry s.
+DISOWN_RUN = (
+    _KEEP
+    + """
+redis.call('HSET', KEYS[1], 'resumable', '0')
+keep(KEYS[1], ARGV[1])
 return 1
 """
 )
@@ -239,14 +252,14 @@ end
 return found
 """
 
-#: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, tasks ...
+#: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, of the results' keys, tasks ...
 #: Returns {epoch, state, place or '', ms that are left of the lease, ...}.
 INSPECT = (
     _PRELUDE
     + """
 local now = epoch(KEYS[1], ARGV[1])
 local answer = {now}
-for index = 3, #ARGV do
+for index = 4, #ARGV do
   local found = redis.call('HGET', KEYS[2], 't:' .. ARGV[index])
   local place = redis.call('HGET', ARGV[2] .. ARGV[index], 'place')
   local state = found and (string.match(found, '^%a+') or 'unreadable') or 'unknown'
@@ -254,6 +267,9 @@ for index = 3, #ARGV do
     state = 'claimed'
   elseif state == 'claimed' or (state == 'dropped' and found ~= 'dropped:' .. now) then
     state = 'expired'
+  end
+  if state == 'unknown' and redis.call('EXISTS', ARGV[3] .. ARGV[index]) == 1 then
+    state = 'done'
   end
   answer[#answer + 1] = state
   answer[#answer + 1] = place or ''
@@ -263,27 +279,29 @@ return answer
 """
 )
 
-#: KEYS record. ARGV prefix of the claims' keys, prefix of the control mailboxes' keys, mailbox
-#: expiry s, record expiry s, then each task and the order for its worker, which may be signed.
-#: Returns the state of each.
+#: KEYS record. ARGV prefix of the claims' keys, of the results' keys, of the control mailboxes'
+#: keys, mailbox expiry s, record expiry s, then each task and the order for its worker, which may
+#: be signed. Returns the state of each.
 CANCEL = (
     _KEEP
+    + _IS_OPEN
     + _STATE
     + """
 local answer = {}
-for index = 5, #ARGV, 2 do
+for index = 6, #ARGV, 2 do
   local task, order = ARGV[index], ARGV[index + 1]
   local state = task_state(KEYS[1], task)
   local place = redis.call('HGET', ARGV[1] .. task, 'place')
-  if state and string.match(state, '^done') then
+  local has_result = not place and is_open(state) and redis.call('EXISTS', ARGV[2] .. task) == 1
+  if has_result or (state and string.match(state, '^done')) then
     answer[#answer + 1] = 'done'
   elseif place then
     redis.call('HSET', KEYS[1], 'c:' .. task, order)
     local is_json, where = pcall(cjson.decode, place)
     if is_json and type(where) == 'table' and type(where.worker_id) == 'string' then
-      local mailbox = ARGV[2] .. where.worker_id
+      local mailbox = ARGV[3] .. where.worker_id
       redis.pcall('RPUSH', mailbox, order)
-      redis.pcall('EXPIRE', mailbox, ARGV[3])
+      redis.pcall('EXPIRE', mailbox, ARGV[4])
     end
     answer[#answer + 1] = 'claimed'
   elseif state == 'claimed' then
@@ -297,7 +315,7 @@ for index = 5, #ARGV, 2 do
     answer[#answer + 1] = 'cancelled'
   end
 end
-keep(KEYS[1], ARGV[4])
+keep(KEYS[1], ARGV[5])
 return answer
 """
 )
@@ -330,7 +348,7 @@ if is_refused then redis.call('DEL', KEYS[3]) end
 if redis.call('EXISTS', KEYS[2], KEYS[3]) > 0 then return 0 end
 if not is_refused and not is_open(state) then return 0 end
 if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
-redis.call('HDEL', KEYS[1], 't:' .. ARGV[1])
+redis.call('HDEL', KEYS[1], 't:' .. ARGV[1], 'b:' .. ARGV[1])
 return 1
 """
 )

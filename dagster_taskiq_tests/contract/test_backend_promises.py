@@ -1,7 +1,7 @@
 """The promises across the lives of a server: who may execute a task, whatever is forgotten.
 
-Several workers and the loops of one run deal with several tasks on the real server, while it is
-flushed, restarted and put back to an older state, and while loops and workers come and go. The
+Several workers and the loops of one run deal with several tasks, while the server is flushed,
+restarted and put back to an older state, and while loops and workers come and go. The
 model is no copy of the backend: it follows what workers and loops do by their own rules (a worker
 starts only what it was granted and stops when it is told; a loop judges only after a lease of
 watching, by the log) and checks what must come of it.
@@ -13,13 +13,11 @@ guards see to.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -30,11 +28,13 @@ from hypothesis.stateful import (
     rule,
 )
 
-from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState
-from dagster_taskiq_tests.contract.test_backend import LONG_LEASE, Bench
-from dagster_taskiq_tests.servers import redis_options, valkey_options
+from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskState
+from dagster_taskiq_tests.contract.backend_bench import KINDS, Bench, Kind, shared_bench
 
 TASKS = 2
+
+#: How often at most the run is opened in one example.
+LOOPS = 6
 
 #: What becomes of a copy that is sent: it waits, is claimed at once, or is even begun.
 TAKE = st.sampled_from(["wait", "claim", "start"])
@@ -99,14 +99,19 @@ class Execution:
 
 
 class Promises(RuleBasedStateMachine):
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        speakers: the loops' own views of the server, since each knows its loop.
+    """
 
     bench: Bench
-    server: redis.Redis
+    speakers: Sequence[Backend]
 
     def __init__(self) -> None:
         super().__init__()
         self.bench = type(self).bench
+        self.bench.harness.forget()  # the former example
         self.bench.run_id = uuid.uuid4().hex
         self.ids = [uuid.uuid4().hex for _ in range(TASKS)]
         self.logs = [Log() for _ in self.ids]
@@ -114,7 +119,7 @@ class Promises(RuleBasedStateMachine):
         self.messages: list[tuple[int, str]] = []
         self.loops: list[Loop] = []
         self.sent: set[int] = set()
-        self.snapshot: dict[str, bytes] | None = None
+        self.snapshot: Any = None
 
     # --- loops ---
 
@@ -125,12 +130,13 @@ class Promises(RuleBasedStateMachine):
 
     def _open(self, generation: int, *, is_steady: bool) -> None:
         token = f"loop-{generation}"
+        self.bench.backend = self.speakers[generation]
         epoch = self.bench.open_run(
             generation=generation, token=token, is_resumable=self.is_resumable
         )
         self.loops.append(Loop(generation, token, epoch, is_steady))
 
-    @precondition(lambda self: len(self.loops) < 4)
+    @precondition(lambda self: len(self.loops) < 4 and self.loops[-1].generation + 1 < LOOPS)
     @rule()
     def resume(self) -> None:
         """Another process takes over; the former one does not know yet, or is frozen."""
@@ -142,18 +148,13 @@ class Promises(RuleBasedStateMachine):
     def renew_run(self, which: int) -> None:
         """A loop that was taken over is told so, and ends; the newest one never is."""
         loop = self.loops[which % len(self.loops)]
-        self._as(loop)
+        self.bench.backend = self.speakers[loop.generation]
         epoch = self.bench.renew_run(loop.token)
         if epoch is None:
             assert loop is not self.loops[-1], "the newest loop was refused"
             self.loops.remove(loop)
         else:
             loop.see(epoch)
-
-    def _as(self, loop: Loop) -> None:
-        """The backend object knows its loop; here one speaks for all."""
-        known: Any = self.bench.backend
-        known._runs[self.bench.run_id] = (loop.generation, self.is_resumable)
 
     @rule(which=st.integers(0, 3), number=st.integers(0, TASKS - 1), take=TAKE)
     def send(self, which: int, number: int, take: str) -> None:
@@ -285,11 +286,11 @@ class Promises(RuleBasedStateMachine):
                 self._renew(execution)
             else:
                 execution.is_alive = False
-        alive = {it.claim.token.encode() for it in self.executions if it.is_alive}
-        for task_id in self.ids:
-            key = self._key(f"claim:{task_id}")
-            if self.server.hget(key, "token") not in alive:
-                self.server.delete(key)
+        alive = [it.claim.place for it in self.executions if it.is_alive]
+        _, reports = self.bench.call(self.bench.backend.inspect(self.bench.run_id, self.ids))
+        for task_id, report in reports.items():
+            if report.place and report.place not in alive:
+                self.bench.expire(self.bench.new_claim(task_id))
         for loop in list(self.loops):
             loop.is_steady = True  # unless it is told otherwise
             self.renew_run(self.loops.index(loop))
@@ -297,7 +298,7 @@ class Promises(RuleBasedStateMachine):
     @rule()
     def the_loops_lease_ends(self) -> None:
         """No step is granted until it is back."""
-        self.server.delete(self._key(f"run:{self.bench.run_id}:loop"))
+        self.bench.harness.expire_loop(self.bench.run_id)
         for number, epoch in dict.fromkeys(self.messages):
             claim = replace(self.bench.new_claim(self.ids[number]), epoch=epoch)
             assert self.bench.claim(claim) is not ClaimAnswer.GRANTED
@@ -305,32 +306,20 @@ class Promises(RuleBasedStateMachine):
     @rule()
     def remember(self) -> None:
         """The server writes a snapshot."""
-        dumps = {key: self.server.dump(key) for key in self._keys()}
-        self.snapshot = {key: dump for key, dump in dumps.items() if dump}
+        self.snapshot = self.bench.harness.snapshot()
 
     @rule(how=st.sampled_from(["flush", "restart", "go back"]), who=st.integers(0, 4))
     def a_new_life(self, how: str, who: int) -> None:
-        """The server is emptied, or restarts with its data, or with older data.
-
-        The data are this run's alone, as if it had been the server's only one.
-        """
-        if how != "restart":
-            self.server.delete(*self._keys())
-        if how == "go back" and self.snapshot is not None:
-            for name, dump in self.snapshot.items():
-                self.server.restore(name, int(LONG_LEASE * 1000), dump)
-        if self.server.exists(self._key("epoch")):
-            self.server.hset(self._key("epoch"), "server", uuid.uuid4().hex)
+        """The server is emptied, or restarts with its data, or with older data."""
+        harness = self.bench.harness
+        if how == "restart":
+            harness.restart()
+        elif how == "go back" and self.snapshot is not None:
+            harness.restore(self.snapshot)
+        else:
+            harness.forget()
         if who < 4:
             self.renew_run(who)
-
-    def _key(self, name: str) -> str:
-        return f"{self.bench.options.key_prefix}:{name}"
-
-    def _keys(self) -> list[str]:
-        run = f"run:{self.bench.run_id}"
-        tasks = [f"{kind}:{task_id}" for kind in ("claim", "result") for task_id in self.ids]
-        return [self._key(name) for name in ("epoch", run, f"{run}:loop", f"{run}:mailbox", *tasks)]
 
     # --- what must hold ---
 
@@ -346,17 +335,20 @@ class Promises(RuleBasedStateMachine):
             assert not log.was_cancelled or log.starts == log.starts_at_cancel
 
 
-@pytest.mark.parametrize("options_of", [redis_options, valkey_options], ids=["redis", "valkey"])
-def test_promises_hold_across_the_servers_lives(options_of: Callable[[], Any]) -> None:
+#: How many examples there are: on a server they take their time.
+EXAMPLES: Mapping[Kind, int] = {"memory": 150, "redis": 20, "valkey": 20}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_promises_hold_across_the_servers_lives(kind: Kind) -> None:
     """An attempt is granted to one worker at a time and started once, whatever is forgotten."""
-    with ExitStack() as stack:
-        bench = Bench(stack.enter_context(options_of()))
-        stack.callback(bench.close)
-        server = stack.enter_context(bench.server())
-        machine = type("PromisesOnThisServer", (Promises,), {"bench": bench, "server": server})
+    with shared_bench(kind) as bench:
+        speakers = [bench.open() for _ in range(LOOPS)]
+        parts = {"bench": bench, "speakers": speakers}
+        machine = type("PromisesOnThisServer", (Promises,), parts)
         case = machine.TestCase  # type: ignore[attr-defined]
         case.settings = settings(
-            max_examples=25,
+            max_examples=EXAMPLES[kind],
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
