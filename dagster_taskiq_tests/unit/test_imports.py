@@ -167,6 +167,8 @@ def _outside(prefix: str) -> set[str]:
         ("config", {"taskiq", "redis", "aio_pika"}),
         ("brokers", {"dagster"}),
         ("backend", {"dagster", "taskiq"}),
+        ("backend.life", {"dagster", "taskiq", "redis"}),
+        ("backend.memory", {"dagster", "taskiq", "redis"}),
         ("servers.embedded", {"dagster", "taskiq"}),
         ("loop.client", {"dagster"}),
         ("loop.core_execution_loop", {"taskiq", "redis", "aio_pika", "taskiq_redis"}),
@@ -181,6 +183,18 @@ def test_what_a_part_knows_nothing_of(part: str, unknown: set[str]) -> None:
     """The table of the parts in ARCHITECTURE.md."""
     assert part in TREES
     assert not _outside(part) & unknown
+
+
+@pytest.mark.parametrize("face", ["brokers", "backend", "backend.memory"])
+def test_a_face_loads_no_client_library(face: str) -> None:
+    """Who has one kind of server needs the library of no other. Modules below count too."""
+    reached, left = set(), {face}
+    while left:
+        module = left.pop()
+        reached.add(module)
+        left |= _own_imports(module) - reached
+    loaded = {name.partition(".")[0] for it in reached for name in _imports(TREES[it])}
+    assert not loaded & {"redis", "aio_pika", "aiormq", "taskiq_redis", "taskiq_aio_pika"}
 
 
 @pytest.mark.parametrize(
