@@ -148,8 +148,9 @@ def _own_keys(kind: RedisKind) -> Iterator[ServerOptions]:
         yield options
     finally:
         with redis.Redis.from_url(options.url) as client:
-            for key in client.scan_iter(match=f"*{options.key_prefix}*", count=1000):
-                client.unlink(key)
+            keys = list(client.scan_iter(match=f"*{options.key_prefix}*", count=1000))
+            if keys:
+                client.unlink(*keys)
 
 
 @functools.cache

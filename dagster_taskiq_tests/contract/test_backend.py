@@ -123,13 +123,12 @@ def test_renewals_keep_a_claim(bench: Bench) -> None:
     """A renewed claim outlives its first lease, and all are renewed in one call in their order."""
     lasting, ended = bench.claimed(lease_seconds=1), bench.claimed(lease_seconds=SHORT_LEASE)
     wait_until(lambda: bench.state(ended.task_id) is TaskState.EXPIRED)
-    began = time.monotonic()
-    while time.monotonic() - began < 1.5:
+    for _ in range(30):
         first, second, third = bench.call(bench.backend.renew([lasting, ended, lasting]))
         assert first.is_held
         assert not second.is_held
         assert third.is_held
-        time.sleep(0.05)
+        bench.harness.sleep(0.05)
     assert bench.complete(lasting)
     assert not bench.renew(lasting).is_held
 
@@ -339,7 +338,7 @@ def test_a_completion_may_be_repeated(bench: Bench) -> None:
 
 def test_many_results_arrive_together(bench: Bench) -> None:
     """Each once, more than one batch of them."""
-    claims = [bench.new_claim() for _ in range(1200)]
+    claims = [bench.new_claim() for _ in range(700)]
 
     async def work() -> None:
         for start in range(0, len(claims), 100):
@@ -1104,7 +1103,7 @@ class OneTask(RuleBasedStateMachine):
 
 
 #: How many examples there are: on a server they take their time.
-EXAMPLES: Mapping[Kind, int] = {"memory": 150, "redis": 20, "valkey": 20}
+EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 12, "valkey": 12}
 
 
 def test_one_tasks_life(kind: Kind) -> None:

@@ -306,6 +306,9 @@ class Side:
         place = Place(name, name, "host", 1, 1)
         return Claim(self.bench.run_id, self.bench.run_id + task, name, LONG_LEASE, epoch, place)
 
+    def work(self, what: str, claim: Claim) -> object:
+        return self.renew(claim) if what == "renew" else getattr(self.bench, what)(claim)
+
     def renew(self, claim: Claim) -> object:
         renewal = self.bench.renew(claim)
         return replace(renewal, epoch=str(self.see(renewal.epoch)))
@@ -345,17 +348,16 @@ class Lockstep(RuleBasedStateMachine):
 
     @rule(
         which=st.sampled_from([0, 0, 1, 2]),
-        what=st.sampled_from(["renew", "renew", "open", "close"]),
+        what=st.sampled_from(["renew", "renew", "open", "close", "disown"]),
         is_resumable=st.booleans(),
     )
     def loop(self, which: int, what: str, is_resumable: bool) -> None:
+        if what == "disown":
+            self.both(lambda side: side.bench.disown_run())
+            return
         what = what if which in self.opened else "open"
         self.both(lambda side: side.loop(which, what, is_resumable))
         self.opened = self.opened - {which} if what == "close" else self.opened | {which}
-
-    @rule()
-    def disown(self) -> None:
-        self.both(lambda side: side.bench.disown_run())
 
     @rule(
         worker=WORKERS,
@@ -375,43 +377,28 @@ class Lockstep(RuleBasedStateMachine):
     @rule(
         worker=WORKERS,
         epochs_ago=st.integers(0, 1),
-        what=st.sampled_from(["complete", "refuse", "begin"]),
+        what=st.sampled_from(["renew", "complete", "refuse", "begin", "expire"]),
     )
     def work(self, worker: int, epochs_ago: int, what: str) -> None:
-        self.both(lambda side: getattr(side.bench, what)(side.claim_of(worker, epochs_ago)))
-
-    @rule(worker=WORKERS, epochs_ago=st.integers(0, 1))
-    def renew(self, worker: int, epochs_ago: int) -> None:
-        self.both(lambda side: side.renew(side.claim_of(worker, epochs_ago)))
+        self.both(lambda side: side.work(what, side.claim_of(worker, epochs_ago)))
 
     @rule(what=st.sampled_from(["cancel", "condemn", "reopen", "reopen", "forget_results"]))
     def judge(self, what: str) -> None:
         self.both(lambda side: getattr(side.bench, what)(side.claim_of(0).task_id))
 
-    @rule()
-    def expire(self) -> None:
-        self.both(lambda side: side.bench.expire(side.claim_of(0)))
-
-    @rule()
-    def expire_loop(self) -> None:
-        self.both(lambda side: side.bench.harness.expire_loop(side.bench.run_id))
-
-    @rule()
-    def remember(self) -> None:
-        self.snapshots = [side.bench.harness.snapshot() for side in self.sides]
-
-    @rule(how=st.sampled_from(["forget", "restart", "go back"]))
-    def new_life(self, how: str) -> None:
-        for side, snapshot in zip(self.sides, self.snapshots or (None, None), strict=True):
-            if how != "go back":
-                getattr(side.bench.harness, how)()
-            elif snapshot is not None:
+    @rule(what=st.sampled_from(["forget", "restart", "remember", "go back", "loop", "collect"]))
+    def server(self, what: str) -> None:
+        if what == "remember":
+            self.snapshots = [side.bench.harness.snapshot() for side in self.sides]
+        elif what == "loop":
+            self.both(lambda side: side.bench.harness.expire_loop(side.bench.run_id))
+        elif what == "collect":
+            self.both(lambda side: (side.bench.results(0), side.bench.control("w0", 0)))
+        elif what != "go back":
+            self.both(lambda side: getattr(side.bench.harness, what)())
+        elif self.snapshots:
+            for side, snapshot in zip(self.sides, self.snapshots, strict=True):
                 side.bench.harness.restore(snapshot)
-
-    @rule(worker=WORKERS)
-    def collect(self, worker: int) -> None:
-        self.both(lambda side: side.bench.results(0.001))
-        self.both(lambda side: side.bench.control(f"w{worker}", 0.001))
 
     @invariant()
     def they_know_the_same(self) -> None:
@@ -424,8 +411,8 @@ def test_the_scripts_say_the_same_as_the_functions(kind: Kind) -> None:
         machine = type("LockstepHere", (Lockstep,), {"sides": [Side(bench), Side(memory)]})
         case = machine.TestCase  # type: ignore[attr-defined]
         case.settings = settings(
-            max_examples=15,
-            stateful_step_count=40,
+            max_examples=10,
+            stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
