@@ -1103,7 +1103,7 @@ class OneTask(RuleBasedStateMachine):
 
 
 #: How many examples there are: on a server they take their time.
-EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 12, "valkey": 12}
+EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 10, "valkey": 10}
 
 
 def test_one_tasks_life(kind: Kind) -> None:

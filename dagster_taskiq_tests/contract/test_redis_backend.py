@@ -411,7 +411,7 @@ def test_the_scripts_say_the_same_as_the_functions(kind: Kind) -> None:
         machine = type("LockstepHere", (Lockstep,), {"sides": [Side(bench), Side(memory)]})
         case = machine.TestCase  # type: ignore[attr-defined]
         case.settings = settings(
-            max_examples=10,
+            max_examples=8,
             stateful_step_count=30,
             deadline=None,
             suppress_health_check=list(HealthCheck),
