@@ -33,7 +33,7 @@ class ClaimAnswer(str, Enum):
     GRANTED = "granted"
     #: Another worker holds it, or held it until its lease ended: the loop will judge.
     CLAIMED = "claimed"
-    #: Another worker holds it and has not begun: it is for somebody else if that one dies.
+    #: Held, but not begun: another worker may claim it if the holder dies.
     PENDING = "pending"
     DONE = "done"
     CANCELLED = "cancelled"
@@ -144,7 +144,11 @@ class RunBackend(ABC):
 
     @abstractmethod
     async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
-        """Say that the loop lives; the epoch, or None when another loop has taken over."""
+        """Say that the loop lives.
+
+        Returns:
+            the epoch, or None when another loop has taken over or this one has closed the run.
+        """
 
     @abstractmethod
     async def close_run(self, run_id: str, *, token: str) -> None:
@@ -193,7 +197,7 @@ class RunBackend(ABC):
 
     @abstractmethod
     async def reopen(self, run_id: str, task_id: str) -> bool:
-        """Let an expired or refused task be claimed again, without the result of a refusal.
+        """Let an expired or refused task be claimed again, as if nobody ever had claimed it.
 
         Returns:
             False when it is claimed, done or cancelled.
