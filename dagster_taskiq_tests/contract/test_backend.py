@@ -123,7 +123,7 @@ def test_renewals_keep_a_claim(bench: Bench) -> None:
     """A renewed claim outlives its first lease, and all are renewed in one call in their order."""
     lasting, ended = bench.claimed(lease_seconds=1), bench.claimed(lease_seconds=SHORT_LEASE)
     wait_until(lambda: bench.state(ended.task_id) is TaskState.EXPIRED)
-    for _ in range(30):
+    for _ in range(24):
         first, second, third = bench.call(bench.backend.renew([lasting, ended, lasting]))
         assert first.is_held
         assert not second.is_held
