@@ -37,11 +37,14 @@ class Delivery(AckableMessage):
 
     ``ack`` makes the server forget it. ``release`` gives it back at once, to the place in its
     queue that it was taken from. Whichever succeeds first settles it; later calls do nothing.
+
+    ``content`` is what the broker's ``admit`` has made of the message.
     """
 
     ack: Callable[[], Awaitable[None]]
     release: Callable[[], Awaitable[None]]
     settled: bool = False
+    content: Any = None
 
     def model_post_init(self, _context: Any, /) -> None:
         """Let the first of the two actions settle the delivery."""
@@ -104,9 +107,10 @@ class TaskBroker(AsyncBroker):
     #: The physical queues to listen on.
     queues: Sequence[str]
 
-    #: Called with the bytes of each message before it is handed on; raises ``MalformedTaskError``
-    #: or ``UntrustedError`` for what is no task of ours, which is then acked, counted and dropped
-    #: here, since Taskiq's receiver would neither ack it nor give its place free.
+    #: Called with the bytes of each message before it is handed on, to make its ``content`` of
+    #: them; raises ``MalformedTaskError`` or ``UntrustedError`` for what is no task of ours, which
+    #: is then acked, counted and dropped here, since Taskiq's receiver would neither ack it nor
+    #: give its place free.
     admit: Callable[[bytes], object] | None = None
 
     _is_shut_down: bool = False
@@ -136,7 +140,7 @@ class TaskBroker(AsyncBroker):
     async def _is_admitted(self, delivery: Delivery) -> bool:
         try:
             if self.admit is not None:
-                self.admit(delivery.data)
+                delivery.content = self.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
             self._refusals.note("a message", error)
             with suppress(ServerError):  # it comes again, and is refused again

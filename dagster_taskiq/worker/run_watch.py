@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import SlotError
-from dagster_taskiq.worker.child import FAIL_RUN, LOOK_AT_RUN
-from dagster_taskiq.worker.slot import ChildDied, Slot
+from dagster_taskiq.worker.child_messages import FailRun, LookAtRun, RunAnswer
+from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,26 @@ class RunWatch:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._turn = asyncio.Lock()
+        self._looks: dict[str, asyncio.Task[None]] = {}
+
+    def look(self, key: str, payload: str, on_over: Callable[[], None]) -> None:
+        """Ask Dagster whether the run of a step is over, unless the last answer is still out.
+
+        Args:
+            key: of who asks.
+            payload: of the step's task, as it travels.
+            on_over: called if the run is over.
+        """
+
+        async def look() -> None:
+            try:
+                if await self.is_over(payload):
+                    on_over()
+            finally:
+                del self._looks[key]
+
+        if key not in self._looks:
+            self._looks[key] = asyncio.create_task(look(), name=f"look after the run of {key}")
 
     async def is_over(self, payload: str) -> bool:
         """Whether the run of a step is finished or deleted; False where that cannot be known.
@@ -39,8 +59,8 @@ class RunWatch:
         Args:
             payload: of the step's task, as it travels.
         """
-        answer = await self._say({"name": LOOK_AT_RUN, "payload": payload})
-        return answer is not None and bool(answer["is_over"])
+        answer = await self._say(LookAtRun(payload))
+        return answer is not None and answer.is_over
 
     async def fail(self, payload: str, reason: str) -> None:
         """Fail a run that still waits to be started.
@@ -49,24 +69,25 @@ class RunWatch:
             payload: of the run's task, as it travels.
             reason: why it could not start.
         """
-        await self._say({"name": FAIL_RUN, "payload": payload, "reason": reason})
+        await self._say(FailRun(payload, reason))
 
-    async def _say(self, task: dict[str, Any]) -> Mapping[str, Any] | None:
+    async def _say(self, order: LookAtRun | FailRun) -> RunAnswer | None:
         """The child's answer, or None where there is none."""
         async with self._turn:
             try:
-                answer = await self._slot.run(task, lambda _: None)
+                answer = await self._slot.run(order, lambda _: None)
             except SlotError as error:
                 logger.warning("Cannot reach Dagster about a run without a process: %s.", error)
                 return None
             finally:
                 await self._slot.stop()  # it is rare that there is something to say
-        if isinstance(answer, ChildDied) or answer["error"]:
-            reason = answer if isinstance(answer, ChildDied) else answer["error"]
-            logger.warning("Cannot reach Dagster about a run without a process: %s.", reason)
-            return None
-        return answer
+        if isinstance(answer, RunAnswer) and not answer.error:
+            return answer
+        reason = answer if isinstance(answer, ChildDied) else getattr(answer, "error", answer)
+        logger.warning("Cannot reach Dagster about a run without a process: %s.", reason)
+        return None
 
     async def stop(self) -> None:
-        """End the child."""
+        """Ask no more, and end the child."""
+        await end_tasks(self._looks.values())
         await self._slot.stop()

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
-from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
@@ -45,14 +43,18 @@ from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
-from dagster_taskiq.worker.fork_server import fork_server
-from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
-from dagster_taskiq.worker.log_tails import LogTails
+from dagster_taskiq.worker.observer import (
+    CountingObserver,
+    LoggingObserver,
+    Observers,
+    WorkerObserver,
+)
+from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
 from dagster_taskiq.worker.run_watch import RunWatch
-from dagster_taskiq.worker.slot import Slot
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
 
@@ -116,6 +118,8 @@ class Worker:
         options: see ``WorkerOptions``.
         on_ready: called when it takes tasks.
         on_waiting: called when it begins to wait for a server.
+        observer: hears what it does, beside its log and the counters of its listing.
+        parts: what it is put together from; its usual parts by default.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Worker:
         options: WorkerOptions,
         on_ready: Callable[[], None] = lambda: None,
         on_waiting: Callable[[], None] = lambda: None,
+        observer: WorkerObserver | None = None,
+        parts: WorkerParts | None = None,
     ) -> None:
         self._servers = servers
         self._options = options
@@ -133,12 +139,17 @@ class Worker:
         self.name = f"{options.name}@{self._host}"
         self._worker_id = uuid.uuid4().hex
         self._started_at = time.time()
-        self._backend: Backend = open_backend(servers.backend, servers.signer)
-        self._guard = GuardClient()
-        self._tails = LogTails()
+        self._counts = CountingObserver()
+        others = (observer,) if observer else ()
+        self._observer = Observers(LoggingObserver(), self._counts, *others)
+        self._parts = parts or usual_parts(servers)
+        self._backend = self._parts.backend
+        self._guard = self._parts.guard
         self._orders = OrderReader(servers.signer, self._worker_id, self.name)
         self._refusals = Refusals(self._backend.address)
-        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
+        self._leases = LeaseKeeper(
+            self._backend, self._guard, self._orders, self._refusals, self._observer
+        )
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
@@ -149,48 +160,52 @@ class Worker:
 
     def _make_stations(self) -> Iterator[Station]:
         options = self._options
-        context = fork_server()
         for kind, count in ((QueueKind.STEPS, options.slots), (QueueKind.RUNS, options.run_slots)):
             if not count:
                 continue
-            is_step = kind is QueueKind.STEPS
-            slots = [
-                Slot(
-                    context,
-                    self._guard,
-                    self._tails,
-                    ChildOptions(
-                        options.include,
-                        options.log_level,
-                        number,
-                        options.keeps_connections,
-                        options.server_patience_seconds,
-                        # a run signs its steps
-                        environment={} if is_step else options.secrets,
-                    ),
-                    # a run gets a fresh process, as from Dagster's other launchers
-                    max_tasks=options.max_tasks_per_child if is_step else 1,
-                    max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
-                )
-                for number in range(1, count + 1)
-            ]
-            broker = self._servers.broker
-            queues = [physical_queue(broker.key_prefix, kind, name) for name in options.queues]
+            prefix = self._servers.broker.key_prefix
+            queues = [physical_queue(prefix, kind, name) for name in options.queues]
             yield Station(
                 kind,
-                open_broker(broker, queues),
-                self._backend,
-                self._leases,
-                slots,
-                RunWatch(
-                    Slot(context, self._guard, self._tails, ChildOptions((), options.log_level, 0))
-                ),
-                Place(self.name, self._worker_id, self._host, pid=0, slot=0),
-                options.result_expires_seconds,
-                options.limits,
-                self._servers.signer,
                 options.queues,
+                self._parts.open_broker(kind, queues),
+                [
+                    self._parts.make_slot(self._slot_options(kind, number), self._observer)
+                    for number in range(1, count + 1)
+                ],
+                self._make_tools(),
             )
+
+    def _make_tools(self) -> Tools:
+        options = self._options
+        slot_of_watch = SlotOptions(ChildOptions((), options.log_level, 0))
+        return Tools(
+            self._backend,
+            self._leases,
+            RunWatch(self._parts.make_slot(slot_of_watch, self._observer)),
+            Place(self.name, self._worker_id, self._host, pid=0, slot=0),
+            options.result_expires_seconds,
+            options.limits,
+            self._servers.signer,
+            self._observer,
+        )
+
+    def _slot_options(self, kind: QueueKind, number: int) -> SlotOptions:
+        options, is_step = self._options, kind is QueueKind.STEPS
+        return SlotOptions(
+            ChildOptions(
+                options.include,
+                options.log_level,
+                number,
+                options.keeps_connections,
+                options.server_patience_seconds,
+                # a run signs its steps
+                environment={} if is_step else options.secrets,
+            ),
+            # a run gets a fresh process, as from Dagster's other launchers
+            max_tasks=options.max_tasks_per_child if is_step else 1,
+            max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
+        )
 
     # --- life ---
 
@@ -344,7 +359,7 @@ class Worker:
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()
-        await asyncio.to_thread(self._tails.stop)
+        await asyncio.to_thread(self._parts.finish_output)
         try:
             if self._is_listed:
                 await self._backend.goodbye(self._worker_id)
@@ -391,12 +406,12 @@ class Worker:
             queues=self._options.queues,
             slots=self._options.slots,
             run_slots=self._options.run_slots,
-            busy_slots=self._leases.count(runs=False),
-            busy_run_slots=self._leases.count(runs=True),
+            busy_slots=self._counts.busy[QueueKind.STEPS],
+            busy_run_slots=self._counts.busy[QueueKind.RUNS],
             state=self._state,
             started_at=self._started_at,
             version=__version__,
-            refused=self._refusals.count + sum(it.refused_count for it in self._stations),
+            refused=self._counts.refused_count,
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
@@ -421,9 +436,13 @@ class Worker:
                 continue
             for message in messages:
                 try:
-                    self._obey(self._orders.read(message))
+                    order = self._orders.read(message)
                 except UntrustedError as error:
                     self._refusals.note("an order", error)
+                    self._observer.refused("an order", error)
+                else:
+                    self._observer.ordered(order)
+                    self._obey(order)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")
