@@ -33,9 +33,10 @@ from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Orde
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.observer import CountingObserver, Ending, LeaseRenewal
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import WorkerParts
 from dagster_taskiq.worker.slot_base import Slot
-from dagster_taskiq.worker.worker import Worker, WorkerOptions
+from dagster_taskiq.worker.worker import Worker
 
 #: Process ids from here on are no process's on any system: the lease keeper finds none.
 _NO_PID = 2**30

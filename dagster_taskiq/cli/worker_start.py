@@ -40,7 +40,8 @@ from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.log_writer import log_to_standard_error
-from dagster_taskiq.worker.worker import Worker, WorkerOptions
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 

@@ -27,14 +27,15 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
-from dagster_taskiq.worker.child_messages import Answer, Execute, Executed
+from dagster_taskiq.worker.answers import cause_of, result_of
+from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
 from dagster_taskiq.worker.observer import Ending, WorkerObserver
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS
 from dagster_taskiq.worker.run_watch import RunWatch
-from dagster_taskiq.worker.slot_base import ChildDied, Slot
+from dagster_taskiq.worker.slot_base import Slot
 from dagster_taskiq.worker.slot_pool import prepare
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ class Attempt:
         """The result of a task whose slot cannot be had ready."""
         result = TaskResult(Outcome.ERROR, claim.place, reason=failure)
         waited_seconds = time.monotonic() - self._admitted_at
-        ending = Ending(result.outcome, waited_seconds, None, _cause(result))
+        ending = Ending(result.outcome, waited_seconds, None, cause_of(result))
         self._tools.observer.ended(self._envelope, ending)
         return result
 
@@ -268,7 +269,7 @@ class Attempt:
             timers.cancel()
         waited_seconds = started_at - self._admitted_at
         run_seconds = time.monotonic() - started_at
-        ending = Ending(result.outcome, waited_seconds, run_seconds, _cause(result), left_behind)
+        ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
         self._tools.observer.ended(envelope, ending)
         return result
 
@@ -329,7 +330,7 @@ class Attempt:
 
         Only once its result is stored: until then another worker could take the run over.
         """
-        reason = _cause(result)
+        reason = cause_of(result)
         is_refused = result.outcome is Outcome.REFUSED  # another worker may start it
         if reason and lease.stop_reason is None and not is_refused:
             await self._tools.run_watch.fail(self._envelope.payload, reason)
@@ -365,37 +366,3 @@ class Attempt:
             self._envelope.payload,
             lambda: self._tools.leases.stop(lease, StopReason.RUN_GONE),
         )
-
-
-def result_of(answer: Answer | ChildDied, lease: Lease, verdict: str) -> TaskResult:
-    """What a task came to.
-
-    Args:
-        answer: of its child.
-        verdict: why its time limit had its child killed; empty if it had not.
-    """
-    if isinstance(answer, ChildDied):
-        why = lease.stop_cause or verdict
-        why = why and f" after {why}"
-        return TaskResult(
-            Outcome.DIED,
-            lease.claim.place,
-            reason=f"{answer}{why}.",
-            exit_code=answer.exit_code,
-            is_cancelled=lease.stop_reason is StopReason.CANCELLED,
-        )
-    assert isinstance(answer, Executed), answer
-    result = TaskResult.from_bytes(answer.result.encode())
-    if not result.is_cancelled:
-        return result
-    # the child knows that it was interrupted, but not by whom: only a cancel rules out a retry
-    result = replace(result, is_cancelled=lease.stop_reason is StopReason.CANCELLED)
-    if result.outcome is Outcome.UNLOGGED:
-        return result  # its reason is what the database said
-    why = lease.stop_cause or "a signal that its worker had not sent"
-    return replace(result, reason=f"{result.reason.removesuffix('.')} after {why}.")
-
-
-def _cause(result: TaskResult) -> str:
-    """Why a task ended other than by its own end; empty where there is nothing to say."""
-    return result.reason or str((result.error or {}).get("message", ""))

@@ -17,16 +17,12 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
-    RESULT_EXPIRES_SECONDS,
-    SERVER_PATIENCE_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.errors import (
@@ -39,7 +35,6 @@ from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
@@ -53,6 +48,7 @@ from dagster_taskiq.worker.observer import (
     Observers,
     WorkerObserver,
 )
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
@@ -65,45 +61,6 @@ _RETRY_SECONDS = 0.5
 
 #: How long one wait for control messages lasts before it is begun anew.
 _CONTROL_WAIT_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """How a worker is started.
-
-    Attributes:
-        name: without the host.
-        queues: as people name them, in no order.
-        slots: how many steps run at once.
-        run_slots: how many whole runs.
-        include: modules that every child imports first.
-        log_level: a name.
-        max_tasks_per_child, max_memory_per_child_kib: see ``Slot``; 0 is never.
-        drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
-        result_expires_seconds: how long an unread result is kept.
-        limits: how long a step may take whose tags say nothing.
-        keeps_connections: see ``ChildOptions``.
-        server_patience_seconds: how long it waits for servers that are away when it starts, and its
-            children for the database.
-        watch: directory whose changes of code give every slot a fresh child; None for none.
-        secrets: environment variables of the runs' processes that steps do not get.
-    """
-
-    name: str
-    queues: tuple[str, ...]
-    slots: int
-    run_slots: int = 0
-    include: tuple[str, ...] = ()
-    log_level: str = "INFO"
-    max_tasks_per_child: int = 0
-    max_memory_per_child_kib: int = 0
-    drain_timeout_seconds: float = 3600.0
-    result_expires_seconds: float = RESULT_EXPIRES_SECONDS
-    limits: TimeLimits = TimeLimits()
-    keeps_connections: bool = True
-    server_patience_seconds: float = SERVER_PATIENCE_SECONDS
-    watch: Path | None = None
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class WorkerFailedError(DagsterTaskiqError):

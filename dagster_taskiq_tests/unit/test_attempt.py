@@ -18,7 +18,8 @@ from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker import attempt as attempt_module
-from dagster_taskiq.worker.attempt import Attempt, State, Tools, result_of
+from dagster_taskiq.worker.answers import result_of
+from dagster_taskiq.worker.attempt import Attempt, State, Tools
 from dagster_taskiq.worker.child_messages import Execute, Executed, FailRun, Order
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.run_watch import RunWatch

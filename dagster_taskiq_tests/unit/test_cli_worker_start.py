@@ -16,7 +16,7 @@ from dagster_taskiq.cli import main
 from dagster_taskiq.cli import worker_start as module
 from dagster_taskiq.cli.background import READY, WAITING, arguments_of
 from dagster_taskiq.cli.worker_start import start
-from dagster_taskiq.worker.worker import WorkerOptions
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq_tests.cli_runner import cli_runner
 
 START = ("worker", "start")

@@ -26,11 +26,12 @@ from dagster_taskiq.worker import slot_pool
 from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child_messages import Executed
 from dagster_taskiq.worker.leases import LeaseKeeper
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import WorkerParts
 from dagster_taskiq.worker.receiver import DeliveryFormatter, SettlingReceiver
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.station import Station
-from dagster_taskiq.worker.worker import Worker, WorkerOptions
+from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import (
     PLACE,
