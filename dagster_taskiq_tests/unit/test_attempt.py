@@ -221,12 +221,13 @@ def test_a_run_that_is_cancelled_before_it_began_is_over() -> None:
     assert scene.failed_runs == []
 
 
-def test_a_stopped_step_gets_its_grace_and_is_killed_then() -> None:
+@pytest.mark.parametrize("reason", [StopReason.CANCELLED, StopReason.LEASE_LOST])
+def test_a_stopped_step_gets_its_grace_and_is_killed_then(reason: StopReason) -> None:
     """SIGTERM at once; the reason is in its result."""
     envelope = replace(STEP_TASK, cancel_grace_seconds=0.01)
 
     async def act(scene: Scene) -> ChildDied:
-        scene.leases.stop(scene.lease(), StopReason.CANCELLED)
+        scene.leases.stop(scene.lease(), reason)
         await scene.slot.told.wait()
         scene.slot.told.clear()
         await scene.slot.told.wait()
@@ -237,7 +238,7 @@ def test_a_stopped_step_gets_its_grace_and_is_killed_then() -> None:
         "interrupted",
         "killed",
     ]
-    assert scene.result().reason == "its process was killed by SIGKILL after it was cancelled."
+    assert scene.result().reason == f"its process was killed by SIGKILL after {reason.value}."
     assert scene.witness.heard == ["claimed", "began", "stopped", "ended", "released"]
 
 
