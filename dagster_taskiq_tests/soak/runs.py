@@ -25,11 +25,11 @@ from dagster._daemon.monitoring.run_monitoring import (
     monitor_starting_run,
 )
 
-from benchmarks.soak import jobs
-from benchmarks.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
-from benchmarks.soak.stack import GRACE_SECONDS, LEASE_SECONDS, open_watchers_instance
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq_tests.acceptance.harness import Run, Stack
+from dagster_taskiq_tests.soak import jobs
+from dagster_taskiq_tests.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
+from dagster_taskiq_tests.soak.stack import GRACE_SECONDS, LEASE_SECONDS, open_watchers_instance
 
 logger = logging.getLogger("soak")
 

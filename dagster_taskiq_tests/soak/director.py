@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
-from benchmarks.soak.stack import EmbeddedServer, Kind, OwnServer
 from dagster_taskiq_tests.acceptance.harness import Note, Stack, WorkerProcess, is_running, until
 from dagster_taskiq_tests.proxy import Proxy
+from dagster_taskiq_tests.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
+from dagster_taskiq_tests.soak.stack import EmbeddedServer, Kind, OwnServer
 
 logger = logging.getLogger("soak")
 

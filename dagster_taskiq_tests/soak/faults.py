@@ -16,16 +16,6 @@ from typing import Any
 import psutil
 from taskiq import BrokerMessage
 
-from benchmarks.soak.director import Director, SoakWorker
-from benchmarks.soak.runs import SoakRun
-from benchmarks.soak.stack import (
-    LEASE_SECONDS,
-    EmbeddedServer,
-    OwnServer,
-    accept_broker_connections,
-    close_broker_connections,
-    refuse_broker_connections,
-)
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
@@ -33,6 +23,16 @@ from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import is_running
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
+from dagster_taskiq_tests.soak.director import Director, SoakWorker
+from dagster_taskiq_tests.soak.runs import SoakRun
+from dagster_taskiq_tests.soak.stack import (
+    LEASE_SECONDS,
+    EmbeddedServer,
+    OwnServer,
+    accept_broker_connections,
+    close_broker_connections,
+    refuse_broker_connections,
+)
 
 Fault = Callable[[Director], "str | None"]
 

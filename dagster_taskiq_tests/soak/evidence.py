@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, RunsFilter
 
-from benchmarks.soak.director import CHILDREN, WORKERS, Director, descriptors
-from benchmarks.soak.jobs import NUMBER_TAG, POOL
-from benchmarks.soak.runs import SoakRun
-from benchmarks.soak.stack import LEASE_SECONDS
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import Note, until
+from dagster_taskiq_tests.soak.director import CHILDREN, WORKERS, Director, descriptors
+from dagster_taskiq_tests.soak.jobs import NUMBER_TAG, POOL
+from dagster_taskiq_tests.soak.runs import SoakRun
+from dagster_taskiq_tests.soak.stack import LEASE_SECONDS
 
 #: What a loaded machine may add to a time that a promise names.
 SLACK_SECONDS = 3.0

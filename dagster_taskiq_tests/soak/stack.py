@@ -17,7 +17,6 @@ import redis
 import yaml
 from dagster import DagsterInstance
 
-from benchmarks.soak.jobs import POOL, POOL_SLOTS
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
@@ -29,6 +28,7 @@ from dagster_taskiq_tests.servers import (
     postgres_database,
     private_redis,
 )
+from dagster_taskiq_tests.soak.jobs import POOL, POOL_SLOTS
 
 Kind = Literal["redis", "embedded", "rabbitmq"]
 
