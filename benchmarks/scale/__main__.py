@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from benchmarks.machine import describe_machine
-from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.processes import DidNotEndError, FailedError, interrupt_on_signals
 from benchmarks.report import number
 from benchmarks.scale.measuring import Sizes, measure
 from benchmarks.scale.replay import find_knee
 from benchmarks.scale.simulation import Crowd, given_redis, own_redis, simulate
-from benchmarks.scale.tables import fill, render
+from benchmarks.scale.tables import render
 from dagster_taskiq_tests.server_sources import stop_session_servers
 
 _CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")
 _PARTS = ("measure", "simulate", "knee")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
-#: The crowds of the page, by name; ``tables`` says what each is for.
+#: The crowds of the page, by name.
 _HELD = Crowd(step_seconds=None)
 CROWDS: Mapping[str, Crowd] = {
     "idle": replace(_HELD, busy_share=0.0, runs=0),
@@ -40,15 +39,7 @@ _WORKING_SHARE = 0.25
 @click.group()
 def main() -> None:
     """What a large deployment costs: measured, simulated, computed."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, _interrupt)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """End the program; a second signal must not keep it from clearing up."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    interrupt_on_signals()
 
 
 @main.command("simulate")
@@ -144,7 +135,10 @@ def _measure(names: tuple[str, ...], slots: int, steps: int, file: Path | None) 
 def _refresh(
     file: Path, parts: tuple[str, ...], crowds: tuple[str, ...], workers: int, seconds: float
 ) -> None:
-    """Take the figures of docs/scaling.md anew and keep them in a file: some ten minutes."""
+    """Take the figures of docs/scaling.md anew and keep them in a file: some ten minutes.
+
+    ``python -m benchmarks figures`` puts them into the page.
+    """
     document: dict[str, Any] = json.loads(file.read_text("utf8")) if file.exists() else {}
     document["machine"] = describe_machine()
     for part in parts or _PARTS:
@@ -168,19 +162,6 @@ def _refresh(
 
 def _save(file: Path, document: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
-
-
-@main.command("tables")
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
-@click.option("--page", type=click.Path(exists=True, path_type=Path), help="Put them there.")
-def _tables(file: Path, page: Path | None) -> None:
-    """Print the tables of a file of figures in Markdown, or put them into a page."""
-    tables = render(json.loads(file.read_text("utf8")))
-    if page:
-        page.write_text(fill(page.read_text("utf8"), tables), encoding="utf8")
-        return
-    for name, table in tables.items():
-        click.echo(f"\n{name}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ LEFTOVER_SECONDS = 15.0
 ROOT = Path(__file__).parents[2]
 
 #: Marks the processes of one stack; whatever they start inherits it.
-_STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
+STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
 _RUN_TAG = "acceptance/run"
 
 #: Marks of the stacks whose processes have to be gone by the end of the module.
@@ -379,7 +379,7 @@ class Stack:
             "DAGSTER_HOME": str(self.home),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
-            _STACK_VARIABLE: self.mark,
+            STACK_VARIABLE: self.mark,
             jobs.DIRECTORY_VARIABLE: str(self.directory),
         }
 
@@ -500,7 +500,7 @@ class Stack:
         variables = {
             "DAGSTER_HOME": str(self.home),
             jobs.DIRECTORY_VARIABLE: str(self.directory),
-            _STACK_VARIABLE: self.mark,
+            STACK_VARIABLE: self.mark,
             **(environment or {}),
         }
         log = self.new_log(f"run-{job.replace(':', '-')}")
@@ -582,13 +582,19 @@ class Stack:
 def check_nothing_is_left() -> None:
     """Fail if a process of a stack that was closed still runs, and kill it."""
     marks, closed_stacks[:] = set(closed_stacks), []
-    _, left = psutil.wait_procs(_marked(marks), LEFTOVER_SECONDS)
+    lines = end_marked(marks)
+    assert not lines, "Processes were left:\n" + "\n".join(lines)
+
+
+def end_marked(marks: Collection[str]) -> list[str]:
+    """Kill the processes of stacks that do not end by themselves in time; says which they were."""
+    _, left = psutil.wait_procs(marked(marks), LEFTOVER_SECONDS)
     lines = []
     for process in left:
         with suppress(psutil.NoSuchProcess):
             lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
             process.kill()
-    assert not lines, "Processes were left:\n" + "\n".join(lines)
+    return lines
 
 
 @contextmanager
@@ -685,10 +691,11 @@ def _end(process: ForkServerProcess) -> None:
         process.join(5)
 
 
-def _marked(marks: Collection[str]) -> list[psutil.Process]:
+def marked(marks: Collection[str]) -> list[psutil.Process]:
+    """The processes of stacks."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(_STACK_VARIABLE) in marks:
+            if process.environ().get(STACK_VARIABLE) in marks:
                 found.append(process)
     return found

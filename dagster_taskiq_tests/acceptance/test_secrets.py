@@ -37,7 +37,7 @@ from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Run,
     Stack,
-    _marked,
+    marked,
     open_stack,
     until,
 )
@@ -203,7 +203,7 @@ def _wrong_urls(stack: SecretStack) -> Iterator[dict[str, str]]:
 
 
 def _search_processes(stack: Stack) -> None:
-    found = _marked([stack.mark])
+    found = marked([stack.mark])
     assert len(found) > 10
     for process in found:
         with suppress(psutil.NoSuchProcess):
