@@ -17,6 +17,7 @@ import psutil
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -335,11 +336,12 @@ def _take_database(director: Director) -> str | None:
     if director.faults["the database away for a minute"]:
         return None
     director.database.set(Mode.REFUSE)
+    director.runs.excuse_beginners("Dagster's database went away as it began")
     director.later(DATABASE_AWAY_SECONDS, lambda: director.database.set(Mode.PASS))
     return f"for {DATABASE_AWAY_SECONDS:g} s"
 
 
-def _send_garbage(director: Director) -> str:
+def _send_garbage(director: Director) -> str | None:
     """Into the queues of steps and of runs: no JSON, half a task, an odd header, no run."""
     options = director.stack.broker or _embedded_options(director)
 
@@ -357,7 +359,10 @@ def _send_garbage(director: Director) -> str:
         finally:
             await broker.shutdown()
 
-    return f"{asyncio.run(send())} messages"
+    try:
+        return f"{asyncio.run(send())} messages"
+    except ServerError:  # it is away, by another fault
+        return None
 
 
 def _embedded_options(director: Director) -> ServerOptions:

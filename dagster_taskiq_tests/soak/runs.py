@@ -81,8 +81,8 @@ class Runs:
 
     # --- starting ---
 
-    def start_one(self) -> None:
-        """Start a run of some job, in some way."""
+    def start_one(self, *, may_be_own: bool = True) -> None:
+        """Start a run of some job: in a process of its own, if it may have one, or on a worker."""
         self._started += 1
         number = self._started
         job = self._random.choice(JOBS)
@@ -91,7 +91,7 @@ class Runs:
             "lease_seconds": LEASE_SECONDS,
             "cancel_grace_seconds": GRACE_SECONDS,
         }
-        if self._random.random() < 0.4:
+        if self._random.random() < 0.4 and may_be_own:
             own = self._stack.start(
                 f"{jobs.__name__}:{job}",
                 tags=tags,
@@ -109,6 +109,12 @@ class Runs:
         ).run_id
         self.all.append(SoakRun(number, job, run_id))
         self._orders.put(("launch", run_id))
+
+    def excuse_beginners(self, fault: str) -> None:
+        """Note a fault of all own runs that are not known to Dagster yet."""
+        for run in self.all:
+            if run.own is not None and run.run_id is None:
+                run.faults.append(fault)
 
     def cancel(self, run: SoakRun) -> None:
         """Terminate a launched run, as the UI does it."""
