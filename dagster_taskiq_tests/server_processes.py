@@ -81,6 +81,26 @@ class PrivateRedis:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
 
+    def remember(self) -> None:
+        """Keep a copy of its data, as far as its append-only file has it."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self._data, self._copy)
+
+    def go_back(self) -> None:
+        """Kill it and start it with the copy, as a server that is restored from a backup."""
+        self.kill()
+        shutil.rmtree(self._data)
+        shutil.move(self._copy, self._data)
+        self.restart()
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "appendonlydir"
+
+    @property
+    def _copy(self) -> Path:
+        return self.directory / "copy"
+
     def _start(self) -> subprocess.Popen[bytes]:
         log = self.directory / "server.log"
         process = popen(self.command, log)

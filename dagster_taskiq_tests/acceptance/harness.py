@@ -117,6 +117,12 @@ class Note:
     time: float
     more: Mapping[str, Any]
 
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Note:
+        """From a line of the trace."""
+        names = [name for name in cls.__dataclass_fields__ if name != "more"]
+        return cls(**{name: line.pop(name) for name in names}, more=line)
+
 
 class WorkerProcess:
     """A worker started by ``dagster-taskiq worker start``."""
@@ -527,11 +533,7 @@ class Stack:
 
     def notes(self, kind: str | None = None) -> list[Note]:
         """What ops have left in the trace, in their order."""
-        return [
-            Note(**{key: line.pop(key) for key in list(Note.__dataclass_fields__)[:-1]}, more=line)
-            for line in self.lines("trace")
-            if kind in (None, line["kind"])
-        ]
+        return [Note.of(line) for line in self.lines("trace") if kind in (None, line["kind"])]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Another file of JSON lines in the directory."""
@@ -539,14 +541,14 @@ class Stack:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
 
-    async def depth(self, *queues: str) -> int:
-        """How many steps wait in queues of the stack's broker."""
+    async def depth(self, *queues: str, kind: QueueKind = QueueKind.STEPS) -> int:
+        """How many tasks wait in queues of the stack's broker."""
         assert self.broker is not None
         broker = open_broker(self.broker)
         await broker.startup()
         try:
             prefix = self.broker.key_prefix
-            names = [physical_queue(prefix, QueueKind.STEPS, queue) for queue in queues]
+            names = [physical_queue(prefix, kind, queue) for queue in queues]
             return sum([await broker.depth(name) for name in names])
         finally:
             await broker.shutdown()

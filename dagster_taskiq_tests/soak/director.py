@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dagster_taskiq_tests.acceptance.harness import Note, Stack, WorkerProcess, is_running, until
 from dagster_taskiq_tests.proxy import Mode, Proxy
 from dagster_taskiq_tests.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
-from dagster_taskiq_tests.soak.stack import EmbeddedServer, Kind, OwnServer
+from dagster_taskiq_tests.soak.stack import Kind, Server
 
 logger = logging.getLogger("soak")
 
@@ -88,7 +87,7 @@ class Director:
         kind: Kind,
         stack: Stack,
         other_home: Path,
-        server: OwnServer | EmbeddedServer,
+        server: Server,
         database: Proxy,
         seed: int,
     ) -> None:
@@ -220,7 +219,7 @@ class Director:
                 data = trace.read()
             whole = data[: data.rfind(b"\n") + 1]
             self._trace_offset += len(whole)
-            self._notes += [as_note(json.loads(line)) for line in whole.splitlines()]
+            self._notes += [Note.of(json.loads(line)) for line in whole.splitlines()]
         return self._notes
 
     def busy_pids(self) -> list[int]:
@@ -228,12 +227,6 @@ class Director:
         last: dict[int, Note] = {note.pid: note for note in self.notes()}
         busy = (pid for pid, note in last.items() if note.kind in ("start", "tick", "child"))
         return [pid for pid in busy if is_running(pid)]
-
-
-def as_note(entry: dict[str, Any]) -> Note:
-    """A line of the trace."""
-    names = list(Note.__dataclass_fields__)[:-1]
-    return Note(**{name: entry.pop(name) for name in names}, more=entry)
 
 
 def descriptors(pid: int) -> Counter[str]:

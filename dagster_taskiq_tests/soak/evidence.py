@@ -14,8 +14,7 @@ from typing import Any
 import psutil
 from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, RunsFilter
 
-from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq_tests.acceptance.harness import Note, until
 from dagster_taskiq_tests.soak.director import CHILDREN, WORKERS, Director, descriptors
 from dagster_taskiq_tests.soak.jobs import NUMBER_TAG, POOL
@@ -302,20 +301,9 @@ def _keys(director: Director) -> Counter[str]:
                 found["in the queues"] += 1
     found["pool slots"] = _count_pool_slots(director)
     if director.kind == "rabbitmq":
-        found["in the queues"] += asyncio.run(_depth(director))
+        for kind in QueueKind:
+            found["in the queues"] += asyncio.run(director.stack.depth("dagster", kind=kind))
     return found
-
-
-async def _depth(director: Director) -> int:
-    options = director.stack.broker
-    assert options is not None
-    broker = open_broker(options)
-    await broker.startup()
-    try:
-        names = [physical_queue(options.key_prefix, kind, "dagster") for kind in QueueKind]
-        return sum([await broker.depth(name) for name in names])
-    finally:
-        await broker.shutdown()
 
 
 def stop_workers(director: Director, verdict: Verdict) -> None:

@@ -22,14 +22,15 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import is_running
+from dagster_taskiq_tests.acceptance.launched import LaunchedRun, metadata
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
+from dagster_taskiq_tests.servers import PrivateRedis
 from dagster_taskiq_tests.soak.director import Director, SoakWorker
 from dagster_taskiq_tests.soak.runs import SoakRun
 from dagster_taskiq_tests.soak.stack import (
     LEASE_SECONDS,
     EmbeddedServer,
-    OwnServer,
     accept_broker_connections,
     close_broker_connections,
     refuse_broker_connections,
@@ -71,7 +72,7 @@ def faults_of(director: Director, seconds: float) -> dict[str, Fault]:
     }
     if seconds > 2 * DATABASE_AWAY_SECONDS:
         found["the database away for a minute"] = _take_database
-    if isinstance(director.server, OwnServer):
+    if isinstance(director.server, PrivateRedis):
         found["restart the backend from an older snapshot"] = _go_back
     if isinstance(director.server, EmbeddedServer):
         found["kill the embedded server's keeper"] = _kill_keeper
@@ -259,11 +260,8 @@ def _process_of(director: Director, run: SoakRun) -> int | None:
         return run.own.process.pid
     if run.run_id is None:
         return None
-    for entry in reversed(list(director.stack.instance.all_logs(run.run_id))):
-        event = entry.dagster_event
-        if event and (event.message or "").startswith("Executing the run on worker"):
-            return int(str(event.engine_event_data.metadata["pid"].value))
-    return None
+    starts = LaunchedRun(director.stack, run.run_id).starts()
+    return int(metadata(starts[-1])["pid"]) if starts else None
 
 
 def _cancel_run(director: Director) -> str | None:
@@ -289,6 +287,8 @@ def _cancel_run(director: Director) -> str | None:
 
 def _kill_backend(director: Director) -> str:
     director.server.kill()
+    if isinstance(director.server, PrivateRedis):  # the embedded one has a keeper
+        director.server.restart()
     return "it comes back with its data"
 
 
@@ -299,16 +299,16 @@ def _flush(director: Director) -> str:
 
 
 def _freeze_backend(director: Director, seconds: float) -> str:
-    director.server.signal(signal.SIGSTOP)
+    director.server.pause()
     # on time, whatever the director is waiting for
-    threading.Timer(seconds, director.server.signal, [signal.SIGCONT]).start()
+    threading.Timer(seconds, director.server.resume).start()
     time.sleep(seconds + 0.2)
     return f"{seconds:g} s"
 
 
 def _go_back(director: Director) -> str:
     server = director.server
-    assert isinstance(server, OwnServer)
+    assert isinstance(server, PrivateRedis)
     server.remember()
     time.sleep(director.random.uniform(1, 4))
     server.go_back()
