@@ -87,43 +87,13 @@ def _simulate(
 @click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
 def _knee(workers: int, slots: int, lease: float, seconds: float, url: str | None) -> None:
     """Renew leases more and more often until the server cannot follow."""
+    sizes = {"workers": workers, "slots": slots}
     levels = []
     with given_redis(url) if url else own_redis() as options:
-        for level in find_knee(
-            options,
-            workers=workers,
-            slots=slots,
-            first_lease_seconds=lease,
-            level_seconds=seconds,
-        ):
+        for level in find_knee(options, **sizes, first_lease_seconds=lease, level_seconds=seconds):
             levels.append(level)
-            click.echo(_line(level))
+            click.echo(f"lease {level['lease_seconds']:.2f} s", err=True)
     click.echo(render({"machine": describe_machine(), "knee": levels})["knee"])
-
-
-def _line(level: Mapping[str, Any]) -> str:
-    return (
-        f"lease {level['lease_seconds']:.2f} s: {number(level['claims_renewed_per_s'])} claims/s, "
-        f"CPU {number(level['cpu_percent'])} %, p99 {number(level['renewal_p99_ms'])} ms"
-    )
-
-
-@main.command("measure")
-@click.option("--contender", "-x", "names", multiple=True, type=click.Choice(_CONTENDERS))
-@click.option("--slots", default=Sizes.slots, show_default=True)
-@click.option("--steps", default=Sizes.large, show_default=True, help="Of the large run.")
-@click.option("--json", "file", type=_FILE, help="File for the figures.")
-def _measure(names: tuple[str, ...], slots: int, steps: int, file: Path | None) -> None:
-    """Count what a step, an idle worker and an idle run cost, on real ones."""
-    sizes = Sizes(slots, large=steps)
-    document = {
-        "machine": describe_machine(),
-        "measured": {name: measure(name, sizes) for name in names or _CONTENDERS},
-    }
-    for table in render(document).values():
-        click.echo(f"\n{table}")
-    if file:
-        _save(file, document)
 
 
 @main.command("refresh")
@@ -158,6 +128,8 @@ def _refresh(
                     document.setdefault("simulated", {})[name] = simulate(crowd, options)
                 _save(file, document)
         _save(file, document)
+    for name, table in render(document).items():
+        click.echo(f"\n{name}\n\n{table}")
 
 
 def _save(file: Path, document: Mapping[str, Any]) -> None:

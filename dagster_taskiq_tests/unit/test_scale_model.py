@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
 from benchmarks.scale.redis_stats import RedisStats
 from benchmarks.scale.tables import render
-from benchmarks.scale.tap import AmqpCounts
 
 FIGURES: dict[str, Any] = {
     "step": {
