@@ -5,16 +5,16 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Namespace
 from benchmarks.lab import Plan, open_lab
 from benchmarks.measures import warm_up_job
-from benchmarks.namespace import with_own_redis
 from benchmarks.processes import DidNotEndError, FailedError
 from benchmarks.report import WORKER_START
 from benchmarks.results import Results, Sample
+from benchmarks.scale.simulation import own_redis
 
 
 def take_samples(
@@ -56,7 +56,7 @@ def _take_sample(
     try:
         with ExitStack() as resources:
             if case.has_own_redis and contender.broker != "embedded":
-                space = resources.enter_context(with_own_redis(space))
+                space = replace(space, redis=resources.enter_context(own_redis()))
             lab = resources.enter_context(open_lab(contender, space, defined, keep))
             metrics = case.measure(lab, plan, *jobs)
             if lab.worker_start_seconds is not None:

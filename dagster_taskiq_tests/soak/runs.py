@@ -111,10 +111,14 @@ class Runs:
         self._orders.put(("launch", run_id))
 
     def excuse_beginners(self, fault: str) -> None:
-        """Note a fault of all own runs that are not known to Dagster yet."""
+        """Note a fault of own runs whose executor has not begun: what comes before is Dagster's."""
         for run in self.all:
-            if run.own is not None and run.run_id is None:
+            if run.own is not None and not self._has_begun(run):
                 run.faults.append(fault)
+
+    def _has_begun(self, run: SoakRun) -> bool:
+        kinds = {DagsterEventType.ENGINE_EVENT}
+        return bool(run.run_id and self._stack.instance.all_logs(run.run_id, of_type=kinds))
 
     def cancel(self, run: SoakRun) -> None:
         """Terminate a launched run, as the UI does it."""
