@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from dagster_taskiq.errors import SlotError
@@ -20,6 +22,13 @@ from dagster_taskiq.worker.child import FAIL_RUN, LOOK_AT_RUN
 from dagster_taskiq.worker.slot import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
+
+#: How long Dagster is told again that a run could not start.
+TELL_SECONDS = 300.0
+
+#: Pause before the next try: the first one, and the longest.
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 10.0
 
 
 class RunWatch:
@@ -32,6 +41,7 @@ class RunWatch:
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
         self._turn = asyncio.Lock()
+        self._is_stopped = asyncio.Event()
 
     async def is_over(self, payload: str) -> bool:
         """Whether the run of a step is finished or deleted; False where that cannot be known.
@@ -43,13 +53,27 @@ class RunWatch:
         return answer is not None and bool(answer["is_over"])
 
     async def fail(self, payload: str, reason: str) -> None:
-        """Fail a run that still waits to be started.
+        """Fail a run that still waits to be started; tries until Dagster has heard it, for a while.
+
+        What killed the run's process may keep the child of this from starting, too.
 
         Args:
             payload: of the run's task, as it travels.
             reason: why it could not start.
         """
-        await self._say({"name": FAIL_RUN, "payload": payload, "reason": reason})
+        deadline = time.monotonic() + TELL_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while await self._say({"name": FAIL_RUN, "payload": payload, "reason": reason}) is None:
+            if self._is_stopped.is_set() or time.monotonic() + pause > deadline:
+                logger.error(
+                    "Dagster was not told that a run could not start (%s): it stays STARTING until "
+                    "Dagster's start timeout. End it in the UI, or launch it again.",
+                    reason,
+                )
+                return
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_stopped.wait(), pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _say(self, task: dict[str, Any]) -> Mapping[str, Any] | None:
         """The child's answer, or None where there is none."""
@@ -68,5 +92,6 @@ class RunWatch:
         return answer
 
     async def stop(self) -> None:
-        """End the child."""
+        """Try nothing again, and end the child."""
+        self._is_stopped.set()
         await self._slot.stop()

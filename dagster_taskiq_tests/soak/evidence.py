@@ -189,6 +189,8 @@ def _judge_run(
         yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
     if "seconds to cancel" in text:
         yield "its cancel took too long"
+    if "seconds to start" in text:
+        yield "it did not start, and nobody said why"
     if end_time is not None and notes:
         late = max(note.time for note in notes) - end_time
         if late > _allowed_seconds(run, events):

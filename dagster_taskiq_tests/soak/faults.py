@@ -115,9 +115,10 @@ def _signal_idle(director: Director, number: signal.Signals) -> str | None:
     if not idle:
         return None
     pid = director.random.choice(idle)
+    unfinished = director.runs.look()
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-    for run in director.runs.all:
+    for run in unfinished:
         run.faults.append(f"{number.name} to pid {pid}, which may have been its own")
     return f"pid {pid} of {worker.process.name}"
 
@@ -199,9 +200,10 @@ def _kill_helper(
     if worker is None or process is None:
         return None
     worker.is_harmed = True
+    unfinished = director.runs.look()
     process.kill()
     if find is _forkserver:
-        for run in director.runs.all:
+        for run in unfinished:
             run.faults.append(f"the fork server of {worker.process.name} was killed")
     return f"pid {process.pid} of {worker.process.name}"
 

@@ -183,5 +183,6 @@ def _vhost(stack: Stack) -> str:
 def _launching(stack: Stack) -> dict[str, Any]:
     times = {"lease_seconds": LEASE_SECONDS, "cancel_grace_seconds": GRACE_SECONDS}
     settings = launching_settings(stack, RESUMES, times)
-    settings["run_monitoring"] |= {"start_timeout_seconds": 90, "cancel_timeout_seconds": 90}
+    # longer than the database is away
+    settings["run_monitoring"] |= {"start_timeout_seconds": 150, "cancel_timeout_seconds": 90}
     return settings
