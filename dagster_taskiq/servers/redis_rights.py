@@ -65,13 +65,15 @@ async def check_rights(redis: Redis, address: str, key: str, commands: Iterable[
 
     Raises:
         RefusedByServerError: the message names the commands that are not allowed.
+        UnreachableServerError: the server has gone.
     """
     names = sorted(commands)
     calls = [
         (name, *_WITHOUT_KEY[name]) if name in _WITHOUT_KEY else (name, key, *_ARGUMENTS[name])
         for name in names
     ]
-    connection = await redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+    with server_errors(address):
+        connection = await redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
     try:
         with server_errors(address):
             await connection.send_command("MULTI")
