@@ -13,7 +13,7 @@ from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
-from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.kinds import KINDS, ServerOptions, one_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _dagster_home() -> Path:
     if not home:
         raise ConfigError(
             "No broker is configured, and the embedded server needs a DAGSTER_HOME to live in: "
-            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a RabbitMQ "
-            "or Redis."
+            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a "
+            f"{one_of([kind.names[0] for kind in KINDS])}."
         )
     return Path(home).expanduser().resolve()

@@ -10,15 +10,13 @@ from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from dagster_taskiq.aio.loop_thread import LoopThread
-from dagster_taskiq.servers.kinds import is_amqp
+from dagster_taskiq.servers.kinds import kind_of
 
 #: Takes what came, in one direction of one connection.
 Reader = Callable[[bytes], None]
 
 #: Makes the reader of a new connection's direction; its argument is whether it is to the server.
 MakeReader = Callable[[bool], Reader]
-
-_DEFAULT_PORTS = {True: 5672, False: 6379}
 
 
 class Tap:
@@ -33,7 +31,7 @@ class Tap:
         self._parts = urlsplit(url)
         self._upstream = (
             str(self._parts.hostname),
-            self._parts.port or _DEFAULT_PORTS[is_amqp(url)],
+            self._parts.port or kind_of(url).schemes[self._parts.scheme].port,
         )
         self._make_reader = make_reader
         self.connections = 0

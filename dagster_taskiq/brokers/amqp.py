@@ -46,7 +46,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.
@@ -81,7 +81,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         self.address = options.address
         self.options = options
         self.queues = tuple(queues)
-        super().__init__(normalize_amqp(options.url))
+        super().__init__(options.client_url)
         self._timeout_seconds = options.connect_timeout_seconds
         self._current: _Connection | None = None
         self._connecting = asyncio.Lock()
@@ -431,12 +431,11 @@ async def _connect(options: ServerOptions) -> _Connection:
     arguments: dict[str, Any] = {}
     if options.heartbeat_seconds is not None:
         arguments["heartbeat"] = options.heartbeat_seconds
-    url = normalize_amqp(options.url)
-    if url.startswith("amqps://"):
+    if options.uses_tls:
         arguments["ssl_context"] = options.tls.context()
     with our_message_is_enough():
         try:
-            connection = await aio_pika.connect(url, **arguments)
+            connection = await aio_pika.connect(options.client_url, **arguments)
         except (exceptions.InvalidFrameError, PAMQPException) as error:
             # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
             raise exceptions.ConnectionNotAllowed(

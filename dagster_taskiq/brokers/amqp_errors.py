@@ -15,13 +15,10 @@ from aiormq import exceptions
 from dagster_taskiq.brokers.amqp_properties import is_ours
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers.kinds import redact, reset_hint, tls_refusal
-from dagster_taskiq.servers.server_refusals import (
-    AMQP_REFUSALS,
-    Outlook,
-    find_refusal,
-    refusal_error,
-)
+from dagster_taskiq.servers.kinds import RABBITMQ, uses_tls
+from dagster_taskiq.servers.server_refusals import Outlook, find_refusal, refusal_error
+from dagster_taskiq.servers.tls import reset_hint, tls_refusal
+from dagster_taskiq.servers.urls import redact
 
 
 def words_of_close(error: BaseException) -> str:
@@ -75,7 +72,7 @@ def amqp_errors(address: str) -> Iterator[None]:
             raise _refusal(address, code, error) from error
         if refusal := tls_refusal(address, error):
             raise refusal from error
-        hint = reset_hint(address, error)
+        hint = reset_hint(error) if uses_tls(address) else ""
         raise _unreachable(address, redact(str(error)), hint) from error
     except asyncio.CancelledError as error:
         # not ours: one of aiormq's ways to end the calls on a lost connection
@@ -120,7 +117,7 @@ def _reply_code(error: BaseException) -> str | None:
 
 def _refusal(address: str, code: str, error: BaseException) -> ServerError:
     text = redact(str(error)).rstrip(".")
-    refusal = find_refusal(AMQP_REFUSALS, f"{code} {text}")
+    refusal = find_refusal(RABBITMQ.refusals, f"{code} {text}")
     if refusal.outlook is Outlook.PASSES:
         return refusal_error(address, refusal, f"{address} takes nothing now: {text}.")
     if code == "406" and "inequivalent" in text:

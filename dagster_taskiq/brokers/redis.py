@@ -271,7 +271,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         # repeated here where that is harmless, in redis-py it would be for every command
         arguments["retry"] = Retry(NoBackoff(), 0)
         try:
-            super().__init__(options.url, max_connection_pool_size=_CONNECTIONS, **arguments)
+            super().__init__(options.client_url, max_connection_pool_size=_CONNECTIONS, **arguments)
         except ValueError as error:
             raise ConfigError(f"Cannot use {self.address} as a server: {error}") from None
         # whatever the URL says, which redis-py prefers to its arguments

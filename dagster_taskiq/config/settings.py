@@ -32,12 +32,13 @@ from dagster import (
 from dagster_taskiq import defaults
 from dagster_taskiq._dagster.names import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.config.celery_names import CELERY_SETTINGS
+from dagster_taskiq.config.server_urls import find_backend_url, find_broker_url
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.plain_text import yaml_problem
 from dagster_taskiq.messages.signing import Signer, parse_keys
-from dagster_taskiq.servers.kinds import ServerOptions, Tls, redact
-from dagster_taskiq.servers.tls import parse_tls, read_tls
-from dagster_taskiq.servers.urls import find_backend_url, find_broker_url
+from dagster_taskiq.servers.kinds import ServerOptions, read_tls
+from dagster_taskiq.servers.tls import Tls, parse_tls
+from dagster_taskiq.servers.urls import redact
 
 _SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
 

@@ -33,11 +33,14 @@ from dagster_taskiq.errors import (
     UnreachableServerError,
 )
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers.kinds import ServerOptions, Tls, is_redis, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.tls import Tls
+from dagster_taskiq.servers.urls import normalize_amqp
 from dagster_taskiq_tests.server_sources import missing
 from dagster_taskiq_tests.servers import (
     PrivateRedis,
     amqp_options,
+    is_redis,
     private_redis,
     redis_options,
     valkey_options,

@@ -21,7 +21,7 @@ from dagster_taskiq.config.settings import (
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.servers.kinds import Tls
+from dagster_taskiq.servers.tls import Tls
 
 SECRET = "s3cr3t-w0rd"
 

