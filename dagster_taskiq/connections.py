@@ -11,6 +11,7 @@ from dagster_taskiq._dagster.storage import has_database_server
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import KINDS, ServerOptions, one_of
@@ -29,6 +30,14 @@ class Servers:
     backend: ServerOptions
     signer: Signer
     embedded_home: Path | None = None
+
+    def physical_queue(self, kind: QueueKind, queue: str) -> str:
+        """The name on the broker of this deployment's queue for tasks of one kind.
+
+        Args:
+            queue: as people name it.
+        """
+        return physical_queue(self.broker.key_prefix, kind, queue)
 
     def revive(self) -> None:
         """After a connection was lost: start the embedded server again if it is gone.

@@ -36,9 +36,7 @@ from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import (
     Envelope,
-    QueueKind,
     TaskName,
-    physical_queue,
     run_task_id,
 )
 from dagster_taskiq.messages.queue_waits import QueueWait
@@ -382,7 +380,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return run_task_id(run.run_id, self._instance.count_resume_run_attempts(run.run_id))
 
     def _physical_queue(self, run: DagsterRun) -> str:
-        return physical_queue(self._settings.source.key_prefix, QueueKind.RUNS, self._queue(run))
+        return self._client.physical_queue(self._queue(run))
 
     def _queue(self, run: DagsterRun) -> str:
         return run_queue(run.tags, self._settings.default_queue)

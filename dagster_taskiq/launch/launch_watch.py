@@ -166,7 +166,7 @@ class LaunchWatch:
             it.envelope
             for it in waiting
             if self._is_lost(
-                self._client.physical_queue(it.envelope),
+                self._client.physical_queue(it.envelope.queue),
                 it.envelope.run_id,
                 it.envelope.task_id,
                 now,
@@ -231,7 +231,7 @@ class LaunchWatch:
         self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
     ) -> None:
         """Fail a run that no worker has begun, unless one has by now."""
-        physical = self._client.physical_queue(envelope)
+        physical = self._client.physical_queue(envelope.queue)
         state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
         if state is TaskState.CANCELLED:
             instance.report_run_failed(run, f"The run was not executed. {reason}")

@@ -16,7 +16,7 @@ from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWaits
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result
@@ -65,13 +65,13 @@ class RunClient:
         epoch, _ = await self._backend.inspect("", [])
         return epoch
 
-    def physical_queue(self, envelope: Envelope) -> str:
-        """The name on the server of the queue that a task is sent to."""
-        return physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+    def physical_queue(self, queue: str) -> str:
+        """The name on the broker of a queue's part for runs."""
+        return self._servers.physical_queue(QueueKind.RUNS, queue)
 
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
-        message = envelope.to_message(self.physical_queue(envelope), self._signer)
+        message = envelope.to_message(self.physical_queue(envelope.queue), self._signer)
 
         async def submit() -> None:
             await self._broker.kick(message)

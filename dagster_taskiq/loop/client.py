@@ -35,7 +35,7 @@ from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.queue_waits import QueueWaits
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import NOWHERE, TaskResult, read_result
@@ -88,7 +88,6 @@ class Client(Dispatcher):
         self._servers = servers
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
-        self._key_prefix = servers.broker.key_prefix
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._inspected_epoch = ""
@@ -413,4 +412,4 @@ class Client(Dispatcher):
         )
 
     def _physical_queue(self, task: StepTask) -> str:
-        return physical_queue(self._key_prefix, QueueKind.STEPS, task.queue)
+        return self._servers.physical_queue(QueueKind.STEPS, task.queue)

@@ -38,7 +38,7 @@ from dagster_taskiq.errors import (
     UntrustedError,
 )
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -174,11 +174,10 @@ class Worker:
                 )
                 for number in range(1, count + 1)
             ]
-            broker = self._servers.broker
-            queues = [physical_queue(broker.key_prefix, kind, name) for name in options.queues]
+            queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             yield Station(
                 kind,
-                open_broker(broker, queues),
+                open_broker(self._servers.broker, queues),
                 self._backend,
                 self._leases,
                 slots,

@@ -77,7 +77,7 @@ class FakeClient:
     def of(self, _: str) -> None:
         return None
 
-    def physical_queue(self, _: Envelope) -> str:
+    def physical_queue(self, _: str) -> str:
         return "queue"
 
     def is_absent(self, *_: str) -> bool:

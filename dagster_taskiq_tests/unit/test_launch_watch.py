@@ -44,8 +44,8 @@ class FakeClient:
         self.sent: list[Envelope] = []
         self.is_looked_at = threading.Semaphore(0)
 
-    def physical_queue(self, envelope: Envelope) -> str:
-        return f"physical {envelope.queue}"
+    def physical_queue(self, queue: str) -> str:
+        return f"physical {queue}"
 
     def is_absent(self, *_: str) -> bool:
         self.is_looked_at.release()
