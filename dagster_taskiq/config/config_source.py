@@ -88,7 +88,8 @@ class ConfigSource:
     worker_max_memory_per_child: int | None = setting(
         None,
         parsers.positive_integer,
-        "KiB of memory above which a slot's child process is replaced, as `--max-memory-per-child`.",
+        "KiB of memory above which a slot's child process is replaced, as "
+        "`--max-memory-per-child`.",
         default_text=_NO_LIMIT,
     )
     task_soft_time_limit: float | None = setting(

@@ -429,17 +429,20 @@ def test_an_include_that_is_missing(stack: Stack) -> None:
     assert "dagster_taskiq/cli" not in worker.log
 
 
-def test_includes_are_imported_by_each_child(stack: Stack) -> None:
-    """``-i`` runs before the first step, in the process that executes it."""
-    (stack.directory / "included.py").write_text(
-        "import os, pathlib\n"
-        "pathlib.Path(os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY'], f'included-{os.getpid()}')"
-        ".touch()\n"
-    )
-    stack.worker("-i", "included", slots=1).await_ready()
+def test_includes_are_imported_by_each_child_and_the_app_by_the_worker_too(stack: Stack) -> None:
+    """``-i`` and ``-A`` run before the first step, in the process that executes it."""
+    for module in ("included", "team_app"):
+        (stack.directory / f"{module}.py").write_text(
+            "import os, pathlib\n"
+            "directory = os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY']\n"
+            "pathlib.Path(directory, f'{__name__}-{os.getpid()}').touch()\n"
+        )
+    worker = stack.worker("-i", "included", "-A", "team_app:any", slots=1).await_ready()
     run = stack.run("serial")
     (pid,) = {note.pid for note in run.notes("ran")}
-    assert (stack.directory / f"included-{pid}").exists()
+    for process in (f"included-{pid}", f"team_app-{pid}", f"team_app-{worker.pid}"):
+        assert (stack.directory / process).exists()
+    assert not (stack.directory / f"included-{worker.pid}").exists()
 
 
 def _forged(task_id: str, **changes: object) -> bytes:

@@ -22,7 +22,7 @@ STOREYS = [
     "tags config brokers backend execution",
     "connections",
     "loop launch worker",
-    "executor launcher app",
+    "executor launcher",
     "demo",
     "cli",
 ]
