@@ -29,7 +29,7 @@ from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ServerError, UnloadableCodeError
 from dagster_taskiq.execution.tasks import RUN_ARGS_KEY
 from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_watch import LaunchWatch
@@ -227,7 +227,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:
-            raise ValueError(f"Run {run.run_id} does not say where its job's code is.")
+            raise UnloadableCodeError(f"Run {run.run_id} does not say where its job's code is.")
         instance = self._instance
         return ExecuteRunArgs(
             job_origin=run.job_code_origin,

@@ -31,7 +31,11 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER, SERVER_PATIENCE_SECONDS
-from dagster_taskiq.errors import DagsterTaskiqError, EventsNotWrittenError
+from dagster_taskiq.errors import (
+    EventsNotWrittenError,
+    TaskRefusedError,
+    WrongInstanceError,
+)
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.step_plans import RunPlans
@@ -49,14 +53,6 @@ EXIT_UNFINISHED = 4
 
 #: Exit code of a run's process whose run another process has taken over.
 EXIT_SUPERSEDED = 5
-
-
-class StepRefusedError(DagsterTaskiqError):
-    """The step or run must not or cannot be executed here; the message says why."""
-
-
-class WrongInstanceError(StepRefusedError):
-    """The step belongs to another Dagster instance than this worker's."""
 
 
 class TaskRunner:
@@ -121,7 +117,7 @@ class TaskRunner:
                 is_new = name is TaskName.EXECUTE_JOB
                 outcome = Outcome.REFUSED if is_new else Outcome.ERROR
                 return TaskResult(outcome, place, reason=str(refusal))
-            except StepRefusedError as refusal:
+            except TaskRefusedError as refusal:
                 return TaskResult(Outcome.ERROR, place, reason=str(refusal))
             except Exception:
                 return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
@@ -191,7 +187,7 @@ class TaskRunner:
             )
         except WrongInstanceError as refusal:
             return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
-        except StepRefusedError as refusal:
+        except TaskRefusedError as refusal:
             return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
         except Exception:
             error = pack_value(error_info())
@@ -292,7 +288,7 @@ def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Da
         else (DagsterRunStatus.STARTING,)
     )
     if run.status not in waiting:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
     return run
 
 
@@ -343,7 +339,7 @@ def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
 def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     run = _known_run(instance, run_id)
     if run.is_finished or run.status is DagsterRunStatus.CANCELING:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
     return run
 
 

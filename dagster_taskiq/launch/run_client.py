@@ -14,7 +14,7 @@ from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.errors import LauncherClosedError, UnreachableServerError
 from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWaits
@@ -152,7 +152,7 @@ class RunClient:
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             if self._is_closed:
-                raise RuntimeError("The launcher has left its servers.")
+                raise LauncherClosedError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
             thread = self._thread

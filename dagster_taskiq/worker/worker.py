@@ -32,10 +32,10 @@ from dagster_taskiq.defaults import (
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.errors import (
-    DagsterTaskiqError,
     EmbeddedServerError,
     ServerError,
     UntrustedError,
+    WorkerFailedError,
 )
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
@@ -102,10 +102,6 @@ class WorkerOptions:
     server_patience_seconds: float = SERVER_PATIENCE_SECONDS
     watch: Path | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-class WorkerFailedError(DagsterTaskiqError):
-    """A part of the worker ended that must not end; the message names it."""
 
 
 class Worker:
