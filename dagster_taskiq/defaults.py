@@ -1,4 +1,4 @@
-"""Every default with its unit. Who needs to know what happens unconfigured reads this file."""
+"""All defaults, with their units."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ TREE = {
 #: What else is raised, by module or room, and why it is none of the tree.
 OTHERS: Mapping[str, set[str]] = {
     "": {"AttributeError", "ImportError"},  # Python's own protocol of modules
+    # ``amqp_errors`` makes a ServerError of these, as of all that the client library raises
     "brokers.amqp": {"exceptions.ChannelNotFoundEntity", "exceptions.ConnectionNotAllowed"},
-    # turned into ServerError by ``amqp_errors``, with all else that the client library raises
     "cli": {"click.ClickException", "click.UsageError", "argparse.ArgumentTypeError"},
     "config.parsers": {"TypeError"},  # caught in the same function
     "demo.jobs": {"ConnectionError"},  # a step of the demo fails
