@@ -27,6 +27,9 @@ class FakeClient:
         self.is_asked = threading.Event()
         self.answers = threading.Event()
 
+    def physical_queue(self, queue: str) -> str:
+        return f"physical {queue}"
+
     def cancel(self, *_: str) -> TaskState:
         return TaskState.CLAIMED
 
