@@ -62,7 +62,7 @@ from dagster_taskiq.flights import (
 )
 from dagster_taskiq.patience import Patience
 from dagster_taskiq.queue_waits import QueueWait
-from dagster_taskiq.results import Outcome, TaskResult
+from dagster_taskiq.results import NOWHERE, Outcome, TaskResult
 from dagster_taskiq.tags import (
     has_misleading_priority,
     step_queue,
@@ -552,10 +552,11 @@ class _Loop:
         if not self._dispatcher.condemn(task_id) and not is_over:
             return  # it is claimed or has its result after all
         del self._flights[task_id]
+        begun_at = log.place_of(flight)
         lost = TaskResult(
             Outcome.DIED,
-            flight.place or log.place_of(flight),
-            reason=reason_of_loss(flight, inspection),
+            flight.place or NOWHERE if begun_at is NOWHERE else begun_at,
+            reason=reason_of_loss(flight, inspection, begun_at),
         )
         yield from self._finish(flight, lost)
 

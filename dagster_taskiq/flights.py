@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from dagster_taskiq._dagster import (
     SerializableErrorInfo,
     is_end_of_attempt,
     plain_error,
+    read_step_log,
 )
 from dagster_taskiq.claim_watch import ClaimWatch
 from dagster_taskiq.dispatcher import Inspection, StepTask
@@ -70,14 +71,7 @@ class RunLog:
         return by_step
 
     def _of(self, flight: Flight) -> list[DagsterEvent]:
-        """The events of one attempt: what follows the step's previous STEP_UP_FOR_RETRY."""
-        found = []
-        attempt = 1
-        for event in self._events.get(flight.step.key, ()):
-            if attempt == flight.attempt_in_run:
-                found.append(event)
-            attempt += event.is_step_up_for_retry
-        return found
+        return _of_attempt(flight.attempt_in_run, self._events.get(flight.step.key, ()))
 
     def outcome(self, flight: Flight) -> list[DagsterEvent]:
         """What ``ActiveExecution`` has to know of an attempt: its outputs and its end."""
@@ -85,8 +79,7 @@ class RunLog:
 
     def place_of(self, flight: Flight) -> Place:
         """Where a worker has last begun with the attempt; ``NOWHERE`` if none has."""
-        places = [place_in(event) for event in self._of(flight)]
-        return next((place for place in reversed(places) if place), NOWHERE)
+        return _last_place(self._of(flight))
 
     def has_ended(self, flight: Flight) -> bool:
         """Whether the end of the attempt is there."""
@@ -94,10 +87,48 @@ class RunLog:
 
     def has_started(self, flight: Flight) -> bool:
         """Whether a worker has written anything of the attempt."""
-        return any(
-            not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
-            for event in self._of(flight)
-        )
+        return _has_started(self._of(flight))
+
+
+def _of_attempt(attempt: int, events: Iterable[DagsterEvent]) -> list[DagsterEvent]:
+    """The events of one attempt of a step: what follows its previous STEP_UP_FOR_RETRY."""
+    found = []
+    number = 1
+    for event in events:
+        if number == attempt:
+            found.append(event)
+        number += event.is_step_up_for_retry
+    return found
+
+
+def _has_started(events: Iterable[DagsterEvent]) -> bool:
+    return any(
+        not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
+        for event in events
+    )
+
+
+def _last_place(events: Sequence[DagsterEvent]) -> Place:
+    places = [place_in(event) for event in events]
+    return next((place for place in reversed(places) if place), NOWHERE)
+
+
+def already_begun(
+    instance: DagsterInstance, run_id: str, step_key: str, attempt: int
+) -> Place | None:
+    """Where an attempt has been begun, by Dagster's log, or ended without having begun.
+
+    This is the loop's own rule: what it finds begun or ended it never sends again.
+
+    Args:
+        attempt: of the step in this run, from 1.
+
+    Returns:
+        None if the attempt is still to begin; ``NOWHERE`` if it was only ended.
+    """
+    entries = without_late_events(read_step_log(instance, run_id, step_key))
+    events = _of_attempt(attempt, (entry.get_dagster_event() for entry in entries))
+    return _last_place(events) if _has_started(events) else None
 
 
 def read_steps_log(instance: DagsterInstance, run_id: str) -> Iterator[EventLogEntry]:
@@ -110,16 +141,24 @@ def without_late_events(entries: Iterable[EventLogEntry]) -> Iterator[EventLogEn
 
     A worker that was given up may live, and then its process writes the end of its attempt into
     the log in which the next attempt is under way. Events do not name their attempt, so they are
-    known by the process that announced itself as the one that executes it.
+    known by the process that announced itself as the one that executes it. Where the loop and such
+    a process have asked for a retry at the same time, it is the same retry.
     """
     present: dict[str, set[int]] = defaultdict(set)
     former: dict[str, set[int]] = defaultdict(set)
+    to_retry: set[str] = set()
     for entry in entries:
         event = entry.dagster_event
         if event is None or event.step_key is None:
             continue
         ours, gone = present[event.step_key], former[event.step_key]
         place = place_in(event)
+        if says_sent(event):
+            to_retry.discard(event.step_key)
+        elif event.is_step_up_for_retry:
+            if event.step_key in to_retry:
+                continue
+            to_retry.add(event.step_key)
         if place is not None:
             gone.discard(place.pid)
             ours.add(place.pid)
@@ -147,8 +186,18 @@ def place_in(event: DagsterEvent) -> Place | None:
         return None  # a loop that has withdrawn the step ends the wait too
 
 
-def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
-    """Why an attempt that a worker had begun has no result and no claim any more."""
+def reason_of_loss(flight: Flight, inspection: Inspection, begun_at: Place) -> str:
+    """Why an attempt that a worker had begun has no result and no claim any more.
+
+    Args:
+        begun_at: where Dagster's log has it; ``NOWHERE`` if it has not begun.
+    """
+    held_at = flight.place
+    if begun_at is not NOWHERE and held_at is not None and _slot(held_at) != _slot(begun_at):
+        return (
+            f"Worker {held_at.worker} (slot {held_at.slot}) was given its task too, and its claim, "
+            "but has not begun: the first claim was deleted from the backend, or had expired."
+        )
     if inspection.trouble and inspection.troubled_at > max(flight.claim.seen_at, flight.sent_at):
         return (
             "Its lease could not be renewed, so that it was stopped or is taken for lost: "
@@ -160,6 +209,10 @@ def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
             "backend's clock was set forward, or the key was deleted."
         )
     return "The worker is gone: its lease on this attempt ended without a result."
+
+
+def _slot(place: Place) -> tuple[str, int]:
+    return place.worker, place.slot
 
 
 def error_of(

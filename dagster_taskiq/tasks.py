@@ -36,8 +36,8 @@ from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.envelope import TaskName
 from dagster_taskiq.errors import DagsterTaskiqError, EventsNotWrittenError
 from dagster_taskiq.event_batches import EventWriter, batched_events
-from dagster_taskiq.flights import QUEUE_WAIT_MARKER
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.flights import QUEUE_WAIT_MARKER, already_begun
+from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq.step_plans import RunPlans
 from dagster_taskiq.storage_connections import kept_connections
 from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
@@ -61,12 +61,17 @@ class WrongInstanceError(StepRefusedError):
     """The step belongs to another Dagster instance than this worker's."""
 
 
+class CopyOfStepError(DagsterTaskiqError):
+    """Dagster's log has this attempt of the step as begun; the message says where."""
+
+
 class TaskRunner:
     """Executes one task after the other, in one process.
 
     Args:
         keeps_connections: whether the database of Dagster's storage may be left connected.
         patience_seconds: how long that database is waited for when it is away.
+        refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
     """
 
     def __init__(
@@ -74,7 +79,9 @@ class TaskRunner:
         *,
         keeps_connections: bool = True,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
+        refuses_copies: bool = False,
     ) -> None:
+        self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
@@ -145,7 +152,8 @@ class TaskRunner:
 
         Returns:
             the events of the step, also when it failed; all of them are in Dagster's log. An error
-            where the step could not be brought to run, or where the log did not take its events. An
+            where the step could not be brought to run, or where the log did not take its events.
+            ``COPY`` where the attempt has begun before, which nothing was written about. An
             interrupted step has no end among its events, unless its run is over, and an error that
             shows where it was: why it was interrupted is for the worker to add.
         """
@@ -191,6 +199,8 @@ class TaskRunner:
                 reason="It was stopped." if events else "It was stopped before it had started.",
                 is_cancelled=True,
             )
+        except CopyOfStepError as refusal:
+            return TaskResult(Outcome.COPY, place, reason=str(refusal))
         except WrongInstanceError as refusal:
             return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
         except StepRefusedError as refusal:
@@ -214,7 +224,11 @@ class TaskRunner:
         location = run.remote_job_origin.location_name if run.remote_job_origin else None
         instance.inject_env_vars(location)
         run_plan = self._plans.of_run(run, executable)
-        plan = run_plan.of_step(step_key, args.known_state or KnownExecutionState())
+        known_state = args.known_state or KnownExecutionState()
+        plan = run_plan.of_step(step_key, known_state)
+        if self._refuses_copies:  # as late as can be, since it only counts what is in the log yet
+            attempts = known_state.get_retry_state().get_attempt_count(step_key)
+            _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
         on_loaded()
         yield _report_start(instance, run, step_key, place, queue)
         self._events.flush()  # who looks for the step after a crash must find that it began
@@ -303,6 +317,18 @@ def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, 
         f"Executing the run on worker {place.worker}.",
         run,
         EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
+    )
+
+
+def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
+    place = already_begun(instance, run_id, step_key, attempt)
+    if place is None:
+        return
+    by = "" if place is NOWHERE else f" on worker {place.worker} (slot {place.slot})"
+    raise CopyOfStepError(
+        f'by Dagster\'s log, attempt {attempt} of step "{step_key}" of run {run_id} has begun '
+        f"before{by}: this is a copy of its task, and its claim is gone from the backend. See who "
+        "can write to broker and backend"
     )
 
 

@@ -117,8 +117,12 @@ class TaskBroker(AsyncBroker):
 
     @property
     def refused_count(self) -> int:
-        """How many messages ``admit`` has refused."""
+        """How many messages were refused."""
         return self._refusals.count
+
+    def note_refused(self, error: Exception) -> None:
+        """Count a message that was refused, and say why a few times."""
+        self._refusals.note("a message", error)
 
     async def shutdown(self) -> None:
         """Close the connections; listeners end. What is unsettled goes back to its queue."""
@@ -138,7 +142,7 @@ class TaskBroker(AsyncBroker):
             if self.admit is not None:
                 self.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
-            self._refusals.note("a message", error)
+            self.note_refused(error)
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False

@@ -223,6 +223,11 @@ class Station:
             result = failure and TaskResult(Outcome.ERROR, claim.place, reason=failure)
             result = result or await self._run_in(slot, envelope, lease, begin)
             lease.is_executed = True
+            if result.outcome is Outcome.COPY:
+                # the claim is kept from everybody for a lease: by then the attempt that was begun
+                # has ended, or its worker has stopped it, and the loop judges it by Dagster's log
+                self._broker.note_refused(UntrustedError(result.reason))
+                return
             if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
                 return  # it has not begun: as it is neither acked nor completed, another starts it
             if await self._store(lease, envelope, result) and not acking:

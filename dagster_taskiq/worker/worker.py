@@ -164,6 +164,7 @@ class Worker:
                         number,
                         options.keeps_connections,
                         options.server_patience_seconds,
+                        refuses_copies=self._servers.signer.is_active,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),
