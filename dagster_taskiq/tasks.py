@@ -326,9 +326,9 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
         return
     by = "" if place is NOWHERE else f" on worker {place.worker} (slot {place.slot})"
     raise CopyOfStepError(
-        f'by Dagster\'s log, attempt {attempt} of step "{step_key}" of run {run_id} has begun '
-        f"before{by}: this is a copy of its task, and its claim is gone from the backend. See who "
-        "can write to broker and backend"
+        f'Attempt {attempt} of step "{step_key}" of run {run_id} has begun before{by}, by '
+        "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
+        "See who can write to broker and backend."
     )
 
 

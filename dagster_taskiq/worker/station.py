@@ -226,7 +226,7 @@ class Station:
             if result.outcome is Outcome.COPY:
                 # the claim is kept from everybody for a lease: by then the attempt that was begun
                 # has ended, or its worker has stopped it, and the loop judges it by Dagster's log
-                self._broker.note_refused(UntrustedError(result.reason))
+                self._broker.note_refused(UntrustedError(result.reason.removesuffix(".")))
                 return
             if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
                 return  # it has not begun: as it is neither acked nor completed, another starts it

@@ -1576,7 +1576,7 @@ def test_a_copy_of_what_has_begun_is_refused(
         for task in fake.sent:
             if task.task_id in fake.begun | fake.executed:
                 reason = check_is_refused(fake, task)
-                assert "begun before on worker w@h (slot 2)" in reason
+                assert "has begun before on worker w@h (slot 2)" in reason
                 copies.add(task.task_id)
 
     fake.on_wait = send_copies
@@ -1591,7 +1591,7 @@ def check_is_refused(fake: FakeDispatcher, task: StepTask) -> str:
     runner = TaskRunner(refuses_copies=True)
     result = runner.execute_plan(fake.payloads[task.task_id], PLACE, task.queue)
     assert result.outcome is Outcome.COPY, result
-    assert f'attempt {task.attempt} of step "{task.step_key}"' in result.reason
+    assert f'Attempt {task.attempt} of step "{task.step_key}"' in result.reason
     assert len(fake.instance.all_logs(run.run_id)) == before
     return result.reason
 
