@@ -137,7 +137,11 @@ class WorkerRecord:
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
         broker: address of the broker that it listens to, without a password; empty if not told.
-        is_trusted: whether the reader may act on it: it is signed, or the reader has no key.
+        sent_at: when it was written, by the worker's clock; seconds since the epoch.
+        is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
+            has no key.
+        is_outdated: whether it is signed, and older than a worker's that lives, by the reader's
+            clock; or from the future.
     """
 
     worker_id: str
@@ -156,7 +160,9 @@ class WorkerRecord:
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
     broker: str = ""
+    sent_at: float = 0.0
     is_trusted: bool = True
+    is_outdated: bool = False
 
 
 class RunBackend(ABC):

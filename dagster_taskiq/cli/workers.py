@@ -45,10 +45,10 @@ def worker_list(name: str | None, config_yaml: str | None) -> None:
     records = _running_workers(read_settings(config_yaml), name)
     if records:
         click.echo(_table(records))
-    elif name is None:
-        click.echo("No worker is running.")
-    else:
+    if name is not None and all(record.is_outdated for record in records):
         raise click.ClickException(_nobody(name))
+    if not records:
+        click.echo("No worker is running.")
 
 
 @click.command("status")
@@ -68,7 +68,7 @@ def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str
     records = [
         record
         for record in _running_workers(settings)
-        if not names or any(_is_named(record, name) for name in names)
+        if not record.is_outdated and (not names or any(_is_named(record, name) for name in names))
     ]
     for record in records:
         click.echo(f"->  {record.name}: OK")
@@ -118,6 +118,13 @@ def _other_protocol(record: WorkerRecord) -> str:
     return "" if record.protocol == PROTOCOL else f" (protocol {record.protocol})"
 
 
+def _doubt(record: WorkerRecord) -> str:
+    """Why nothing is decided by a record, for the listing; empty where it counts."""
+    if record.is_outdated:
+        return " (outdated)"
+    return "" if record.is_trusted else " (not signed)"
+
+
 def _table(records: Sequence[WorkerRecord]) -> str:
     """The records in columns, each as wide as its longest text: nothing is ever cut."""
     rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
@@ -127,7 +134,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
             f"{record.busy_run_slots}/{record.run_slots}",
-            record.state if record.is_trusted else f"{record.state} (not signed)",
+            record.state + _doubt(record),
             str(record.pid),
             record.version + _other_protocol(record),
             str(record.refused),

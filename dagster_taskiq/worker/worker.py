@@ -400,6 +400,7 @@ class Worker:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 

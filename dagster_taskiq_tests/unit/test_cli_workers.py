@@ -67,6 +67,24 @@ def test_a_record_that_is_not_signed_is_told_nothing(
     assert listed.count("running (not signed)") == 2
 
 
+def test_a_record_that_is_outdated_counts_for_nothing(crowd: Crowd) -> None:
+    """It may be that of a dead worker, kept by somebody: it is listed, and said to be so."""
+    crowd.add("a@one")
+    crowd.records = [replace(crowd.records[0], is_trusted=False, is_outdated=True)]
+    told = call("worker", "terminate", "a")
+    assert told.exit_code == 1
+    assert "the record of worker a@one is outdated by this host's clock" in told.stderr
+    assert crowd.orders == {}
+    listed = call("worker", "list")
+    assert listed.exit_code == 0
+    assert "running (outdated)" in listed.stdout
+    named = call("worker", "list", "a")
+    assert named.exit_code == 1
+    assert "running (outdated)" in named.stdout
+    assert "No worker named 'a' is running." in named.stderr
+    assert call("status").exit_code == 1
+
+
 def call(*arguments: str, **more: Any) -> Result:
     return cli_runner().invoke(main, arguments, **more)
 
