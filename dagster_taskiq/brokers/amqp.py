@@ -36,6 +36,7 @@ from dagster_taskiq.brokers.amqp_errors import (
     our_message_is_enough,
     words_of_close,
 )
+from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -368,7 +369,8 @@ class _AmqpListener(Listener):
             with suppress(UnreachableServerError):  # RabbitMQ has taken it back already
                 await self._broker.guard(message.reject(requeue=True))
 
-        return Delivery(data=message.body, ack=ack, release=release)
+        flaw = "its AMQP properties cannot be decoded" if message.type == UNREADABLE else ""
+        return Delivery(data=message.body, ack=ack, release=release, flaw=flaw)
 
 
 class _Consumption:
