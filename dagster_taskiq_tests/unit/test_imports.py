@@ -18,7 +18,7 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 LAYERS = [
     "plain_text",
     "version defaults celery_names errors time_limits refusals",
-    "forked_copies patched_library",
+    "forked_copies patched_library private_files",
     "signing server_refusals patience plain_json code_locations",
     "database_errors",
     "tags servers results envelope worker.frames worker.guard",
