@@ -173,6 +173,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._send(run, TaskName.RESUME_JOB, resume_number)
 
         try:
+            self._client.reach(self._physical_queue(run))
             send(run)
         except ServerError as error:
             # it has been launched with these settings

@@ -6,7 +6,9 @@ that was away is reached again by the next call.
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -22,6 +24,14 @@ from dagster_taskiq.refusals import Refusals
 from dagster_taskiq.results import TaskResult, read_result
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: A try that has waited for so long has found a server silent.
+_SILENT_SECONDS = 1.0
+
+#: Pause between two looks at a server that was silent.
+_LOOK_SECONDS = 1.0
 
 
 class RunClient:
@@ -39,7 +49,8 @@ class RunClient:
         self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._is_closed = False
+        self._closed = threading.Event()
+        self._silence: UnreachableServerError | None = None
         self._broker: TaskBroker
         self._backend: Backend
 
@@ -49,13 +60,41 @@ class RunClient:
         return self._thread is not None
 
     def reach(self, physical: str) -> None:
-        """Raise unless both servers answer, asked for one of the broker's queues."""
+        """Raise unless both servers answer, asked for one of the broker's queues.
 
-        async def reach() -> None:
+        After a try that waited in vain, a thread asks until both answer, and meanwhile this raises
+        at once: Dagster's daemon launches one run after the other, and would wait for each.
+        """
+        if silence := self._silence:
+            raise UnreachableServerError(silence.address, str(silence))
+        began = time.monotonic()
+        try:
+            self._ask(physical)
+        except UnreachableServerError as error:
+            if time.monotonic() - began >= _SILENT_SECONDS:
+                self._silence = error
+                threading.Thread(
+                    target=self._await_answer, args=(physical,), name="silent-server", daemon=True
+                ).start()
+            raise
+
+    def _await_answer(self, physical: str) -> None:
+        while not self._closed.wait(_LOOK_SECONDS):
+            try:
+                self._ask(physical)
+            except UnreachableServerError:
+                continue
+            except Exception:  # the next launch gets to know it
+                logger.debug("A server answers, with an error.", exc_info=True)
+            break
+        self._silence = None
+
+    def _ask(self, physical: str) -> None:
+        async def ask() -> None:
             await self._backend.inspect("", [])
             await self._broker.depth(physical)
 
-        self._call(reach)
+        self._call(ask)
 
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
@@ -140,7 +179,7 @@ class RunClient:
     def close(self) -> None:
         """Leave the servers, for good."""
         with self._lock:
-            self._is_closed = True
+            self._closed.set()
             if self._thread is None:
                 return
             self._thread.call(self._disconnect())
@@ -151,7 +190,7 @@ class RunClient:
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
-            if self._is_closed:
+            if self._closed.is_set():
                 raise RuntimeError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
