@@ -12,7 +12,7 @@ from typing import Any
 from dagster import DagsterInstance, DagsterRun
 from typing_extensions import Self
 
-from dagster_taskiq._dagster import (
+from dagster_taskiq._dagster.names import (
     CheckRunHealthResult,
     ConfigurableClass,
     ConfigurableClassData,
@@ -22,23 +22,29 @@ from dagster_taskiq._dagster import (
     ResumeRunContext,
     RunLauncher,
     WorkerStatus,
-    is_own_instance,
     pack_value,
 )
+from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
-from dagster_taskiq.config import CONNECTION_SCHEMA, Settings
+from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName, physical_queue, run_task_id
+from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.flights import QUEUE_WAIT_MARKER
-from dagster_taskiq.late_launches import LateLaunches
-from dagster_taskiq.launch_watch import LaunchWatch
-from dagster_taskiq.patience import is_passing
-from dagster_taskiq.queue_waits import QueueWait
-from dagster_taskiq.results import Outcome, TaskResult
-from dagster_taskiq.run_client import RunClient
+from dagster_taskiq.execution.tasks import RUN_ARGS_KEY
+from dagster_taskiq.launch.late_launches import LateLaunches
+from dagster_taskiq.launch.launch_watch import LaunchWatch
+from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.messages.envelope import (
+    Envelope,
+    QueueKind,
+    TaskName,
+    physical_queue,
+    run_task_id,
+)
+from dagster_taskiq.messages.queue_waits import QueueWait
+from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.servers.patience import is_passing
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
-from dagster_taskiq.tasks import RUN_ARGS_KEY
 
 logger = logging.getLogger(__name__)
 

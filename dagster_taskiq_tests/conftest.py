@@ -16,8 +16,8 @@ import pytest
 
 import dagster_taskiq
 import dagster_taskiq_tests
-from dagster_taskiq import private_files
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.aio import private_files
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
 

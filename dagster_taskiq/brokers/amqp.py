@@ -47,7 +47,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.

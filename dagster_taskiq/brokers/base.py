@@ -19,7 +19,7 @@ from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.messages.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 

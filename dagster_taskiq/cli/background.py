@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import click
 
+from dagster_taskiq.aio.private_files import open_log, own_directory
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.private_files import open_log, own_directory
 
 #: What a worker writes to ``--ready-fd``: it takes tasks; it waits for a server that is away.
 READY, WAITING = b"r", b"w"

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import click
 
-from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
+from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_running_backend
-from dagster_taskiq.control import refuses, worker_order
-from dagster_taskiq.envelope import PROTOCOL
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.messages.control import refuses, worker_order
+from dagster_taskiq.messages.envelope import PROTOCOL
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"

@@ -21,10 +21,10 @@ from typing import Any
 
 from taskiq import Context, TaskiqDepends
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, ORPHAN_GRACE_SECONDS
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskFormatter, TaskName
 from dagster_taskiq.errors import (
     NoProcessError,
     ServerError,
@@ -32,10 +32,10 @@ from dagster_taskiq.errors import (
     TooLargeError,
     UntrustedError,
 )
-from dagster_taskiq.loop_thread import end_tasks
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.signing import Signer
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskFormatter, TaskName
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers

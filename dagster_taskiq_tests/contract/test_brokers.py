@@ -26,14 +26,14 @@ from taskiq import BrokerMessage
 from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.brokers.redis import RedisTaskBroker
-from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import (
     ConfigError,
     MalformedTaskError,
     RefusedByServerError,
     UnreachableServerError,
 )
-from dagster_taskiq.servers import ServerOptions, Tls, is_redis, normalize_amqp
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.servers.kinds import ServerOptions, Tls, is_redis, normalize_amqp
 from dagster_taskiq_tests.server_sources import missing
 from dagster_taskiq_tests.servers import (
     PrivateRedis,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from dagster_taskiq.backend import WorkerRecord
 from dagster_taskiq.cli import main, workers
+from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq_tests.cli_runner import cli_runner
 
 

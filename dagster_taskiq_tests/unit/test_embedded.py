@@ -17,14 +17,15 @@ import psutil
 import pytest
 import redis
 
-from dagster_taskiq import embedded, embedded_keeper
-from dagster_taskiq.embedded import (
+from dagster_taskiq.errors import EmbeddedServerError
+from dagster_taskiq.servers.embedded import keeper as embedded_keeper
+from dagster_taskiq.servers.embedded import server as embedded
+from dagster_taskiq.servers.embedded.server import (
     find_embedded_server,
     find_server_binary,
     release_embedded_server,
     use_embedded_server,
 )
-from dagster_taskiq.errors import EmbeddedServerError
 from dagster_taskiq_tests.server_processes import temporary_directory
 from dagster_taskiq_tests.server_sources import missing
 
@@ -37,8 +38,8 @@ import os, signal, subprocess, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
 from pathlib import Path
 package = sys.modules["dagster_taskiq"] = types.ModuleType("dagster_taskiq")
-package.__path__ = [{str(Path(embedded.__file__).parent)!r}]
-from dagster_taskiq.embedded import use_embedded_server
+package.__path__ = [{str(Path(embedded.__file__).parents[2])!r}]
+from dagster_taskiq.servers.embedded.server import use_embedded_server
 print("imported", flush=True)
 sys.stdin.readline()
 print(use_embedded_server(Path(sys.argv[1])), flush=True)
@@ -143,11 +144,11 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def keeper(home: Path) -> psutil.Process:
-    return next(p for p, command in processes(home).items() if "embedded_keeper.py" in command)
+    return next(p for p, command in processes(home).items() if "embedded/keeper.py" in command)
 
 
 def servers(home: Path) -> list[psutil.Process]:
-    return [p for p, command in processes(home).items() if "embedded_keeper.py" not in command]
+    return [p for p, command in processes(home).items() if "embedded/keeper.py" not in command]
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -279,7 +280,8 @@ def test_a_server_that_outlived_its_keeper_is_replaced(
 ) -> None:
     """What happens without Linux' parent-death signal: the next keeper stops the orphan."""
     source = Path(embedded_keeper.__file__).read_text()
-    other = tmp_path / "embedded_keeper.py"
+    (tmp_path / "embedded").mkdir()
+    other = tmp_path / "embedded" / "keeper.py"
     other.write_text(source.replace('sys.platform == "linux"', "False"))
     monkeypatch.setattr(embedded_keeper, "__file__", str(other))
     url = use_embedded_server(home)

@@ -18,12 +18,13 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
     QueuedRunCoordinatorDaemon,
 )
 
-from dagster_taskiq import TaskiqRunLauncher, late_launches
+from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.config import Settings
-from dagster_taskiq.envelope import Envelope
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
-from dagster_taskiq.launch_watch import LaunchWatch
+from dagster_taskiq.launch import late_launches
+from dagster_taskiq.launch.launch_watch import LaunchWatch
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq_tests.acceptance import jobs
 
 try:

@@ -13,7 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.backend import TaskReport, TaskState
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq_tests.acceptance import jobs
 
 #: For what must happen, on a loaded machine.

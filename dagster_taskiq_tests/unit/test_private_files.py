@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dagster_taskiq.aio.private_files import open_log, own_directory
 from dagster_taskiq.errors import ForeignPathError
-from dagster_taskiq.private_files import open_log, own_directory
 
 
 def test_it_is_made_for_this_user_alone(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from dagster_taskiq import run_client
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.run_client import RunClient
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.launch import run_client
+from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 
 SECONDS = 30.0
 

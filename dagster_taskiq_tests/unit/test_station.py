@@ -15,11 +15,11 @@ import pytest
 
 from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.errors import NoProcessError
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.signing import Signer
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker import slot_pool
 from dagster_taskiq.worker import station as station_module
 from dagster_taskiq.worker.leases import Lease, StopReason

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq.backend.base import WorkerRecord
-from dagster_taskiq.backend.worker_records import read_record, write_record
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
 
 KEY, OTHER, NONE = Signer(["k" * 32]), Signer(["o" * 32]), Signer()
 
