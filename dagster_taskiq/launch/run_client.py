@@ -6,7 +6,6 @@ that was away is reached again by the next call.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -16,7 +15,8 @@ from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.errors import ServerError, UnreachableServerError
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
 from dagster_taskiq.messages.queue_waits import QueueWaits
@@ -25,9 +25,7 @@ from dagster_taskiq.messages.results import TaskResult, read_result
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
-#: A try that has waited for so long has found a server silent.
+#: A try that has waited this long has found a server silent.
 _SILENT_SECONDS = 1.0
 
 #: Pause between two looks at a server that was silent.
@@ -39,17 +37,19 @@ class RunClient:
 
     Args:
         servers: broker and backend.
+        background: where a server that is silent is asked again.
 
     Errors: ``ServerError`` with the address from every method.
     """
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Servers, background: Background) -> None:
         self._servers = servers
+        self._background = background
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._closed = threading.Event()
+        self._is_closed = False
         self._silence: UnreachableServerError | None = None
         self._broker: TaskBroker
         self._backend: Backend
@@ -73,21 +73,23 @@ class RunClient:
         except UnreachableServerError as error:
             if time.monotonic() - began >= _SILENT_SECONDS:
                 self._silence = error
-                threading.Thread(
-                    target=self._await_answer, args=(physical,), name="silent-server", daemon=True
-                ).start()
+                self._background.repeat(
+                    "silent-server",
+                    lambda: self._is_answered(physical),
+                    _LOOK_SECONDS,
+                    "Cannot ask a server whether it answers again",
+                )
             raise
 
-    def _await_answer(self, physical: str) -> None:
-        while not self._closed.wait(_LOOK_SECONDS):
-            try:
-                self._ask(physical)
-            except UnreachableServerError:
-                continue
-            except Exception:  # the next launch gets to know it
-                logger.debug("A server answers, with an error.", exc_info=True)
-            break
+    def _is_answered(self, physical: str) -> bool:
+        try:
+            self._ask(physical)
+        except UnreachableServerError:
+            return False
+        except ServerError:
+            pass  # it answers with an error, which the next launch gets too
         self._silence = None
+        return True
 
     def _ask(self, physical: str) -> None:
         async def ask() -> None:
@@ -179,7 +181,7 @@ class RunClient:
     def close(self) -> None:
         """Leave the servers, for good."""
         with self._lock:
-            self._closed.set()
+            self._is_closed = True
             if self._thread is None:
                 return
             self._thread.call(self._disconnect())
@@ -190,7 +192,7 @@ class RunClient:
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
-            if self._closed.is_set():
+            if self._is_closed:
                 raise RuntimeError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()

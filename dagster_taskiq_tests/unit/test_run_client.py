@@ -13,6 +13,7 @@ import pytest
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.launch import run_client
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -55,8 +56,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 @pytest.fixture
 def client(server: FakeServer) -> Iterator[RunClient]:
     options = ServerOptions("redis://fake")
-    client = RunClient(Servers(options, options, Signer([])))
+    background = Background()
+    client = RunClient(Servers(options, options, Signer([])), background)
     yield client
+    background.close()
     server.answer.set()
     client.close()
 
