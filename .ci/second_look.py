@@ -30,7 +30,8 @@ def failed_tests(result: Mapping[str, Any], work_directory: Path) -> list[tuple[
     """
     found = []
     for name, environment in result["testenvs"].items():
-        if environment["result"]["success"]:
+        # an environment that only builds the package has no result
+        if environment.get("result", {}).get("success", True):
             continue
         file = work_directory / name / "failed_tests.json"
         failures = json.loads(file.read_text(encoding="utf8")) if file.is_file() else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 
 Family = Literal["taskiq", "celery", "multiprocess", "in-process"]
 BrokerKind = Literal["rabbitmq", "redis", "embedded"]

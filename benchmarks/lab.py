@@ -42,7 +42,7 @@ from dagster_taskiq.defaults import (
     BROKER_URL_VARIABLE,
     SIGNING_KEY_VARIABLE,
 )
-from dagster_taskiq.embedded import find_embedded_server
+from dagster_taskiq.servers.embedded.server import find_embedded_server
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from dagster import DagsterInstance
 
 from benchmarks.contenders import Namespace
 from benchmarks.processes import FailedError
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import (
     amqp_options,

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from dagster_taskiq.brokers import TaskBroker, open_broker
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 
 

@@ -7,13 +7,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster_taskiq._dagster import has_database_server
-from dagster_taskiq.config import Settings
+from dagster_taskiq._dagster.storage import has_database_server
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
-from dagster_taskiq.embedded import find_embedded_server, use_embedded_server
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
+from dagster_taskiq.servers.kinds import ServerOptions
 
 
 @dataclass(frozen=True)

@@ -100,3 +100,7 @@ BROKER_URL_VARIABLE = "DAGSTER_TASKIQ_BROKER_URL"
 BROKER_HOST_VARIABLES = ("DAGSTER_TASKIQ_BROKER_HOST", "DAGSTER_CELERY_BROKER_HOST")
 BACKEND_URL_VARIABLE = "DAGSTER_TASKIQ_BACKEND_URL"
 SIGNING_KEY_VARIABLE = "DAGSTER_TASKIQ_SIGNING_KEY"
+
+#: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
+#: time between the two as the wait in the queue.
+QUEUE_WAIT_MARKER = "taskiq_queue_wait"

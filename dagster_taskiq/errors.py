@@ -7,6 +7,7 @@
     │   ├── UnreachableServerError   away, or takes nothing just now
     │   └── RefusedByServerError     wrong password, no permission, wrong kind of queue
     ├── EmbeddedServerError      the embedded server cannot be started
+    ├── ForeignPathError         a file or directory that must be ours is somebody else's
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
@@ -75,6 +76,10 @@ class RefusedByServerError(ServerError):
 
 class EmbeddedServerError(DagsterTaskiqError):
     """The embedded server cannot be started or did not come up."""
+
+
+class ForeignPathError(DagsterTaskiqError):
+    """A path that must belong to the user of this process belongs to somebody else."""
 
 
 class MalformedTaskError(DagsterTaskiqError):

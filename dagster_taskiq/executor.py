@@ -9,29 +9,29 @@ from typing import Any
 
 from dagster import DagsterEvent, Executor, InitExecutorContext, executor
 
-from dagster_taskiq._dagster import (
+from dagster_taskiq._dagster.names import (
     ExecuteStepArgs,
     ExecutionPlan,
     ExecutionStep,
     KnownExecutionState,
     PlanOrchestrationContext,
     RetryMode,
-    is_own_instance,
     multiple_process_executor_requirements,
     pack_value,
 )
-from dagster_taskiq.client import Client
-from dagster_taskiq.code_locations import EXECUTABLE_KEY
-from dagster_taskiq.config import EXECUTOR_SCHEMA, Settings
+from dagster_taskiq._dagster.storage import is_own_instance
+from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
-from dagster_taskiq.core_execution_loop import core_execution_loop
-from dagster_taskiq.dispatcher import Dispatcher
-from dagster_taskiq.eager import EagerDispatcher
 from dagster_taskiq.errors import SupersededLoopError
-from dagster_taskiq.event_batches import EventWriter, batched_events
-from dagster_taskiq.storage_connections import kept_connections
-from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
-from dagster_taskiq.tasks import ARGS_KEY, EXIT_SUPERSEDED
+from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
+from dagster_taskiq.execution.event_batches import EventWriter, batched_events
+from dagster_taskiq.execution.storage_connections import kept_connections
+from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
+from dagster_taskiq.execution.tasks import ARGS_KEY, EXIT_SUPERSEDED
+from dagster_taskiq.loop.client import Client
+from dagster_taskiq.loop.core_execution_loop import core_execution_loop
+from dagster_taskiq.loop.dispatcher import Dispatcher
+from dagster_taskiq.loop.eager import EagerDispatcher
 
 
 @executor(

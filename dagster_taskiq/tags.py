@@ -15,7 +15,7 @@ from dagster_taskiq.defaults import (
     MIN_PRIORITY,
 )
 from dagster_taskiq.errors import TagError
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.time_limits import TimeLimits
 
 QUEUE_TAG = "dagster-taskiq/queue"
 PRIORITY_TAG = "dagster-taskiq/priority"

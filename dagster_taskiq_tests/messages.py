@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dagster_taskiq.envelope import Envelope, TaskName, step_task_id
+from dagster_taskiq.messages.envelope import Envelope, TaskName, step_task_id
 
 #: The first attempt of a step of a run that nobody knows.
 STEP_TASK = Envelope(

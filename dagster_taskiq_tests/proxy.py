@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from urllib.parse import urlsplit
 
-from dagster_taskiq.loop_thread import LoopThread
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.servers.kinds import ServerOptions
 
 _DEFAULT_PORTS = {"amqp": 5672, "redis": 6379, "postgresql": 5432}
 

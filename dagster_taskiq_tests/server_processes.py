@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import redis
 
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 
 RedisKind = Literal["redis", "valkey"]
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
 from dagster_taskiq_tests.server_nodes import (
     PostgresNode,
     RabbitMQNode,

@@ -12,7 +12,7 @@ import trustme
 
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.servers import ServerOptions, Tls
+from dagster_taskiq.servers.kinds import ServerOptions, Tls
 from dagster_taskiq_tests.server_nodes import started_rabbitmq
 from dagster_taskiq_tests.server_processes import (
     UnavailableError,

@@ -34,8 +34,8 @@ import redis.utils
 from benchmarks.scale.runs import SimulatedRun
 from benchmarks.scale.workers import Record, SimulatedWorker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 
 #: How many workers connect at the same time.
 _AT_ONCE = 5

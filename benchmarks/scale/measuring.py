@@ -25,7 +25,7 @@ from benchmarks.processes import FailedError, cpu_seconds, pss_mib, tree
 from benchmarks.scale.counters import Servers, WorkerUse, difference, session
 from benchmarks.scale.simulation import own_redis
 from benchmarks.scale.tap import AmqpCounts, tapped
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.servers import private_postgres, private_rabbitmq
 
 #: How long to let workers come to rest before they are watched.

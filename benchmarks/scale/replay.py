@@ -26,9 +26,9 @@ from benchmarks.scale.tap import Reader, tapped
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
-from dagster_taskiq.results import Place
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 
 #: Of the claims while they are recorded, much longer than all of it takes.
 _LEASE_SECONDS = 3600.0

@@ -7,13 +7,13 @@ import threading
 import time
 
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.client import Client
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import DEFAULT_QUEUE, DEFAULT_STEP_PRIORITY, RECONCILE_SECONDS
-from dagster_taskiq.dispatcher import StepTask
-from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.event_batches import EventWriter
+from dagster_taskiq.execution.event_batches import EventWriter
+from dagster_taskiq.loop.client import Client
+from dagster_taskiq.loop.dispatcher import StepTask
+from dagster_taskiq.messages.envelope import step_task_id
 
 #: What a step's arguments are filled up to: about what ``measure`` finds for a step of a small
 #: job.

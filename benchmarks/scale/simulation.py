@@ -25,7 +25,7 @@ from benchmarks.processes import DidNotEndError, FailedError
 from benchmarks.scale.crowd import Report, Share, crowd_main
 from benchmarks.scale.redis_stats import RedisStats, server_name
 from benchmarks.scale.runs import task_id_of
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_processes import RedisKind
 from dagster_taskiq_tests.servers import private_redis
 

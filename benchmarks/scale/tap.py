@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
-from dagster_taskiq.loop_thread import LoopThread
-from dagster_taskiq.servers import is_amqp
+from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.servers.kinds import is_amqp
 
 #: Takes what came, in one direction of one connection.
 Reader = Callable[[bytes], None]

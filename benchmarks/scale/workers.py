@@ -17,24 +17,25 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dagster_taskiq.backend import Claim, ClaimAnswer, Renewal, WorkerRecord
+from dagster_taskiq.backend import Claim, ClaimAnswer, Renewal
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     DEFAULT_QUEUE,
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
-from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import ServerError, UntrustedError
-from dagster_taskiq.refusals import Refusals
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.time_limits import TimeLimits
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient

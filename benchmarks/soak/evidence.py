@@ -19,7 +19,7 @@ from benchmarks.soak.jobs import NUMBER_TAG, POOL
 from benchmarks.soak.runs import SoakRun
 from benchmarks.soak.stack import LEASE_SECONDS
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import Note, until
 
 #: What a loaded machine may add to a time that a promise names.

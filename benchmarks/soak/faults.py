@@ -27,9 +27,9 @@ from benchmarks.soak.stack import (
     refuse_broker_connections,
 )
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import is_running
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
@@ -361,7 +361,7 @@ def _send_garbage(director: Director) -> str:
 
 
 def _embedded_options(director: Director) -> ServerOptions:
-    from dagster_taskiq.embedded import use_embedded_server  # noqa: PLC0415
+    from dagster_taskiq.servers.embedded.server import use_embedded_server  # noqa: PLC0415
 
     return ServerOptions(url=use_embedded_server(director.stack.home))
 

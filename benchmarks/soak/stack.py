@@ -18,8 +18,8 @@ import yaml
 from dagster import DagsterInstance
 
 from benchmarks.soak.jobs import POOL, POOL_SLOTS
-from dagster_taskiq.embedded import release_embedded_server, use_embedded_server
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
 from dagster_taskiq_tests.proxy import Proxy, proxied
 from dagster_taskiq_tests.server_sources import rabbitmqctl
@@ -124,7 +124,7 @@ class EmbeddedServer:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 names = process.name(), " ".join(process.cmdline())
-                is_ours = "embedded_keeper" in names[1] or "-server" in names[0]
+                is_ours = "embedded/keeper.py" in names[1] or "-server" in names[0]
                 if is_ours and process.cwd() == directory:
                     found.append(process)
         return found

@@ -9,11 +9,10 @@ from dagster_taskiq.backend.base import (
     Renewal,
     TaskReport,
     TaskState,
-    WorkerRecord,
 )
 from dagster_taskiq.backend.redis import RedisBackend
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 
 __all__ = [
     "Backend",
@@ -22,7 +21,6 @@ __all__ = [
     "Renewal",
     "TaskReport",
     "TaskState",
-    "WorkerRecord",
     "open_backend",
 ]
 

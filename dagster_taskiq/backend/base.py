@@ -30,7 +30,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from dagster_taskiq.results import Place
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 
 class ClaimAnswer(str, Enum):
@@ -119,50 +120,6 @@ class TaskReport:
     state: TaskState
     place: Place | None = None
     lease_left_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class WorkerRecord:
-    """A worker as it describes itself in its heartbeats.
-
-    Attributes:
-        worker_id: unique to one life of the worker.
-        name: ``name@host``, what people know it by.
-        queues: that it listens on, as people name them.
-        slots, busy_slots: how many steps it can and does run.
-        run_slots, busy_run_slots: the same for whole runs.
-        state: ``running``, ``draining``, or ``no processes``: it can start none, and takes nothing.
-        started_at: seconds since the epoch.
-        refused: how many messages it has refused.
-        key_ids: names of the keys that it verifies signatures with, see ``Signer``.
-        protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
-        broker: address of the broker that it listens to, without a password; empty if not told.
-        sent_at: when it was written, by the worker's clock; seconds since the epoch.
-        is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
-            has no key.
-        is_outdated: whether it is signed, and older than a worker's that lives, by the reader's
-            clock; or from the future.
-    """
-
-    worker_id: str
-    name: str
-    host: str
-    pid: int
-    queues: tuple[str, ...]
-    slots: int = 0
-    busy_slots: int = 0
-    run_slots: int = 0
-    busy_run_slots: int = 0
-    state: str = "running"
-    started_at: float = 0.0
-    version: str = "unknown"
-    refused: int = 0
-    key_ids: tuple[str, ...] = ()
-    protocol: int = 1
-    broker: str = ""
-    sent_at: float = 0.0
-    is_trusted: bool = True
-    is_outdated: bool = False
 
 
 class RunBackend(ABC):

@@ -23,24 +23,16 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import NoScriptError, ReadOnlyError
 
 from dagster_taskiq.backend import redis_scripts as scripts
-from dagster_taskiq.backend.base import (
-    Backend,
-    Claim,
-    ClaimAnswer,
-    Renewal,
-    TaskReport,
-    TaskState,
-    WorkerRecord,
-)
-from dagster_taskiq.backend.worker_records import read_record, write_record
+from dagster_taskiq.backend.base import Backend, Claim, ClaimAnswer, Renewal, TaskReport, TaskState
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError, SupersededLoopError
-from dagster_taskiq.plain_text import plain_name
-from dagster_taskiq.redis_client import open_redis, server_errors
-from dagster_taskiq.redis_rights import check_rights, commands_of
-from dagster_taskiq.results import Place
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.redis_client import open_redis, server_errors
+from dagster_taskiq.servers.redis_rights import check_rights, commands_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dagster_taskiq.brokers.base import Delivery, TaskBroker
-from dagster_taskiq.servers import ServerOptions, is_amqp
+from dagster_taskiq.servers.kinds import ServerOptions, is_amqp
 
 __all__ = ["Delivery", "TaskBroker", "open_broker"]
 

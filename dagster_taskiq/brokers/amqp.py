@@ -36,6 +36,7 @@ from dagster_taskiq.brokers.amqp_errors import (
     our_message_is_enough,
     words_of_close,
 )
+from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -46,7 +47,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.
@@ -368,7 +369,8 @@ class _AmqpListener(Listener):
             with suppress(UnreachableServerError):  # RabbitMQ has taken it back already
                 await self._broker.guard(message.reject(requeue=True))
 
-        return Delivery(data=message.body, ack=ack, release=release)
+        flaw = "its AMQP properties cannot be decoded" if message.type == UNREADABLE else ""
+        return Delivery(data=message.body, ack=ack, release=release, flaw=flaw)
 
 
 class _Consumption:

@@ -15,8 +15,13 @@ from aiormq import exceptions
 from dagster_taskiq.brokers.amqp_properties import is_ours
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.server_refusals import AMQP_REFUSALS, Outlook, find_refusal, refusal_error
-from dagster_taskiq.servers import redact, reset_hint, tls_refusal
+from dagster_taskiq.servers.kinds import redact, reset_hint, tls_refusal
+from dagster_taskiq.servers.server_refusals import (
+    AMQP_REFUSALS,
+    Outlook,
+    find_refusal,
+    refusal_error,
+)
 
 
 def words_of_close(error: BaseException) -> str:

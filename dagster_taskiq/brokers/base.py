@@ -19,7 +19,7 @@ from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.messages.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class Delivery(AckableMessage):
     ack: Callable[[], Awaitable[None]]
     release: Callable[[], Awaitable[None]]
     settled: bool = False
+    #: Why it is refused whatever its data says, in words; empty where its data decides.
+    flaw: str = ""
 
     def model_post_init(self, _context: Any, /) -> None:
         """Let the first of the two actions settle the delivery."""
@@ -139,6 +141,8 @@ class TaskBroker(AsyncBroker):
 
     async def _is_admitted(self, delivery: Delivery) -> bool:
         try:
+            if delivery.flaw:
+                raise MalformedTaskError(delivery.flaw)
             if self.admit is not None:
                 self.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.loop_thread import end_tasks
 
 logger = logging.getLogger(__name__)
 

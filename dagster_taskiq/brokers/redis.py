@@ -51,9 +51,9 @@ from dagster_taskiq.brokers.base import (
 from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
-from dagster_taskiq.redis_client import connection_arguments, server_errors, use_tls
-from dagster_taskiq.redis_rights import check_rights, commands_of
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.redis_client import connection_arguments, server_errors, use_tls
+from dagster_taskiq.servers.redis_rights import check_rights, commands_of
 
 #: How long an idle worker waits for the bell before it looks into its queues all the same.
 SLOW_LOOK_SECONDS = 5.0

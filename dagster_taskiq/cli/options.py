@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
-from dagster_taskiq.config import Settings, check_config
+from dagster_taskiq.config.settings import Settings, check_config
+from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.settings_file import load_yaml
 
 F = TypeVar("F", bound=Callable[..., Any])
 

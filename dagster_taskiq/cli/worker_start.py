@@ -28,7 +28,7 @@ from dagster_taskiq.cli.options import (
     read_settings,
     say_errors,
 )
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, embedded_notice, find_servers
 from dagster_taskiq.defaults import (
     DEFAULT_QUEUE,
@@ -36,8 +36,8 @@ from dagster_taskiq.defaults import (
     LONGEST_TIME_LIMIT_SECONDS,
 )
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.plain_text import plain_name
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.log_writer import log_to_standard_error
 from dagster_taskiq.worker.worker import Worker, WorkerOptions

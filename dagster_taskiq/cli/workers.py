@@ -9,17 +9,20 @@ from typing import Any, TypeVar
 
 import click
 
-from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
+from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_running_backend
-from dagster_taskiq.control import refuses, worker_order
-from dagster_taskiq.envelope import PROTOCOL
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.messages.control import refuses, worker_order
+from dagster_taskiq.messages.envelope import PROTOCOL
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"
+
+_NOBODY = "No worker is running."
 
 _name_argument = click.argument("name", required=False)
 
@@ -48,7 +51,7 @@ def worker_list(name: str | None, config_yaml: str | None) -> None:
     if name is not None and all(record.is_outdated for record in records):
         raise click.ClickException(_nobody(name))
     if not records:
-        click.echo("No worker is running.")
+        click.echo(_NOBODY)
 
 
 @click.command("status")
@@ -73,7 +76,7 @@ def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str
     for record in records:
         click.echo(f"->  {record.name}: OK")
     if not records:
-        raise click.ClickException("No worker is running.")
+        raise click.ClickException(_NOBODY)
     click.echo(f"\n{len(records)} {'node' if len(records) == 1 else 'nodes'} online.")
 
 
@@ -89,13 +92,9 @@ def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> N
     Without NAME and --all it tells the worker named "dagster", as dagster-celery does. The exit
     code is 0 if no worker is running, and 1 if others are, but none of that NAME.
     """
-    if not name and not all_:
-        name = _DEFAULT_NAME
-        settings = read_settings(config_yaml)
-        if not _running_workers(settings, name):
-            warnings.warn(f"{_nobody(name)} Give a NAME, or --all.", stacklevel=1)
-            return
-    for told in _tell_workers("terminate", name, all_, config_yaml):
+    is_default = not name and not all_
+    name = _DEFAULT_NAME if is_default else name
+    for told in _tell_workers("terminate", name, all_, config_yaml, may_be_nobody=is_default):
         click.echo(f"Told {told} to stop.")
 
 
@@ -156,8 +155,19 @@ def _running_workers(settings: Settings, name: str | None = None) -> list[Worker
     return [record for record in records if name is None or _is_named(record, name)]
 
 
-def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | None) -> list[str]:
-    """Send an order to the workers of that name or to all; the names of those that were told."""
+def _tell_workers(
+    kind: str,
+    name: str | None,
+    all_: bool,
+    config_yaml: str | None,
+    *,
+    may_be_nobody: bool = False,
+) -> list[str]:
+    """Send an order to the workers of that name or to all; the names of those that were told.
+
+    Args:
+        may_be_nobody: whether it is no error that others run, but none of that name.
+    """
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
@@ -166,7 +176,7 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
     async def tell(backend: Backend) -> list[str]:
         running = await backend.workers()
         records = [item for item in running if all_ or _is_named(item, str(name))]
-        if running and not records:
+        if running and not records and not may_be_nobody:
             raise click.ClickException(_nobody(str(name)))
         refusals = [refuses(settings.signer(), record) for record in records]
         told = [it for it, refusal in zip(records, refusals, strict=True) if not refusal]
@@ -183,7 +193,8 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
     names: list[str] = asyncio.run(_with_backend(settings, tell))
     if not names:
         # no error, as in dagster-celery: scripts stop the workers of a host that has none
-        warnings.warn("No worker is running.", stacklevel=1)
+        nobody = f"{_nobody(str(name))} Give a NAME, or --all." if may_be_nobody else _NOBODY
+        warnings.warn(nobody, stacklevel=1)
     return names
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRunStatus, EventLogEntry
 
-from dagster_taskiq.flights import QUEUE_WAIT_MARKER
+from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 
 #: Events read at once.
 _PAGE = 500

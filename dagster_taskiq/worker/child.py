@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_taskiq._dagster import copy_logs_by, end_copies_of_steps, keep_definitions
+from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
+from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
-from dagster_taskiq.envelope import TaskName
-from dagster_taskiq.forked_copies import ending_copies
-from dagster_taskiq.plain_json import parse_object
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.tasks import TaskRunner
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.messages.plain_json import parse_object
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.channel import Channel, ChannelLostError
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
 from dagster_taskiq.worker.leftovers import Leftovers

@@ -28,7 +28,7 @@ from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NoReturn
 
-from dagster_taskiq._dagster import STORAGE_MODULES
+from dagster_taskiq._dagster.storage import STORAGE_MODULES
 from dagster_taskiq.worker.lifeline import die_with
 
 #: What every child finds already imported. User code is not among it: a fresh child must run what

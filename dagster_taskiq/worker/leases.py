@@ -17,8 +17,8 @@ from enum import Enum
 
 import psutil
 
+from dagster_taskiq.aio.renewals import keep_renewing
 from dagster_taskiq.backend import Backend, Claim, Renewal
-from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
     INTERRUPT_AT_LATEST_LEASE_SHARE,
@@ -26,8 +26,8 @@ from dagster_taskiq.defaults import (
     RENEWALS_PER_LEASE,
 )
 from dagster_taskiq.errors import ServerError, UntrustedError
-from dagster_taskiq.refusals import Refusals
-from dagster_taskiq.renewals import keep_renewing
+from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 

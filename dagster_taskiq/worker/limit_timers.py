@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.slot import Slot
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dagster_taskiq._dagster import runs_user_code
+from dagster_taskiq._dagster.patches import runs_user_code
 from dagster_taskiq.errors import SoftTimeLimitError
 
 #: What the worker sends; between tasks it is ignored.

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable
 
-from dagster_taskiq.backend import WorkerRecord
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 logger = logging.getLogger(__name__)
 

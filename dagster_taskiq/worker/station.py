@@ -21,10 +21,10 @@ from typing import Any
 
 from taskiq import Context, TaskiqDepends
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, ORPHAN_GRACE_SECONDS
-from dagster_taskiq.envelope import Envelope, QueueKind, TaskFormatter, TaskName
 from dagster_taskiq.errors import (
     NoProcessError,
     ServerError,
@@ -32,10 +32,10 @@ from dagster_taskiq.errors import (
     TooLargeError,
     UntrustedError,
 )
-from dagster_taskiq.loop_thread import end_tasks
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.signing import Signer
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskFormatter, TaskName
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
@@ -185,7 +185,8 @@ class Station:
         try:
             await self._execute_in(slot, envelope, context)
         except NoProcessError as error:
-            self._slots.note_shortage(slot, error)  # unclaimed: the receiver gives it back
+            # the receiver gives back what was not acked
+            self._slots.note_shortage(slot, error)
         finally:
             await self._slots.put_back(slot, is_needed=not self._is_draining())
 
@@ -233,6 +234,10 @@ class Station:
             if await self._store(lease, envelope, result) and not acking:
                 await self._end_unbegun(lease, envelope, result)
                 await self._ack(envelope, context)
+        except NoProcessError as error:
+            if acking:
+                await self._give_back(lease, envelope, error)
+            raise
         finally:
             self._leases.release(lease)
             await asyncio.gather(*acking)
@@ -287,6 +292,18 @@ class Station:
         if reason and lease.stop_reason is None and not is_refused:
             await self._run_watch.fail(envelope.payload, reason)
 
+    async def _give_back(self, lease: Lease, envelope: Envelope, error: NoProcessError) -> None:
+        """Have the loop send a step again whose child died, and has no successor, before it began.
+
+        Nobody would send a resumed run again: it ends, and Dagster's run monitoring decides.
+        """
+        is_step = envelope.name is TaskName.EXECUTE_PLAN
+        outcome = Outcome.REFUSED if is_step else Outcome.ERROR
+        lease.is_executed = True
+        await self._store(
+            lease, envelope, TaskResult(outcome, lease.claim.place, reason=f"{error}.")
+        )
+
     async def _ack(self, envelope: Envelope, context: Context) -> None:
         try:
             await context.ack()
@@ -315,6 +332,8 @@ class Station:
             )
             result = _result_of(answer, lease, timers.verdict)
             _say_what_is_left(title, answer)
+        except NoProcessError:
+            raise
         except SlotError as error:
             result = TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
         finally:

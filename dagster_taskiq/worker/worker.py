@@ -21,28 +21,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_taskiq.backend import Backend, WorkerRecord, open_backend
+from dagster_taskiq.aio.loop_thread import end_tasks
+from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.control import OrderReader
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
     RESULT_EXPIRES_SECONDS,
     SERVER_PATIENCE_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
-from dagster_taskiq.envelope import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.errors import (
     DagsterTaskiqError,
     EmbeddedServerError,
     ServerError,
     UntrustedError,
 )
-from dagster_taskiq.loop_thread import end_tasks
-from dagster_taskiq.patience import Patience
-from dagster_taskiq.refusals import Refusals
-from dagster_taskiq.results import Place
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.time_limits import TimeLimits
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch

@@ -45,17 +45,18 @@ from dagster import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
-from dagster_taskiq._dagster import STORAGE_MODULES
-from dagster_taskiq.backend import WorkerRecord, open_backend
+from dagster_taskiq._dagster.storage import STORAGE_MODULES
+from dagster_taskiq.backend import open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.defaults import (
     BACKEND_URL_VARIABLE,
     BROKER_URL_VARIABLE,
     SIGNING_KEY_VARIABLE,
 )
-from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance import jobs
 from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
 

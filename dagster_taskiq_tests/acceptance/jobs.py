@@ -416,9 +416,14 @@ def bad_priority() -> None:
 @job(executor_def=taskiq_executor)
 def overlaps() -> None:
     for number in range(4):
-        overlapping.alias(f"small_{number}").tag({"db": "small"})()
-    for number in range(4):
-        overlapping.alias(f"free_{number}")()
+        overlapping.alias(f"overlapping_{number}")()
+
+
+@job(executor_def=taskiq_executor)
+def two_kinds() -> None:
+    for kind, tags in (("small", {"db": "small"}), ("free", {})):
+        for number in range(2):
+            gated.alias(f"{kind}_{number}").tag(tags)()
 
 
 POOL = "one_at_a_time"

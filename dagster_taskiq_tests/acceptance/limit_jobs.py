@@ -9,9 +9,9 @@ from dagster import DynamicOut, DynamicOutput, OpExecutionContext, RetryPolicy, 
 from dagster_taskiq import SoftTimeLimitError, taskiq_executor
 from dagster_taskiq_tests.acceptance.jobs import GATE_SECONDS, note
 
-SOFT = {"dagster-taskiq/soft_timeout_seconds": "2"}
-#: Both long enough for a loaded machine to load the code and come to what the step is about.
-HARD = {"dagster-taskiq/timeout_seconds": "8"}
+#: All long enough for a loaded machine to load the code and come to what the step is about.
+SOFT = {"dagster-taskiq/soft_timeout_seconds": "5"}
+HARD = {"dagster-taskiq/timeout_seconds": "10"}
 
 
 @op

@@ -26,10 +26,10 @@ from dagster._serdes import serialize_value
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import QueueKind, physical_queue
 from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.tags import QUEUE_TAG, RUN_PRIORITY_TAG, TASK_ID_TAG
-from dagster_taskiq.tasks import EXIT_SUPERSEDED
 from dagster_taskiq_tests.acceptance import launcher_jobs
 from dagster_taskiq_tests.acceptance.harness import (
     Note,

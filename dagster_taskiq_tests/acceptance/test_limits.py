@@ -35,7 +35,7 @@ def test_the_soft_limit_raises_in_the_step(limited: Stack) -> None:
     run = limited.run(f"{JOBS}:soft")
     assert run.status is DagsterRunStatus.FAILURE
     assert len(run.notes("cleaned")) == 1
-    assert "soft time limit of 2 s is over" in failure_of(run, "sleeps")
+    assert "soft time limit of 5 s is over" in failure_of(run, "sleeps")
 
 
 def test_a_step_past_its_soft_limit_is_retried(limited: Stack) -> None:
@@ -44,14 +44,14 @@ def test_a_step_past_its_soft_limit_is_retried(limited: Stack) -> None:
     assert run.is_success
     assert [note.attempt for note in run.notes("started")] == [1, 2]
     (retry,) = run.events(DagsterEventType.STEP_UP_FOR_RETRY)
-    assert "soft time limit of 2 s" in str(retry.step_retry_data.error)
+    assert "soft time limit of 5 s" in str(retry.step_retry_data.error)
 
 
 def test_a_step_may_catch_its_soft_limit(limited: Stack) -> None:
     """It is an exception like another, which knows the limit."""
     run = limited.run(f"{JOBS}:soft_caught")
     assert run.is_success
-    assert run.output("catches") == 2.0
+    assert run.output("catches") == 5.0
 
 
 def test_the_hard_limit_kills(limited: Stack) -> None:
@@ -60,7 +60,7 @@ def test_the_hard_limit_kills(limited: Stack) -> None:
     assert run.status is DagsterRunStatus.FAILURE
     (ignored,) = run.notes("ignored")
     assert "soft time limit" in ignored.more["error"]
-    assert "its time limit of 8 s was over" in failure_of(run, "ignores")
+    assert "its time limit of 10 s was over" in failure_of(run, "ignores")
     (started,) = (note for note in run.notes("started") if note.step == "ignores")
     until(lambda: not is_running(started.more["child"]), "the step's own process is gone")
     assert len(run.events(DagsterEventType.STEP_SUCCESS, "quick")) == 1

@@ -31,8 +31,8 @@ from dagster_taskiq.defaults import (
     BROKER_URL_VARIABLE,
     SIGNING_KEY_VARIABLE,
 )
-from dagster_taskiq.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers import ServerOptions, normalize_amqp
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Run,

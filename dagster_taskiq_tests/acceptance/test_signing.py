@@ -19,11 +19,11 @@ from dagster import DagsterInstance, DagsterRunStatus
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.control import cancel_order, worker_order
 from dagster_taskiq.defaults import SIGNING_KEY_VARIABLE
-from dagster_taskiq.envelope import QueueKind, physical_queue, step_task_id
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.control import cancel_order, worker_order
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue, step_task_id
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import (
     PATIENCE_SECONDS,
     BrokerKind,

@@ -21,21 +21,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from dagster_taskiq.backend import (
-    Backend,
-    Claim,
-    ClaimAnswer,
-    TaskReport,
-    TaskState,
-    WorkerRecord,
-    open_backend,
-)
+from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskReport, TaskState, open_backend
 from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import RefusedByServerError, SupersededLoopError, UnreachableServerError
-from dagster_taskiq.loop_thread import LoopThread
-from dagster_taskiq.results import Place
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.servers import (
     PrivateRedis,
     private_redis,

@@ -9,13 +9,13 @@ import pytest
 import redis
 
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.client import Client
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.dispatcher import StepTask
-from dagster_taskiq.envelope import Envelope, QueueKind, physical_queue
-from dagster_taskiq.event_batches import EventWriter
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.execution.event_batches import EventWriter
+from dagster_taskiq.loop.client import Client
+from dagster_taskiq.loop.dispatcher import StepTask
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.servers import redis_options
 
 TASK = StepTask("0c4d2a3e-5b7b-4b0e-8d3f-0d4c4d1f7a55", "step", 1, "queue", 5, dict)

@@ -19,18 +19,17 @@ import yaml
 from dagster import AssetKey, AssetMaterialization, DagsterInstance, DagsterRun
 from sqlalchemy import event
 
-from dagster_taskiq._dagster import (
+from dagster_taskiq._dagster.names import (
     DagsterEvent,
     DagsterEventType,
     EngineEventData,
     EventLogEntry,
-    sql_event_log,
-    storage_engines,
 )
+from dagster_taskiq._dagster.storage import sql_event_log, storage_engines
 from dagster_taskiq.errors import EventsNotWrittenError
-from dagster_taskiq.event_batches import batched_events
-from dagster_taskiq.storage_connections import kept_connections
-from dagster_taskiq.storage_patience import DatabasePatience
+from dagster_taskiq.execution.event_batches import batched_events
+from dagster_taskiq.execution.storage_connections import kept_connections
+from dagster_taskiq.execution.storage_patience import DatabasePatience
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job

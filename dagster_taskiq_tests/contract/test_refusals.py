@@ -15,8 +15,8 @@ from taskiq import BrokerMessage
 from dagster_taskiq.backend import open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.errors import RefusedByServerError, UnreachableServerError
-from dagster_taskiq.servers import ServerOptions
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_processes import UnavailableError
 from dagster_taskiq_tests.server_sources import missing, rabbitmqctl, server_url
 from dagster_taskiq_tests.servers import PrivateRedis, private_redis, unique_prefix

@@ -20,10 +20,11 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from dagster_taskiq._dagster import EngineEventData, capture_interrupts, storage_engines
+from dagster_taskiq._dagster.names import EngineEventData, capture_interrupts
+from dagster_taskiq._dagster.storage import storage_engines
 from dagster_taskiq.errors import DatabaseAwayError
-from dagster_taskiq.storage_connections import kept_connections
-from dagster_taskiq.storage_patience import DatabasePatience, patient_connections
+from dagster_taskiq.execution.storage_connections import kept_connections
+from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job

@@ -13,11 +13,11 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
-from dagster_taskiq.config import Settings
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import RefusedByServerError, ServerError
-from dagster_taskiq.servers import ServerOptions, Tls
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import ServerOptions, Tls
 from dagster_taskiq_tests.tls_servers import TlsKind, certificates, tls_options
 
 

@@ -20,10 +20,11 @@ from dagster import (
 )
 from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq import taskiq_executor, tasks
-from dagster_taskiq._dagster import EventLogEntry, InstanceRef
-from dagster_taskiq.results import Outcome, TaskResult
-from dagster_taskiq.tasks import TaskRunner
+from dagster_taskiq import taskiq_executor
+from dagster_taskiq._dagster.names import EventLogEntry, InstanceRef
+from dagster_taskiq.execution import tasks
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database

@@ -11,7 +11,7 @@ from functools import partial
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
-from dagster_taskiq.envelope import physical_queue
+from dagster_taskiq.messages.envelope import physical_queue
 from dagster_taskiq.worker import worker
 from dagster_taskiq.worker.slot import Slot
 from dagster_taskiq_tests.faults import FAULT_VARIABLE

@@ -10,9 +10,9 @@ import aio_pika
 import pytest
 from dagster import DagsterEventType
 
-from dagster_taskiq import launch_watch
-from dagster_taskiq.embedded import release_embedded_server
-from dagster_taskiq.envelope import QueueKind, physical_queue
+from dagster_taskiq.launch import launch_watch
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.servers.embedded.server import release_embedded_server
 from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack

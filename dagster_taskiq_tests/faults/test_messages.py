@@ -14,8 +14,8 @@ import pytest
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.envelope import PROTOCOL, QueueKind, physical_queue
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.test_queues_and_priority import taken_by
 from dagster_taskiq_tests.acceptance.test_worker import GARBAGE

@@ -10,7 +10,7 @@ import pytest
 from dagster import DagsterEventType, DagsterRunStatus
 from dagster._core.launcher import WorkerStatus
 
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
 from dagster_taskiq_tests.faults.checks import (

@@ -29,7 +29,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq._dagster import DagsterExecutionInterruptedError
+from dagster_taskiq._dagster.names import DagsterExecutionInterruptedError
 from dagster_taskiq.tags import DAGSTER_PRIORITY_TAG, PRIORITY_TAG, QUEUE_TAG
 
 

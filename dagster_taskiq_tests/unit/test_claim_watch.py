@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dagster_taskiq.claim_watch import ClaimWatch
+from dagster_taskiq.loop.claim_watch import ClaimWatch
 
 LEASE_SECONDS = 60.0
 

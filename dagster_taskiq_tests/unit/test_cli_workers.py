@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from dagster_taskiq.backend import WorkerRecord
 from dagster_taskiq.cli import main, workers
+from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq_tests.cli_runner import cli_runner
 
 
@@ -20,12 +20,14 @@ class Crowd:
 
     records: list[WorkerRecord] = field(default_factory=list)
     orders: dict[str, str] = field(default_factory=dict)
+    connections: int = 0
 
     def add(self, name: str, *queues: str) -> None:
         host = name.partition("@")[2]
         self.records.append(WorkerRecord(name.upper(), name, host, 1, queues or ("dagster",)))
 
-    async def startup(self) -> None: ...
+    async def startup(self) -> None:
+        self.connections += 1
 
     async def shutdown(self) -> None: ...
 
@@ -138,7 +140,10 @@ def test_orders_to_nobody_are_no_error(crowd: Crowd, arguments: list[str]) -> No
 
 
 def test_terminate_without_a_name(crowd: Crowd) -> None:
-    """It means the worker named dagster, as in dagster-celery; if there is none it says so."""
+    """It means the worker named dagster, as in dagster-celery; if there is none it says so.
+
+    Both over one connection.
+    """
     crowd.add("a@one")
     done = call("worker", "terminate")
     assert (done.exit_code, crowd.orders) == (0, {})
@@ -146,6 +151,7 @@ def test_terminate_without_a_name(crowd: Crowd) -> None:
     crowd.add("dagster@one")
     assert call("worker", "terminate").exit_code == 0
     assert crowd.orders == {"DAGSTER@ONE": "terminate"}
+    assert crowd.connections == 2
 
 
 @pytest.mark.parametrize("arguments", [["reload"], ["reload", "a", "-a"], ["terminate", "a", "-a"]])

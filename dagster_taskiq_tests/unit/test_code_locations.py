@@ -13,7 +13,7 @@ from dagster._core.code_pointer import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
-from dagster_taskiq.code_locations import EXECUTABLE_KEY, code_location
+from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY, code_location
 from dagster_taskiq.worker.slot_pool import SlotPool
 
 

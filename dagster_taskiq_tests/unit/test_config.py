@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from dagster_taskiq import defaults
-from dagster_taskiq.celery_names import CELERY_SETTINGS
-from dagster_taskiq.config import (
+from dagster_taskiq.config.celery_names import CELERY_SETTINGS
+from dagster_taskiq.config.settings import (
     EXECUTOR_SCHEMA,
     ConfigSource,
     Settings,
     check_config,
 )
+from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import Tls
-from dagster_taskiq.settings_file import load_yaml
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.kinds import Tls
 
 SECRET = "s3cr3t-w0rd"
 

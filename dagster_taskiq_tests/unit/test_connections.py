@@ -12,10 +12,10 @@ import pytest
 
 from dagster_taskiq import executor, launcher
 from dagster_taskiq.cli import main, worker_start
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, embedded_notice
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import ServerOptions
+from dagster_taskiq.servers.kinds import ServerOptions
 
 POSTGRES = "storage: {postgres: {postgres_url: {env: NOT_SET_HERE}}}"
 

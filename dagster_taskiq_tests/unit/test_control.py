@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq.backend import WorkerRecord
-from dagster_taskiq.control import (
+from dagster_taskiq.defaults import CONTROL_AGE_SECONDS
+from dagster_taskiq.errors import UntrustedError
+from dagster_taskiq.messages.control import (
     OrderReader,
     cancel_order,
     refuses,
     worker_order,
 )
-from dagster_taskiq.defaults import CONTROL_AGE_SECONDS
-from dagster_taskiq.errors import UntrustedError
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 KEY, OTHER = Signer(["k" * 32]), Signer(["o" * 32])
 

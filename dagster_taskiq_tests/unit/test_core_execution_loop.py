@@ -27,27 +27,24 @@ from dagster import (
 )
 from dagster._core.execution.plan.objects import StepFailureData, StepRetryData
 
-from dagster_taskiq import core_execution_loop as loop_module
 from dagster_taskiq import executor as executor_module
-from dagster_taskiq import tasks
-from dagster_taskiq._dagster import (
-    SerializableErrorInfo,
-    execute_or_resume_run,
-    pack_value,
-)
+from dagster_taskiq._dagster.names import SerializableErrorInfo, pack_value
+from dagster_taskiq._dagster.patches import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
-from dagster_taskiq.dispatcher import Dispatcher, Inspection, StepTask
-from dagster_taskiq.envelope import step_task_id
 from dagster_taskiq.errors import (
     RefusedByServerError,
     ServerError,
     SupersededLoopError,
     UnreachableServerError,
 )
-from dagster_taskiq.queue_waits import QueueWait, WaitKind
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.tasks import TaskRunner
+from dagster_taskiq.execution import tasks
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.loop import core_execution_loop as loop_module
+from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.envelope import step_task_id
+from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 LEASE_SECONDS = 30.0

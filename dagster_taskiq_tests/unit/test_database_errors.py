@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import DataError, DBAPIError, OperationalError, ProgrammingError
 
-from dagster_taskiq.database_errors import is_passing, words_of
+from dagster_taskiq.execution.database_errors import is_passing, words_of
 
 
 class ServerSaysError(Exception):

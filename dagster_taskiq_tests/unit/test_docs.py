@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dagster_taskiq import tags, taskiq_executor
-from dagster_taskiq.config import EXECUTOR_SCHEMA, ConfigSource
+from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, ConfigSource
 from dagster_taskiq_tests.unit.test_imports import PACKAGE
 
 ROOT = PACKAGE.parent

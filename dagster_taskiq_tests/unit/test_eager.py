@@ -18,12 +18,12 @@ from dagster import (
 )
 from dagster._core.errors import DagsterUnmetExecutorRequirementsError
 
-from dagster_taskiq import tasks
-from dagster_taskiq._dagster import ExecutionPlan
-from dagster_taskiq.core_execution_loop import _check_outputs_are_shared
+from dagster_taskiq._dagster.names import ExecutionPlan
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.tasks import TaskRunner
+from dagster_taskiq.execution import tasks
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.loop.core_execution_loop import _check_outputs_are_shared
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 EAGER = {"config_source": {"task_always_eager": True}}

@@ -17,14 +17,15 @@ import psutil
 import pytest
 import redis
 
-from dagster_taskiq import embedded, embedded_keeper
-from dagster_taskiq.embedded import (
+from dagster_taskiq.errors import EmbeddedServerError
+from dagster_taskiq.servers.embedded import keeper as embedded_keeper
+from dagster_taskiq.servers.embedded import server as embedded
+from dagster_taskiq.servers.embedded.server import (
     find_embedded_server,
     find_server_binary,
     release_embedded_server,
     use_embedded_server,
 )
-from dagster_taskiq.errors import EmbeddedServerError
 from dagster_taskiq_tests.server_processes import temporary_directory
 from dagster_taskiq_tests.server_sources import missing
 
@@ -37,8 +38,8 @@ import os, signal, subprocess, sys, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
 from pathlib import Path
 package = sys.modules["dagster_taskiq"] = types.ModuleType("dagster_taskiq")
-package.__path__ = [{str(Path(embedded.__file__).parent)!r}]
-from dagster_taskiq.embedded import use_embedded_server
+package.__path__ = [{str(Path(embedded.__file__).parents[2])!r}]
+from dagster_taskiq.servers.embedded.server import use_embedded_server
 print("imported", flush=True)
 sys.stdin.readline()
 print(use_embedded_server(Path(sys.argv[1])), flush=True)
@@ -143,11 +144,11 @@ def has_ended(process: psutil.Process) -> bool:
 
 
 def keeper(home: Path) -> psutil.Process:
-    return next(p for p, command in processes(home).items() if "embedded_keeper.py" in command)
+    return next(p for p, command in processes(home).items() if "embedded/keeper.py" in command)
 
 
 def servers(home: Path) -> list[psutil.Process]:
-    return [p for p, command in processes(home).items() if "embedded_keeper.py" not in command]
+    return [p for p, command in processes(home).items() if "embedded/keeper.py" not in command]
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -279,7 +280,8 @@ def test_a_server_that_outlived_its_keeper_is_replaced(
 ) -> None:
     """What happens without Linux' parent-death signal: the next keeper stops the orphan."""
     source = Path(embedded_keeper.__file__).read_text()
-    other = tmp_path / "embedded_keeper.py"
+    (tmp_path / "embedded").mkdir()
+    other = tmp_path / "embedded" / "keeper.py"
     other.write_text(source.replace('sys.platform == "linux"', "False"))
     monkeypatch.setattr(embedded_keeper, "__file__", str(other))
     url = use_embedded_server(home)
@@ -449,14 +451,58 @@ def test_the_keeper_keeps_no_secret_of_who_starts_it(home: Path) -> None:
 
 
 def test_links_that_somebody_else_has_laid_are_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, give_away: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those to a short path of the socket."""
     monkeypatch.setattr("tempfile.tempdir", str(home))
     long = home / ("x" * 100)
     long.mkdir()
-    (home / f"dagster-taskiq-{os.geteuid()}").symlink_to(long)
+    planted = home / f"dagster-taskiq-{os.geteuid()}"
+    planted.symlink_to(long)
+    give_away(planted)
     with pytest.raises(EmbeddedServerError, match="must be a directory of user"):
         use_embedded_server(long)
+
+
+@pytest.mark.parametrize("use", [use_embedded_server, find_embedded_server])
+def test_a_link_of_somebody_else_in_the_home_is_refused(
+    home: Path, use: Callable[[Path], object], give_away: Callable[[Path], None]
+) -> None:
+    """It would make, move and change files where it leads to."""
+    target = home / "target"
+    target.mkdir(mode=0o755)
+    (home / "dagster_taskiq").symlink_to(target)
+    give_away(home / "dagster_taskiq")
+    with pytest.raises(EmbeddedServerError, match="is a link that belongs to user 4711"):
+        use(home)
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert not list(target.iterdir())
+
+
+def test_a_home_and_a_directory_that_are_own_links_are_used(home: Path) -> None:
+    """Both ways in lead to one server."""
+    place, real, link = home / "place", home / "real", home / "link"
+    place.mkdir()
+    real.mkdir()
+    link.symlink_to(real)
+    (real / "dagster_taskiq").symlink_to(place)
+    try:
+        assert use_embedded_server(link) == use_embedded_server(real)
+        assert (place / "server.sock").is_socket()
+    finally:
+        release_embedded_server(link)
+        wait_until(lambda: not (place / "server.sock").exists())
+
+
+def test_no_lock_is_opened_through_a_link(home: Path) -> None:
+    """It may have been put there while the directory was open to others."""
+    target = home / "target"
+    target.write_text("precious")
+    (home / "dagster_taskiq").mkdir()
+    (home / "dagster_taskiq" / "keeper.lock").symlink_to(target)
+    with pytest.raises(EmbeddedServerError, match=r"symbolic links .*keeper\.lock"):
+        use_embedded_server(home)
+    assert target.read_text() == "precious"
 
 
 def test_odd_characters_in_the_path_reach_the_client(home: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_taskiq.defaults import LONGEST_SECONDS, LONGEST_TIME_LIMIT_SECONDS, MIN_LEASE_SECONDS
-from dagster_taskiq.envelope import (
+from dagster_taskiq.errors import MalformedTaskError, TooLargeError, UntrustedError
+from dagster_taskiq.messages.envelope import (
     PROTOCOL,
     Envelope,
     QueueKind,
@@ -23,9 +24,8 @@ from dagster_taskiq.envelope import (
     run_task_id,
     step_task_id,
 )
-from dagster_taskiq.errors import MalformedTaskError, TooLargeError, UntrustedError
-from dagster_taskiq.signing import Signer
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq_tests.messages import STEP_TASK
 
 UNSIGNED, KEY = Signer(), Signer(["k" * 32])

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from dagster_taskiq._dagster import SqlEventLog
+from dagster_taskiq._dagster.storage import SqlEventLog
 from dagster_taskiq.errors import DatabaseAwayError, EventsNotWrittenError
-from dagster_taskiq.event_batches import EventWriter
-from dagster_taskiq.event_storing import EventStore, Row
-from dagster_taskiq.storage_patience import DatabasePatience
+from dagster_taskiq.execution.event_batches import EventWriter
+from dagster_taskiq.execution.event_storing import EventStore, Row
+from dagster_taskiq.execution.storage_patience import DatabasePatience
 
 
 class ServerSaysError(Exception):

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from dagster_taskiq.cli import main
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.demo.jobs import LONG_QUEUE, SHORT_QUEUE
-from dagster_taskiq.settings_file import load_yaml
 from dagster_taskiq_tests.cli_runner import cli_runner
 
 ROOT = Path(__file__).parents[2]

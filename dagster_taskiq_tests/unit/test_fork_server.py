@@ -31,7 +31,7 @@ FACTS = """
 import gc, json, logging, os, signal, sys, threading, warnings
 from pathlib import Path
 
-from dagster_taskiq import _dagster
+from dagster_taskiq._dagster.storage import STORAGE_MODULES
 
 (handler,) = logging.getLogger().handlers
 warnings.warn("a warning")
@@ -50,7 +50,7 @@ json.dump({
     "arguments": sys.argv,
     "directory": os.getcwd(),
     "environment": dict(os.environ),
-    "preloaded": [it in sys.modules for it in ("dagster", *_dagster.STORAGE_MODULES)],
+    "preloaded": [it in sys.modules for it in ("dagster", *STORAGE_MODULES)],
 }, open("facts.json", "w"))
 """
 

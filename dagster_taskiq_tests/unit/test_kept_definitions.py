@@ -30,7 +30,7 @@ SCRIPT = """
 import json
 from dagster._core.definitions.reconstruct import ReconstructableRepository
 from dagster._core.system_config.objects import ResolvedRunConfig
-from dagster_taskiq._dagster import keep_definitions
+from dagster_taskiq._dagster.patches import keep_definitions
 
 keep_definitions()
 repository = ReconstructableRepository.for_module("location", "defs", working_directory=".")

@@ -36,19 +36,19 @@ from dagster._core.definitions.job_base import InMemoryJob
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dagster_taskiq._dagster import (
+from dagster_taskiq._dagster.names import (
     ActiveExecution,
     ExecutionPlan,
     ExecutionStep,
     KnownExecutionState,
     RetryMode,
     create_execution_plan,
-    cut_known_state,
     execute_plan_iterator,
     pack_value,
     unpack_value,
 )
-from dagster_taskiq.step_plans import RunPlan
+from dagster_taskiq._dagster.replay import cut_known_state
+from dagster_taskiq.execution.step_plans import RunPlan
 
 
 @dataclass(frozen=True)

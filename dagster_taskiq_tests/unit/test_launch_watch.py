@@ -11,14 +11,15 @@ from typing import cast
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 
-from dagster_taskiq import launch_watch
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
-from dagster_taskiq.envelope import Envelope, TaskName
-from dagster_taskiq.launch_watch import LaunchWatch
-from dagster_taskiq.queue_waits import QueueWait, WaitKind
-from dagster_taskiq.results import Outcome, Place, TaskResult
-from dagster_taskiq.run_client import RunClient
+from dagster_taskiq.launch import launch_watch
+from dagster_taskiq.launch.background import Background
+from dagster_taskiq.launch.launch_watch import LaunchWatch
+from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.messages.envelope import Envelope, TaskName
+from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq_tests.acceptance import jobs
 
 #: For what must happen, on a loaded machine.
@@ -105,9 +106,9 @@ def watch(
     client: FakeClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LaunchWatch]:
     monkeypatch.setattr(launch_watch, "LOOK_SECONDS", 0.01)
-    watch = LaunchWatch(cast("RunClient", client), LEASE_SECONDS, clock)
-    yield watch
-    watch.close()
+    background = Background()
+    yield LaunchWatch(cast("RunClient", client), background, LEASE_SECONDS, clock)
+    background.close()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.backend import TaskReport, TaskState
-from dagster_taskiq.config import Settings
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq_tests.acceptance import jobs
 
 #: For what must happen, on a loaded machine.
@@ -54,7 +54,7 @@ def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
     others = set(threading.enumerate())  # perhaps of a launcher that was just left
     assert launcher.terminate(run.run_id) is True
     new = set(threading.enumerate()) - others
-    (thread,) = (it for it in new if it.name == "see-to-its-end")
+    (thread,) = (it for it in new if it.name == f"end of run {run.run_id}")
     assert client.is_asked.wait(PATIENCE_SECONDS)
     launcher.dispose()
     client.answers.set()

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dagster_taskiq.backend import Backend, Claim, Renewal
-from dagster_taskiq.control import OrderReader, cancel_order
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.refusals import Refusals
-from dagster_taskiq.results import Place
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.control import OrderReader, cancel_order
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason

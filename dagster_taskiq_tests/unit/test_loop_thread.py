@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.aio.loop_thread import LoopThread
 
 SECONDS = 30.0
 

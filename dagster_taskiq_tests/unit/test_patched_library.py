@@ -40,7 +40,7 @@ threading.Lock = Lock
 
 IN_LOOP_THREAD = """
 import asyncio
-from dagster_taskiq.loop_thread import LoopThread
+from dagster_taskiq.aio.loop_thread import LoopThread
 
 thread = LoopThread("test")
 print(thread.call(asyncio.to_thread(int, "4711")))
@@ -49,7 +49,8 @@ thread.stop()
 
 QUEUES = """
 import threading
-from dagster_taskiq import client, event_batches
+from dagster_taskiq.loop import client
+from dagster_taskiq.execution import event_batches
 
 written = event_batches._Written()
 threading.Timer(0.01, written.say).start()

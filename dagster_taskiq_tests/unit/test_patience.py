@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dagster_taskiq.errors import RefusedByServerError, UnreachableServerError
-from dagster_taskiq.patience import Patience
+from dagster_taskiq.servers.patience import Patience
 
 AWAY = UnreachableServerError("redis://one", "Cannot reach redis://one.")
 OTHER = UnreachableServerError("redis://two", "Cannot reach redis://two.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dagster_taskiq.backend.base import WorkerRecord
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, WAIT_REASON_SECONDS
-from dagster_taskiq.envelope import PROTOCOL, QueueKind
-from dagster_taskiq.queue_waits import QueueWait, QueueWaits, WaitHistory, WaitKind
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits, WaitHistory, WaitKind
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
 
 BROKER = "redis://:***@host:6379/0"
 ELSEWHERE = "amqp://user:***@rabbit//"

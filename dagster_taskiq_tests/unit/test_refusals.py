@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from dagster_taskiq.errors import MalformedTaskError, UntrustedError
-from dagster_taskiq.refusals import Refusals
+from dagster_taskiq.messages.refusals import Refusals
 
 
 def test_a_flood_is_counted_and_logged_a_few_times(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.refusals import Refusals
-from dagster_taskiq.results import NOWHERE, Outcome, Place, TaskResult, read_result
-from dagster_taskiq.signing import Signer
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult, read_result
+from dagster_taskiq.messages.signing import Signer
 
 PLACE = Place("w@h", "id", "h", 7, 1)
 

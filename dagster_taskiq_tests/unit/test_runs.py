@@ -9,7 +9,7 @@ import pytest
 from dagster import DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 from dagster._core.definitions.reconstruct import ReconstructableJob
 
-from dagster_taskiq._dagster import execute_or_resume_run
+from dagster_taskiq._dagster.patches import execute_or_resume_run
 from dagster_taskiq_tests.acceptance import jobs
 
 

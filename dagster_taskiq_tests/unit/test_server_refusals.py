@@ -10,7 +10,7 @@ from redis.asyncio.connection import DefaultParser
 
 from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
-from dagster_taskiq.redis_client import server_errors as redis_errors
+from dagster_taskiq.servers.redis_client import server_errors as redis_errors
 
 ADDRESS = "redis://host/0"
 

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers import (
+from dagster_taskiq.servers.kinds import (
     ServerOptions,
     Tls,
     is_amqp,

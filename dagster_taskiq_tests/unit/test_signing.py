@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dagster_taskiq.errors import ConfigError, TooLargeError, UntrustedError
-from dagster_taskiq.signing import MIN_KEY_CHARACTERS, Purpose, Signer, parse_keys
+from dagster_taskiq.messages.signing import MIN_KEY_CHARACTERS, Purpose, Signer, parse_keys
 
 KEY, OTHER = "k" * MIN_KEY_CHARACTERS, "o" * MIN_KEY_CHARACTERS
 

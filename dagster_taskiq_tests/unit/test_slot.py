@@ -23,9 +23,9 @@ import pytest
 from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
-from dagster_taskiq.code_locations import code_location
 from dagster_taskiq.errors import NoProcessError, SlotError
-from dagster_taskiq.results import Outcome, Place, TaskResult
+from dagster_taskiq.execution.code_locations import code_location
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker import slot as slot_module
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.fork_server import fork_server
@@ -42,8 +42,8 @@ PLACE = vars(Place("w@h", "id", "h", 1, 1))
 ACTOR = """
 import ctypes, multiprocessing, os, signal, subprocess, threading, time
 from dagster_taskiq.worker import channel
-from dagster_taskiq.results import Outcome, TaskResult
-from dagster_taskiq.tasks import TaskRunner
+from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.execution.tasks import TaskRunner
 
 def act(runner, payload, place, queue, on_loaded):
     on_loaded()

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dagster_taskiq.backend import WorkerRecord
+from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dagster_taskiq import tags
 from dagster_taskiq.errors import ConfigError, TagError
-from dagster_taskiq.time_limits import TimeLimits
+from dagster_taskiq.messages.time_limits import TimeLimits
 
 NAMES = st.text("abc-_ äß", min_size=1).filter(str.strip)
 MAYBE_NAMES = st.none() | NAMES

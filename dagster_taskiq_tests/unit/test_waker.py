@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from dagster_taskiq.waker import Waker
+from dagster_taskiq.aio.waker import Waker
 
 #: A wait that must be ended takes far less; one that is not ended fails the test.
 LONG = 30.0

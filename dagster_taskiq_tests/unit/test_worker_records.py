@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq.backend.base import WorkerRecord
-from dagster_taskiq.backend.worker_records import (
+from dagster_taskiq.messages.signing import Purpose, Signer
+from dagster_taskiq.messages.worker_records import (
     MAX_RECORD_AGE_SECONDS,
+    WorkerRecord,
     read_record,
     write_record,
 )
-from dagster_taskiq.signing import Purpose, Signer
 
 KEY, OTHER, NONE = Signer(["k" * 32]), Signer(["o" * 32]), Signer()
 

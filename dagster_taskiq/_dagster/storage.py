@@ -1,0 +1,168 @@
+"""Dagster's instance: its database, its event log, and where a worker finds it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dagster import DagsterInstance
+from dagster._core.events import DagsterEventType
+from dagster._core.events.log import EventLogEntry
+from dagster._core.instance import InstanceRef
+from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
+from dagster._serdes import deserialize_value
+from sqlalchemy import select
+from sqlalchemy.engine import Engine
+
+from dagster_taskiq.errors import ConfigError
+
+#: What Dagster imports when an instance with its usual storages is first opened, in a fifth of a
+#: second; those on PostgreSQL and MySQL share nearly all of it.
+STORAGE_MODULES = ("dagster._core.storage.sqlite_storage", "alembic.command", "sqlalchemy")
+
+
+class StorageEngine:
+    """The SQLAlchemy engine of one of an instance's storages, which may be exchanged."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    @property
+    def engine(self) -> Engine:
+        """The present one."""
+        engine: Engine = self._storage._engine
+        return engine
+
+    @engine.setter
+    def engine(self, engine: Engine) -> None:
+        self._storage._engine = engine
+
+
+def storage_engines(instance: DagsterInstance) -> list[StorageEngine]:
+    """The engines of the storages that keep one."""
+    storages = (instance.run_storage, instance.event_log_storage, instance.schedule_storage)
+    having = [it for it in storages if isinstance(getattr(it, "_engine", None), Engine)]
+    return [StorageEngine(storage) for storage in having]
+
+
+def has_server(engine: Engine) -> bool:
+    """Whether its database is one with a server, unlike SQLite's files."""
+    return engine.dialect.name != "sqlite"
+
+
+class SqlEventLog:
+    """The event log of an instance, in a database with a server."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+        #: Dagster's own, which writes one event, to other tables too if it is about an asset.
+        self.store_event: Callable[[EventLogEntry], None] = storage.store_event
+
+    def row_of(self, event: EventLogEntry) -> Mapping[str, Any]:
+        """What the log's table has of an event."""
+        row: Mapping[str, Any] = self._storage._event_to_row(event)
+        return row
+
+    def store_rows(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of events that concern no other table in one statement.
+
+        Unlike ``store_event`` it does not notify PostgreSQL's channel of each, which Dagster does
+        for its former releases only.
+        """
+        with self._storage.index_connection() as connection:
+            connection.execute(SqlEventLogStorageTable.insert(), rows)
+
+    def has_row(self, row: Mapping[str, Any]) -> bool:
+        """Whether the log has this row, which no other one is equal to: it has the time in it."""
+        columns = SqlEventLogStorageTable.c
+        same = (columns.run_id == row["run_id"], columns.event == row["event"])
+        with self._storage.index_connection() as connection:
+            found = connection.execute(select(columns.id).where(*same).limit(1))
+            return found.first() is not None
+
+    @contextmanager
+    def store_replaced_by(self, store: Callable[[EventLogEntry], None]) -> Iterator[None]:
+        """Let the instance give its events to somebody else."""
+        before = vars(self._storage).get("store_event")
+        self._storage.store_event = store
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._storage.store_event
+            else:
+                self._storage.store_event = before
+
+
+def sql_event_log(instance: DagsterInstance) -> SqlEventLog | None:
+    """The instance's event log, if it is in a database with a server."""
+    storage: Any = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage) or not hasattr(storage, "_event_to_row"):
+        return None
+    engine = getattr(storage, "_engine", None)
+    return SqlEventLog(storage) if isinstance(engine, Engine) and has_server(engine) else None
+
+
+def is_own_instance(instance: DagsterInstance) -> bool:
+    """Whether a worker with a DAGSTER_HOME of its own finds this instance there.
+
+    A packed reference carries the literal passwords of dagster.yaml, so it is sent only where the
+    instance is another one than DAGSTER_HOME's: that of a test, for example.
+    """
+    home = os.getenv("DAGSTER_HOME")
+    if not home or not instance.is_persistent:
+        return False
+    return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()
+
+
+def has_database_server(home: Path) -> bool:
+    """Whether the instance of a DAGSTER_HOME keeps its event log on a server, not in files.
+
+    Raises:
+        ConfigError: Dagster cannot use its dagster.yaml.
+    """
+    try:
+        storage = InstanceRef.from_dir(str(home)).event_storage_data
+    except Exception as error:  # of any kind; its text may have a password
+        raise ConfigError(
+            f"Dagster cannot use {home / 'dagster.yaml'} ({type(error).__name__}): run `dagster "
+            "instance info` there to see why."
+        ) from None
+    # Dagster's own storages are SQLite's; each of those on a server is a package of its own
+    return storage is not None and storage.module_name.partition(".")[0] != "dagster"
+
+
+#: The events that bound the attempts of a step, and those of the workers that begin with them.
+_ATTEMPT_EVENTS = {
+    DagsterEventType.ENGINE_EVENT,
+    DagsterEventType.STEP_START,
+    DagsterEventType.STEP_RESTARTED,
+    DagsterEventType.STEP_SUCCESS,
+    DagsterEventType.STEP_FAILURE,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+}
+
+
+def read_step_log(instance: DagsterInstance, run_id: str, step_key: str) -> list[EventLogEntry]:
+    """What the log says of when a step's attempts have begun and ended, in its order.
+
+    Dagster can read the events of one step only as their sums (``get_run_step_stats``), which do
+    not tell one attempt from another; and the events of a run, of which there may be thousands.
+    """
+    storage: Any = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        entries = instance.all_logs(run_id, of_type=_ATTEMPT_EVENTS)
+        return [entry for entry in entries if entry.step_key == step_key]
+    columns = SqlEventLogStorageTable.c
+    query = (
+        select(columns.event)
+        .where(columns.run_id == run_id, columns.step_key == step_key)
+        .where(columns.dagster_event_type.in_([kind.value for kind in _ATTEMPT_EVENTS]))
+        .order_by(columns.id)
+    )
+    with storage.run_connection(run_id) as connection:
+        texts = connection.execute(query).scalars().all()
+    return [deserialize_value(text, EventLogEntry) for text in texts]

@@ -1,0 +1,1 @@
+"""Small tools for event loops, threads and renewals."""

@@ -1,0 +1,161 @@
+"""Waiting for Dagster's database while it is away.
+
+A database that is restarted, fails over or has no connection left is back in seconds to minutes. A
+step, or a run, that needs it meanwhile waits, and whatever was only read is read again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from dagster import DagsterInstance
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.expression import SelectBase
+
+from dagster_taskiq._dagster.patches import is_interrupt_captured
+from dagster_taskiq._dagster.storage import has_server, storage_engines
+from dagster_taskiq.errors import DatabaseAwayError
+from dagster_taskiq.execution.database_errors import is_passing, is_read_only, words_of
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+#: Pause before the next try: the first one, and the longest.
+_FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 2.0
+
+#: How soon an interrupt is noticed.
+_LOOK_SECONDS = 0.1
+
+#: How often a statement is tried that loses its connection to a server which takes connections.
+#: MySQL hangs up on a statement that is too large for it, for example.
+STATEMENT_TRIES = 3
+
+
+class DatabasePatience:
+    """How long one waits for the database of an instance, from its first failure on.
+
+    Args:
+        seconds: 0 does not wait.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have patience again after it has run out, for another step."""
+        self._is_away = False
+        self._is_over = False
+
+    def keep_trying(
+        self, do: Callable[[], T], may_pass: Callable[[Exception], bool] = is_passing
+    ) -> T:
+        """Do something that needs the database, again and again until it is done.
+
+        Once patience has run out, each further call tries only once, until one succeeds.
+
+        Args:
+            do: may be called several times.
+            may_pass: whether to try again after this error.
+
+        Raises:
+            DatabaseAwayError: the time is over, or this process was told to stop.
+        """
+        deadline: float | None = None
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                done = do()
+            except DatabaseAwayError:
+                raise  # somebody within has waited
+            except Exception as error:
+                if not self.seconds or not may_pass(error):
+                    raise
+                deadline = deadline or time.monotonic() + (0 if self._is_over else self.seconds)
+                self._pause(pause, deadline, error)
+                pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
+            else:
+                if self._is_away:
+                    logger.warning("Dagster's database is back.")
+                self.begin_anew()
+                return done
+
+    def _pause(self, seconds: float, deadline: float, error: Exception) -> None:
+        if not self._is_away:
+            self._is_away = True
+            logger.warning(
+                "Dagster's database is away: %s Waiting for it, up to %g s.",
+                _sentence(error),
+                self.seconds,
+            )
+        end = min(time.monotonic() + seconds, deadline)
+        while time.monotonic() < end and not is_interrupt_captured():
+            time.sleep(_LOOK_SECONDS)
+        is_interrupted = is_interrupt_captured()
+        if is_interrupted or time.monotonic() >= deadline:
+            self._is_over = True
+            until = "this process was told to stop"
+            until = until if is_interrupted else f"{self.seconds:g} s were over"
+            raise DatabaseAwayError(
+                f"Dagster's database is away; it was waited for until {until}: {_sentence(error)}"
+            ) from error
+
+
+def _sentence(error: Exception) -> str:
+    words = words_of(error)
+    return words if words.endswith((".", "?", "!")) else f"{words}."
+
+
+@contextmanager
+def patient_connections(instance: DagsterInstance, patience: DatabasePatience) -> Iterator[None]:
+    """Let whatever connects to the instance's database wait for it, and read again.
+
+    Storages without a server, such as SQLite, are left as they are, and so are those that wait
+    already.
+    """
+    engines = {id(it.engine): it.engine for it in storage_engines(instance) if patience.seconds}
+    ours = [it for it in engines.values() if has_server(it) and "_connection_cls" not in vars(it)]
+    for engine in ours:
+        vars(engine)["_connection_cls"] = partial(PatientConnection, patience)
+    try:
+        yield
+    finally:
+        for engine in ours:
+            del vars(engine)["_connection_cls"]
+
+
+class PatientConnection(Connection):
+    """A connection that is waited for, and on which what is only read is read again."""
+
+    def __init__(self, patience: DatabasePatience, *arguments: Any, **options: Any) -> None:
+        self._patience = patience
+        patience.keep_trying(partial(super().__init__, *arguments, **options))
+
+    def execute(self, statement: Any, *arguments: Any, **options: Any) -> Any:
+        """See SQLAlchemy.
+
+        A SELECT that loses its connection is executed on another one, unless the statements
+        before it belong to the same transaction.
+        """
+        is_repeatable = isinstance(statement, SelectBase) and not self.in_transaction()
+        for is_last in (*(False,) * (STATEMENT_TRIES - 1), True):
+            try:
+                return super().execute(statement, *arguments, **options)
+            except DBAPIError as error:
+                if is_read_only(error):
+                    self.invalidate()  # another connection may lead to another server
+                if is_last or not is_repeatable or not is_passing(error):
+                    raise
+                logger.warning("Reading again from Dagster's database: %s", words_of(error))
+            with suppress(DBAPIError):  # it is that of the connection that is lost
+                self.rollback()
+            self._patience.keep_trying(lambda: self.connection)
+        raise AssertionError

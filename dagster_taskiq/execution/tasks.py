@@ -1,0 +1,390 @@
+"""What a child process does with a task: load the code, execute the step or run, say what came.
+
+Runs in the main thread of its process, where Dagster can be interrupted and may redirect the
+process's output. What is costly to make and the same for many steps is kept between them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
+
+from dagster_taskiq._dagster.names import (
+    DagsterExecutionInterruptedError,
+    DagsterRunStatus,
+    EngineEventData,
+    ExecuteRunArgs,
+    ExecuteStepArgs,
+    InstanceRef,
+    KnownExecutionState,
+    capture_interrupts,
+    error_info,
+    execute_plan_iterator,
+    pack_value,
+    serialize_value,
+    unpack_value,
+)
+from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
+from dagster_taskiq.defaults import QUEUE_WAIT_MARKER, SERVER_PATIENCE_SECONDS
+from dagster_taskiq.errors import DagsterTaskiqError, EventsNotWrittenError
+from dagster_taskiq.execution.attempt_log import already_begun
+from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
+from dagster_taskiq.execution.event_batches import EventWriter, batched_events
+from dagster_taskiq.execution.step_plans import RunPlans
+from dagster_taskiq.execution.storage_connections import kept_connections
+from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
+from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
+
+#: Keys of a step's payload, beside ``EXECUTABLE_KEY``, and of a run's.
+ARGS_KEY = "execute_step_args_packed"
+RUN_ARGS_KEY = "execute_job_args_packed"
+
+#: Exit code of a run's process that ended without having finished its run.
+EXIT_UNFINISHED = 4
+
+#: Exit code of a run's process whose run another process has taken over.
+EXIT_SUPERSEDED = 5
+
+
+class StepRefusedError(DagsterTaskiqError):
+    """The step or run must not or cannot be executed here; the message says why."""
+
+
+class WrongInstanceError(StepRefusedError):
+    """The step belongs to another Dagster instance than this worker's."""
+
+
+class CopyOfStepError(DagsterTaskiqError):
+    """Dagster's log has this attempt of the step as begun; the message says where."""
+
+
+class TaskRunner:
+    """Executes one task after the other, in one process.
+
+    Args:
+        keeps_connections: whether the database of Dagster's storage may be left connected.
+        patience_seconds: how long that database is waited for when it is away.
+        refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        keeps_connections: bool = True,
+        patience_seconds: float = SERVER_PATIENCE_SECONDS,
+        refuses_copies: bool = False,
+    ) -> None:
+        self._refuses_copies = refuses_copies
+        self._keeps_connections = keeps_connections
+        self._patience = DatabasePatience(patience_seconds)
+        self._plans = RunPlans()
+        self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
+        self._events = EventWriter()
+        self._resources = ExitStack()
+
+    def close(self) -> None:
+        """Close the instance and its connections."""
+        self._known = None
+        self._events = EventWriter()
+        self._resources.close()
+
+    def execute_run(
+        self,
+        name: TaskName,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_begun: Callable[[], None],
+    ) -> TaskResult:
+        """Execute or resume a whole run; this process is its process.
+
+        Args:
+            name: which of the two.
+            payload: ``ExecuteRunArgs``, packed.
+            place: where this is, for the run's events.
+            queue: that the run was taken from.
+            on_begun: called when the log says that the run has started.
+
+        Returns:
+            the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
+            workers, it is not 0 where the run failed.
+        """
+        self._patience.begin_anew()
+        with capture_interrupts():
+            try:
+                args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+                instance = self._instance(args.instance_ref)
+                run = _startable_run(instance, args.run_id, name)
+                _report_run_start(instance, run, place, queue)
+                self._events.flush()
+                return _execute_run(instance, run, name, place, on_begun)
+            except WrongInstanceError as refusal:
+                # Dagster itself looks after a run that is resumed
+                is_new = name is TaskName.EXECUTE_JOB
+                outcome = Outcome.REFUSED if is_new else Outcome.ERROR
+                return TaskResult(outcome, place, reason=str(refusal))
+            except StepRefusedError as refusal:
+                return TaskResult(Outcome.ERROR, place, reason=str(refusal))
+            except Exception:
+                return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
+
+    def execute_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None] = lambda: None,
+    ) -> TaskResult:
+        """Execute one step.
+
+        Args:
+            payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
+            place: where this is, for the step's events.
+            queue: that the step was taken from.
+            on_loaded: called when the code is loaded, before the step's part of it runs.
+
+        Returns:
+            the events of the step, also when it failed; all of them are in Dagster's log. An error
+            where the step could not be brought to run, or where the log did not take its events.
+            ``COPY`` where the attempt has begun before, which nothing was written about. An
+            interrupted step has no end among its events, unless its run is over, and an error that
+            shows where it was: why it was interrupted is for the worker to add.
+        """
+        self._patience.begin_anew()
+
+        def is_run_over() -> bool:
+            run = self._run_of(payload)
+            return run is not None and run.is_finished
+
+        with capture_interrupts(), interrupts_end_no_attempt(is_run_over):
+            result = self._executed_plan(payload, place, queue, on_loaded)
+            try:
+                self._events.flush()
+            except EventsNotWrittenError as error:
+                return TaskResult(
+                    Outcome.UNLOGGED,
+                    place,
+                    reason=str(error),
+                    error=pack_value(error_info()),
+                    is_cancelled=result.is_cancelled,
+                )
+        return result
+
+    def _executed_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None],
+    ) -> TaskResult:
+        events: list[str] = []
+        try:
+            args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+            executable = payload[EXECUTABLE_KEY]
+            for event in self._step_events(args, executable, place, queue, on_loaded):
+                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+        except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+            return TaskResult(
+                Outcome.FINISHED,
+                place,
+                tuple(events),
+                error=pack_value(error_info()),
+                reason="It was stopped." if events else "It was stopped before it had started.",
+                is_cancelled=True,
+            )
+        except CopyOfStepError as refusal:
+            return TaskResult(Outcome.COPY, place, reason=str(refusal))
+        except WrongInstanceError as refusal:
+            return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
+        except StepRefusedError as refusal:
+            return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
+        except Exception:
+            error = pack_value(error_info())
+            return TaskResult(Outcome.ERROR, place, tuple(events), error=error)
+        return TaskResult(Outcome.FINISHED, place, tuple(events))
+
+    def _step_events(
+        self,
+        args: ExecuteStepArgs,
+        executable: Mapping[str, Any],
+        place: Place,
+        queue: str,
+        on_loaded: Callable[[], None],
+    ) -> Iterator[DagsterEvent]:
+        instance = self._instance(args.instance_ref)
+        run = _live_run(instance, args.run_id)
+        (step_key,) = args.step_keys_to_execute or ()
+        location = run.remote_job_origin.location_name if run.remote_job_origin else None
+        instance.inject_env_vars(location)
+        run_plan = self._plans.of_run(run, executable)
+        known_state = args.known_state or KnownExecutionState()
+        plan = run_plan.of_step(step_key, known_state)
+        if self._refuses_copies:  # as late as can be, since it only counts what is in the log yet
+            attempts = known_state.get_retry_state().get_attempt_count(step_key)
+            _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
+        on_loaded()
+        yield _report_start(instance, run, step_key, place, queue)
+        self._events.flush()  # who looks for the step after a crash must find that it began
+        yield from execute_plan_iterator(
+            execution_plan=plan,
+            job=run_plan.job,
+            dagster_run=run,
+            instance=instance,
+            retry_mode=args.retry_mode,
+            run_config=run_plan.run_config,
+        )
+
+    def is_run_over(self, payload: Mapping[str, Any]) -> bool:
+        """Whether the run that a step belongs to is finished, or is not there any more.
+
+        Args:
+            payload: of the step's task.
+        """
+        run = self._run_of(payload)
+        return run is None or run.is_finished
+
+    def _run_of(self, payload: Mapping[str, Any]) -> DagsterRun | None:
+        """The run that a step belongs to, as it is now; None if it was deleted."""
+        args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+        return _find_run(self._instance(args.instance_ref), args.run_id)
+
+    def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
+        """Fail a run that could not start, unless something else has become of it.
+
+        Args:
+            payload: of the run's task.
+            reason: why it could not start.
+        """
+        args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+        instance = self._instance(args.instance_ref)
+        run = _find_run(instance, args.run_id)
+        if run is not None and run.status is DagsterRunStatus.STARTING:
+            instance.report_run_failed(run, f"The run could not start: {reason}")
+
+    def _instance(self, ref: InstanceRef | None) -> DagsterInstance:
+        """The instance of the message, or this process's own where it was sent by reference."""
+        if self._known is None or self._known[0] != ref:
+            self.close()
+            instance = self._patience.keep_trying(partial(_open_instance, ref))
+            self._resources.callback(instance.dispose)
+            self._resources.enter_context(patient_connections(instance, self._patience))
+            if self._keeps_connections:
+                self._resources.enter_context(kept_connections(instance))
+            self._events = self._resources.enter_context(batched_events(instance, self._patience))
+            self._known = (ref, instance)
+        return self._known[1]
+
+
+def _execute_run(
+    instance: DagsterInstance,
+    run: DagsterRun,
+    name: TaskName,
+    place: Place,
+    on_begun: Callable[[], None],
+) -> TaskResult:
+    exit_code = execute_or_resume_run(
+        instance, run.run_id, is_resumed=name is TaskName.RESUME_JOB, on_begun=on_begun
+    )
+    run = instance.get_run_by_id(run.run_id) or run
+    if not run.is_finished:
+        reason = f"The run's process ended while the run was {run.status.value}."
+        return TaskResult(Outcome.FINISHED, place, reason=reason, exit_code=EXIT_UNFINISHED)
+    return TaskResult(Outcome.FINISHED, place, exit_code=exit_code)
+
+
+def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:
+    """The run, if it still waits to be started (or resumed): much can happen in a queue."""
+    run = _known_run(instance, run_id)
+    waiting = (
+        (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED)
+        if name is TaskName.RESUME_JOB
+        else (DagsterRunStatus.STARTING,)
+    )
+    if run.status not in waiting:
+        raise StepRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
+    return run
+
+
+def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, queue: str) -> None:
+    instance.report_engine_event(
+        f"Executing the run on worker {place.worker}.",
+        run,
+        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
+    )
+
+
+def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
+    place = already_begun(instance, run_id, step_key, attempt)
+    if place is None:
+        return
+    by = "" if place is NOWHERE else f" on worker {place.worker} (slot {place.slot})"
+    raise CopyOfStepError(
+        f'Attempt {attempt} of step "{step_key}" of run {run_id} has begun before{by}, by '
+        "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
+        "See who can write to broker and backend."
+    )
+
+
+def _report_start(
+    instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, queue: str
+) -> DagsterEvent:
+    return instance.report_engine_event(
+        f'Executing step "{step_key}" on worker {place.worker}.',
+        run,
+        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
+        step_key=step_key,
+    )
+
+
+def _metadata(place: Place, queue: str) -> dict[str, Any]:
+    return {
+        "worker": place.worker,
+        "host": place.host,
+        "pid": str(os.getpid()),
+        "slot": place.slot,
+        "queue": queue,
+    }
+
+
+def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
+    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
+    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
+
+
+def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+    run = _find_run(instance, run_id)
+    if run is None:
+        raise WrongInstanceError(
+            f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
+            "worker needs the same dagster.yaml and storage as the run."
+        )
+    return run
+
+
+def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
+    run = _known_run(instance, run_id)
+    if run.is_finished or run.status is DagsterRunStatus.CANCELING:
+        raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
+    return run
+
+
+def _describe(instance: DagsterInstance) -> str:
+    home = os.getenv("DAGSTER_HOME")
+    return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
+
+
+def _open_instance(ref: InstanceRef | None) -> DagsterInstance:
+    if ref is not None:
+        return DagsterInstance.from_ref(ref)
+    if not os.getenv("DAGSTER_HOME"):
+        raise WrongInstanceError(
+            "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "
+            "dagster.yaml that the run uses, and start the worker again."
+        )
+    return DagsterInstance.get()

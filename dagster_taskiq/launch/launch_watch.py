@@ -1,0 +1,229 @@
+"""Looks after launched runs that have not begun: says why they wait, sends lost ones again.
+
+Nobody else would. Of a run that is STARTING, Dagster looks at nothing but its age, and fails it
+after ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
+purged, or a server that keeps nothing on disk restarts.
+
+Whoever has launched a run looks after it, as long as that process lives. Sent twice by mistake, it
+would still be executed once: the task is the same one, so that one worker claims it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
+
+from dagster_taskiq._dagster.names import EngineEventData
+from dagster_taskiq.backend import TaskState
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
+from dagster_taskiq.launch.background import Background
+from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_waits import QueueWait, WaitHistory, WaitKind
+
+#: How often to look after runs that wait to be started.
+LOOK_SECONDS = 5.0
+
+
+#: States of a run's task that no worker holds. A claim that has ended before the run began is as
+#: good as none: its message is delivered again, unless the server has lost that too.
+_NOT_HELD = (TaskState.UNKNOWN, TaskState.EXPIRED)
+
+
+@dataclass
+class _Launched:
+    """A run's task, and what its log says of why it waits.
+
+    Attributes:
+        refusals: by worker that has given it back as it cannot execute it, the reason.
+        refused_since: when the first of them did, on the watch's clock.
+    """
+
+    envelope: Envelope
+    sent_at: float
+    waits: WaitHistory
+    refusals: dict[str, str] = field(default_factory=dict)
+    refused_since: float | None = None
+
+
+@dataclass(frozen=True)
+class _Absence:
+    """Since when, in which epoch, no server has known a task."""
+
+    epoch: str
+    since: float
+
+
+class LaunchWatch:
+    """Of one connection to the servers.
+
+    Args:
+        client: that connection.
+        background: where the looks are made.
+        lease_seconds: within which a live worker claims again what the backend has forgotten.
+        now: the clock, in seconds; another one for tests.
+    """
+
+    def __init__(
+        self,
+        client: RunClient,
+        background: Background,
+        lease_seconds: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._now = now
+        self._client = client
+        self._background = background
+        self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
+        self._absences: dict[str, _Absence] = {}
+        self._waiting: dict[str, _Launched] = {}
+        self._lock = threading.Lock()
+
+    def is_lost(self, physical: str, run_id: str, task_id: str) -> bool:
+        """Whether no server has known a run's task for as long as a worker could be silent of it.
+
+        As far as these calls have seen: nothing is lost at the first one. The time is counted anew
+        in a new epoch, in which workers must have had the time to claim again what they execute.
+
+        Args:
+            physical: the queue it was sent to, by its name on the server.
+
+        Raises:
+            ServerError: a server is away.
+        """
+        return self._is_lost(physical, run_id, task_id, self._now())
+
+    def _is_lost(self, physical: str, run_id: str, task_id: str, now: float) -> bool:
+        known = self._absences.pop(task_id, None)
+        if not self._client.is_absent(physical, task_id):
+            return False
+        epoch, state = self._client.state_of(run_id, task_id)
+        if state not in _NOT_HELD:
+            return False
+        if known is None or known.epoch != epoch:
+            known = _Absence(epoch, now)
+        self._absences[task_id] = known
+        return now - known.since >= self._patience_seconds
+
+    def look_after(
+        self, instance: DagsterInstance, envelope: Envelope, told: QueueWait | None = None
+    ) -> None:
+        """Until a launched run has begun: say why it waits, and send it again should it be lost.
+
+        Args:
+            envelope: its task, which was sent.
+            told: what the run's log says already of why it waits.
+        """
+        waits = WaitHistory({told.kind} if told else set())
+        with self._lock:
+            self._waiting[envelope.run_id] = _Launched(envelope, self._now(), waits)
+        self._background.repeat(
+            "launch-watch",
+            lambda: self._look(instance),
+            LOOK_SECONDS,
+            "Cannot look after runs that wait to be started",
+        )
+
+    def _look(self, instance: DagsterInstance) -> bool:
+        """Look after all that wait; whether none does."""
+        with self._lock:
+            launched = list(self._waiting)
+        starting = RunsFilter(run_ids=launched, statuses=[DagsterRunStatus.STARTING])
+        runs = {run.run_id: run for run in instance.get_runs(starting)}
+        with self._lock:
+            for run_id in launched:
+                if run_id not in runs:
+                    self._absences.pop(self._waiting.pop(run_id).envelope.task_id, None)
+            waiting = [self._waiting[run_id] for run_id in runs]
+        if not waiting:
+            return True
+        # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
+        # was lost together must be found lost together, before any of it is sent
+        now = self._now()
+        lost = [
+            it.envelope
+            for it in waiting
+            if self._is_lost(
+                self._client.physical_queue(it.envelope),
+                it.envelope.run_id,
+                it.envelope.task_id,
+                now,
+            )
+        ]
+        queues = self._client.queue_waits()
+        for it in waiting:
+            run, wait = runs[it.envelope.run_id], queues.of(it.envelope.queue)
+            # what a worker refuses was not lost: it has said why it does not want it
+            if it.envelope in lost and not (wait and wait.kind is WaitKind.REFUSED):
+                self._send_again(instance, run, it.envelope)
+            self._explain_wait(instance, run, it, wait, now)
+            self._look_after_refused(instance, run, it, now)
+        return False
+
+    def _explain_wait(
+        self,
+        instance: DagsterInstance,
+        run: DagsterRun,
+        launched: _Launched,
+        wait: QueueWait | None,
+        now: float,
+    ) -> None:
+        """Say why a run waits; fail it where no worker of its queue can ever execute it."""
+        envelope = launched.envelope
+        if wait and self._client.state_of(run.run_id, envelope.task_id)[1] is not TaskState.UNKNOWN:
+            wait = None  # it has been taken, and is about to start
+        if news := launched.waits.news(wait, now - launched.sent_at, now):
+            instance.report_engine_event(
+                f"The run waits. {news.reason}",
+                run,
+                EngineEventData(metadata={"queue": envelope.queue}),
+            )
+        if wait and launched.waits.is_hopeless(now):
+            self._fail_unexecuted(instance, run, envelope, wait.reason)
+
+    def _look_after_refused(
+        self, instance: DagsterInstance, run: DagsterRun, launched: _Launched, now: float
+    ) -> None:
+        """Send a run again that a worker with another instance has given back, for a while."""
+        envelope = launched.envelope
+        report, result = self._client.look(run.run_id, envelope.task_id)
+        if report.state is not TaskState.REFUSED:
+            return
+        if launched.refused_since is None:
+            launched.refused_since = now
+        if result is not None and result.place.worker not in launched.refusals:
+            launched.refusals[result.place.worker] = result.reason
+            instance.report_engine_event(
+                f"The run waits for another worker: {result.place.worker} has given it back. "
+                f"{result.reason}",
+                run,
+                EngineEventData(metadata={"queue": envelope.queue}),
+            )
+        if now - launched.refused_since < FOREIGN_WORKERS_SECONDS:
+            if self._client.reopen(run.run_id, envelope.task_id):
+                self._client.submit(replace(envelope, epoch=self._client.epoch()))
+            return
+        reasons = " ".join(f"Worker {name}: {why}" for name, why in launched.refusals.items())
+        self._fail_unexecuted(instance, run, envelope, f"Each worker gave it back. {reasons}")
+
+    def _fail_unexecuted(
+        self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
+    ) -> None:
+        """Fail a run that no worker has begun, unless one has by now."""
+        physical = self._client.physical_queue(envelope)
+        state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
+        if state is TaskState.CANCELLED:
+            instance.report_run_failed(run, f"The run was not executed. {reason}")
+
+    def _send_again(self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope) -> None:
+        self._client.submit(replace(envelope, epoch=self._client.epoch()))
+        self._absences.pop(envelope.task_id, None)
+        instance.report_engine_event(
+            f'No server knew of the run any more; sent it to queue "{envelope.queue}" again.',
+            run,
+            EngineEventData(metadata={"queue": envelope.queue, "task id": envelope.task_id}),
+        )

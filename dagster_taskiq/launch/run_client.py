@@ -1,0 +1,227 @@
+"""The launcher's way to the workers: sends whole runs, looks after them, stops them.
+
+Lives as long as the daemon or web server it is in. It connects when it is first used, and a server
+that was away is reached again by the next call.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.errors import ServerError, UnreachableServerError
+from dagster_taskiq.launch.background import Background
+from dagster_taskiq.messages.control import cancel_order
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
+from dagster_taskiq.messages.queue_waits import QueueWaits
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import TaskResult, read_result
+
+T = TypeVar("T")
+
+#: A try that has waited this long has found a server silent.
+_SILENT_SECONDS = 1.0
+
+#: Pause between two looks at a server that was silent.
+_LOOK_SECONDS = 1.0
+
+
+class RunClient:
+    """Used from any thread.
+
+    Args:
+        servers: broker and backend.
+        background: where a server that is silent is asked again.
+
+    Errors: ``ServerError`` with the address from every method.
+    """
+
+    def __init__(self, servers: Servers, background: Background) -> None:
+        self._servers = servers
+        self._background = background
+        self._signer = servers.signer
+        self._refusals = Refusals(servers.backend.address)
+        self._lock = threading.Lock()
+        self._thread: LoopThread | None = None
+        self._is_closed = False
+        self._silence: UnreachableServerError | None = None
+        self._broker: TaskBroker
+        self._backend: Backend
+
+    @property
+    def has_worked(self) -> bool:
+        """Whether the servers have ever taken us."""
+        return self._thread is not None
+
+    def reach(self, physical: str) -> None:
+        """Raise unless both servers answer, asked for one of the broker's queues.
+
+        After a try that waited in vain, a thread asks until both answer, and meanwhile this raises
+        at once: Dagster's daemon launches one run after the other, and would wait for each.
+        """
+        if silence := self._silence:
+            raise UnreachableServerError(silence.address, str(silence))
+        began = time.monotonic()
+        try:
+            self._ask(physical)
+        except UnreachableServerError as error:
+            if time.monotonic() - began >= _SILENT_SECONDS:
+                self._silence = error
+                self._background.repeat(
+                    "silent-server",
+                    lambda: self._is_answered(physical),
+                    _LOOK_SECONDS,
+                    "Cannot ask a server whether it answers again",
+                )
+            raise
+
+    def _is_answered(self, physical: str) -> bool:
+        try:
+            self._ask(physical)
+        except UnreachableServerError:
+            return False
+        except ServerError:
+            pass  # it answers with an error, which the next launch gets too
+        self._silence = None
+        return True
+
+    def _ask(self, physical: str) -> None:
+        async def ask() -> None:
+            await self._backend.inspect("", [])
+            await self._broker.depth(physical)
+
+        self._call(ask)
+
+    def epoch(self) -> str:
+        """The backend's epoch, to send a task in."""
+        return self._call(self._epoch)
+
+    async def _epoch(self) -> str:
+        epoch, _ = await self._backend.inspect("", [])
+        return epoch
+
+    def physical_queue(self, envelope: Envelope) -> str:
+        """The name on the server of the queue that a task is sent to."""
+        return physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+
+    def submit(self, envelope: Envelope) -> None:
+        """Send a run."""
+        message = envelope.to_message(self.physical_queue(envelope), self._signer)
+
+        async def submit() -> None:
+            await self._broker.kick(message)
+
+        self._call(submit)
+
+    def look(self, run_id: str, task_id: str) -> tuple[TaskReport, TaskResult | None]:
+        """What the backend knows of a run's task, and its result if it has one."""
+
+        async def look() -> tuple[TaskReport, TaskResult | None]:
+            _, reports = await self._backend.inspect(run_id, [task_id])
+            report = reports[task_id]
+            if report.state not in (TaskState.DONE, TaskState.REFUSED):
+                return report, None
+            data = (await self._backend.read_results(run_id, [task_id])).get(task_id)
+            if data is None:
+                return report, None
+            return report, read_result(self._signer, task_id, data, self._refusals)
+
+        return self._call(look)
+
+    def reopen(self, run_id: str, task_id: str) -> bool:
+        """Let a run that a worker has given back be claimed again; see ``RunBackend.reopen``."""
+        return self._call(lambda: self._backend.reopen(run_id, task_id))
+
+    def state_of(self, run_id: str, task_id: str) -> tuple[str, TaskState]:
+        """The backend's epoch, and what it knows of a run's task in it."""
+
+        async def inspect() -> tuple[str, TaskState]:
+            epoch, reports = await self._backend.inspect(run_id, [task_id])
+            return epoch, reports[task_id].state
+
+        return self._call(inspect)
+
+    def is_absent(self, physical: str, task_id: str) -> bool:
+        """Whether the broker certainly does not hold the task, in its physical queue."""
+
+        async def absent() -> bool:
+            return task_id in await self._broker.absent(physical, [task_id])
+
+        return self._call(absent)
+
+    def cancel(self, run_id: str, task_id: str, physical: str, reason: str) -> TaskState:
+        """Stop a run's task; its state when it was told, see ``RunBackend.cancel``."""
+
+        async def cancel() -> TaskState:
+            await self._backend.disown_run(run_id)
+            orders = {task_id: cancel_order(self._signer, task_id, reason)}
+            states = await self._backend.cancel(run_id, orders)
+            if states[task_id] is TaskState.CANCELLED:
+                await self._broker.withdraw(physical, [task_id])
+            return states[task_id]
+
+        return self._call(cancel)
+
+    def queue_waits(self) -> QueueWaits:
+        """Why runs wait in their queues, as the workers are now."""
+
+        async def look() -> QueueWaits:
+            workers = await self._backend.workers()
+            broker = self._servers.broker.address
+            return QueueWaits(workers, QueueKind.RUNS, broker, self._signer)
+
+        return self._call(look)
+
+    def close(self) -> None:
+        """Leave the servers, for good."""
+        with self._lock:
+            self._is_closed = True
+            if self._thread is None:
+                return
+            self._thread.call(self._disconnect())
+            self._thread.stop()
+            self._thread = None
+
+    # --- the thread ---
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("The launcher has left its servers.")
+            if self._thread is None:
+                self._thread = self._connect()
+            thread = self._thread
+        try:
+            return thread.call(make())
+        except UnreachableServerError:
+            self._servers.revive()  # for the next call
+            raise
+
+    def _connect(self) -> LoopThread:
+        thread = LoopThread("dagster-taskiq-launcher")
+        try:
+            thread.call(self._open())
+        except BaseException:
+            thread.stop()
+            raise
+        return thread
+
+    async def _open(self) -> None:
+        self._broker = open_broker(self._servers.broker)
+        self._backend = open_backend(self._servers.backend, self._signer)
+        try:
+            await self._backend.startup()
+            await self._broker.startup()
+        except BaseException:
+            await self._disconnect()
+            raise
+
+    async def _disconnect(self) -> None:
+        await self._broker.shutdown()
+        await self._backend.shutdown()

@@ -1,0 +1,416 @@
+"""The execution loop's way to the workers: broker and backend on one event-loop thread.
+
+Two background tasks keep a run going while its loop computes or waits: ``collect`` takes results
+out of the run's mailbox and wakes the loop, ``keep-alive`` renews the lease that says that the run
+has a living loop (without it no step of the run is claimed any more).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from dagster_taskiq.aio.loop_thread import LoopThread, end_tasks
+from dagster_taskiq.aio.patched_library import SimpleQueue
+from dagster_taskiq.aio.renewals import keep_renewing
+from dagster_taskiq.aio.waker import Waker
+from dagster_taskiq.backend import Backend, TaskState, open_backend
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.defaults import RENEWALS_PER_LEASE
+from dagster_taskiq.errors import (
+    EmbeddedServerError,
+    ServerError,
+    SupersededLoopError,
+    UnreachableServerError,
+)
+from dagster_taskiq.execution.code_locations import code_location
+from dagster_taskiq.execution.event_batches import EventWriter
+from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.control import cancel_order
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.messages.queue_waits import QueueWaits
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import NOWHERE, TaskResult, read_result
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: How long one wait for results lasts before it is begun anew.
+_WAIT_SECONDS = 15.0
+
+#: Pause between two tries to reach a server that is away.
+_RETRY_SECONDS = 0.5
+
+#: An outage that begins so long after the last error is a new one, and logged.
+_QUIET_SECONDS = 5.0
+
+
+class Client(Dispatcher):
+    """Carries the steps of one run through a broker.
+
+    Args:
+        servers: broker and backend.
+        run_id: the run.
+        generation: how often the run was resumed.
+        is_resumable: whether another loop may take over when this one dies.
+        lease_seconds: of the run's own lease and of the claims on its tasks.
+        cancel_grace_seconds: see ``Envelope``.
+        events: writes what the loop reports.
+
+    Raises:
+        ConfigError: a URL cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        servers: Servers,
+        run_id: str,
+        generation: int,
+        is_resumable: bool,
+        lease_seconds: float,
+        cancel_grace_seconds: float,
+        events: EventWriter,
+    ) -> None:
+        self._run_id = run_id
+        self._lease_seconds = lease_seconds
+        self._cancel_grace_seconds = cancel_grace_seconds
+        self._events = events
+        self._servers = servers
+        self._signer = servers.signer
+        self._refusals = Refusals(servers.backend.address)
+        self._key_prefix = servers.broker.key_prefix
+        self._token = uuid.uuid4().hex
+        self._epoch = ""
+        self._inspected_epoch = ""
+        self._epoch_since = 0.0
+        self._sent_in: dict[str, str] = {}
+        self._steady_since = 0.0
+        self._trouble = ""
+        self._answered_at = 0.0
+        self._is_superseded = False
+        self._arrived: SimpleQueue[tuple[str, TaskResult]] = SimpleQueue()
+        self._handled: deque[str] = deque()
+        self._waker = Waker()
+        self._thread = LoopThread("dagster-taskiq-client")
+        self._generation = generation
+        self._is_resumable = is_resumable
+        self._is_open = False
+        self._failure: BaseException | None = None
+        self._background: list[asyncio.Task[None]] = []
+        try:
+            self._broker, self._backend = self._thread.call(self._make_connections())
+        except BaseException:
+            self._thread.stop()
+            self._waker.close()
+            raise
+
+    async def _make_connections(self) -> tuple[TaskBroker, Backend]:
+        return open_broker(self._servers.broker), open_backend(self._servers.backend, self._signer)
+
+    def open(self) -> None:
+        """See ``Dispatcher``."""
+        try:
+            self._thread.call(self._open())
+        except UnreachableServerError:
+            self._servers.revive()  # for the next call
+            raise
+
+    async def _open(self) -> None:
+        if not self._is_open:
+            await self._open_run()
+        # who takes over needs the backend alone: what runs already must not be without a loop
+        if not self._generation:
+            await self._broker.startup()
+
+    async def _open_run(self) -> None:
+        await self._backend.startup()
+        self._epoch = await self._backend.open_run(
+            self._run_id,
+            generation=self._generation,
+            token=self._token,
+            is_resumable=self._is_resumable,
+            lease_seconds=self._lease_seconds,
+        )
+        # a loop that takes over from another has not watched the claims yet
+        self._steady_since = time.monotonic() if self._generation else -self._lease_seconds
+        self._epoch_since = self._steady_since
+        self._is_open = True
+        self._background = [
+            asyncio.create_task(self._collect(), name="collect"),
+            asyncio.create_task(self._keep_alive(), name="keep-alive"),
+        ]
+        for task in self._background:
+            task.add_done_callback(self._note_failure)
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if not self._is_open:
+            self.open()
+        return self._thread.call(make())
+
+    # --- background ---
+
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        """Without its background tasks a run would wait for ever: the loop is told instead."""
+        if not task.cancelled() and (error := task.exception()):
+            self._failure = error
+            self._waker.wake()
+
+    async def _collect(self) -> None:
+        while True:
+            try:
+                found = await self._backend.wait_for_results(self._run_id, _WAIT_SECONDS)
+            except ServerError as error:
+                self._note_outage(error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                await self._revive()
+                continue
+            try:
+                await self._deliver(found)
+            except ServerError as error:
+                self._note_outage(error)  # the reconciliation finds what is left
+
+    async def _deliver(self, found: Mapping[str, bytes]) -> None:
+        results = {key: self._read(key, data) for key, data in found.items()}
+        refused = {key: result for key, result in results.items() if result.place is NOWHERE}
+        for task_id, result in results.items():
+            if task_id not in refused:
+                self._arrived.put((task_id, result))
+        if found:
+            self._waker.wake()
+        if refused:
+            await self._deliver_refused(refused)
+
+    async def _deliver_refused(self, results: Mapping[str, TaskResult]) -> None:
+        """Deliver those whose task is over: a forged one must not end a task that still runs."""
+        _, reports = await self._backend.inspect(self._run_id, list(results))
+        for task_id, result in results.items():
+            if reports[task_id].state is TaskState.DONE:
+                self._arrived.put((task_id, result))
+            else:
+                await self._backend.forget_results(self._run_id, [task_id])
+        self._waker.wake()
+
+    def _read(self, task_id: str, data: bytes) -> TaskResult:
+        return read_result(self._signer, task_id, data, self._refusals)
+
+    async def _keep_alive(self) -> None:
+        never = asyncio.Event()
+        await keep_renewing(
+            self._renew_run,
+            lambda: None if self._is_superseded else self._lease_seconds / RENEWALS_PER_LEASE,
+            never.wait,
+        )
+
+    async def _renew_run(self) -> bool:
+        """One try to renew the run's lease; whether the server answered."""
+        sent_at = time.monotonic()
+        try:
+            epoch = await self._backend.renew_run(
+                self._run_id, token=self._token, lease_seconds=self._lease_seconds
+            )
+        except ServerError as error:
+            if sent_at > self._answered_at:
+                self._note_outage(error)
+            return False
+        if epoch is None:
+            self._is_superseded = True
+            self._waker.wake()
+        elif sent_at > self._answered_at:  # else a later try knows better
+            self._answered_at = sent_at
+            self._note_epoch(epoch)
+            await self._forget_handled()
+        return True
+
+    async def _forget_handled(self) -> None:
+        """Delete the results that the loop has acted on."""
+        task_ids = [self._handled.popleft() for _ in range(len(self._handled))]
+        if task_ids:
+            with suppress(ServerError):  # they expire by themselves
+                await self._backend.forget_results(self._run_id, task_ids)
+
+    def _note_outage(self, error: ServerError) -> None:
+        now = time.monotonic()
+        if now - self._steady_since > _QUIET_SECONDS:
+            logger.warning("Run %s: %s Trying again.", self._run_id, error)
+        self._steady_since = now
+        self._trouble = str(error)
+
+    async def _revive(self) -> None:
+        try:
+            await asyncio.to_thread(self._servers.revive)
+        except EmbeddedServerError as problem:
+            logger.warning("Run %s: %s", self._run_id, problem)
+
+    def _note_epoch(self, epoch: str) -> None:
+        if epoch != self._epoch:
+            logger.warning(
+                "Run %s: %s was restarted or emptied; what is missing there is judged after "
+                "%g seconds.",
+                self._run_id,
+                self._backend.address,
+                self._lease_seconds,
+            )
+            self._epoch = epoch
+            self._trouble = f"{self._backend.address} was restarted or emptied."
+            self._steady_since = self._epoch_since = time.monotonic()
+
+    # --- the loop's calls ---
+
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        """See ``Dispatcher``."""
+        self._events.begin_writing()
+        messages = []
+        for task in tasks:
+            queue = self._physical_queue(task)
+            messages.append(self._envelope(task).to_message(queue, self._signer))
+        self._events.flush()  # a loop that takes over must find in the log what was sent
+        self._call(lambda: self._broker.kick_many(messages))
+
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        """See ``Dispatcher``."""
+        if self._arrived.empty():
+            self._waker.wait(timeout_seconds)
+        if self._failure is not None:
+            raise self._failure
+        if self._is_superseded:
+            raise SupersededLoopError(
+                f"Run {self._run_id} has been taken over by another process: this one stops."
+            )
+        results = []
+        while not self._arrived.empty():
+            results.append(self._arrived.get())
+        return results
+
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        """See ``Dispatcher``."""
+        for task_id in task_ids:
+            self._sent_in.pop(task_id, None)
+        # with the next renewal of the run: the loop has better things to do than to wait for this
+        self._handled.extend(task_ids)
+
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        """See ``Dispatcher``."""
+        found = self._call(lambda: self._backend.read_results(self._run_id, task_ids))
+        return [(task_id, self._read(task_id, data)) for task_id, data in found.items()]
+
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        """See ``Dispatcher``."""
+        return self._call(lambda: self._inspect(tasks))
+
+    async def _inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        epoch, reports = await self._backend.inspect(self._run_id, [t.task_id for t in tasks])
+        self._note_epoch(epoch)
+        self._inspected_epoch = epoch
+        waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
+        workers = await self._backend.workers() if waiting else []
+        broker = self._servers.broker.address
+        waits = QueueWaits(workers, QueueKind.STEPS, broker, self._signer)
+        return Inspection(
+            is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
+            reports=reports,
+            trouble=self._trouble,
+            troubled_at=self._steady_since,
+            absent=frozenset(await self._absent(waiting)),
+            waits={
+                queue: wait for queue in {t.queue for t in waiting} if (wait := waits.of(queue))
+            },
+        )
+
+    async def _absent(self, tasks: Sequence[StepTask]) -> set[str]:
+        by_queue: dict[str, list[str]] = {}
+        for task in tasks:
+            by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
+        absent: set[str] = set()
+        for name, task_ids in by_queue.items():
+            absent |= await self._broker.absent(name, task_ids)
+        return absent
+
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        """See ``Dispatcher``."""
+        return self._call(lambda: self._cancel(tasks, reason))
+
+    async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        task_ids = [task.task_id for task in tasks]
+        # first the tombstones: from then on nobody can claim what is still queued
+        orders = {task_id: cancel_order(self._signer, task_id, reason) for task_id in task_ids}
+        states = await self._backend.cancel(self._run_id, orders)
+        by_queue: dict[str, list[str]] = {}
+        for task in tasks:
+            if states[task.task_id] is TaskState.CANCELLED:
+                by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
+        for name, ids in by_queue.items():
+            await self._broker.withdraw(name, ids)
+        epoch, _ = await self._backend.inspect(self._run_id, [])
+        self._note_epoch(epoch)
+        if time.monotonic() - self._epoch_since >= self._lease_seconds:
+            return states
+        # a worker that lives may not have said yet, to a server that has forgotten it, what it
+        # holds: that a task has never started is not known before a lease has passed
+        unknown = TaskState.EXPIRED
+        return {t: unknown if s is TaskState.CANCELLED else s for t, s in states.items()}
+
+    def condemn(self, task_id: str) -> bool:
+        """See ``Dispatcher``."""
+        self._sent_in.pop(task_id, None)
+        return self._call(lambda: self._backend.condemn(self._run_id, task_id))
+
+    def reopen(self, task_id: str) -> bool:
+        """See ``Dispatcher``."""
+        # the epoch of the verdict: if it is over by now, so is what was found out
+        self._sent_in[task_id] = self._inspected_epoch
+        return self._call(lambda: self._backend.reopen(self._run_id, task_id))
+
+    def close(self, *, leave_running: bool = False) -> None:
+        """See ``Dispatcher``."""
+        try:
+            self._thread.call(self._disconnect(leave_running))
+        finally:
+            self._thread.stop()
+            self._waker.close()
+
+    async def _disconnect(self, leave_running: bool) -> None:
+        await end_tasks(self._background)
+        try:
+            if self._is_open and not leave_running:
+                await self._backend.close_run(self._run_id, token=self._token)
+            await self._forget_handled()
+        except ServerError as error:
+            # its lease runs out by itself, which says the same a little later
+            logger.warning("Run %s: cannot say that it is over: %s", self._run_id, error)
+        await self._broker.shutdown()
+        await self._backend.shutdown()
+
+    # --- messages ---
+
+    def _envelope(self, task: StepTask) -> Envelope:
+        payload = task.make_payload()
+        return Envelope(
+            task_id=task.task_id,
+            name=TaskName.EXECUTE_PLAN,
+            run_id=self._run_id,
+            step_key=task.step_key,
+            attempt=task.attempt,
+            queue=task.queue,
+            priority=task.priority,
+            lease_seconds=self._lease_seconds,
+            cancel_grace_seconds=self._cancel_grace_seconds,
+            # the first one, where a submission is repeated that may have arrived: the server may
+            # have forgotten since then that a worker has claimed it
+            epoch=self._sent_in.setdefault(task.task_id, self._epoch),
+            payload=json.dumps(payload),
+            code_location=code_location(payload),
+            limits=task.limits,
+        )
+
+    def _physical_queue(self, task: StepTask) -> str:
+        return physical_queue(self._key_prefix, QueueKind.STEPS, task.queue)

@@ -1,0 +1,89 @@
+"""``task_always_eager``: steps run in the calling process, through the same task code."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+
+from dagster_taskiq.aio.waker import Waker
+from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.execution.event_batches import EventWriter
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.results import Place, TaskResult
+
+
+class EagerDispatcher(Dispatcher):
+    """Runs one step at each ``wait``, the one of the highest priority first.
+
+    Args:
+        events: writes what the loop reports.
+        keeps_connections: see ``TaskRunner``.
+        patience_seconds: see ``TaskRunner``.
+    """
+
+    def __init__(
+        self, events: EventWriter, *, keeps_connections: bool, patience_seconds: float
+    ) -> None:
+        self._events = events
+        host = socket.gethostname()
+        self._place = Place(f"eager@{host}", "eager", host, os.getpid(), 0)
+        self._waiting: deque[StepTask] = deque()
+        self._waker = Waker()
+        self._runner = TaskRunner(
+            keeps_connections=keeps_connections, patience_seconds=patience_seconds
+        )
+
+    def open(self) -> None:
+        """Nothing: there are no servers."""
+
+    def submit(self, tasks: Sequence[StepTask]) -> None:
+        """See ``Dispatcher``."""
+        self._events.flush()  # the runner has an instance of its own
+        self._waiting.extend(tasks)
+        self._waiting = deque(sorted(self._waiting, key=lambda task: -task.priority))
+
+    def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
+        """Run the next step, if one waits."""
+        if not self._waiting:
+            self._waker.wait(timeout_seconds)
+            return []
+        task = self._waiting.popleft()
+        # what would not survive the way to a worker must not work here
+        payload = json.loads(json.dumps(task.make_payload()))
+        result = self._runner.execute_plan(payload, self._place, task.queue)
+        return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
+
+    def acknowledge(self, task_ids: Collection[str]) -> None:
+        """Nothing is kept."""
+
+    def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
+        """What is here waits; nothing can be lost."""
+        reports = {task.task_id: TaskReport(TaskState.UNKNOWN) for task in tasks}
+        return Inspection(is_conclusive=False, reports=reports)
+
+    def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
+        """Nothing arrives unnoticed."""
+        return []
+
+    def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
+        """Forget what waits."""
+        self._waiting.clear()
+        return {task.task_id: TaskState.CANCELLED for task in tasks}
+
+    def condemn(self, task_id: str) -> bool:
+        """Nothing can be lost."""
+        return False
+
+    def reopen(self, task_id: str) -> bool:
+        """Nothing can be lost."""
+        return False
+
+    def close(self, *, leave_running: bool = False) -> None:
+        """Forget what waits."""
+        self._waiting.clear()
+        self._runner.close()
+        self._waker.close()

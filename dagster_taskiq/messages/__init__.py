@@ -1,0 +1,1 @@
+"""What travels between runs and workers, and how it is trusted."""

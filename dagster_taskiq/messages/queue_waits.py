@@ -1,0 +1,199 @@
+"""Why a task waits in its queue, by what the workers say of themselves in their heartbeats.
+
+A run says it in its log; a launched run also when its start times out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from dagster_taskiq.defaults import (
+    BROKER_URL_VARIABLE,
+    FOREIGN_WORKERS_SECONDS,
+    WAIT_REASON_SECONDS,
+)
+from dagster_taskiq.messages.control import refuses
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.kinds import is_same_address
+from dagster_taskiq.version import __version__
+
+#: How many workers a reason names.
+_MOST_NAMES = 5
+
+
+class WaitKind(str, Enum):
+    """What keeps a task waiting."""
+
+    #: No worker listens on its queue.
+    UNSERVED = "unserved"
+    #: Those that listen execute only tasks of another version.
+    PROTOCOL = "protocol"
+    #: One that listens refuses how the task is signed, and drops it.
+    REFUSED = "refused"
+    #: Those that listen do so on a broker of another address, and have nothing to do.
+    BROKER = "broker"
+    #: The same, by a record that is not signed as it must be: for people, and to decide nothing.
+    UNTRUSTED = "untrusted"
+    #: All run slots are taken. Not said of steps, of which many usually wait.
+    BUSY = "busy"
+
+
+@dataclass(frozen=True)
+class QueueWait:
+    """Why the tasks in a queue wait.
+
+    Attributes:
+        reason: sentences for people.
+    """
+
+    kind: WaitKind
+    reason: str
+
+
+class QueueWaits:
+    """The workers, as one sender of tasks sees them.
+
+    Args:
+        workers: all that are listed.
+        kind: of the sender's tasks.
+        broker: address that it sends to.
+        signer: that it signs with.
+        protocol: version of its tasks.
+    """
+
+    def __init__(
+        self,
+        workers: Iterable[WorkerRecord],
+        kind: QueueKind,
+        broker: str,
+        signer: Signer,
+        protocol: int = PROTOCOL,
+    ) -> None:
+        self._kind = kind
+        usable = [it for it in workers if self._slots(it)[1] and it.state != "draining"]
+        self._workers = [it for it in usable if it.is_trusted]
+        self._untrusted = [it for it in usable if not it.is_trusted]
+        self._broker = broker
+        self._signer = signer
+        self._protocol = protocol
+
+    def of(self, queue: str) -> QueueWait | None:
+        """Why a task waits in a queue; None where there is no reason but the tasks before it.
+
+        Args:
+            queue: as people name it.
+        """
+        listening = [it for it in self._workers if queue in it.queues]
+        doubtful = next((it for it in self._untrusted if queue in it.queues), None)
+        if listening:
+            wait = self._of_listening(queue, listening)
+        else:
+            wait = QueueWait(WaitKind.UNSERVED, self._unserved(queue))
+        if doubtful and (wait is None or wait.kind is WaitKind.UNSERVED):
+            return QueueWait(WaitKind.UNTRUSTED, _sentence(refuses(self._signer, doubtful)))
+        return wait
+
+    def _of_listening(self, queue: str, listening: Collection[WorkerRecord]) -> QueueWait | None:
+        able = [it for it in listening if it.protocol == self._protocol]
+        if not able:
+            return QueueWait(WaitKind.PROTOCOL, self._foreign(queue, listening))
+        if refusals := [reason for it in able if (reason := refuses(self._signer, it))]:
+            return QueueWait(WaitKind.REFUSED, _sentence(refusals[0]))
+        near = [it for it in able if not it.broker or is_same_address(it.broker, self._broker)]
+        if not near and not self._are_busy(able):
+            return QueueWait(WaitKind.BROKER, self._elsewhere(queue, able))
+        if self._kind is QueueKind.RUNS and self._are_busy(near or able):
+            count = sum(slots for _, slots in map(self._slots, near or able))
+            return QueueWait(WaitKind.BUSY, f'All {count} run slots of queue "{queue}" are busy.')
+        return None
+
+    def _slots(self, worker: WorkerRecord) -> tuple[int, int]:
+        """How many of a worker's slots are busy, and how many there are."""
+        if self._kind is QueueKind.RUNS:
+            return worker.busy_run_slots, worker.run_slots
+        return worker.busy_slots, worker.slots
+
+    def _are_busy(self, workers: Iterable[WorkerRecord]) -> bool:
+        return all(busy >= slots for busy, slots in map(self._slots, workers))
+
+    def _unserved(self, queue: str) -> str:
+        served = ", ".join(sorted({name for it in self._workers for name in it.queues})) or "none"
+        if self._kind is QueueKind.RUNS:
+            return (
+                f'No worker with run slots listens on queue "{queue}". '
+                f"Queues with run slots: {served}."
+            )
+        return f'No worker listens on queue "{queue}". Queues with workers: {served}.'
+
+    def _foreign(self, queue: str, workers: Collection[WorkerRecord]) -> str:
+        theirs = _names(f"{it.name} ({_version(it.version, it.protocol)})" for it in workers)
+        return (
+            f'No worker of queue "{queue}" can execute tasks of this version, '
+            f"{_version(__version__, self._protocol)}: it has {theirs}. Start a worker that has "
+            "the run's version of dagster-taskiq."
+        )
+
+    def _elsewhere(self, queue: str, workers: Collection[WorkerRecord]) -> str:
+        theirs = _names(f"{it.name} on {it.broker}" for it in workers)
+        return (
+            f'The workers of queue "{queue}" listen on another broker than {self._broker}, to '
+            f"which this run sends: {theirs}. Set the same 'broker' or {BROKER_URL_VARIABLE} on "
+            "both sides, unless both addresses lead to one server."
+        )
+
+
+@dataclass
+class WaitHistory:
+    """What has been said of one task that waits.
+
+    Attributes:
+        told: the kinds of reason that have been said, and not been over since.
+        foreign_since: since when only workers of another version listen, on the caller's clock.
+    """
+
+    told: set[WaitKind] = field(default_factory=set)
+    foreign_since: float | None = None
+
+    def news(self, wait: QueueWait | None, waited_seconds: float, now: float) -> QueueWait | None:
+        """What is to be said now: each reason once, and again only if it was over in between.
+
+        Args:
+            wait: the present reason.
+            waited_seconds: since the task was sent; a worker may just be starting.
+            now: seconds on the caller's clock.
+        """
+        if wait is None or wait.kind is not WaitKind.PROTOCOL:
+            self.foreign_since = None
+        elif self.foreign_since is None:
+            self.foreign_since = now
+        if wait is None:
+            self.told &= {WaitKind.BUSY}  # slots become free and busy all the time
+            return None
+        if wait.kind in self.told or waited_seconds <= WAIT_REASON_SECONDS:
+            return None
+        self.told.add(wait.kind)
+        return wait
+
+    def is_hopeless(self, now: float) -> bool:
+        """Whether only workers of another version have listened for ``FOREIGN_WORKERS_SECONDS``."""
+        return (
+            self.foreign_since is not None and now - self.foreign_since >= FOREIGN_WORKERS_SECONDS
+        )
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _version(version: str, protocol: int) -> str:
+    return f"dagster-taskiq {version}, protocol {protocol}"
+
+
+def _names(texts: Iterable[str]) -> str:
+    names = list(texts)
+    more = len(names) - _MOST_NAMES
+    return "; ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""Kinds of servers: their URLs, TLS, clients, and what their refusals mean."""

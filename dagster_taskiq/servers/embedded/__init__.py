@@ -1,0 +1,1 @@
+"""The server that the package brings, for one machine."""
