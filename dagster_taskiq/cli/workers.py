@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -27,6 +27,7 @@ _NOBODY = "No worker is running."
 _name_argument = click.argument("name", required=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def _explain_names(command: F) -> F:
@@ -149,9 +150,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
 
 def _running_workers(settings: Settings, name: str | None = None) -> list[WorkerRecord]:
     """The running workers; those of a name, where it is given."""
-    records: Sequence[WorkerRecord] = asyncio.run(
-        _with_backend(settings, lambda backend: backend.workers())
-    )
+    records = asyncio.run(_ask_backend(settings, lambda backend: backend.workers()))
     return [record for record in records if name is None or _is_named(record, name)]
 
 
@@ -190,7 +189,7 @@ def _tell_workers(
             )
         return [record.name for record in told]
 
-    names: list[str] = asyncio.run(_with_backend(settings, tell))
+    names = asyncio.run(_ask_backend(settings, tell))
     if not names:
         # no error, as in dagster-celery: scripts stop the workers of a host that has none
         nobody = f"{_nobody(str(name))} Give a NAME, or --all." if may_be_nobody else _NOBODY
@@ -210,13 +209,14 @@ def _is_named(record: WorkerRecord, name: str) -> bool:
     return name in (record.name, own, f"@{host}")
 
 
-async def _with_backend(settings: Settings, use: Callable[[Backend], Any]) -> Any:
+async def _ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[list[T]]]) -> list[T]:
+    """What a question about workers brings; nothing where no process uses the embedded server."""
     options = find_running_backend(settings)
     if options is None:
-        return []  # nobody uses the embedded server, so there is no worker either
+        return []
     backend = open_backend(options, settings.signer())
     try:
         await backend.startup()
-        return await use(backend)
+        return await ask(backend)
     finally:
         await backend.shutdown()

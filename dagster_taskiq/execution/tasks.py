@@ -52,12 +52,12 @@ EXIT_UNFINISHED = 4
 EXIT_SUPERSEDED = 5
 
 
-class StepRefusedError(DagsterTaskiqError):
+class TaskRefusedError(DagsterTaskiqError):
     """The step or run must not or cannot be executed here; the message says why."""
 
 
-class WrongInstanceError(StepRefusedError):
-    """The step belongs to another Dagster instance than this worker's."""
+class WrongInstanceError(TaskRefusedError):
+    """The step or run belongs to another Dagster instance than this worker's."""
 
 
 class CopyOfStepError(DagsterTaskiqError):
@@ -129,7 +129,7 @@ class TaskRunner:
                 is_new = name is TaskName.EXECUTE_JOB
                 outcome = Outcome.REFUSED if is_new else Outcome.ERROR
                 return TaskResult(outcome, place, reason=str(refusal))
-            except StepRefusedError as refusal:
+            except TaskRefusedError as refusal:
                 return TaskResult(Outcome.ERROR, place, reason=str(refusal))
             except Exception:
                 return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
@@ -202,7 +202,7 @@ class TaskRunner:
             return TaskResult(Outcome.COPY, place, reason=str(refusal))
         except WrongInstanceError as refusal:
             return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
-        except StepRefusedError as refusal:
+        except TaskRefusedError as refusal:
             return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
         except Exception:
             error = pack_value(error_info())
@@ -307,7 +307,7 @@ def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Da
         else (DagsterRunStatus.STARTING,)
     )
     if run.status not in waiting:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
     return run
 
 
@@ -323,7 +323,7 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
     place = already_begun(instance, run_id, step_key, attempt)
     if place is None:
         return
-    by = "" if place is NOWHERE else f" on worker {place.worker} (slot {place.slot})"
+    by = "" if place == NOWHERE else f" on worker {place.worker} (slot {place.slot})"
     raise CopyOfStepError(
         f'Attempt {attempt} of step "{step_key}" of run {run_id} has begun before{by}, by '
         "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
@@ -370,7 +370,7 @@ def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
 def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     run = _known_run(instance, run_id)
     if run.is_finished or run.status is DagsterRunStatus.CANCELING:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
     return run
 
 

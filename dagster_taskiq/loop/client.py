@@ -181,7 +181,7 @@ class Client(Dispatcher):
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
         results = {key: self._read(key, data) for key, data in found.items()}
-        refused = {key: result for key, result in results.items() if result.place is NOWHERE}
+        refused = {key: result for key, result in results.items() if result.place == NOWHERE}
         for task_id, result in results.items():
             if task_id not in refused:
                 self._arrived.put((task_id, result))

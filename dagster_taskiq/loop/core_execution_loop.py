@@ -560,7 +560,7 @@ class _Loop:
         begun_at = log.place_of(flight)
         lost = TaskResult(
             Outcome.DIED,
-            flight.place or NOWHERE if begun_at is NOWHERE else begun_at,
+            flight.place or NOWHERE if begun_at == NOWHERE else begun_at,
             reason=reason_of_loss(flight, inspection, begun_at),
         )
         yield from self._finish(flight, lost)

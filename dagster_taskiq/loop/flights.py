@@ -95,7 +95,7 @@ def reason_of_loss(flight: Flight, inspection: Inspection, begun_at: Place) -> s
         begun_at: where Dagster's log has it; ``NOWHERE`` if it has not begun.
     """
     held_at = flight.place
-    if begun_at is not NOWHERE and held_at is not None and _slot(held_at) != _slot(begun_at):
+    if begun_at != NOWHERE and held_at is not None and _slot(held_at) != _slot(begun_at):
         return (
             f"Worker {held_at.worker} (slot {held_at.slot}) was given its task too, and its claim, "
             "but has not begun: the first claim was deleted from the backend, or had expired."
