@@ -20,7 +20,7 @@ is_ours = ContextVar("is_ours", default=False)
 #: Stands as the type of a message whose properties cannot be decoded.
 UNREADABLE = "dagster-taskiq: unreadable properties"
 
-#: What aio-pika converts, and fails at where it is odd.
+#: Properties that aio-pika converts; it fails at odd ones.
 _CONVERTED = ("delivery_mode", "expiration", "timestamp")
 
 _unmarshal = ContentHeader.unmarshal

@@ -1,4 +1,4 @@
-"""What a broker must do: the contract that one test suite checks for all of them.
+"""The contract of brokers, which one test suite checks for all of them.
 
 A broker is a Taskiq ``AsyncBroker`` whose listener only takes a message when it is asked for one,
 and which can say more about a queue than Taskiq's own can.
@@ -36,7 +36,7 @@ class Delivery(AckableMessage):
     """A message in this worker's hands, to be settled once.
 
     ``ack`` makes the server forget it. ``release`` gives it back at once, to the place in its
-    queue that it was taken from. Whichever succeeds first settles it; later calls do nothing.
+    queue that it was taken from. The first call that succeeds settles it; later ones do nothing.
     """
 
     ack: Callable[[], Awaitable[None]]
@@ -127,7 +127,7 @@ class TaskBroker(AsyncBroker):
         self._refusals.note("a message", error)
 
     async def shutdown(self) -> None:
-        """Close the connections; listeners end. What is unsettled goes back to its queue."""
+        """Close the connections; listeners end, and unsettled messages go back to their queues."""
         self._is_shut_down = True
         await super().shutdown()
 

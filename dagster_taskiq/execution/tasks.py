@@ -1,7 +1,7 @@
-"""What a child process does with a task: load the code, execute the step or run, say what came.
+"""Executes a task in a child process: loads the code, executes the step or run, says what came.
 
 Runs in the main thread of its process, where Dagster can be interrupted and may redirect the
-process's output. What is costly to make and the same for many steps is kept between them.
+process's output. Objects that are costly to make and the same for many steps are kept.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Looks after launched runs that have not begun: says why they wait, sends lost ones again.
 
-Nobody else would. Of a run that is STARTING, Dagster looks at nothing but its age, and fails it
-after ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
+Dagster looks at nothing but the age of a run that is STARTING, and fails it after
+``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
 purged, or a server that keeps nothing on disk restarts.
 
-Whoever has launched a run looks after it, as long as that process lives. Sent twice by mistake, it
-would still be executed once: the task is the same one, so that one worker claims it.
+The process that has launched a run looks after it, as long as that process lives. A run that is
+sent twice by mistake is still executed once: the task is the same one, so one worker claims it.
 """
 
 from __future__ import annotations

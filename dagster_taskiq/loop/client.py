@@ -50,7 +50,7 @@ _WAIT_SECONDS = 15.0
 #: Pause between two tries to reach a server that is away.
 _RETRY_SECONDS = 0.5
 
-#: An outage that begins so long after the last error is a new one, and logged.
+#: An outage that begins this long after the last error is a new one, and logged.
 _QUIET_SECONDS = 5.0
 
 

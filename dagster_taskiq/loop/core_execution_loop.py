@@ -78,7 +78,7 @@ from dagster_taskiq.tags import (
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
 
-#: Steps that become ready together are sent in so many seconds' worth of them, since to write the
+#: Steps that become ready together are sent in portions of this time, since to write the
 #: events of thousands takes a while, in which workers would be idle.
 _SEND_EVERY_SECONDS = 0.02
 

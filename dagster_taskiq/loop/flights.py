@@ -54,7 +54,7 @@ class Flight:
 
 
 class RunLog:
-    """What Dagster's log says of a run's attempts: all of it is read, once, when it is asked."""
+    """Dagster's log of a run's attempts: all of it is read, once, at the first question."""
 
     def __init__(self, instance: DagsterInstance, run_id: str) -> None:
         self._instance = instance
@@ -72,7 +72,7 @@ class RunLog:
         return of_attempt(flight.attempt_in_run, self._events.get(flight.step.key, ()))
 
     def outcome(self, flight: Flight) -> list[DagsterEvent]:
-        """What ``ActiveExecution`` has to know of an attempt: its outputs and its end."""
+        """The events of an attempt for ``ActiveExecution``: its outputs and its end."""
         return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
 
     def place_of(self, flight: Flight) -> Place:
