@@ -7,6 +7,7 @@
     │   ├── UnreachableServerError   away, or takes nothing just now
     │   └── RefusedByServerError     wrong password, no permission, wrong kind of queue
     ├── EmbeddedServerError      the embedded server cannot be started
+    ├── ForeignPathError         a file or directory that must be ours is somebody else's
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
@@ -16,6 +17,7 @@
     │   └── TooLargeError            longer than max_message_bytes
     ├── TaskRefusedError         a task that a worker has claimed, and must not or cannot execute
     │   └── WrongInstanceError       it is of another Dagster instance than the worker's
+    ├── CopyOfStepError          an attempt of a step that Dagster's log has as begun
     ├── UnloadableCodeError      the code of a job is not where a worker looks for it, or raises
     ├── PatchedLibraryError      user code has replaced parts of the standard library
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
@@ -87,6 +89,10 @@ class EmbeddedServerError(DagsterTaskiqError):
     """The embedded server cannot be started or did not come up."""
 
 
+class ForeignPathError(DagsterTaskiqError):
+    """A path that must belong to the user of this process belongs to somebody else."""
+
+
 class MalformedTaskError(DagsterTaskiqError):
     """A message is not a task of ours, or of a version that this worker does not know."""
 
@@ -130,6 +136,10 @@ class TaskRefusedError(DagsterTaskiqError):
 
 class WrongInstanceError(TaskRefusedError):
     """The step or run belongs to another Dagster instance than this worker's."""
+
+
+class CopyOfStepError(DagsterTaskiqError):
+    """Dagster's log has this attempt of the step as begun; the message says where."""
 
 
 class UnloadableCodeError(DagsterTaskiqError):

@@ -7,8 +7,8 @@ on would hoard, since our acks, sent at the claim, free its prefetch while the t
 
 The connection is our own affair and not aio-pika's "robust" one, which would restore consumers
 that we have meant to be gone. A lost connection is opened anew by the next call that needs it.
-What it had delivered is then RabbitMQ's again: an ``ack`` raises, since the message will come
-once more, and a ``release`` has nothing left to do.
+The messages that it had delivered are then RabbitMQ's again: an ``ack`` raises, since the message
+will come once more, and a ``release`` has nothing left to do.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dagster_taskiq.brokers.amqp_errors import (
     our_message_is_enough,
     words_of_close,
 )
+from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -55,7 +56,7 @@ SLOW_LOOK_SECONDS = 10.0
 #: How many messages may be on their way to RabbitMQ unconfirmed.
 _UNCONFIRMED = 500
 
-#: What every queue of ours is; RabbitMQ refuses one that is there already and is not.
+#: Arguments of every queue of ours. RabbitMQ refuses them for a queue that has others already.
 _QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
 
 _T = TypeVar("_T")
@@ -125,7 +126,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         await self.run(lambda connection: connection.publish(messages))
 
     async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
-        """Nothing: RabbitMQ cannot take a message out of the middle of a queue."""
+        """Do nothing: RabbitMQ cannot take a message out of the middle of a queue."""
         return set()
 
     async def absent(self, queue: str, task_ids: Collection[str]) -> set[str]:
@@ -368,7 +369,8 @@ class _AmqpListener(Listener):
             with suppress(UnreachableServerError):  # RabbitMQ has taken it back already
                 await self._broker.guard(message.reject(requeue=True))
 
-        return Delivery(data=message.body, ack=ack, release=release)
+        flaw = "its AMQP properties cannot be decoded" if message.type == UNREADABLE else ""
+        return Delivery(data=message.body, ack=ack, release=release, flaw=flaw)
 
 
 class _Consumption:

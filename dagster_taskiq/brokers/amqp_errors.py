@@ -1,4 +1,4 @@
-"""What goes wrong with RabbitMQ, as an error of ours with the server's words."""
+"""Errors of RabbitMQ and its libraries, as errors of ours with the server's words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dagster_taskiq.servers.urls import redact
 
 
 def words_of_close(error: BaseException) -> str:
-    """What RabbitMQ said in the frame that aiormq did not expect, which its error leaves out.
+    """RabbitMQ's words in the frame that aiormq did not expect; its error leaves them out.
 
     Empty where it is not found. Only these words tell a limit from a virtual host that is missing.
     """
@@ -33,8 +33,8 @@ def words_of_close(error: BaseException) -> str:
     return ""
 
 
-#: What aiormq logs for each try to connect, of which an outage has many, and, with a traceback,
-#: for each lost connection. Our own error or warning says it.
+#: aiormq logs the first for each try to connect, of which an outage has many, and the second, with
+#: a traceback, for each lost connection. Our own error or warning says it.
 _SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited abnormally")
 
 

@@ -50,7 +50,7 @@ _WAIT_SECONDS = 15.0
 #: Pause between two tries to reach a server that is away.
 _RETRY_SECONDS = 0.5
 
-#: An outage that begins so long after the last error is a new one, and logged.
+#: An outage that begins this long after the last error is a new one, and logged.
 _QUIET_SECONDS = 5.0
 
 
@@ -180,7 +180,7 @@ class Client(Dispatcher):
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
         results = {key: self._read(key, data) for key, data in found.items()}
-        refused = {key: result for key, result in results.items() if result.place is NOWHERE}
+        refused = {key: result for key, result in results.items() if result.place == NOWHERE}
         for task_id, result in results.items():
             if task_id not in refused:
                 self._arrived.put((task_id, result))

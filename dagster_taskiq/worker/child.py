@@ -48,6 +48,7 @@ class ChildOptions:
         slot: the number of its slot.
         keeps_connections: whether it leaves Dagster's database connected between statements.
         patience_seconds: how long it waits for Dagster's database when that is away.
+        refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
         environment: variables that it has and other children have not; may be secret.
     """
 
@@ -56,6 +57,7 @@ class ChildOptions:
     slot: int
     keeps_connections: bool = True
     patience_seconds: float = SERVER_PATIENCE_SECONDS
+    refuses_copies: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -100,7 +102,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     keep_definitions()
     end_copies_of_steps()
     runner = TaskRunner(
-        keeps_connections=options.keeps_connections, patience_seconds=options.patience_seconds
+        keeps_connections=options.keeps_connections,
+        patience_seconds=options.patience_seconds,
+        refuses_copies=options.refuses_copies,
     )
     copy_logs_by(
         lambda path, target: mention("log", path=path, target=target),

@@ -161,6 +161,7 @@ class Worker:
                         number,
                         options.keeps_connections,
                         options.server_patience_seconds,
+                        refuses_copies=self._servers.signer.is_active,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),
@@ -395,6 +396,7 @@ class Worker:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 

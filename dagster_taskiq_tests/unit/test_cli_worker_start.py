@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -244,4 +244,21 @@ def test_a_log_is_not_written_through_a_link(commands: list[list[str]], tmp_path
     assert result.exit_code == 1
     assert "Cannot write the log" in result.stderr
     assert not target.exists()
+    assert commands == []
+
+
+@pytest.mark.parametrize("name", ["dagster_taskiq", "dagster_taskiq/logs"])
+def test_the_directory_of_logs_is_not_somebody_elses(
+    name: str, commands: list[list[str]], tmp_path: Path, give_away: Callable[[Path], None]
+) -> None:
+    """Nor does a link of theirs lead to it."""
+    target, link = tmp_path / "target", tmp_path / name
+    target.mkdir()
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    give_away(link)
+    result = cli_runner().invoke(main, [*START, "-d", "-n", "w"])
+    assert result.exit_code == 1
+    assert "is a link that belongs to user 4711" in result.stderr
+    assert not list(target.iterdir())
     assert commands == []

@@ -14,6 +14,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
 from dagster_taskiq.launch import launch_watch
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope, TaskName
@@ -105,9 +106,9 @@ def watch(
     client: FakeClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LaunchWatch]:
     monkeypatch.setattr(launch_watch, "LOOK_SECONDS", 0.01)
-    watch = LaunchWatch(cast("RunClient", client), LEASE_SECONDS, clock)
-    yield watch
-    watch.close()
+    background = Background()
+    yield LaunchWatch(cast("RunClient", client), background, LEASE_SECONDS, clock)
+    background.close()
 
 
 @pytest.fixture
