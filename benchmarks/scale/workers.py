@@ -29,7 +29,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import ServerError, UntrustedError
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
@@ -231,7 +231,7 @@ class SimulatedWorker:
     def _station(
         self, servers: Servers, kind: QueueKind, slots: int, step_seconds: float
     ) -> Station:
-        queue = physical_queue(servers.broker.key_prefix, kind, DEFAULT_QUEUE)
+        queue = servers.physical_queue(kind, DEFAULT_QUEUE)
         return Station(
             kind,
             open_broker(servers.broker, [queue]),

@@ -9,8 +9,9 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 
+from dagster_taskiq.servers.kinds import REDIS
 from dagster_taskiq.servers.redis_client import server_errors
-from dagster_taskiq.servers.server_refusals import REDIS_REFUSALS, find_refusal, refusal_error
+from dagster_taskiq.servers.server_refusals import find_refusal, refusal_error
 
 #: Arguments with which the server takes each command that we use, beside its key.
 _ARGUMENTS: dict[str, tuple[str | int, ...]] = {
@@ -88,7 +89,7 @@ async def check_rights(redis: Redis, address: str, key: str, commands: Iterable[
         await redis.connection_pool.release(connection)
     if denied:
         sentence = f"{address} does not allow its user {', '.join(denied)} on keys such as {key}."
-        raise refusal_error(address, find_refusal(REDIS_REFUSALS, "NOPERM"), sentence)
+        raise refusal_error(address, find_refusal(REDIS.refusals, "NOPERM"), sentence)
 
 
 async def _is_denied(connection: AbstractConnection) -> bool:

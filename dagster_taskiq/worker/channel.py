@@ -11,13 +11,10 @@ import socket
 import weakref
 from typing import Any
 
+from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.worker import frames
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-
-
-class ChannelLostError(ConnectionError):
-    """The descriptor of the socket is not the socket any more: user code has closed it."""
 
 
 class Channel:

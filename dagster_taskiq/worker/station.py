@@ -185,7 +185,8 @@ class Station:
         try:
             await self._execute_in(slot, envelope, context)
         except NoProcessError as error:
-            self._slots.note_shortage(slot, error)  # unclaimed: the receiver gives it back
+            # the receiver gives back what was not acked
+            self._slots.note_shortage(slot, error)
         finally:
             await self._slots.put_back(slot, is_needed=not self._is_draining())
 
@@ -223,11 +224,20 @@ class Station:
             result = failure and TaskResult(Outcome.ERROR, claim.place, reason=failure)
             result = result or await self._run_in(slot, envelope, lease, begin)
             lease.is_executed = True
+            if result.outcome is Outcome.COPY:
+                # the claim is kept from everybody for a lease: by then the attempt that was begun
+                # has ended, or its worker has stopped it, and the loop judges it by Dagster's log
+                self._broker.note_refused(UntrustedError(result.reason.removesuffix(".")))
+                return
             if not acking and lease.stop_reason not in (None, StopReason.CANCELLED):
                 return  # it has not begun: as it is neither acked nor completed, another starts it
             if await self._store(lease, envelope, result) and not acking:
                 await self._end_unbegun(lease, envelope, result)
                 await self._ack(envelope, context)
+        except NoProcessError as error:
+            if acking:
+                await self._give_back(lease, envelope, error)
+            raise
         finally:
             self._leases.release(lease)
             await asyncio.gather(*acking)
@@ -282,6 +292,18 @@ class Station:
         if reason and lease.stop_reason is None and not is_refused:
             await self._run_watch.fail(envelope.payload, reason)
 
+    async def _give_back(self, lease: Lease, envelope: Envelope, error: NoProcessError) -> None:
+        """Have the loop send a step again whose child died, and has no successor, before it began.
+
+        Nobody would send a resumed run again: it ends, and Dagster's run monitoring decides.
+        """
+        is_step = envelope.name is TaskName.EXECUTE_PLAN
+        outcome = Outcome.REFUSED if is_step else Outcome.ERROR
+        lease.is_executed = True
+        await self._store(
+            lease, envelope, TaskResult(outcome, lease.claim.place, reason=f"{error}.")
+        )
+
     async def _ack(self, envelope: Envelope, context: Context) -> None:
         try:
             await context.ack()
@@ -310,6 +332,8 @@ class Station:
             )
             result = _result_of(answer, lease, timers.verdict)
             _say_what_is_left(title, answer)
+        except NoProcessError:
+            raise
         except SlotError as error:
             result = TaskResult(Outcome.ERROR, lease.claim.place, reason=str(error))
         finally:

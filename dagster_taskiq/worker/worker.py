@@ -32,13 +32,13 @@ from dagster_taskiq.defaults import (
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.errors import (
-    DagsterTaskiqError,
     EmbeddedServerError,
     ServerError,
     UntrustedError,
+    WorkerFailedError,
 )
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -104,10 +104,6 @@ class WorkerOptions:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
-class WorkerFailedError(DagsterTaskiqError):
-    """A part of the worker ended that must not end; the message names it."""
-
-
 class Worker:
     """One worker process; ``run`` is its whole life.
 
@@ -165,6 +161,7 @@ class Worker:
                         number,
                         options.keeps_connections,
                         options.server_patience_seconds,
+                        refuses_copies=self._servers.signer.is_active,
                         # a run signs its steps
                         environment={} if is_step else options.secrets,
                     ),
@@ -174,11 +171,10 @@ class Worker:
                 )
                 for number in range(1, count + 1)
             ]
-            broker = self._servers.broker
-            queues = [physical_queue(broker.key_prefix, kind, name) for name in options.queues]
+            queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             yield Station(
                 kind,
-                open_broker(broker, queues),
+                open_broker(self._servers.broker, queues),
                 self._backend,
                 self._leases,
                 slots,
@@ -400,6 +396,7 @@ class Worker:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 

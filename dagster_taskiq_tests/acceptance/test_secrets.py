@@ -32,7 +32,8 @@ from dagster_taskiq.defaults import (
     SIGNING_KEY_VARIABLE,
 )
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.urls import normalize_amqp
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Run,

@@ -133,6 +133,53 @@ def test_a_worker_without_processes_claims_nothing_and_has_its_slots_afterwards(
     assert caplog.text.count("takes steps again") == 1
 
 
+class DyingSlot(ShortSlot):
+    """A slot whose child dies before it has begun, and which can then have none."""
+
+    is_short = False
+
+    async def run(self, *_: object) -> None:
+        self.is_short = True
+        await self.prepare()
+
+
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [
+        (TaskName.EXECUTE_PLAN, Outcome.REFUSED),
+        (TaskName.EXECUTE_JOB, None),
+        (TaskName.RESUME_JOB, Outcome.ERROR),
+    ],
+)
+def test_a_task_that_was_claimed_before_the_shortage_is_given_back(
+    name: TaskName, outcome: Outcome | None
+) -> None:
+    """A step by its loop, a launched run by its message, which was not acked."""
+    stored: list[Outcome] = []
+    acked: list[str] = []
+    station = a_station(DyingSlot())
+
+    async def claim(*_: object, **__: object) -> ClaimAnswer:
+        return ClaimAnswer.GRANTED
+
+    async def complete(_claim: Claim, data: bytes, *, is_refused: bool, **_: object) -> bool:
+        stored.append(TaskResult.from_bytes(data).outcome)
+        assert is_refused is (stored[-1] is Outcome.REFUSED)
+        return True
+
+    async def ack() -> None:
+        acked.append(name.value)
+
+    station._backend = cast("Any", SimpleNamespace(claim=claim, complete=complete))
+    station._leases = cast("Any", MagicMock())
+    envelope = replace(STEP_TASK, name=name)
+    asyncio.run(station._execute(envelope, cast("Any", SimpleNamespace(ack=ack))))
+    assert stored == ([outcome] if outcome else [])
+    assert len(acked) == (0 if name is TaskName.EXECUTE_JOB else 1)
+    assert station.is_short
+    station._leases.release.assert_called_once()  # type: ignore[attr-defined]
+
+
 def test_a_message_is_given_back_before_its_worker_recovers() -> None:
     """Another worker may have a process for it; this one takes no other in its place meanwhile."""
     happened: list[str] = []
