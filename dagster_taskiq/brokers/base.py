@@ -1,4 +1,4 @@
-"""What a broker must do: the contract that one test suite checks for all of them.
+"""The contract of brokers, which one test suite checks for all of them.
 
 A broker is a Taskiq ``AsyncBroker`` whose listener only takes a message when it is asked for one,
 and which can say more about a queue than Taskiq's own can.
@@ -36,7 +36,7 @@ class Delivery(AckableMessage):
     """A message in this worker's hands, to be settled once.
 
     ``ack`` makes the server forget it. ``release`` gives it back at once, to the place in its
-    queue that it was taken from. Whichever succeeds first settles it; later calls do nothing.
+    queue that it was taken from. The first call that succeeds settles it; later ones do nothing.
 
     ``content`` is what the broker's ``admit`` has made of the message.
     """
@@ -45,6 +45,8 @@ class Delivery(AckableMessage):
     release: Callable[[], Awaitable[None]]
     settled: bool = False
     content: Any = None
+    #: Why it is refused whatever its data says, in words; empty where its data decides.
+    flaw: str = ""
 
     def model_post_init(self, _context: Any, /) -> None:
         """Let the first of the two actions settle the delivery."""
@@ -113,6 +115,9 @@ class TaskBroker(AsyncBroker):
     #: give its place free.
     admit: Callable[[bytes], object] | None = None
 
+    #: Hears of each message that is refused, beside the log.
+    on_refused: Callable[[Exception], None] | None = None
+
     _is_shut_down: bool = False
 
     @cached_property
@@ -121,11 +126,17 @@ class TaskBroker(AsyncBroker):
 
     @property
     def refused_count(self) -> int:
-        """How many messages ``admit`` has refused."""
+        """How many messages were refused."""
         return self._refusals.count
 
+    def note_refused(self, error: Exception) -> None:
+        """Count a message that was refused, and say why a few times."""
+        self._refusals.note("a message", error)
+        if self.on_refused is not None:
+            self.on_refused(error)
+
     async def shutdown(self) -> None:
-        """Close the connections; listeners end. What is unsettled goes back to its queue."""
+        """Close the connections; listeners end, and unsettled messages go back to their queues."""
         self._is_shut_down = True
         await super().shutdown()
 
@@ -139,10 +150,12 @@ class TaskBroker(AsyncBroker):
 
     async def _is_admitted(self, delivery: Delivery) -> bool:
         try:
+            if delivery.flaw:
+                raise MalformedTaskError(delivery.flaw)
             if self.admit is not None:
                 delivery.content = self.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
-            self._refusals.note("a message", error)
+            self.note_refused(error)
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False

@@ -22,7 +22,13 @@ from enum import Enum
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, ORPHAN_GRACE_SECONDS
-from dagster_taskiq.errors import ServerError, SlotError, TooLargeError
+from dagster_taskiq.errors import (
+    CopyOfStepError,
+    NoProcessError,
+    ServerError,
+    SlotError,
+    TooLargeError,
+)
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
@@ -114,12 +120,15 @@ class Attempt:
         self._is_draining = is_draining
         self._admitted_at = time.monotonic()
         self._acking: asyncio.Task[None] | None = None
+        self._shortage: NoProcessError | None = None
 
     async def run(self) -> None:
         """Execute the task, or leave its message unsettled for another worker.
 
         Raises:
-            NoProcessError: the slot can have no child now; the task is not claimed.
+            NoProcessError: the slot can have no child now. The task is not claimed, or it is a run
+                that has not begun, or its run's loop sends it again.
+            CopyOfStepError: Dagster's log has the step's attempt as begun. Nothing was done.
         """
         failure = await prepare(self._slot, self._envelope.code_location)
         claim = self._new_claim()
@@ -139,6 +148,8 @@ class Attempt:
             self._tools.observer.released(self._envelope)
             if self._acking is not None:
                 await self._acking
+        if self._shortage is not None:
+            raise self._shortage
 
     @property
     def _is_until_begun(self) -> bool:
@@ -264,7 +275,7 @@ class Attempt:
             result = result_of(answer, lease, timers.verdict)
             left_behind = answer.left_behind if isinstance(answer, Executed) else ""
         except SlotError as error:
-            result = TaskResult(Outcome.ERROR, place, reason=str(error))
+            result = self._result_without_child(place, error)
         finally:
             timers.cancel()
         waited_seconds = started_at - self._admitted_at
@@ -272,6 +283,18 @@ class Attempt:
         ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
         self._tools.observer.ended(envelope, ending)
         return result
+
+    def _result_without_child(self, place: Place, error: SlotError) -> TaskResult:
+        """The result of a task whose child died before it began, and has no successor.
+
+        The loop sends a step again that no process could be had for. Nobody would send a resumed
+        run again: it ends, and Dagster's run monitoring decides.
+        """
+        if isinstance(error, NoProcessError):
+            self._shortage = error
+            if self._envelope.kind is QueueKind.STEPS:
+                return TaskResult(Outcome.REFUSED, place, reason=f"{error}.")
+        return TaskResult(Outcome.ERROR, place, reason=str(error))
 
     def _note_start(self, claim: Claim) -> None:
         """The start of a run is in Dagster's log; a run that is resumed had begun before."""
@@ -285,7 +308,12 @@ class Attempt:
         lease.is_executed = True
         has_begun = self.state is State.BEGUN
         self.state = State.EXECUTED if has_begun else State.UNBEGUN
-        if not has_begun and lease.stop_reason not in (None, StopReason.CANCELLED):
+        if result.outcome is Outcome.COPY:
+            # the claim is kept from everybody for a lease: by then the attempt that was begun has
+            # ended, or its worker has stopped it, and the loop judges it by Dagster's log
+            raise CopyOfStepError(result.reason.removesuffix("."))
+        is_stopped = lease.stop_reason not in (None, StopReason.CANCELLED)
+        if not has_begun and (is_stopped or self._shortage is not None):
             return  # as it is neither acked nor completed, another worker starts it
         if await self._store(lease, result) and not has_begun:
             await self._end_unbegun(lease, result)

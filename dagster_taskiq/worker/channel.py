@@ -10,14 +10,11 @@ import os
 import socket
 import weakref
 
+from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child_messages import Order, Word, pack, unpack_order
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-
-
-class ChannelLostError(ConnectionError):
-    """The descriptor of the socket is not the socket any more: user code has closed it."""
 
 
 class Channel:

@@ -23,11 +23,12 @@ from typing import Any
 from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
+from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.results import Outcome, TaskResult
-from dagster_taskiq.worker.channel import Channel, ChannelLostError
+from dagster_taskiq.worker.channel import Channel
 from dagster_taskiq.worker.child_messages import (
     Begun,
     Execute,
@@ -57,6 +58,7 @@ class ChildOptions:
         slot: the number of its slot.
         keeps_connections: whether it leaves Dagster's database connected between statements.
         patience_seconds: how long it waits for Dagster's database when that is away.
+        refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
         environment: variables that it has and other children have not; may be secret.
     """
 
@@ -65,6 +67,7 @@ class ChildOptions:
     slot: int
     keeps_connections: bool = True
     patience_seconds: float = SERVER_PATIENCE_SECONDS
+    refuses_copies: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -108,7 +111,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     keep_definitions()
     end_copies_of_steps()
     runner = TaskRunner(
-        keeps_connections=options.keeps_connections, patience_seconds=options.patience_seconds
+        keeps_connections=options.keeps_connections,
+        patience_seconds=options.patience_seconds,
+        refuses_copies=options.refuses_copies,
     )
     copy_logs_by(
         lambda path, target: mention(LogOpened(path, target)),

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import SlotError
@@ -20,6 +22,13 @@ from dagster_taskiq.worker.child_messages import FailRun, LookAtRun, RunAnswer
 from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
+
+#: How long Dagster is told again that a run could not start.
+TELL_SECONDS = 300.0
+
+#: Pause before the next try: the first one, and the longest.
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 10.0
 
 
 class RunWatch:
@@ -33,6 +42,7 @@ class RunWatch:
         self._slot = slot
         self._turn = asyncio.Lock()
         self._looks: dict[str, asyncio.Task[None]] = {}
+        self._is_stopped = asyncio.Event()
 
     def look(self, key: str, payload: str, on_over: Callable[[], None]) -> None:
         """Ask Dagster whether the run of a step is over, unless the last answer is still out.
@@ -63,13 +73,27 @@ class RunWatch:
         return answer is not None and answer.is_over
 
     async def fail(self, payload: str, reason: str) -> None:
-        """Fail a run that still waits to be started.
+        """Fail a run that still waits to be started; tries until Dagster has heard it, for a while.
+
+        What killed the run's process may keep the child of this from starting, too.
 
         Args:
             payload: of the run's task, as it travels.
             reason: why it could not start.
         """
-        await self._say(FailRun(payload, reason))
+        deadline = time.monotonic() + TELL_SECONDS
+        pause = _FIRST_PAUSE_SECONDS
+        while await self._say(FailRun(payload, reason)) is None:
+            if self._is_stopped.is_set() or time.monotonic() + pause > deadline:
+                logger.error(
+                    "Dagster was not told that a run could not start (%s): it stays STARTING until "
+                    "Dagster's start timeout. End it in the UI, or launch it again.",
+                    reason,
+                )
+                return
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_stopped.wait(), pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _say(self, order: LookAtRun | FailRun) -> RunAnswer | None:
         """The child's answer, or None where there is none."""
@@ -88,6 +112,7 @@ class RunWatch:
         return None
 
     async def stop(self) -> None:
-        """Ask no more, and end the child."""
+        """Ask and try nothing again, and end the child."""
+        self._is_stopped.set()
         await end_tasks(self._looks.values())
         await self._slot.stop()

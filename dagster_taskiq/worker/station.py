@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from dagster_taskiq.brokers import Delivery, TaskBroker
-from dagster_taskiq.errors import MalformedTaskError, NoProcessError, UntrustedError
+from dagster_taskiq.errors import CopyOfStepError, NoProcessError, UntrustedError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.worker.attempt import Attempt, Tools
 from dagster_taskiq.worker.receiver import SettlingReceiver
@@ -50,6 +50,7 @@ class Station:
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
         broker.admit = self._admit
+        broker.on_refused = lambda error: tools.observer.refused("a message", error)
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
@@ -99,17 +100,13 @@ class Station:
         Raises:
             UntrustedError, MalformedTaskError: it must not be executed here.
         """
-        signer, observer = self._tools.signer, self._tools.observer
-        try:
-            envelope = Envelope.from_bytes(data, signer)
-            is_ours = envelope.kind is self.kind and envelope.queue in self._queues
-            if signer.is_active and not is_ours:
-                where = f"the {envelope.kind.value} of {envelope.queue!r}"
-                raise UntrustedError(f"it was sent to {where}")
-        except (UntrustedError, MalformedTaskError) as error:
-            observer.refused("a message", error)
-            raise
-        observer.admitted(envelope)
+        signer = self._tools.signer
+        envelope = Envelope.from_bytes(data, signer)
+        is_ours = envelope.kind is self.kind and envelope.queue in self._queues
+        if signer.is_active and not is_ours:
+            where = f"the {envelope.kind.value} of {envelope.queue!r}"
+            raise UntrustedError(f"it was sent to {where}")
+        self._tools.observer.admitted(envelope)
         return envelope
 
     def _register(self, name: TaskName) -> None:
@@ -127,6 +124,9 @@ class Station:
         try:
             await Attempt(delivery, slot, self._tools, self._is_draining).run()
         except NoProcessError as error:
+            # the receiver gives back what was not acked
             self._slots.note_shortage(slot, error)
+        except CopyOfStepError as error:
+            self._broker.note_refused(error)
         finally:
             await self._slots.put_back(slot, is_needed=not self._is_draining())

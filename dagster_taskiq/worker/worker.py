@@ -26,13 +26,13 @@ from dagster_taskiq.defaults import (
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.errors import (
-    DagsterTaskiqError,
     EmbeddedServerError,
     ServerError,
     UntrustedError,
+    WorkerFailedError,
 )
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -61,10 +61,6 @@ _RETRY_SECONDS = 0.5
 
 #: How long one wait for control messages lasts before it is begun anew.
 _CONTROL_WAIT_SECONDS = 15.0
-
-
-class WorkerFailedError(DagsterTaskiqError):
-    """A part of the worker ended that must not end; the message names it."""
 
 
 class Worker:
@@ -120,8 +116,7 @@ class Worker:
         for kind, count in ((QueueKind.STEPS, options.slots), (QueueKind.RUNS, options.run_slots)):
             if not count:
                 continue
-            prefix = self._servers.broker.key_prefix
-            queues = [physical_queue(prefix, kind, name) for name in options.queues]
+            queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             yield Station(
                 kind,
                 options.queues,
@@ -156,6 +151,7 @@ class Worker:
                 number,
                 options.keeps_connections,
                 options.server_patience_seconds,
+                refuses_copies=self._servers.signer.is_active,
                 # a run signs its steps
                 environment={} if is_step else options.secrets,
             ),
@@ -372,6 +368,7 @@ class Worker:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 

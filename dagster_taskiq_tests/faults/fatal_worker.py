@@ -8,6 +8,7 @@ import os
 import signal
 from functools import partial
 
+from dagster_taskiq import connections
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
@@ -52,7 +53,7 @@ def main() -> None:
         _patch(RedisBackend, "begin", is_done_first=False)
     elif fault == "other protocol":
         worker.PROTOCOL += 1
-        worker.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
+        connections.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
     else:
         raise ValueError(fault)
     command_line(prog_name="dagster-taskiq")

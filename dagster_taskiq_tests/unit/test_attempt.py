@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from dagster_taskiq.backend import Claim, ClaimAnswer
-from dagster_taskiq.errors import NoProcessError, SlotError, UnreachableServerError
+from dagster_taskiq.errors import CopyOfStepError, NoProcessError, SlotError, UnreachableServerError
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import Envelope, TaskName
 from dagster_taskiq.messages.refusals import Refusals
@@ -301,6 +301,62 @@ def test_where_there_is_no_process_nothing_is_claimed() -> None:
         assert scene.happened == []
 
     asyncio.run(scenario())
+
+
+def played_with_an_error(
+    envelope: Envelope, act: Callable[[Scene], Awaitable[Any]], error: type[Exception]
+) -> Scene:
+    """Run an attempt that ends with an error, which its station hears of."""
+
+    async def scenario() -> Scene:
+        scene = Scene(envelope)
+        acting(act)(scene)
+        with pytest.raises(error):
+            await asyncio.wait_for(scene.attempt.run(), SECONDS)
+        assert scene.leases.find(envelope.task_id) is None
+        return scene
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("envelope", "outcome"),
+    [
+        (STEP_TASK, Outcome.REFUSED),
+        (RUN_TASK, None),
+        (RESUMED_TASK, Outcome.ERROR),
+    ],
+    ids=["step", "run", "resumed run"],
+)
+def test_a_task_that_was_claimed_before_the_shortage_is_given_back(
+    envelope: Envelope, outcome: Outcome | None
+) -> None:
+    """A step by its loop, a launched run by its message, which was not acked."""
+
+    async def act(_: Scene) -> Executed:
+        raise NoProcessError("slot 1: EMFILE")
+
+    scene = played_with_an_error(envelope, act, NoProcessError)
+    if outcome is None:
+        assert scene.happened == ["claim granted"]
+    else:
+        assert scene.result().outcome is outcome
+        assert "EMFILE" in scene.result().reason
+        assert scene.happened.count("ack") == 1
+    assert scene.witness.heard == ["claimed", "began", "ended", "released"]
+    assert scene.failed_runs == []
+
+
+def test_of_a_copy_nothing_is_stored() -> None:
+    """Dagster's log has the attempt as begun; the claim is left to end by itself."""
+
+    async def act(_: Scene) -> Executed:
+        copy = TaskResult(Outcome.COPY, PLACE, reason="It has begun before.")
+        return Executed(copy.to_bytes().decode(), "", 1)
+
+    scene = played_with_an_error(STEP_TASK, act, CopyOfStepError)
+    assert sorted(scene.happened) == ["ack", "claim granted"]
+    assert scene.backend.results == {}
 
 
 @pytest.mark.parametrize("is_late", [False, True])
