@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import signal
+import pstats
+import shutil
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
+from benchmarks.lab import Plan, open_lab, seconds_of
 from benchmarks.machine import describe_machine
 from benchmarks.namespace import open_namespace
-from benchmarks.plot import write_plots
-from benchmarks.profiles import profile_steps
-from benchmarks.report import number, print_report
-from benchmarks.results import Sample
-from benchmarks.session import Session, take_samples
+from benchmarks.pages import PLOT_FILE, RESULTS_FILE, fill, tables_of_pages
+from benchmarks.processes import interrupt_on_signals
+from benchmarks.report import number, print_report, write_plots
+from benchmarks.results import Results, Sample
+from benchmarks.session import take_samples
 
 _POSITIVE = click.IntRange(min=1)
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.group(invoke_without_command=True)
@@ -32,17 +35,16 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
-    default=Path("benchmark-results"),
+    type=_FILE,
+    default=Path("benchmark-results.json"),
     show_default=True,
-    help="Files for the results, without suffix: .json, .png, .svg.",
+    help="File for the results.",
 )
 @click.option("--keep", is_flag=True, help="Keep the logs of what fails or does not end.")
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:
     """Measure dagster-taskiq beside dagster-celery and Dagster's own executors."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, _interrupt)
+    interrupt_on_signals()
     if context.invoked_subcommand is None:
         _measure(**options)
 
@@ -57,28 +59,23 @@ def _measure(
     output: Path,
     keep: bool,
 ) -> None:
-    session = Session(describe_machine())
-    file = output.with_suffix(".json")
+    results = Results(machine=describe_machine())
+    is_interrupted = False
     try:
         with open_namespace() as space:
             for case in [CASES[name] for name in cases or CASES]:
                 plan = case.sized(steps, slots, limit)
                 chosen = list(dict.fromkeys(contenders or case.contenders))
                 repeats = repeat or case.repeats
-                for sample in take_samples(session, case, plan, chosen, repeats, space, keep):
+                for sample in take_samples(results, case, plan, chosen, repeats, space, keep):
                     click.echo(_line(sample))
-                    session.save(file)
+                    results.save(output)
     except KeyboardInterrupt:
+        is_interrupted = True
         click.echo("Interrupted; this is what there is so far.", err=True)
-        _conclude(session, output)
+    print_report(results)
+    if is_interrupted:
         sys.exit(130)
-    _conclude(session, output)
-
-
-def _conclude(session: Session, output: Path) -> None:
-    print_report(session.results, session.machine, session.plans)
-    for file in write_plots(session.results, session.plans, output):
-        click.echo(f"Wrote {file}")
 
 
 def _line(sample: Sample) -> str:
@@ -86,38 +83,45 @@ def _line(sample: Sample) -> str:
     return f"{sample.case} {sample.repeat + 1}: {sample.contender}: {sample.problem or said}"
 
 
-def _interrupt(*_: object) -> NoReturn:
-    """End the program; a second signal must not keep it from clearing up."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_IGN)
-    raise KeyboardInterrupt
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--plot", type=_FILE, help="Write a plot there: .png or .svg.")
+def report(files: tuple[Path, ...], plot: Path | None) -> None:
+    """Print the report of result files; of a case in several, the last one counts."""
+    results = Results.load(*files)
+    print_report(results)
+    if plot:
+        write_plots(results, plot)
 
 
 @main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="Write the plots there.")
-@click.option("--markdown", is_flag=True, help="Print tables for a README.")
-def report(files: tuple[Path, ...], output: Path | None, markdown: bool) -> None:
-    """Print the report of result files; of a case in several, the last one counts."""
-    session = Session.load(files[-1])
-    for earlier in [Session.load(file) for file in reversed(files[:-1])]:
-        missing = earlier.plans.keys() - session.plans.keys()
-        session.samples += [sample for sample in earlier.samples if sample.case in missing]
-        session.plans |= {name: earlier.plans[name] for name in missing}
-    print_report(session.results, session.machine, session.plans, markdown)
-    if output:
-        write_plots(session.results, session.plans, output)
+def figures() -> None:
+    """Make all tables and plots of the pages again, from the files of results and figures."""
+    write_plots(Results.load(RESULTS_FILE), PLOT_FILE)
+    for page, tables in tables_of_pages().items():
+        page.write_text(fill(page.read_text("utf8"), tables), encoding="utf8")
 
 
 @main.command()
 @click.option("--case", "-c", type=click.Choice(["chain", "parallel"]), default="chain")
 @click.option("--steps", type=_POSITIVE, default=50, show_default=True)
 @click.option("--lines", type=_POSITIVE, default=40, show_default=True)
-@click.option("--output", "-o", type=click.Path(path_type=Path), help="File for pstats.")
+@click.option("--output", "-o", type=_FILE, help="File for pstats.")
 def profile(case: str, steps: int, lines: int, output: Path | None) -> None:
     """Profile a worker's and a run's work on steps, in one process without servers between."""
-    with open_namespace() as space:
-        profile_steps(space, f"{case}_{steps}", steps, lines, output)
+    job = f"{case}_{steps}"
+    with open_namespace() as space, open_lab(CONTENDERS["taskiq-embedded"], space, [job]) as lab:
+        file = lab.directory / "profile"
+        # the run's own process executes the steps, by the code that a worker's child runs
+        eager = {"config_source": {"task_always_eager": True}}
+        record = lab.run(job, Plan(steps=steps, slots=1), profile=file, execution=eager)
+        seconds = seconds_of(record)
+        click.echo(f"{seconds:.2f} s, {1000 * seconds / steps:.1f} ms a step, under the profiler")
+        stats = pstats.Stats(str(file))
+        for order in ("cumulative", "tottime"):
+            stats.sort_stats(order).print_stats(lines)
+        if output:
+            shutil.copyfile(file, output)
 
 
 if __name__ == "__main__":

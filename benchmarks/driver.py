@@ -6,7 +6,6 @@ began to launch them, as JSON to the file that this names.
 
 from __future__ import annotations
 
-import cProfile
 import json
 import sys
 import time
@@ -25,21 +24,9 @@ def main(order: dict[str, Any]) -> None:
         if order["launches"]:
             done = _launch(instance, job, order["run_config"], order["launches"])
         else:
-            done = _execute(instance, job, order["run_config"], order["profile"])
+            with execute_job(job, instance, order["run_config"]) as result:
+                done = {"run_ids": [result.run_id]}
     Path(order["result"]).write_text(json.dumps(done), encoding="utf8")
-
-
-def _execute(
-    instance: DagsterInstance, job: ReconstructableJob, run_config: dict[str, Any], profile: str
-) -> dict[str, Any]:
-    profiler = cProfile.Profile()
-    if profile:
-        profiler.enable()
-    with execute_job(job, instance, run_config) as result:
-        profiler.disable()
-        if profile:
-            profiler.dump_stats(profile)
-        return {"run_ids": [result.run_id]}
 
 
 def _launch(

@@ -71,6 +71,27 @@ class Plan:
     window_seconds: float = 20.0
 
 
+@dataclass(frozen=True)
+class _Driver:
+    """A process of ``driver.py``."""
+
+    job: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    result: Path
+
+    @property
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def answer(self) -> dict[str, Any]:
+        """What it has done, once it has ended."""
+        if self.process.returncode:
+            raise FailedError(f"The process of {self.job} failed: {_last_line(self.log)}")
+        answer: dict[str, Any] = json.loads(self.result.read_text())
+        return answer
+
+
 class Lab:
     """One contender's place; ``open_lab`` opens and closes it."""
 
@@ -108,11 +129,10 @@ class Lab:
         launcher = self.contender.run_launcher(self._space)
         return {**settings, **({"run_launcher": launcher} if launcher else {})}
 
-    def _environment(self, jobs: Sequence[str]) -> dict[str, str]:
-        inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    def _environment(self, jobs: Sequence[str]) -> dict[str, str | None]:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {
-            **inherited,
+            **dict.fromkeys(_NOT_INHERITED),
             "DAGSTER_HOME": str(self.home),
             # dagster-celery calls `celery` by its name
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -162,7 +182,7 @@ class Lab:
         plan: Plan,
         *,
         module: str = "benchmarks.jobs",
-        watch: Callable[[int], None] | None = None,
+        watch: Callable[[int], None] = lambda _: None,
         profile: Path | None = None,
         execution: Mapping[str, Any] | None = None,
     ) -> RunRecord:
@@ -178,35 +198,31 @@ class Lab:
         Raises:
             FailedError, DidNotEndError: it has not.
         """
-        process, log, result = self._drive(
-            job, plan, module=module, profile=profile, execution=execution
-        )
+        driver = self._drive(job, plan, module=module, profile=profile, execution=execution)
 
         def has_ended() -> bool:
-            if process.poll() is None and watch is not None:
-                watch(process.pid)
-            return process.poll() is not None
+            if not driver.has_ended:
+                watch(driver.process.pid)
+            return driver.has_ended
 
         wait_for(has_ended, f"{job} did not end", plan.limit_seconds)
-        if process.returncode:
-            raise FailedError(f"The process of {job} failed: {_last_line(log)}")
-        (run_id,) = json.loads(result.read_text())["run_ids"]
+        (run_id,) = driver.answer()["run_ids"]
         return self._succeeded(run_id)
 
     def start_run(self, job: str, plan: Plan) -> int:
         """Start a run of one step and wait until its step is executed; its process's id."""
-        process, log, _ = self._drive(job, plan)
+        driver = self._drive(job, plan)
 
         def is_started() -> bool:
-            if process.poll() is not None:
-                raise FailedError(f"The process of {job} ended: {_last_line(log)}")
+            if driver.has_ended:
+                raise FailedError(f"The process of {job} ended: {_last_line(driver.log)}")
             runs = self.instance.get_run_records(RunsFilter(job_name=job), limit=1)
             return any(
                 self.events(run.dagster_run.run_id, DagsterEventType.STEP_START) for run in runs
             )
 
         wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
-        return process.pid
+        return driver.process.pid
 
     def launch(self, job: str, plan: Plan) -> float:
         """Launch runs all at once; the seconds from the first launch to the end of the last run.
@@ -214,19 +230,17 @@ class Lab:
         Raises:
             FailedError, DidNotEndError: not all of them have succeeded.
         """
-        process, log, result = self._drive(job, plan, launches=plan.runs)
-        wait_for(lambda: process.poll() is not None, "Launching did not end", START_SECONDS)
-        if process.returncode:
-            raise FailedError(f"The runs were not launched: {_last_line(log)}")
-        launched = json.loads(result.read_text())
+        driver = self._drive(job, plan, launches=plan.runs)
+        wait_for(lambda: driver.has_ended, "Launching did not end", START_SECONDS)
+        launched = driver.answer()
         chosen = RunsFilter(run_ids=launched["run_ids"])
 
         def are_finished() -> bool:
-            records = self.instance.get_run_records(chosen)
-            failed = [r for r in records if r.dagster_run.status is DagsterRunStatus.FAILURE]
-            if failed:
-                self._succeeded(failed[0].dagster_run.run_id)
-            return all(record.dagster_run.is_finished for record in records)
+            runs = self.instance.get_runs(chosen)
+            for run in runs:
+                if run.status is DagsterRunStatus.FAILURE:
+                    self._succeeded(run.run_id)
+            return all(run.is_finished for run in runs)
 
         what = f"{plan.runs} runs of {job} did not end"
         # the moment of the end is in the storage; to look more often would slow what is measured
@@ -243,7 +257,7 @@ class Lab:
         launches: int = 0,
         profile: Path | None = None,
         execution: Mapping[str, Any] | None = None,
-    ) -> tuple[subprocess.Popen[bytes], Path, Path]:
+    ) -> _Driver:
         result = self.directory / f"result-{time.monotonic_ns()}.json"
         config = {**self.contender.execution_config(self._space, plan.slots), **(execution or {})}
         order = {
@@ -251,12 +265,11 @@ class Lab:
             "job": job,
             "launches": launches,
             "run_config": {"execution": {"config": config}} if config else {},
-            "profile": str(profile or ""),
             "result": str(result),
         }
-        command = [sys.executable, "-m", "benchmarks.driver", json.dumps(order)]
-        process, log = self._processes.start(job, command)
-        return process, log, result
+        profiler = ["-m", "cProfile", "-o", str(profile)] if profile else []
+        command = [sys.executable, *profiler, "-m", "benchmarks.driver", json.dumps(order)]
+        return _Driver(job, *self._processes.start(job, command), result)
 
     def _succeeded(self, run_id: str) -> RunRecord:
         record = self.instance.get_run_record_by_id(run_id)

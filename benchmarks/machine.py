@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,16 @@ def describe_machine() -> dict[str, Any]:
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def sentence_of(machine: Mapping[str, Any]) -> str:
+    """The same as a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python "
+        f"{machine['python']}, {machine['began'][:10]}, load at the beginning "
+        f"{machine['load_average']:.1f}; {versions}."
+    )
 
 
 def _processor() -> str:

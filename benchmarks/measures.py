@@ -15,13 +15,17 @@ from benchmarks.lab import Lab, Plan, seconds_of
 from benchmarks.processes import cpu_seconds, pss_mib, tree
 
 Metrics = dict[str, float]
-Measure = Callable[[Lab, Plan], Metrics]
+#: Measures a contender; its last arguments are the jobs of the case.
+Measure = Callable[..., Metrics]
 
 #: How long to let a worker come to rest before its idleness is measured.
 _SETTLE_SECONDS = 3.0
 
 #: How much larger the large plan of ``growth`` is.
 GROWTH = 10
+
+#: How long each step of ``sleepers`` sleeps.
+SLEEP_SECONDS = 0.5
 
 
 def warm_up_job(plan: Plan) -> str:
@@ -37,30 +41,22 @@ def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
             lab.run(warm_up_job(plan), plan)
 
 
-def wall(job: str) -> Measure:
+def wall(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of one run."""
-
-    def measure(lab: Lab, plan: Plan) -> Metrics:
-        _warm_worker(lab, plan)
-        return {"seconds": seconds_of(lab.run(job.format(steps=plan.steps), plan))}
-
-    return measure
+    _warm_worker(lab, plan)
+    return {"seconds": seconds_of(lab.run(job, plan))}
 
 
-def launched(job: str) -> Measure:
+def launched(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of runs that are launched at once, each of them to a run slot."""
-
-    def measure(lab: Lab, plan: Plan) -> Metrics:
-        _warm_worker(lab, plan, run_slots=plan.runs)
-        return {"seconds": lab.launch(job.format(steps=plan.steps), plan)}
-
-    return measure
+    _warm_worker(lab, plan, run_slots=plan.runs)
+    return {"seconds": lab.launch(job, plan)}
 
 
-def latency(lab: Lab, plan: Plan) -> Metrics:
+def latency(lab: Lab, plan: Plan, job: str) -> Metrics:
     """From a step's success to the start of the step that waits for it, in a chain."""
     _warm_worker(lab, plan)
-    record = lab.run(f"chain_{plan.steps}", plan)
+    record = lab.run(job, plan)
     kinds = (DagsterEventType.STEP_START, DagsterEventType.STEP_SUCCESS)
     gaps, succeeded = [], None
     for entry in lab.events(record.dagster_run.run_id, *kinds):
@@ -74,25 +70,18 @@ def latency(lab: Lab, plan: Plan) -> Metrics:
     }
 
 
-def sleepers(pause_seconds: float) -> Measure:
+def sleepers(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The share of the ideal: all slots asleep all the time."""
-
-    def measure(lab: Lab, plan: Plan) -> Metrics:
-        _warm_worker(lab, plan)
-        job = f"sleep_{plan.steps}_{round(pause_seconds * 1000)}"
-        seconds = seconds_of(lab.run(job, plan))
-        ideal = -(-plan.steps // plan.slots) * pause_seconds
-        return {"seconds": seconds, "percent_of_ideal": 100 * ideal / seconds}
-
-    return measure
+    seconds = wall(lab, plan, job)["seconds"]
+    ideal = -(-plan.steps // plan.slots) * SLEEP_SECONDS
+    return {"seconds": seconds, "percent_of_ideal": 100 * ideal / seconds}
 
 
-def growth(lab: Lab, plan: Plan) -> Metrics:
+def growth(lab: Lab, plan: Plan, small_job: str, large_job: str) -> Metrics:
     """The cost of a step in a plan ten times as large, over that in the plan itself."""
     _warm_worker(lab, plan)
-    small = seconds_of(lab.run(f"parallel_{plan.steps}", plan)) / plan.steps
-    count = plan.steps * GROWTH
-    large = seconds_of(lab.run(f"parallel_{count}", plan)) / count
+    small = seconds_of(lab.run(small_job, plan)) / plan.steps
+    large = seconds_of(lab.run(large_job, plan)) / (plan.steps * GROWTH)
     return {"small_step_ms": small * 1000, "large_step_ms": large * 1000, "growth": large / small}
 
 
@@ -109,13 +98,12 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
     return {"loads": max(counts.values()), "seconds": sum(seconds[2:])}
 
 
-def idle(lab: Lab, plan: Plan) -> Metrics:
+def idle(lab: Lab, plan: Plan, waiting_job: str) -> Metrics:
     """What a worker and a run cost that wait, of a core and in commands to Redis."""
     _warm_worker(lab, plan)
     time.sleep(_SETTLE_SECONDS)
     metrics = _watch(lab, plan, "worker", lab.worker_processes)
-    pause_ms = round((plan.window_seconds + 60) * 1000)
-    run = lab.start_run(f"sleep_1_{pause_ms}", plan)
+    run = lab.start_run(waiting_job, plan)
     time.sleep(_SETTLE_SECONDS)
     both = _watch(lab, plan, "run", lambda: tree(run))
     if "worker_commands_per_s" in metrics:
@@ -150,7 +138,7 @@ def _commands_per_second(lab: Lab, seconds: float) -> float | None:
         return max(0.0, (counts[1] - counts[0] - 1) / seconds)
 
 
-def memory(lab: Lab, plan: Plan) -> Metrics:
+def memory(lab: Lab, plan: Plan, job: str) -> Metrics:
     """Memory of a worker whose slots are warm, and the most that a run's process has."""
     _warm_worker(lab, plan)
     metrics = {}
@@ -163,7 +151,7 @@ def memory(lab: Lab, plan: Plan) -> Metrics:
         if time.monotonic() - looked > 0.5:  # a look takes some milliseconds
             peak, looked = max(peak, pss_mib([psutil.Process(pid)])), time.monotonic()
 
-    lab.run(f"parallel_{plan.steps}", plan, watch=watch)
+    lab.run(job, plan, watch=watch)
     metrics["run_mib"] = peak
     if lab.contender.has_worker:
         metrics["worker_after_mib"] = pss_mib(lab.worker_processes())

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 
 import click
 import pytest
 from dagster import DagsterInstance
 
 from benchmarks.contenders import Namespace
-from benchmarks.processes import FailedError
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import (
     amqp_options,
     postgres_database,
-    private_redis,
     redis_options,
 )
 
@@ -39,23 +36,6 @@ def open_namespace() -> Iterator[Namespace]:
         rabbitmq = _if_there(resources, amqp_options)
         _make_tables(database)
         yield Namespace(database, redis, rabbitmq)
-
-
-@contextmanager
-def with_own_redis(space: Namespace) -> Iterator[Namespace]:
-    """The same place with a Redis or Valkey of its own, whose figures are of its one user.
-
-    Raises:
-        FailedError: none can be started here.
-    """
-    with ExitStack() as resources:
-        try:
-            options = resources.enter_context(private_redis()).options
-        except pytest.skip.Exception as reason:
-            raise FailedError(str(reason)) from None
-        if space.redis is not None:
-            options = replace(options, key_prefix=space.redis.key_prefix)
-        yield replace(space, redis=options)
 
 
 def _if_there(

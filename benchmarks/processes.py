@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -10,14 +9,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
-#: Whatever our processes start inherits it, also what leaves their session: the embedded server.
-MARK_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK"
-
-#: How long a worker may take to end, and then what it has left to stop by itself.
-END_SECONDS = 10.0
+from dagster_taskiq_tests.acceptance.harness import STACK_VARIABLE, end_marked
+from dagster_taskiq_tests.server_processes import popen, stop
 
 #: How often to look at what costs nothing to look at, and at what another server must answer.
 LOOK_SECONDS = 0.02
@@ -36,56 +33,42 @@ class FailedError(Exception):
     """A worker or a run has ended as it must not."""
 
 
-class Processes:
-    """All processes of one measurement. Closing it ends them, whatever they are doing."""
+def interrupt_on_signals() -> None:
+    """End this program at SIGINT and SIGTERM by a KeyboardInterrupt; a second one does nothing.
 
-    def __init__(self, environment: Mapping[str, str], directory: Path) -> None:
+    So nothing keeps it from clearing up.
+    """
+
+    def interrupt(*_: object) -> NoReturn:
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, interrupt)
+
+
+class Processes:
+    """All processes of one measurement. Closing it ends them, and whatever they have started."""
+
+    def __init__(self, environment: Mapping[str, str | None], directory: Path) -> None:
         self._mark = uuid.uuid4().hex
-        self._environment = {**environment, MARK_VARIABLE: self._mark}
+        self._environment = {**environment, STACK_VARIABLE: self._mark}
         self._directory = directory
         self._started: list[subprocess.Popen[bytes]] = []
 
     def start(self, name: str, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
         """Start one in a session of its own, out of reach of Ctrl-C; with the file of its log."""
         log = self._directory / f"{len(self._started):02}-{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._environment,
-                cwd=self._directory,
-                start_new_session=True,
-            )
+        process = popen(command, log, environment=self._environment, directory=self._directory)
         self._started.append(process)
         return process, log
 
     def close(self) -> None:
-        """End them: first as a supervisor would, then by SIGKILL."""
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            alive = [process for process in self._started if process.poll() is None]
-            for asked in alive:
-                with suppress(ProcessLookupError):
-                    os.killpg(asked.pid, number)
-            deadline = time.monotonic() + END_SECONDS
-            for asked in alive:
-                with suppress(subprocess.TimeoutExpired):
-                    asked.wait(max(0.0, deadline - time.monotonic()))
-        # an embedded server and guards end by themselves after the last user
-        _, left = psutil.wait_procs(self._marked(), END_SECONDS)
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, END_SECONDS)
-
-    def _marked(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):  # gone, or not ours
-                if process.environ().get(MARK_VARIABLE) == self._mark:
-                    found.append(process)
-        return found
+        """End them, runs before the workers; an embedded server ends by itself after its users."""
+        for process in reversed(self._started):
+            stop(process)
+        end_marked([self._mark])
 
 
 def wait_for(

@@ -1,136 +1,224 @@
-"""Results as tables."""
+"""Results as tables, for the eye and for pages, and as a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import statistics
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import CONTENDERS
+from benchmarks.machine import sentence_of
 from benchmarks.results import Results, Status, Verdict
-
-_STYLES = {Status.MET: "green", Status.MISSED: "red", Status.UNKNOWN: "yellow"}
 
 #: Is in every sample of a contender with workers, and has a table of its own.
 WORKER_START = "worker_start_seconds"
 
+_COLOURS = {
+    "taskiq": "#2a6fdb",
+    "celery": "#e08b2d",
+    "multiprocess": "#8a8a8a",
+    "in-process": "#444444",
+}
 
-def print_report(
-    results: Results,
-    machine: Mapping[str, Any],
-    plans: Mapping[str, Any],
-    markdown: bool = False,
-) -> None:
-    """Print everything.
 
-    Args:
-        plans: by the case's name, the numbers that were used.
-        markdown: tables for a README, not for the eye.
-    """
-    # a line of a Markdown table must not be broken
-    console = Console(width=1000, no_color=True) if markdown else Console()
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"{machine['system']}, Python {machine['python']}; {versions}; load at the beginning "
-        f"{machine['load_average']:.1f}"
-    )
-    measured = [case for case in CASES.values() if case.name in plans]
-    tables = [_case_table(case, results, plans[case.name]) for case in measured]
-    for table in (*tables, _starts_table(results), _targets_table(measured, results)):
-        if markdown:
-            console.print(f"\n{table.title}\n")
-            table.title, table.box = None, box.MARKDOWN
+def number(value: float | None) -> str:
+    """With three significant digits."""
+    if value is None:
+        return "-"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:#.3g}" if value else "0"
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+
+    def print(self, console: Console) -> None:
+        """For the eye."""
+        table = RichTable(*self.head, title=self.title, title_justify="left")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
         console.print(table)
 
+    def markdown(self, align: str = "--:") -> str:
+        """For a page; the first column is a text, the others are aligned as told."""
+        lines = [self.head, ["---", *(align for _ in self.head[1:])], *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def _contenders(case: Case, results: Results) -> list[str]:
-    return [name for name in CONTENDERS if results.of(case.name, name)]
+
+def print_report(results: Results) -> None:
+    """Print everything."""
+    console = Console()
+    console.print(sentence_of(results.machine))
+    for case in _measured(results):
+        _case_table(case, results).print(console)
+    _starts_table(results).print(console)
+    targets_table(results).print(console)
 
 
-def _case_table(case: Case, results: Results, plan: Mapping[str, Any]) -> Table:
-    names = _contenders(case, results)
-    found = {metric for name in names for s in results.of(case.name, name) for metric in s.metrics}
+def _measured(results: Results) -> list[Case]:
+    return [case for case in CASES.values() if case.name in results.plans]
+
+
+def _contenders(case: str, results: Results) -> list[str]:
+    return [name for name in CONTENDERS if results.of(case, name)]
+
+
+def _case_table(case: Case, results: Results) -> Table:
+    names = _contenders(case.name, results)
+    found = {key for name in names for it in results.of(case.name, name) for key in it.metrics}
     metrics = [case.headline, *sorted(found - {case.headline, WORKER_START})]
-    title = f"{case.name}: {case.title.format(**plan)}"
-    table = Table("contender", *metrics, "repeats", "", title=title, title_justify="left")
+    rows = []
     for name in names:
-        cells = [_cell(results, case.name, name, metric) for metric in metrics]
+        cells = [_cell(results.values(case.name, name, metric).values()) for metric in metrics]
         stopped = results.problem(case.name, name)
         count = sum(not sample.problem for sample in results.of(case.name, name))
-        table.add_row(name, *cells, str(count), escape((stopped and stopped.problem) or ""))
-    return table
+        rows.append([name, *cells, str(count), (stopped and stopped.problem) or ""])
+    title = f"{case.name}: {case.title.format(**results.plans[case.name])}"
+    return Table(["contender", *metrics, "repeats", ""], rows, title)
 
 
-def _cell(results: Results, case: str, contender: str, metric: str) -> str:
+def _cell(values: Collection[float]) -> str:
     """The median, and the range where there is one."""
-    median, spread = (
-        results.median(case, contender, metric),
-        results.spread(case, contender, metric),
-    )
-    if median is None or spread is None:
+    if not values:
         return "-"
-    if spread[0] == spread[1]:
-        return number(median)
-    return f"{number(median)} ({number(spread[0])}..{number(spread[1])})"
+    median, least, most = (
+        number(it) for it in (statistics.median(values), min(values), max(values))
+    )
+    return median if least == most else f"{median} ({least}..{most})"
+
+
+def _starts(results: Results, contender: str) -> list[float]:
+    """Seconds of its worker starts in all cases."""
+    own = [it.metrics for it in results.samples if it.contender == contender]
+    return [metrics[WORKER_START] for metrics in own if WORKER_START in metrics]
 
 
 def _starts_table(results: Results) -> Table:
-    table = Table("contender", "seconds until the worker is ready", title="worker start")
-    all_as_one = Results(
-        type(sample)("start", sample.contender, index, sample.metrics)
-        for index, sample in enumerate(results.samples)
-    )
-    for name in CONTENDERS:
-        cell = _cell(all_as_one, "start", name, WORKER_START)
-        if cell != "-":
-            table.add_row(name, cell)
-    return table
+    found = {name: _starts(results, name) for name in CONTENDERS}
+    rows = [[name, _cell(seconds)] for name, seconds in found.items() if seconds]
+    return Table(["contender", "seconds until the worker is ready"], rows, "worker start")
 
 
-def verdicts(case: Case, results: Results) -> Iterator[Verdict]:
-    """What each target of a case came to, for each contender that it is for."""
-    for name in _contenders(case, results):
-        contender = CONTENDERS[name]
-        if contender.family == "taskiq":
-            for target in case.targets:
-                yield results.judge(case.name, name, contender.peer, target)
-
-
-def _targets_table(cases: list[Case], results: Results) -> Table:
-    table = Table("case", "contender", "target", "reached", "", title="targets")
-    for case in cases:
-        for verdict in verdicts(case, results):
-            style = _STYLES[verdict.status]
-            table.add_row(
-                case.name,
-                verdict.contender,
-                str(verdict.target),
-                _reached(verdict),
-                f"[{style}]{escape(_said(verdict))}[/{style}]",
-            )
-    return table
+def targets_table(results: Results) -> Table:
+    """What each target came to, for each contender that it is for."""
+    rows = []
+    for case in _measured(results):
+        for name in _contenders(case.name, results):
+            contender = CONTENDERS[name]
+            for target in case.targets if contender.family == "taskiq" else ():
+                verdict = results.judge(case.name, name, contender.peer, target)
+                rows.append([case.name, name, str(target), _reached(verdict), _said(verdict)])
+    return Table(["case", "contender", "target", "reached", ""], rows, "targets")
 
 
 def _reached(verdict: Verdict) -> str:
-    if verdict.value is None:
-        return "-"
     return f"{'at least ' if verdict.is_bound else ''}{number(verdict.value)}"
 
 
 def _said(verdict: Verdict) -> str:
+    """The table of the case has the whole reason."""
     if verdict.status is Status.MISSED and verdict.factor is not None:
         return f"missed by a factor of {number(verdict.factor)}"
-    return f"{verdict.status.value}{': ' if verdict.reason else ''}{verdict.reason}"
+    reason = verdict.reason.partition(": ")[0]
+    return f"{verdict.status.value}{': ' if reason else ''}{reason}"
 
 
-def number(value: float) -> str:
-    """With three significant digits."""
-    if abs(value) >= 100:
-        return f"{value:.0f}"
-    return f"{value:#.3g}" if value else "0"
+#: Of the table of the README: its text, the case, the metric.
+_SPEED_ROWS = (
+    ("chain of 50 no-op steps, s", "chain", "seconds"),
+    ("200 parallel no-op steps on 2 slots, s", "parallel", "seconds"),
+    ("1,000 of them, s", "wide", "seconds"),
+    ("10 runs at once of 20 steps, through the launchers, s", "launchers", "seconds"),
+    ("from a step's success to the next one's start, p50, ms", "latency", "p50_ms"),
+    ("640 steps that sleep 0.5 s, on 64 slots, s", "sleepers", "seconds"),
+    ("loads of a 300-asset location for two jobs in turn", "loads", "loads"),
+    ("memory of a worker with 8 warm slots, MiB (PSS)", "memory", "worker_mib"),
+    ("memory of a run with 1,000 steps, MiB (PSS)", "memory", "run_mib"),
+)
+_SPEED_COLUMNS = {
+    "taskiq-redis": "Redis",
+    "taskiq-rabbitmq": "RabbitMQ and Redis",
+    "taskiq-embedded": "embedded",
+    "celery-redis": "dagster-celery, Redis",
+    "celery-rabbitmq": "dagster-celery, RabbitMQ",
+    "multiprocess": "multiprocess_executor",
+    "in-process": "in_process_executor",
+}
+
+#: Stands in the column of another contender, with an asterisk, where that one has no figure.
+_IN_PLACE_OF = {"celery-redis": "celery-redis-whole-runs"}
+
+
+def speed_table(results: Results) -> Table:
+    """The medians of the README."""
+
+    def cell(case: str, name: str, metric: str) -> str:
+        value = results.median(case, name, metric)
+        other = _IN_PLACE_OF.get(name)
+        if value is None and other and (found := results.median(case, other, metric)):
+            return f"{number(found)}*"
+        return number(value)
+
+    rows = [
+        [text, *(cell(case, name, metric) for name in _SPEED_COLUMNS)]
+        for text, case, metric in _SPEED_ROWS
+    ]
+    starts = [_starts(results, name) for name in _SPEED_COLUMNS]
+    medians = [number(statistics.median(it)) if it else "-" for it in starts]
+    return Table(["", *_SPEED_COLUMNS.values()], [*rows, ["worker start, s", *medians]])
+
+
+# --- the plot -----------------------------------------------------------------------------------
+
+
+def write_plots(results: Results, *files: Path) -> None:
+    """Write plots of the cases that measure wall time, if there are any: how long each takes."""
+    import matplotlib as mpl  # noqa: PLC0415 - not for those who only want tables
+
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "dagster-taskiq"  # the same figures give the same file
+    mpl.rcParams["svg.fonttype"] = "none"  # letters, not their outlines
+    from matplotlib import pyplot  # noqa: PLC0415 - after the choice of the backend
+
+    shown = [(case, _medians(results, case)) for case in _measured(results)]
+    shown = [(case, medians) for case, medians in shown if medians]
+    if not shown:
+        return
+    height = 0.6 + 2.4 * len(shown)
+    figure, all_axes = pyplot.subplots(
+        len(shown), 1, figsize=(8, height), squeeze=False, layout="constrained"
+    )
+    for (case, medians), axes in zip(shown, all_axes[:, 0], strict=True):
+        colours = [_COLOURS[CONTENDERS[name].family] for name in medians]
+        bars = axes.barh(list(medians), list(medians.values()), color=colours)
+        axes.bar_label(bars, [f" {number(value)} s" for value in medians.values()])
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.set_title(case.title.format(**results.plans[case.name]), loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[-1, 0].set_xlabel("seconds, the median of the repeats")
+    for file in files:
+        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def _medians(results: Results, case: Case) -> dict[str, float]:
+    if case.headline != "seconds":
+        return {}
+    found = {name: results.median(case.name, name, "seconds") for name in CONTENDERS}
+    return {name: value for name, value in found.items() if value is not None}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
 #: Stands in a target for the contender's own peer of dagster-celery.
@@ -29,10 +31,6 @@ class Sample:
     metrics: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
     limit_seconds: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As it stands in the file."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,44 @@ class Verdict:
 
 
 class Results:
-    """Samples, looked at by case and contender."""
+    """Samples, looked at by case and contender.
 
-    def __init__(self, samples: Iterable[Sample]) -> None:
-        self.samples: Sequence[Sample] = list(samples)
+    Attributes:
+        machine: what the figures are of, see ``machine.py``.
+        plans: by the case's name, the numbers that were used.
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Sample] = (),
+        machine: Mapping[str, Any] | None = None,
+        plans: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.samples = list(samples)
+        self.machine = dict(machine or {})
+        self.plans = dict(plans or {})
+
+    # --- files ---
+
+    def save(self, path: Path) -> None:
+        """Write all of it; done after each sample, since the next one may be interrupted."""
+        samples = [asdict(sample) for sample in self.samples]
+        document = {"machine": self.machine, "plans": self.plans, "samples": samples}
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
+
+    @classmethod
+    def load(cls, *paths: Path) -> Results:
+        """Read what ``save`` wrote; of a case in several files the last one counts."""
+        found = cls()
+        for path in paths:
+            document = json.loads(path.read_text(encoding="utf8"))
+            samples = [Sample(**sample) for sample in document["samples"]]
+            earlier = [it for it in found.samples if it.case not in document["plans"]]
+            plans = {**found.plans, **document["plans"]}
+            found = cls([*samples, *earlier], document["machine"], plans)
+        return found
+
+    # --- one contender ---
 
     def of(self, case: str, contender: str) -> list[Sample]:
         """The samples of one contender in one case."""
@@ -109,14 +141,11 @@ class Results:
         values = self.values(case, contender, metric).values()
         return statistics.median(values) if values else None
 
-    def spread(self, case: str, contender: str, metric: str) -> tuple[float, float] | None:
-        """The least and the largest value."""
-        values = self.values(case, contender, metric).values()
-        return (min(values), max(values)) if values else None
-
     def problem(self, case: str, contender: str) -> Sample | None:
         """The sample that says why there are no (more) values, if there is one."""
         return next((s for s in self.of(case, contender) if s.problem), None)
+
+    # --- targets ---
 
     def ratio(self, case: str, metric: str, upper: str, lower: str) -> float | None:
         """The median of the ratios within the repeats that both contenders have.
@@ -141,9 +170,8 @@ class Results:
         else:
             value = self.ratio(case, target.metric, contender, other)
         if value is None:
-            return Verdict(
-                target, contender, Status.UNKNOWN, reason=self._why(case, contender, other)
-            )
+            why = self._why(case, contender, other)
+            return Verdict(target, contender, Status.UNKNOWN, reason=why)
         factor = _factor(value, target)
         if factor <= 1:
             return Verdict(target, contender, Status.MET, value, is_bound, factor)

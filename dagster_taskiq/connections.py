@@ -11,9 +11,10 @@ from dagster_taskiq._dagster.storage import has_database_server
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
-from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.kinds import KINDS, ServerOptions, one_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class Servers:
     backend: ServerOptions
     signer: Signer
     embedded_home: Path | None = None
+
+    def physical_queue(self, kind: QueueKind, queue: str) -> str:
+        """The name on the broker of this deployment's queue for tasks of one kind.
+
+        Args:
+            queue: as people name it.
+        """
+        return physical_queue(self.broker.key_prefix, kind, queue)
 
     def revive(self) -> None:
         """After a connection was lost: start the embedded server again if it is gone.
@@ -97,7 +106,7 @@ def _dagster_home() -> Path:
     if not home:
         raise ConfigError(
             "No broker is configured, and the embedded server needs a DAGSTER_HOME to live in: "
-            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a RabbitMQ "
-            "or Redis."
+            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a "
+            f"{one_of([kind.names[0] for kind in KINDS])}."
         )
     return Path(home).expanduser().resolve()

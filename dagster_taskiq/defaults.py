@@ -1,4 +1,4 @@
-"""Every default with its unit. Who needs to know what happens unconfigured reads this file."""
+"""All defaults, with their units."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ RESULT_EXPIRES_SECONDS = 24 * 3600
 #: redelivered within this time is recognised as an old one.
 RUN_RECORD_EXPIRES_SECONDS = 7 * 24 * 3600
 
-#: The same for a run whose loop has come to its end: a message of it that is redelivered finds no
-#: loop, and is dropped for that. Some 100 bytes for each attempt are kept so long.
+#: The same for a run whose loop has come to its end. A message of it that is redelivered finds no
+#: loop and is dropped. The record takes some 100 bytes for each attempt.
 CLOSED_RECORD_EXPIRES_SECONDS = 3600
 
 #: The longest task or result, in bytes: more is neither sent nor read.

@@ -1,4 +1,4 @@
-"""Every error that the package raises on purpose, in one tree.
+"""Every error that the package raises on purpose, in one tree; ``unit/test_errors.py`` keeps it so.
 
     DagsterTaskiqError
     ├── ConfigError              a setting, tag, YAML file or URL that cannot be used
@@ -7,6 +7,7 @@
     │   ├── UnreachableServerError   away, or takes nothing just now
     │   └── RefusedByServerError     wrong password, no permission, wrong kind of queue
     ├── EmbeddedServerError      the embedded server cannot be started
+    ├── ForeignPathError         a file or directory that must be ours is somebody else's
     ├── MalformedTaskError       a message that is no task of ours
     ├── MalformedResultError     a result that cannot be decoded
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
@@ -14,11 +15,22 @@
     ├── DatabaseAwayError        Dagster's database did not come back in time
     ├── UntrustedError           not signed with a key of ours, or a replay
     │   └── TooLargeError            longer than max_message_bytes
+    ├── TaskRefusedError         a task that a worker has claimed, and must not or cannot execute
+    │   └── WrongInstanceError       it is of another Dagster instance than the worker's
+    ├── CopyOfStepError          an attempt of a step that Dagster's log has as begun
     ├── UnloadableCodeError      the code of a job is not where a worker looks for it, or raises
     ├── PatchedLibraryError      user code has replaced parts of the standard library
     ├── SupersededLoopError      a newer execution loop of the same run has taken over
-    └── SlotError                a worker's child process did not become ready
-        └── NoProcessError       no process can be started now
+    ├── LauncherClosedError      the launcher was asked for something after its end
+    ├── WorkerFailedError        a part of a worker ended that must not end
+    ├── SlotError                a worker's child process did not become ready
+    │   └── NoProcessError           no process can be started now
+    ├── ChannelLostError         a child's connection to its worker was closed by user code
+    └── DemoError                the demo cannot go on
+
+Not in it are the errors by which a library is told something (Click's, argparse's, Dagster's
+interrupt), and the ValueError or TypeError of a function that parses, of which its caller makes one
+of these.
 
 Messages are for the reader at 3 a.m.: what failed, where, what to do; never a password.
 """
@@ -77,6 +89,10 @@ class EmbeddedServerError(DagsterTaskiqError):
     """The embedded server cannot be started or did not come up."""
 
 
+class ForeignPathError(DagsterTaskiqError):
+    """A path that must belong to the user of this process belongs to somebody else."""
+
+
 class MalformedTaskError(DagsterTaskiqError):
     """A message is not a task of ours, or of a version that this worker does not know."""
 
@@ -114,6 +130,18 @@ class TooLargeError(UntrustedError):
         return error
 
 
+class TaskRefusedError(DagsterTaskiqError):
+    """The step or run must not or cannot be executed here; the message says why."""
+
+
+class WrongInstanceError(TaskRefusedError):
+    """The step or run belongs to another Dagster instance than this worker's."""
+
+
+class CopyOfStepError(DagsterTaskiqError):
+    """Dagster's log has this attempt of the step as begun; the message says where."""
+
+
 class UnloadableCodeError(DagsterTaskiqError):
     """The code of a job cannot be loaded; the message says what was looked for and where."""
 
@@ -138,6 +166,14 @@ class SoftTimeLimitError(DagsterTaskiqError):
         self.seconds = seconds
 
 
+class LauncherClosedError(DagsterTaskiqError):
+    """The launcher has left its servers, and was asked for something that needs them."""
+
+
+class WorkerFailedError(DagsterTaskiqError):
+    """A part of the worker ended that must not end; the message names it."""
+
+
 class SlotError(DagsterTaskiqError):
     """A child process did not become ready; the message has the reason it gave."""
 
@@ -147,3 +183,11 @@ class NoProcessError(SlotError):
 
     It says nothing about the task: another worker can execute it, or this one later.
     """
+
+
+class ChannelLostError(DagsterTaskiqError, ConnectionError):
+    """The descriptor of a child's socket is not the socket any more: user code has closed it."""
+
+
+class DemoError(DagsterTaskiqError):
+    """The demo cannot go on; the message has the last lines of the logs that say why."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +28,16 @@ from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
 from dagster_taskiq.connections import embedded_notice, find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ServerError, UnloadableCodeError
 from dagster_taskiq.execution.tasks import RUN_ARGS_KEY
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.launch.termination import Termination
 from dagster_taskiq.messages.envelope import (
     Envelope,
-    QueueKind,
     TaskName,
-    physical_queue,
     run_task_id,
 )
 from dagster_taskiq.messages.queue_waits import QueueWait
@@ -47,9 +46,6 @@ from dagster_taskiq.servers.patience import is_passing
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
 
 logger = logging.getLogger(__name__)
-
-#: How often to look whether a cancelled run's process has ended.
-_LOOK_SECONDS = 1.0
 
 
 class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
@@ -76,8 +72,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._settings = settings
         self._opened: tuple[RunClient, LaunchWatch] | None = None
         self._opening = threading.Lock()
-        self._late = LateLaunches(settings.server_patience_seconds)
-        self._disposed = threading.Event()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._background = Background()
+        self._late = LateLaunches(self._background, self._settings.server_patience_seconds)
 
     # --- configuration ---
 
@@ -112,22 +111,19 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 servers = find_servers(self._settings)
                 if notice := embedded_notice(servers):
                     logger.warning(notice)
-                client = RunClient(servers)
-                self._opened = client, LaunchWatch(client, self._settings.lease_seconds)
+                client = RunClient(servers, self._background)
+                watch = LaunchWatch(client, self._background, self._settings.lease_seconds)
+                self._opened = client, watch
             return self._opened
 
     def dispose(self) -> None:
         """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
-        self._disposed.set()
-        self._disposed = threading.Event()  # it may be used again
-        self._late.close()
-        self._late = LateLaunches(self._settings.server_patience_seconds)
+        self._background.close()
         with self._opening:
             if self._opened is not None:
-                client, watch = self._opened
-                watch.close()
-                client.close()
+                self._opened[0].close()
                 self._opened = None
+        self._begin_anew()  # it may be used again
 
     # --- launching ---
 
@@ -179,6 +175,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._send(run, TaskName.RESUME_JOB, resume_number)
 
         try:
+            self._client.reach(self._physical_queue(run))
             send(run)
         except ServerError as error:
             # it has been launched with these settings
@@ -229,7 +226,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:
-            raise ValueError(f"Run {run.run_id} does not say where its job's code is.")
+            raise UnloadableCodeError(f"Run {run.run_id} does not say where its job's code is.")
         instance = self._instance
         return ExecuteRunArgs(
             job_origin=run.job_code_origin,
@@ -237,8 +234,6 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             instance_ref=None if is_own_instance(instance) else instance.get_ref(),
             set_exit_code_on_failure=True,
         )
-
-    # --- termination ---
 
     def terminate(self, run_id: str) -> bool:
         """Stop a run, wherever it is.
@@ -249,74 +244,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         run = self._instance.get_run_by_id(run_id)
         if run is None or run.is_finished:
             return False
-        self._instance.report_run_canceling(run)
-        task_id = self._task_id(run)
-        state = self._client.cancel(
-            run_id, task_id, self._physical_queue(run), "The run was terminated"
+        termination = Termination(
+            instance=self._instance,
+            client=self._client,
+            run_id=run_id,
+            task_id=self._task_id(run),
+            physical=self._physical_queue(run),
+            patience_seconds=self._settings.lease_seconds + self._settings.cancel_grace_seconds,
         )
-        # if Dagster saw it start, the server was flushed and has forgotten who executes it
-        is_forgotten = state is TaskState.CANCELLED and self._has_started(run_id)
-        if state is TaskState.CLAIMED or is_forgotten:
-            # its process ends the run as soon as its steps have stopped, if it still can
-            settings = self._settings
-            patience = settings.lease_seconds + settings.cancel_grace_seconds if is_forgotten else 0
-            threading.Thread(
-                target=self._see_to_its_end,
-                args=(self._instance, self._disposed, run_id, task_id, patience),
-                name="see-to-its-end",
-                daemon=True,
-            ).start()
-            return True
-        run = self._instance.get_run_by_id(run_id)
-        if run is None or run.is_finished:
-            return False
-        where = (
-            "before a worker had started it"
-            if state is TaskState.CANCELLED
-            else "after its process had gone"
-        )
-        self._instance.report_run_canceled(run, f"The run was cancelled {where}.")
-        return True
-
-    def _has_started(self, run_id: str) -> bool:
-        record = self._instance.get_run_record_by_id(run_id)
-        return record is not None and record.start_time is not None
-
-    def _see_to_its_end(
-        self,
-        instance: DagsterInstance,
-        disposed: threading.Event,
-        run_id: str,
-        task_id: str,
-        patience_seconds: float,
-    ) -> None:
-        """End a cancelled run whose process was killed, or whose worker is gone with it.
-
-        Args:
-            instance: which the launcher alone does not keep alive.
-            disposed: set when the launcher is not to be used any more.
-            patience_seconds: to wait though the backend knows of no process.
-        """
-        deadline = time.monotonic() + patience_seconds
-        while not disposed.wait(_LOOK_SECONDS):
-            run = instance.get_run_by_id(run_id)
-            if run is None or run.is_finished:
-                return
-            try:
-                report, _ = self._client.look(run_id, task_id)
-            except ServerError:
-                continue
-            except Exception:
-                if disposed.is_set():  # in the midst of the call
-                    return
-                raise
-            if report.state is not TaskState.CLAIMED and time.monotonic() >= deadline:
-                break
-        else:
-            return
-        run = instance.get_run_by_id(run_id)
-        if run is not None and not run.is_finished:
-            instance.report_run_canceled(run, "The run was cancelled; its process is gone.")
+        return termination.carry_out(run, self._background)
 
     # --- monitoring ---
 
@@ -382,7 +318,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         return run_task_id(run.run_id, self._instance.count_resume_run_attempts(run.run_id))
 
     def _physical_queue(self, run: DagsterRun) -> str:
-        return physical_queue(self._settings.source.key_prefix, QueueKind.RUNS, self._queue(run))
+        return self._client.physical_queue(self._queue(run))
 
     def _queue(self, run: DagsterRun) -> str:
         return run_queue(run.tags, self._settings.default_queue)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +16,7 @@ import pytest
 
 import dagster_taskiq
 import dagster_taskiq_tests
+from dagster_taskiq.aio import private_files
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
@@ -67,6 +68,16 @@ def backend_options(request: pytest.FixtureRequest) -> Iterator[ServerOptions]:
     """A namespace of the test's own on each backend in turn."""
     with _OPTIONS[request.param]() as options:
         yield options
+
+
+@pytest.fixture
+def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a path somebody else's, user 4711's, as far as ``private_files`` can see."""
+    given: set[Path] = set()
+    monkeypatch.setattr(
+        private_files, "_owner", lambda path: 4711 if path in given else path.lstat().st_uid
+    )
+    return given.add
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,7 @@ It runs in a thread of its own, so that tests and scripts may do what they like 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,6 +16,18 @@ from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.servers.kinds import ServerOptions
 
 _DEFAULT_PORTS = {"amqp": 5672, "redis": 6379, "postgresql": 5432}
+
+
+#: Takes what came, in one direction of one connection.
+Reader = Callable[[bytes], object]
+
+#: Makes the reader of a new connection's direction; its argument is whether it is to the server.
+MakeReader = Callable[[bool], Reader]
+
+
+def _unread(_: bool) -> Reader:
+    """Nobody looks at what goes through."""
+    return lambda _: None
 
 
 class Mode(Enum):
@@ -49,13 +61,15 @@ class Proxy:
 
     Args:
         url: of the server behind it, ``redis://``, ``amqp://`` or ``postgresql://``.
+        make_reader: is called twice for each connection, by whoever wants to see what goes through.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, make_reader: MakeReader = _unread) -> None:
         self._parts = urlsplit(url)
         port = self._parts.port or _DEFAULT_PORTS[self._parts.scheme]
         self._upstream = (str(self._parts.hostname), port)
         self._port = 0
+        self._make_reader = make_reader
         self._mode = Mode.PASS
         self._changed = asyncio.Event()
         self._pairs: set[_Pair] = set()
@@ -72,6 +86,11 @@ class Proxy:
     def options(self, options: ServerOptions) -> ServerOptions:
         """The same server through the proxy."""
         return replace(options, url=self.url)
+
+    @property
+    def connections(self) -> int:
+        """How many there are through it now."""
+        return len(self._pairs)
 
     @property
     def mode(self) -> Mode:
@@ -137,14 +156,19 @@ class Proxy:
         self._pairs.add(pair)
         try:
             await asyncio.gather(
-                self._pump(pair, reader, there_writer), self._pump(pair, there_reader, writer)
+                self._pump(pair, reader, there_writer, self._make_reader(True)),
+                self._pump(pair, there_reader, writer, self._make_reader(False)),
             )
         finally:
             self._pairs.discard(pair)
             pair.reset()
 
     async def _pump(
-        self, pair: _Pair, source: asyncio.StreamReader, target: asyncio.StreamWriter
+        self,
+        pair: _Pair,
+        source: asyncio.StreamReader,
+        target: asyncio.StreamWriter,
+        read: Reader,
     ) -> None:
         with suppress(OSError):
             while data := await source.read(65536):
@@ -152,6 +176,7 @@ class Proxy:
                 if self._mode is Mode.DROP:
                     pair.has_lost = True
                 if not pair.has_lost:
+                    read(data)
                     target.write(data)
                     await target.drain()
         await self._until_not(
@@ -166,9 +191,9 @@ class Proxy:
 
 
 @contextmanager
-def proxied(url: str) -> Iterator[Proxy]:
+def proxied(url: str, make_reader: MakeReader = _unread) -> Iterator[Proxy]:
     """A proxy before the server, closed afterwards."""
-    proxy = Proxy(url)
+    proxy = Proxy(url, make_reader)
     try:
         yield proxy
     finally:

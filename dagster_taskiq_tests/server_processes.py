@@ -81,6 +81,26 @@ class PrivateRedis:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
 
+    def remember(self) -> None:
+        """Keep a copy of its data, as far as its append-only file has it."""
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(self._data, self._copy)
+
+    def go_back(self) -> None:
+        """Kill it and start it with the copy, as a server that is restored from a backup."""
+        self.kill()
+        shutil.rmtree(self._data)
+        shutil.move(self._copy, self._data)
+        self.restart()
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "appendonlydir"
+
+    @property
+    def _copy(self) -> Path:
+        return self.directory / "copy"
+
     def _start(self) -> subprocess.Popen[bytes]:
         log = self.directory / "server.log"
         process = popen(self.command, log)
@@ -186,18 +206,25 @@ def popen(
     command: Sequence[str],
     log: Path,
     *,
-    environment: Mapping[str, str] | None = None,
+    environment: Mapping[str, str | None] | None = None,
     user: str | None = None,
+    directory: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own, so that Ctrl-C reaches only the tests."""
+    """Start a process in a session of its own, so that Ctrl-C reaches only the tests.
+
+    Args:
+        environment: variables more than this process's, or None for one that it must not have.
+    """
+    variables = {**os.environ, **(environment or {})}
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={**os.environ, **(environment or {})},
+            env={name: value for name, value in variables.items() if value is not None},
             user=user,
+            cwd=directory,
             start_new_session=True,
             # one call of libc, which is safe after a fork with threads
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509

@@ -12,7 +12,8 @@ import trustme
 
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.servers.kinds import ServerOptions, Tls
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.tls import Tls
 from dagster_taskiq_tests.server_nodes import started_rabbitmq
 from dagster_taskiq_tests.server_processes import (
     UnavailableError,

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from benchmarks.machine import describe_machine
-from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.processes import DidNotEndError, FailedError, interrupt_on_signals
 from benchmarks.report import number
 from benchmarks.scale.measuring import Sizes, measure
 from benchmarks.scale.replay import find_knee
 from benchmarks.scale.simulation import Crowd, given_redis, own_redis, simulate
-from benchmarks.scale.tables import fill, render
+from benchmarks.scale.tables import render
 from dagster_taskiq_tests.server_sources import stop_session_servers
 
 _CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")
 _PARTS = ("measure", "simulate", "knee")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
-#: The crowds of the page, by name; ``tables`` says what each is for.
+#: The crowds of the page, by name.
 _HELD = Crowd(step_seconds=None)
 CROWDS: Mapping[str, Crowd] = {
     "idle": replace(_HELD, busy_share=0.0, runs=0),
@@ -40,15 +39,7 @@ _WORKING_SHARE = 0.25
 @click.group()
 def main() -> None:
     """What a large deployment costs: measured, simulated, computed."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, _interrupt)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """End the program; a second signal must not keep it from clearing up."""
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    interrupt_on_signals()
 
 
 @main.command("simulate")
@@ -96,43 +87,13 @@ def _simulate(
 @click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
 def _knee(workers: int, slots: int, lease: float, seconds: float, url: str | None) -> None:
     """Renew leases more and more often until the server cannot follow."""
+    sizes = {"workers": workers, "slots": slots}
     levels = []
     with given_redis(url) if url else own_redis() as options:
-        for level in find_knee(
-            options,
-            workers=workers,
-            slots=slots,
-            first_lease_seconds=lease,
-            level_seconds=seconds,
-        ):
+        for level in find_knee(options, **sizes, first_lease_seconds=lease, level_seconds=seconds):
             levels.append(level)
-            click.echo(_line(level))
+            click.echo(f"lease {level['lease_seconds']:.2f} s", err=True)
     click.echo(render({"machine": describe_machine(), "knee": levels})["knee"])
-
-
-def _line(level: Mapping[str, Any]) -> str:
-    return (
-        f"lease {level['lease_seconds']:.2f} s: {number(level['claims_renewed_per_s'])} claims/s, "
-        f"CPU {number(level['cpu_percent'])} %, p99 {number(level['renewal_p99_ms'])} ms"
-    )
-
-
-@main.command("measure")
-@click.option("--contender", "-x", "names", multiple=True, type=click.Choice(_CONTENDERS))
-@click.option("--slots", default=Sizes.slots, show_default=True)
-@click.option("--steps", default=Sizes.large, show_default=True, help="Of the large run.")
-@click.option("--json", "file", type=_FILE, help="File for the figures.")
-def _measure(names: tuple[str, ...], slots: int, steps: int, file: Path | None) -> None:
-    """Count what a step, an idle worker and an idle run cost, on real ones."""
-    sizes = Sizes(slots, large=steps)
-    document = {
-        "machine": describe_machine(),
-        "measured": {name: measure(name, sizes) for name in names or _CONTENDERS},
-    }
-    for table in render(document).values():
-        click.echo(f"\n{table}")
-    if file:
-        _save(file, document)
 
 
 @main.command("refresh")
@@ -144,7 +105,10 @@ def _measure(names: tuple[str, ...], slots: int, steps: int, file: Path | None) 
 def _refresh(
     file: Path, parts: tuple[str, ...], crowds: tuple[str, ...], workers: int, seconds: float
 ) -> None:
-    """Take the figures of docs/scaling.md anew and keep them in a file: some ten minutes."""
+    """Take the figures of docs/scaling.md anew and keep them in a file: some ten minutes.
+
+    ``python -m benchmarks figures`` puts them into the page.
+    """
     document: dict[str, Any] = json.loads(file.read_text("utf8")) if file.exists() else {}
     document["machine"] = describe_machine()
     for part in parts or _PARTS:
@@ -164,23 +128,12 @@ def _refresh(
                     document.setdefault("simulated", {})[name] = simulate(crowd, options)
                 _save(file, document)
         _save(file, document)
+    for name, table in render(document).items():
+        click.echo(f"\n{name}\n\n{table}")
 
 
 def _save(file: Path, document: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf8")
-
-
-@main.command("tables")
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
-@click.option("--page", type=click.Path(exists=True, path_type=Path), help="Put them there.")
-def _tables(file: Path, page: Path | None) -> None:
-    """Print the tables of a file of figures in Markdown, or put them into a page."""
-    tables = render(json.loads(file.read_text("utf8")))
-    if page:
-        page.write_text(fill(page.read_text("utf8"), tables), encoding="utf8")
-        return
-    for name, table in tables.items():
-        click.echo(f"\n{name}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import psycopg2  # type: ignore[import-untyped]
 import redis
 
 from benchmarks.processes import FailedError, cpu_seconds, tree
+from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.redis_stats import RedisStats
-from benchmarks.scale.tap import AmqpCounts, Tap
+from dagster_taskiq_tests.proxy import Proxy
 
 #: PostgreSQL's own counters come up to half a second late, and longer for a session that waits.
 POSTGRES_SETTLE_SECONDS = 1.5
@@ -56,7 +57,7 @@ class Servers:
     postgres_pid: int
     rabbitmq_pid: int | None = None
     amqp: AmqpCounts | None = None
-    tap: Tap | None = None
+    tap: Proxy | None = None
 
     def count(self) -> dict[str, float]:
         """All counters of the servers; what happened is the difference of two looks."""

@@ -22,10 +22,11 @@ from benchmarks.contenders import CONTENDERS, Contender, Namespace
 from benchmarks.lab import Lab, Plan, open_lab
 from benchmarks.measures import warm_up_job
 from benchmarks.processes import FailedError, cpu_seconds, pss_mib, tree
+from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.counters import Servers, WorkerUse, difference, session
 from benchmarks.scale.simulation import own_redis
-from benchmarks.scale.tap import AmqpCounts, tapped
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq_tests.proxy import proxied
 from dagster_taskiq_tests.servers import private_postgres, private_rabbitmq
 
 #: How long to let workers come to rest before they are watched.
@@ -79,7 +80,7 @@ def own_servers(contender: Contender) -> Iterator[tuple[Servers, Namespace]]:
         except pytest.skip.Exception as reason:
             raise FailedError(str(reason)) from None
         counts = AmqpCounts()
-        tap = resources.enter_context(tapped(node.url, counts.make_reader))
+        tap = resources.enter_context(proxied(node.url, counts.make_reader))
         servers = Servers(
             redis_options.url,
             postgres.url,

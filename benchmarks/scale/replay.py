@@ -22,13 +22,13 @@ from urllib.parse import urlsplit
 import redis
 
 from benchmarks.scale.redis_stats import RedisStats, server_name
-from benchmarks.scale.tap import Reader, tapped
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq_tests.proxy import Reader, proxied
 
 #: Of the claims while they are recorded, much longer than all of it takes.
 _LEASE_SECONDS = 3600.0
@@ -58,10 +58,12 @@ async def _record(options: ServerOptions, workers: int, slots: int) -> list[Reco
     def make_reader(is_to_server: bool) -> Reader:
         return (sent if is_to_server else received).extend
 
-    with tapped(options.url, make_reader) as tap:
+    with proxied(options.url, make_reader) as proxy:
         direct = RedisBackend(options, Signer())
-        through_tap = RedisBackend(ServerOptions(tap.url, key_prefix=options.key_prefix), Signer())
-        await through_tap.startup()
+        through_proxy = RedisBackend(
+            ServerOptions(proxy.url, key_prefix=options.key_prefix), Signer()
+        )
+        await through_proxy.startup()
         run_id = str(uuid.uuid4())
         epoch = await direct.open_run(
             run_id, generation=0, token="t", is_resumable=False, lease_seconds=_LEASE_SECONDS
@@ -71,9 +73,9 @@ async def _record(options: ServerOptions, workers: int, slots: int) -> list[Reco
             claims = [_claim(run_id, epoch) for _ in range(slots)]
             await asyncio.gather(*(direct.claim(it, needs_live_run=True) for it in claims))
             del sent[:], received[:]
-            await through_tap.renew(claims)
+            await through_proxy.renew(claims)
             found.append(Recorded(bytes(sent), len(received)))
-        await through_tap.shutdown()
+        await through_proxy.shutdown()
         await direct.shutdown()
     return found
 

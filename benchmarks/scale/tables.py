@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report import number
+from benchmarks.machine import sentence_of
+from benchmarks.report import Table, number
 from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
 
 SLOTS = (100, 1_000, 10_000)
@@ -22,7 +22,7 @@ Document = Mapping[str, Any]
 
 def render(document: Document) -> dict[str, str]:
     """All tables that the figures suffice for, by name."""
-    found: dict[str, str] = {"machine": _machine(document)}
+    found: dict[str, str] = {"machine": sentence_of(document["machine"])}
     if document.get("measured"):
         found |= {"steps": _steps(document), "idle": _idle(document)}
     if document.get("simulated"):
@@ -39,30 +39,24 @@ def render(document: Document) -> dict[str, str]:
     return found
 
 
-def fill(page: str, tables: Mapping[str, str]) -> str:
-    """A page with its tables replaced: what stands between ``<!-- NAME -->`` and ``<!-- / -->``."""
-
-    def replaced(match: re.Match[str]) -> str:
-        table = tables.get(match["name"])
-        return match[0] if table is None else f"{match['head']}\n{table}\n{match['tail']}"
-
-    pattern = r"(?P<head><!-- (?P<name>[\w -]+) -->)\n.*?(?P<tail><!-- / -->)"
-    return re.sub(pattern, replaced, page, flags=re.DOTALL)
+#: Of a line: its text, the group and the name of its figure, what the figure is multiplied by.
+#: Figures of a simulation are in no group.
+_Line = tuple[str, str, str, float]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "--:") -> str:
-    lines = [head, ["---", *(align for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _grid(head: str, columns: Mapping[str, Any], lines: Iterable[_Line]) -> str:
+    """A table of figures; a line that no column has is left out."""
+    rows = []
+    for text, group, key, factor in lines:
+        found = [(it[group] if group else it).get(key) for it in columns.values()]
+        if any(value is not None for value in found):
+            cells = [number(None if value is None else value * factor) for value in found]
+            rows.append([text, *cells])
+    return Table([head, *columns], rows).markdown()
 
 
-def _machine(document: Document) -> str:
-    machine = document["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, Python "
-        f"{machine['python']}, {machine['began'][:10]}, load at the beginning "
-        f"{machine['load_average']:.1f}; {versions}."
-    )
+def _by_name(document: Document) -> dict[str, Any]:
+    return {_NAMES.get(name, name): it for name, it in document["measured"].items()}
 
 
 # --- measured -----------------------------------------------------------------------------------
@@ -96,70 +90,50 @@ _STEP_ROWS: Sequence[tuple[str, str, float]] = (
 )
 
 
-def _by_contender(
-    document: Document, head: str, rows: Sequence[tuple[str, Callable[[Any], float | None]]]
-) -> str:
-    measured = document["measured"]
-    lines = []
-    for text, read in rows:
-        values = [read(figures) for figures in measured.values()]
-        if any(value is not None for value in values):
-            lines.append([text, *(_cell(value) for value in values)])
-    return _table([head, *(_NAMES.get(name, name) for name in measured)], lines)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else number(value)
-
-
 def _steps(document: Document) -> str:
-    def reader(key: str, factor: float) -> Callable[[Any], float | None]:
-        return lambda it: it["step"][key] * factor if key in it["step"] else None
+    lines = [(text, "step", key, factor) for text, key, factor in _STEP_ROWS]
+    return _grid("of one step", _by_name(document), lines)
 
-    rows = [(text, reader(key, factor)) for text, key, factor in _STEP_ROWS]
-    return _by_contender(document, "of one step", rows)
+
+_PER_SECOND = (
+    ("CPU, % of a core", "cpu_percent"),
+    ("Redis: round trips/s", "redis_requests_per_s"),
+    ("Redis: bytes in/s", "redis_input_bytes_per_s"),
+    ("RabbitMQ: frames/s", "amqp_frames_per_s"),
+)
+_IDLE_ROWS = (
+    ("worker: connections to Redis", "worker", "redis_connections"),
+    ("worker: connections to RabbitMQ", "worker", "amqp_connections"),
+    ("worker: open files, without its slots", "worker", "worker_files"),
+    ("worker: open files for each slot", "slot", "worker_files"),
+    ("child: open files", "idle_worker", "child_files"),
+    ("worker: memory without its slots, MiB", "worker", "mib"),
+    ("worker: memory for each slot, MiB", "slot", "mib"),
+    ("slot: connections to PostgreSQL held while idle", "slot", "postgres_connections"),
+    ("run: connections to Redis", "idle_run", "redis_connections"),
+    ("run: connections to RabbitMQ", "idle_run", "amqp_connections"),
+    ("run: connections to PostgreSQL held", "idle_run", "postgres_connections"),
+    ("run: memory, MiB", "idle_run", "mib"),
+    (
+        "connections to PostgreSQL at most, seen while two slots and a run worked",
+        "peak",
+        "postgres_connections",
+    ),
+)
 
 
 def _idle(document: Document) -> str:
-    def reader(group: str, key: str, factor: float = 1) -> Callable[[Any], float | None]:
-        return lambda it: it[group][key] * factor if key in it[group] else None
-
-    def child_files(figures: Any) -> float:
-        return float(figures["idle_worker"]["child_files"])
-
-    per_second = (
-        ("CPU, % of a core", "cpu_percent", 1),
-        ("Redis: round trips/s", "redis_requests_per_s", 1),
-        ("Redis: bytes in/s", "redis_input_bytes_per_s", 1),
-        ("RabbitMQ: frames/s", "amqp_frames_per_s", 1),
-    )
-    rows = [
-        (f"{what}: {text}", reader(group, key, factor))
-        for what, group in (
-            ("idle worker", "idle_worker"),
-            ("run that waits for its one step, the renewal of that step included", "idle_run"),
-        )
-        for text, key, factor in per_second
+    waiting = {
+        "idle_worker": "idle worker",
+        "idle_run": "run that waits for its one step, the renewal of that step included",
+    }
+    lines: list[_Line] = [
+        (f"{what}: {text}", group, key, 1)
+        for group, what in waiting.items()
+        for text, key in _PER_SECOND
     ]
-    rows += [
-        ("worker: connections to Redis", reader("worker", "redis_connections")),
-        ("worker: connections to RabbitMQ", reader("worker", "amqp_connections")),
-        ("worker: open files, without its slots", reader("worker", "worker_files")),
-        ("worker: open files for each slot", reader("slot", "worker_files")),
-        ("child: open files", child_files),
-        ("worker: memory without its slots, MiB", reader("worker", "mib")),
-        ("worker: memory for each slot, MiB", reader("slot", "mib")),
-        ("slot: connections to PostgreSQL held while idle", reader("slot", "postgres_connections")),
-        ("run: connections to Redis", reader("idle_run", "redis_connections")),
-        ("run: connections to RabbitMQ", reader("idle_run", "amqp_connections")),
-        ("run: connections to PostgreSQL held", reader("idle_run", "postgres_connections")),
-        ("run: memory, MiB", reader("idle_run", "mib")),
-        (
-            "connections to PostgreSQL at most, seen while two slots and a run worked",
-            reader("peak", "postgres_connections"),
-        ),
-    ]
-    return _by_contender(document, "", rows)
+    lines += [(*row, 1) for row in _IDLE_ROWS]
+    return _grid("", _by_name(document), lines)
 
 
 # --- simulated ----------------------------------------------------------------------------------
@@ -193,13 +167,10 @@ _SIMULATION_ROWS: Sequence[tuple[str, str, float]] = (
 
 
 def _simulated(document: Document) -> str:
-    simulations = document["simulated"]
-    names = [name for name in SIMULATIONS if name in simulations]
-    rows = []
-    for text, key, factor in _SIMULATION_ROWS:
-        values = [simulations[name].get(key) for name in names]
-        rows.append([text, *(_cell(None if v is None else v * factor) for v in values)])
-    return _table(["", *names], rows)
+    found = document["simulated"]
+    columns = {name: found[name] for name in SIMULATIONS if name in found}
+    lines = [(text, "", key, factor) for text, key, factor in _SIMULATION_ROWS]
+    return _grid("", columns, lines)
 
 
 _KNEE_COLUMNS: Sequence[tuple[str, str, float]] = (
@@ -222,7 +193,7 @@ def _knee(document: Document) -> str:
     head = ["lease, s", *(text for text, _, _ in _KNEE_COLUMNS), "busy slots at a lease of 30 s"]
     level = document["knee"][0]
     crowd = f"{level['workers']:,} workers with {level['slots']} claims each, {level['server']}:"
-    return f"{crowd}\n\n{_table(head, rows)}"
+    return f"{crowd}\n\n{Table(head, rows).markdown()}"
 
 
 # --- computed -----------------------------------------------------------------------------------
@@ -243,7 +214,7 @@ def _costs(document: Document) -> str:
             ("a worker in a list of workers that a run reads", "listed_worker"),
         )
     ]
-    table = _table(["", "CPU of the server, µs", "bytes in and out"], rows)
+    table = Table(["", "CPU of the server, µs", "bytes in and out"], rows).markdown()
     return (
         f"{table}\n\nConnections of a worker: {number(lease['connections_per_worker'])}; memory of "
         f"the server for a connection: {number(lease['bytes_per_connection'] / 1024)} KiB."
@@ -270,7 +241,7 @@ def _check(document: Document) -> str:
         ("connections", found[Resource.REDIS_CONNECTIONS], seen["connections"]),
     ]
     cells = [[text, number(computed), number(measured)] for text, computed, measured in rows]
-    return _table(["Redis in the simulation *working*", "computed", "seen"], cells)
+    return Table(["Redis in the simulation *working*", "computed", "seen"], cells).markdown()
 
 
 def _clusters() -> list[Cluster]:
@@ -297,7 +268,7 @@ def _needs(document: Document, name: str) -> str:
             for resource in found[0]
         ),
     ]
-    return _table(["", *map(_title, clusters), "what there is"], rows)
+    return Table(["", *map(_title, clusters), "what there is"], rows).markdown()
 
 
 def _marked(need: float, limit: float) -> str:
@@ -316,5 +287,4 @@ def _first(document: Document) -> str:
             ]
             cells.append("<br>".join(said))
         rows.append([_title(cluster), *cells])
-    names = [_NAMES.get(name, name) for name in document["measured"]]
-    return _table(["", *names], rows, "---")
+    return Table(["", *_by_name(document)], rows).markdown("---")

@@ -1,51 +1,42 @@
 """Workers of a simulation: everything of a worker but its processes.
 
-Stations, receivers, lease keepers, brokers and backends are the product's. Only the slots are
-stand-ins, which execute a step by sleeping, and the guards are never started.
+The product's ``Worker`` with stand-ins for its slots, which execute a step by sleeping, and for its
+guard, which would be a process too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from dagster_taskiq.backend import Claim, ClaimAnswer, Renewal
+from taskiq import BrokerMessage
+
+from dagster_taskiq.backend import Claim, Renewal
 from dagster_taskiq.backend.redis import RedisBackend
-from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
+from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.defaults import (
-    DEFAULT_QUEUE,
-    HEARTBEAT_SECONDS,
-    RESULT_EXPIRES_SECONDS,
-    WORKER_EXPIRES_SECONDS,
-)
-from dagster_taskiq.errors import ServerError, UntrustedError
-from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
-from dagster_taskiq.messages.refusals import Refusals
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.defaults import DEFAULT_QUEUE, DEFAULT_STEP_PRIORITY
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.version import __version__
-from dagster_taskiq.worker.guard import clock
+from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Order, RunAnswer
+from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
-from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
-from dagster_taskiq.worker.run_watch import RunWatch
-from dagster_taskiq.worker.slot import Slot
-from dagster_taskiq.worker.station import Station
-
-#: How long one wait for control messages lasts, as in ``worker.py``.
-_CONTROL_WAIT_SECONDS = 15.0
+from dagster_taskiq.worker.observer import CountingObserver, Ending, LeaseRenewal
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.parts import WorkerParts
+from dagster_taskiq.worker.slot_base import Slot
+from dagster_taskiq.worker.worker import Worker
 
 #: Process ids from here on are no process's on any system: the lease keeper finds none.
 _NO_PID = 2**30
@@ -66,7 +57,7 @@ class Record:
         lost: claims that a renewal found not to be held any more.
         errors: calls that the server did not answer, or refused.
         cancel_seconds: from an order to cancel to its arrival at the worker.
-        steps: that were completed.
+        steps: that have ended.
     """
 
     renewal_seconds: list[float] = field(default_factory=list)
@@ -78,64 +69,71 @@ class Record:
     steps: int = 0
 
 
-class WatchedBackend(RedisBackend):
-    """The backend of a worker, which notes how its renewals fare."""
+class _Recorder(CountingObserver):
+    """Writes what a worker does into the record of now."""
+
+    def __init__(self, record: Callable[[], Record]) -> None:
+        super().__init__()
+        self._record_of_now = record
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        self._record_of_now().steps += 1
+
+    def ordered(self, order: Mapping[str, Any]) -> None:
+        """See ``WorkerObserver``."""
+        if order["kind"] == "cancel":
+            self._record_of_now().cancel_seconds.append(time.time() - float(order["sent_at"]))
+
+    def renewed(self, renewal: LeaseRenewal) -> None:
+        """See ``WorkerObserver``."""
+        record = self._record_of_now()
+        record.renewal_seconds.append(renewal.seconds)
+        record.claims_renewed += renewal.claims
+        record.lost += renewal.lost
+        record.worst_slack_share = min(record.worst_slack_share, renewal.least_left_share)
+
+
+class _WatchedBackend(RedisBackend):
+    """Counts the errors of what a worker does all the time and says nothing of."""
 
     def __init__(self, options: ServerOptions, record: Callable[[], Record]) -> None:
         super().__init__(options, Signer())
         self._record_of_now = record
-        self._sent_at: dict[str, float] = {}
-
-    async def claim(
-        self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
-    ) -> ClaimAnswer:
-        """See ``ClaimBackend``."""
-        sent_at = clock()
-        answer = await super().claim(claim, needs_live_run=needs_live_run, until_begun=until_begun)
-        if answer is ClaimAnswer.GRANTED:
-            self._sent_at[claim.token] = sent_at
-        return answer
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
-        sent_at = clock()
-        record = self._record_of_now()
-        try:
-            renewals = await super().renew(claims)
-        except ServerError:
-            record.errors += 1
-            raise
-        answered_at = clock()
-        record.renewal_seconds.append(answered_at - sent_at)
-        for claim, renewal in zip(claims, renewals, strict=True):
-            before = self._sent_at.get(claim.token)
-            if before is None:
-                continue  # it was completed meanwhile
-            record.claims_renewed += 1
-            record.lost += not renewal.is_held
-            left = 1 - (answered_at - before) / claim.lease_seconds
-            record.worst_slack_share = min(record.worst_slack_share, left)
-            self._sent_at[claim.token] = sent_at
-        return renewals
+        with self._counting():
+            return await super().renew(claims)
 
-    async def complete(
-        self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
-    ) -> bool:
-        """See ``ClaimBackend``."""
-        is_stored = await super().complete(
-            claim, result, expires_seconds=expires_seconds, is_refused=is_refused
-        )
-        self._sent_at.pop(claim.token, None)
-        self._record_of_now().steps += is_stored
-        return is_stored
+    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+        """See ``ControlBackend``."""
+        with self._counting():
+            await super().heartbeat(record, expires_seconds=expires_seconds)
+
+    async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
+        """See ``ControlBackend``."""
+        with self._counting():
+            return await super().wait_for_control(worker_id, timeout_seconds)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        try:
+            yield
+        except ServerError:
+            self._record_of_now().errors += 1
+            raise
 
 
 class SimulatedSlot(Slot):
-    """Executes a step by sleeping; whatever else a slot does with its child does nothing."""
+    """Executes a step by sleeping; whatever else a slot does with its child does nothing.
 
-    def __init__(self, number: int, step_seconds: float) -> None:
+    Args:
+        step_seconds: about how long a step sleeps; None is for ever, whoever interrupts it.
+    """
+
+    def __init__(self, number: int, step_seconds: float | None) -> None:
         self.number = number
-        self.location = ""
         self._step_seconds = step_seconds
         self._is_interrupted = asyncio.Event()
 
@@ -152,26 +150,31 @@ class SimulatedSlot(Slot):
 
     async def run(
         self,
-        task: dict[str, Any],
+        order: Order,
         on_child: Callable[[int], None],
         on_started: Callable[[], None] = lambda: None,
         on_begun: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any]:
+    ) -> Answer:
         """Sleep for the step's time, or until interrupted."""
+        if not isinstance(order, Execute):
+            return RunAnswer()
         self._is_interrupted.clear()
         on_child(self.pid)
         on_started()
-        # not all at the same moment, as they were sent
-        seconds = self._step_seconds * random.uniform(0.75, 1.25)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._is_interrupted.wait(), seconds)
+        if self._step_seconds is None:
+            await asyncio.Event().wait()
+        else:
+            # not all at the same moment, as they were sent
+            seconds = self._step_seconds * random.uniform(0.75, 1.25)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_interrupted.wait(), seconds)
         result = TaskResult(
             Outcome.FINISHED,
-            Place.from_dict(task["place"]),
+            order.place,
             events=("x" * RESULT_BYTES,),
             is_cancelled=self._is_interrupted.is_set(),
         )
-        return {"result": result.to_bytes().decode()}
+        return Executed(result.to_bytes().decode(), "", 0)
 
     def interrupt(self) -> None:
         """End the step."""
@@ -185,6 +188,67 @@ class SimulatedSlot(Slot):
 
     async def stop(self) -> None:
         """There is nothing to stop."""
+
+
+class _NoGuard(GuardClient):
+    """There is nothing to guard."""
+
+    def start(self) -> None:
+        """It has no process."""
+
+    async def monitor(self, on_unguarded: Callable[[int], None] = kill_group) -> None:
+        """There is no process to look after."""
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        """There is nothing to kill."""
+
+
+class _HeldSteps(TaskBroker, Listener):
+    """Delivers the steps that a worker holds from its beginning, and is on no server."""
+
+    address = "the simulation"
+
+    def __init__(self, queue: str, held: Sequence[Envelope]) -> None:
+        super().__init__()
+        self.queues = (queue,)
+        self._left = [it.to_message(queue, Signer()).message for it in held]
+
+    def listener(self) -> Listener:
+        """See ``TaskBroker``."""
+        return self
+
+    async def look(self) -> Delivery | None:
+        """See ``Listener``."""
+        return Delivery(data=self._left.pop(), ack=_settle, release=_settle) if self._left else None
+
+    async def wait(self) -> None:
+        """See ``Listener``."""
+        await asyncio.Event().wait()
+
+    async def kick(self, message: BrokerMessage) -> None:
+        """Nobody sends."""
+        raise NotImplementedError
+
+    async def kick_many(self, messages: Sequence[BrokerMessage]) -> None:
+        """Nobody sends."""
+        raise NotImplementedError
+
+    async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
+        """See ``TaskBroker``."""
+        return set()
+
+    async def absent(self, queue: str, task_ids: Collection[str]) -> set[str]:
+        """See ``TaskBroker``."""
+        return set()
+
+    async def depth(self, queue: str) -> int:
+        """See ``TaskBroker``."""
+        return len(self._left)
+
+
+async def _settle() -> None:
+    """Nobody keeps the message."""
 
 
 class SimulatedWorker:
@@ -208,117 +272,74 @@ class SimulatedWorker:
         held: Mapping[str, str],
         lease_seconds: float,
     ) -> None:
-        self._record = record
-        self._worker_id = uuid.uuid4().hex
-        self._host = socket.gethostname()
-        self._name = f"simulated-{self._worker_id[:8]}@{self._host}"
+        self._servers = servers
         self._slots = slots
+        self._step_seconds = None if held else step_seconds
         self._held = held
         self._lease_seconds = lease_seconds
-        self._started_at = time.time()
-        self._backend = WatchedBackend(servers.backend, record)
-        self._orders = OrderReader(servers.signer, self._worker_id, self._name)
-        refusals = Refusals(self._backend.address)
-        self._leases = LeaseKeeper(self._backend, GuardClient(), self._orders, refusals)
-        self._stations = [
-            self._station(servers, kind, count, step_seconds)
-            for kind, count in ((QueueKind.STEPS, 0 if held else slots), (QueueKind.RUNS, 1))
-            if count
-        ]
-        self._drain = asyncio.Event()
-        self._background: asyncio.Future[list[None]] | None = None
-
-    def _station(
-        self, servers: Servers, kind: QueueKind, slots: int, step_seconds: float
-    ) -> Station:
-        queue = physical_queue(servers.broker.key_prefix, kind, DEFAULT_QUEUE)
-        return Station(
-            kind,
-            open_broker(servers.broker, [queue]),
-            self._backend,
-            self._leases,
-            [SimulatedSlot(number, step_seconds) for number in range(1, slots + 1)],
-            RunWatch(SimulatedSlot(0, 0.0)),
-            Place(self._name, self._worker_id, self._host, pid=0, slot=0),
-            RESULT_EXPIRES_SECONDS,
-            TimeLimits(),
-            servers.signer,
-            (DEFAULT_QUEUE,),
-        )
+        self._recorder = _Recorder(record)
+        self._backend = _WatchedBackend(servers.backend, record)
+        self._running: asyncio.Task[bool] | None = None
 
     @property
     def busy_slots(self) -> int:
         """How many steps it executes."""
-        return self._leases.count(runs=False)
+        return self._recorder.busy[QueueKind.STEPS]
 
     async def start(self) -> None:
-        """Connect, and begin everything that a worker does in the background."""
-        await self._backend.startup()
-        for station in self._stations:
-            await station.start()
-        await self._send_heartbeat()
-        work = [station.work(self._drain) for station in self._stations]
-        others = [self._leases.run(), self._send_heartbeats(), self._obey_control()]
-        self._background = asyncio.gather(*work, *others)
-        epoch = ""
-        for number, (task_id, run_id) in enumerate(self._held.items(), start=1):
-            epoch = epoch or (await self._backend.inspect(run_id, []))[0]
-            await self._hold(run_id, task_id, number, epoch)
+        """Have it take tasks."""
+        ready = asyncio.Event()
+        steps = await self._held_steps()
+
+        def open_station_broker(kind: QueueKind, queues: Sequence[str]) -> TaskBroker:
+            if steps and kind is QueueKind.STEPS:
+                return _HeldSteps(queues[0], steps)
+            return open_broker(self._servers.broker, queues)
+
+        worker = Worker(
+            self._servers,
+            WorkerOptions(
+                f"simulated-{uuid.uuid4().hex[:8]}", (DEFAULT_QUEUE,), self._slots, run_slots=1
+            ),
+            on_ready=ready.set,
+            observer=self._recorder,
+            parts=WorkerParts(
+                self._backend,
+                _NoGuard(),
+                open_station_broker,
+                lambda options, _: SimulatedSlot(options.child.slot, self._step_seconds),
+            ),
+        )
+        self._running = asyncio.create_task(worker.run(), name="worker")
+        waiting = asyncio.create_task(ready.wait(), name="ready")
+        await asyncio.wait({self._running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        self.check()
 
     def check(self) -> None:
-        """Raise the error of what it does in the background, which would end a worker."""
-        if self._background is not None and self._background.done():
-            self._background.result()
+        """Raise the error with which the worker has ended, if it has."""
+        if self._running is not None and self._running.done():
+            self._running.result()
 
-    async def _hold(self, run_id: str, task_id: str, number: int, epoch: str) -> None:
-        """Claim a step and keep the claim, as a station does."""
-        place = Place(self._name, self._worker_id, self._host, pid=0, slot=number)
-        claim = Claim(run_id, task_id, uuid.uuid4().hex, self._lease_seconds, epoch, place)
-        claimed_at = clock()
-        answer = await self._backend.claim(claim, needs_live_run=True)
-        assert answer is ClaimAnswer.GRANTED, answer
-        # a step that takes no notice of being stopped
-        self._leases.keep(Lease(claim, _NO_PID + number, claimed_at, lambda: None, lambda: None))
-
-    async def _send_heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            try:
-                await self._send_heartbeat()
-            except ServerError:
-                self._record().errors += 1
-
-    async def _send_heartbeat(self) -> None:
-        record = WorkerRecord(
-            worker_id=self._worker_id,
-            name=self._name,
-            host=self._host,
-            pid=os.getpid(),
-            queues=(DEFAULT_QUEUE,),
-            slots=self._slots,
-            busy_slots=self.busy_slots,
-            run_slots=1,
-            started_at=self._started_at,
-            version=__version__,
-        )
-        await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
-
-    async def _obey_control(self) -> None:
-        while True:
-            try:
-                orders = await self._backend.wait_for_control(
-                    self._worker_id, _CONTROL_WAIT_SECONDS
-                )
-            except ServerError:
-                self._record().errors += 1
-                await asyncio.sleep(0.5)
-                continue
-            for data in orders:
-                with suppress(UntrustedError):
-                    self._obey(self._orders.read(data))
-
-    def _obey(self, order: dict[str, Any]) -> None:
-        lease = self._leases.find(str(order.get("task_id")))
-        if lease is not None:
-            self._record().cancel_seconds.append(time.time() - float(order["sent_at"]))
-            self._leases.stop(lease, StopReason.CANCELLED)
+    async def _held_steps(self) -> list[Envelope]:
+        """The tasks of the steps that it holds."""
+        if not self._held:
+            return []
+        await self._backend.startup()
+        run_id = next(iter(self._held.values()))
+        epoch, _ = await self._backend.inspect(run_id, [])
+        return [
+            Envelope(
+                task_id=task_id,
+                name=TaskName.EXECUTE_PLAN,
+                run_id=run_id,
+                step_key="held",
+                attempt=1,
+                queue=DEFAULT_QUEUE,
+                priority=DEFAULT_STEP_PRIORITY,
+                lease_seconds=self._lease_seconds,
+                cancel_grace_seconds=0.0,
+                epoch=epoch,
+                payload="{}",
+            )
+            for task_id, run_id in self._held.items()
+        ]

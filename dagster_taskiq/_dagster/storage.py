@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dagster import DagsterInstance
+from dagster._core.events import DagsterEventType
 from dagster._core.events.log import EventLogEntry
 from dagster._core.instance import InstanceRef
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
+from dagster._serdes import deserialize_value
 from sqlalchemy import select
 from sqlalchemy.engine import Engine
 
@@ -131,3 +133,36 @@ def has_database_server(home: Path) -> bool:
         ) from None
     # Dagster's own storages are SQLite's; each of those on a server is a package of its own
     return storage is not None and storage.module_name.partition(".")[0] != "dagster"
+
+
+#: The events that bound the attempts of a step, and those of the workers that begin with them.
+_ATTEMPT_EVENTS = {
+    DagsterEventType.ENGINE_EVENT,
+    DagsterEventType.STEP_START,
+    DagsterEventType.STEP_RESTARTED,
+    DagsterEventType.STEP_SUCCESS,
+    DagsterEventType.STEP_FAILURE,
+    DagsterEventType.STEP_UP_FOR_RETRY,
+}
+
+
+def read_step_log(instance: DagsterInstance, run_id: str, step_key: str) -> list[EventLogEntry]:
+    """What the log says of when a step's attempts have begun and ended, in its order.
+
+    Dagster can read the events of one step only as their sums (``get_run_step_stats``), which do
+    not tell one attempt from another; and the events of a run, of which there may be thousands.
+    """
+    storage: Any = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        entries = instance.all_logs(run_id, of_type=_ATTEMPT_EVENTS)
+        return [entry for entry in entries if entry.step_key == step_key]
+    columns = SqlEventLogStorageTable.c
+    query = (
+        select(columns.event)
+        .where(columns.run_id == run_id, columns.step_key == step_key)
+        .where(columns.dagster_event_type.in_([kind.value for kind in _ATTEMPT_EVENTS]))
+        .order_by(columns.id)
+    )
+    with storage.run_connection(run_id) as connection:
+        texts = connection.execute(query).scalars().all()
+    return [deserialize_value(text, EventLogEntry) for text in texts]

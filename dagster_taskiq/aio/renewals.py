@@ -2,7 +2,7 @@
 
 A connection on which packets vanish says nothing until it times out, which takes longer than what
 is left of a short lease, and a server may just be slow. So the next try does not wait for the one
-before, and whichever is answered counts.
+before, and any that is answered counts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 
-#: A try that has a rival is given up when it is so many pauses old, which is a whole lease.
+#: A try that has a rival is given up when it is this many pauses old, which is a whole lease.
 _LONGEST_PAUSES = RENEWALS_PER_LEASE
 
 
@@ -25,7 +25,7 @@ async def keep_renewing(
     """Begin a renewal after every pause, and twice as often while one fails or is not answered.
 
     Args:
-        renew: one try; whether it succeeded. What it raises is raised here. Several may be under
+        renew: one try; whether it succeeded. Its errors are raised here. Several may be under
             way, and they may end in any order.
         pause_seconds: between two tries; None while there is nothing to renew.
         changed: waits until ``pause_seconds`` may say something else.

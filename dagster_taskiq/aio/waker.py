@@ -34,7 +34,7 @@ class Waker:
             pass  # closed: nobody waits any more
 
     def wait(self, timeout_seconds: float) -> None:
-        """Sleep until woken, at most so long."""
+        """Sleep until woken, or until the time is over."""
         ready, _, _ = select.select([self._reader], [], [], max(0.0, timeout_seconds))
         if ready:
             self._drain()

@@ -11,6 +11,7 @@ What an operation does to a task is in ``life``; ``memory_server`` keeps the sta
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -252,7 +253,7 @@ class MemoryBackend(Backend):
         records = []
         for worker_id, data in found.items():
             with suppress(ValueError):
-                records.append(read_record(self._signer, worker_id, data))
+                records.append(read_record(self._signer, worker_id, data, time.time()))
         return sorted(records, key=lambda record: record.name)
 
     async def send_control(self, worker_id: str, order: str) -> None:

@@ -343,7 +343,7 @@ class RedisBackend(Backend):
 
     def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
         try:
-            return read_record(self._signer, worker_id, data)
+            return read_record(self._signer, worker_id, data, time.time())
         except ValueError as error:
             self._say_unreadable(self._key("worker:", worker_id), str(error))
             return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 
 from dagster_taskiq.brokers.base import Delivery, TaskBroker
-from dagster_taskiq.servers.kinds import ServerOptions, is_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
 
 __all__ = ["Delivery", "TaskBroker", "open_broker"]
 
@@ -15,13 +15,12 @@ def open_broker(options: ServerOptions, queues: Sequence[str] = ()) -> TaskBroke
     """The broker for a URL; not yet connected, ``startup`` does that.
 
     Args:
-        options: the URL's scheme decides which broker it is.
+        options: the kind of server that the URL names decides which broker it is.
         queues: the physical queues to listen on; none for a sender.
 
     Raises:
         ConfigError: no broker speaks the URL's scheme.
     """
-    # by name, so that every run and worker does not load the client libraries of both servers
-    kind = ("amqp", "AmqpTaskBroker") if is_amqp(options.url) else ("redis", "RedisTaskBroker")
-    broker: TaskBroker = getattr(import_module(f"{__name__}.{kind[0]}"), kind[1])(options, queues)
+    # by name, so that no run or worker loads the client library of a server that it does not use
+    broker: TaskBroker = resolve_name(f"{__name__}.{options.kind.broker}")(options, queues)
     return broker

@@ -7,8 +7,8 @@ on would hoard, since our acks, sent at the claim, free its prefetch while the t
 
 The connection is our own affair and not aio-pika's "robust" one, which would restore consumers
 that we have meant to be gone. A lost connection is opened anew by the next call that needs it.
-What it had delivered is then RabbitMQ's again: an ``ack`` raises, since the message will come
-once more, and a ``release`` has nothing left to do.
+The messages that it had delivered are then RabbitMQ's again: an ``ack`` raises, since the message
+will come once more, and a ``release`` has nothing left to do.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from dagster_taskiq.brokers.amqp_errors import (
     our_message_is_enough,
     words_of_close,
 )
+from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
@@ -46,7 +47,7 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
 
 #: How long an idle listener consumes before it looks into its queues all the same: a queue may
 #: have been deleted and made anew, or the connection be dead without a word.
@@ -55,7 +56,7 @@ SLOW_LOOK_SECONDS = 10.0
 #: How many messages may be on their way to RabbitMQ unconfirmed.
 _UNCONFIRMED = 500
 
-#: What every queue of ours is; RabbitMQ refuses one that is there already and is not.
+#: Arguments of every queue of ours. RabbitMQ refuses them for a queue that has others already.
 _QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
 
 _T = TypeVar("_T")
@@ -81,7 +82,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         self.address = options.address
         self.options = options
         self.queues = tuple(queues)
-        super().__init__(normalize_amqp(options.url))
+        super().__init__(options.client_url)
         self._timeout_seconds = options.connect_timeout_seconds
         self._current: _Connection | None = None
         self._connecting = asyncio.Lock()
@@ -125,7 +126,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         await self.run(lambda connection: connection.publish(messages))
 
     async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
-        """Nothing: RabbitMQ cannot take a message out of the middle of a queue."""
+        """Do nothing: RabbitMQ cannot take a message out of the middle of a queue."""
         return set()
 
     async def absent(self, queue: str, task_ids: Collection[str]) -> set[str]:
@@ -368,7 +369,8 @@ class _AmqpListener(Listener):
             with suppress(UnreachableServerError):  # RabbitMQ has taken it back already
                 await self._broker.guard(message.reject(requeue=True))
 
-        return Delivery(data=message.body, ack=ack, release=release)
+        flaw = "its AMQP properties cannot be decoded" if message.type == UNREADABLE else ""
+        return Delivery(data=message.body, ack=ack, release=release, flaw=flaw)
 
 
 class _Consumption:
@@ -431,12 +433,11 @@ async def _connect(options: ServerOptions) -> _Connection:
     arguments: dict[str, Any] = {}
     if options.heartbeat_seconds is not None:
         arguments["heartbeat"] = options.heartbeat_seconds
-    url = normalize_amqp(options.url)
-    if url.startswith("amqps://"):
+    if options.uses_tls:
         arguments["ssl_context"] = options.tls.context()
     with our_message_is_enough():
         try:
-            connection = await aio_pika.connect(url, **arguments)
+            connection = await aio_pika.connect(options.client_url, **arguments)
         except (exceptions.InvalidFrameError, PAMQPException) as error:
             # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
             raise exceptions.ConnectionNotAllowed(

@@ -1,4 +1,4 @@
-"""What goes wrong with RabbitMQ, as an error of ours with the server's words."""
+"""Errors of RabbitMQ and its libraries, as errors of ours with the server's words."""
 
 from __future__ import annotations
 
@@ -15,17 +15,14 @@ from aiormq import exceptions
 from dagster_taskiq.brokers.amqp_properties import is_ours
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers.kinds import redact, reset_hint, tls_refusal
-from dagster_taskiq.servers.server_refusals import (
-    AMQP_REFUSALS,
-    Outlook,
-    find_refusal,
-    refusal_error,
-)
+from dagster_taskiq.servers.kinds import RABBITMQ, uses_tls
+from dagster_taskiq.servers.server_refusals import Outlook, find_refusal, refusal_error
+from dagster_taskiq.servers.tls import reset_hint, tls_refusal
+from dagster_taskiq.servers.urls import redact
 
 
 def words_of_close(error: BaseException) -> str:
-    """What RabbitMQ said in the frame that aiormq did not expect, which its error leaves out.
+    """RabbitMQ's words in the frame that aiormq did not expect; its error leaves them out.
 
     Empty where it is not found. Only these words tell a limit from a virtual host that is missing.
     """
@@ -36,8 +33,8 @@ def words_of_close(error: BaseException) -> str:
     return ""
 
 
-#: What aiormq logs for each try to connect, of which an outage has many, and, with a traceback,
-#: for each lost connection. Our own error or warning says it.
+#: aiormq logs the first for each try to connect, of which an outage has many, and the second, with
+#: a traceback, for each lost connection. Our own error or warning says it.
 _SAID_BY_US = ("error when creating transport", "Cancelling cause reader exited abnormally")
 
 
@@ -75,7 +72,7 @@ def amqp_errors(address: str) -> Iterator[None]:
             raise _refusal(address, code, error) from error
         if refusal := tls_refusal(address, error):
             raise refusal from error
-        hint = reset_hint(address, error)
+        hint = reset_hint(error) if uses_tls(address) else ""
         raise _unreachable(address, redact(str(error)), hint) from error
     except asyncio.CancelledError as error:
         # not ours: one of aiormq's ways to end the calls on a lost connection
@@ -120,7 +117,7 @@ def _reply_code(error: BaseException) -> str | None:
 
 def _refusal(address: str, code: str, error: BaseException) -> ServerError:
     text = redact(str(error)).rstrip(".")
-    refusal = find_refusal(AMQP_REFUSALS, f"{code} {text}")
+    refusal = find_refusal(RABBITMQ.refusals, f"{code} {text}")
     if refusal.outlook is Outlook.PASSES:
         return refusal_error(address, refusal, f"{address} takes nothing now: {text}.")
     if code == "406" and "inequivalent" in text:

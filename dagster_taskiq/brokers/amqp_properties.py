@@ -2,8 +2,8 @@
 
 Anybody who may publish can send some: text that is no UTF-8, a time out of range, nested headers
 without end. The library fails at them in the middle of a connection, which ends it; RabbitMQ then
-delivers the message again, and nothing else of its queue is ever read. Nothing of ours is in the
-properties of a message, so such ones are left out, and its body decides what becomes of it.
+delivers the message again, and nothing else of its queue is ever read. A message with such
+properties is none of ours: it gets a mark in their place, by which the broker refuses it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from pamqp.header import ContentHeader
 #: connections of the process keep the library's behaviour.
 is_ours = ContextVar("is_ours", default=False)
 
-#: What aio-pika converts, and fails at where it is odd.
+#: Stands as the type of a message whose properties cannot be decoded.
+UNREADABLE = "dagster-taskiq: unreadable properties"
+
+#: Properties that aio-pika converts; it fails at odd ones.
 _CONVERTED = ("delivery_mode", "expiration", "timestamp")
 
 _unmarshal = ContentHeader.unmarshal
@@ -30,7 +33,7 @@ def _unmarshal_leniently(self: ContentHeader, data: bytes) -> None:
         is_cut = vars(self)["class_id"] is None  # then it is not the properties that are wrong
         if is_cut or not is_ours.get():
             raise
-        self.properties = Basic.Properties()
+        self.properties = Basic.Properties(message_type=UNREADABLE)
     if is_ours.get():
         for name in _CONVERTED:
             setattr(self.properties, name, None)

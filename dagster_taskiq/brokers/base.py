@@ -1,4 +1,4 @@
-"""What a broker must do: the contract that one test suite checks for all of them.
+"""The contract of brokers, which one test suite checks for all of them.
 
 A broker is a Taskiq ``AsyncBroker`` whose listener only takes a message when it is asked for one,
 and which can say more about a queue than Taskiq's own can.
@@ -36,12 +36,17 @@ class Delivery(AckableMessage):
     """A message in this worker's hands, to be settled once.
 
     ``ack`` makes the server forget it. ``release`` gives it back at once, to the place in its
-    queue that it was taken from. Whichever succeeds first settles it; later calls do nothing.
+    queue that it was taken from. The first call that succeeds settles it; later ones do nothing.
+
+    ``content`` is what the broker's ``admit`` has made of the message.
     """
 
     ack: Callable[[], Awaitable[None]]
     release: Callable[[], Awaitable[None]]
     settled: bool = False
+    content: Any = None
+    #: Why it is refused whatever its data says, in words; empty where its data decides.
+    flaw: str = ""
 
     def model_post_init(self, _context: Any, /) -> None:
         """Let the first of the two actions settle the delivery."""
@@ -104,10 +109,14 @@ class TaskBroker(AsyncBroker):
     #: The physical queues to listen on.
     queues: Sequence[str]
 
-    #: Called with the bytes of each message before it is handed on; raises ``MalformedTaskError``
-    #: or ``UntrustedError`` for what is no task of ours, which is then acked, counted and dropped
-    #: here, since Taskiq's receiver would neither ack it nor give its place free.
+    #: Called with the bytes of each message before it is handed on, to make its ``content`` of
+    #: them; raises ``MalformedTaskError`` or ``UntrustedError`` for what is no task of ours, which
+    #: is then acked, counted and dropped here, since Taskiq's receiver would neither ack it nor
+    #: give its place free.
     admit: Callable[[bytes], object] | None = None
+
+    #: Hears of each message that is refused, beside the log.
+    on_refused: Callable[[Exception], None] | None = None
 
     _is_shut_down: bool = False
 
@@ -117,11 +126,17 @@ class TaskBroker(AsyncBroker):
 
     @property
     def refused_count(self) -> int:
-        """How many messages ``admit`` has refused."""
+        """How many messages were refused."""
         return self._refusals.count
 
+    def note_refused(self, error: Exception) -> None:
+        """Count a message that was refused, and say why a few times."""
+        self._refusals.note("a message", error)
+        if self.on_refused is not None:
+            self.on_refused(error)
+
     async def shutdown(self) -> None:
-        """Close the connections; listeners end. What is unsettled goes back to its queue."""
+        """Close the connections; listeners end, and unsettled messages go back to their queues."""
         self._is_shut_down = True
         await super().shutdown()
 
@@ -135,10 +150,12 @@ class TaskBroker(AsyncBroker):
 
     async def _is_admitted(self, delivery: Delivery) -> bool:
         try:
+            if delivery.flaw:
+                raise MalformedTaskError(delivery.flaw)
             if self.admit is not None:
-                self.admit(delivery.data)
+                delivery.content = self.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
-            self._refusals.note("a message", error)
+            self.note_refused(error)
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False

@@ -1,4 +1,4 @@
-"""What a worker has taken from a queue on Redis and not settled: said for as long as it lives.
+"""Messages that a worker has taken from Redis and not settled: it keeps them while it lives.
 
 Most deliveries are settled within milliseconds, so one timer serves all of them.
 """

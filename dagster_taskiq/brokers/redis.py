@@ -1,6 +1,6 @@
 """The broker on Redis or Valkey.
 
-What a physical queue is made of; none of it exists while the queue is empty:
+A physical queue has these keys, and none of them while it is empty:
 
 ``<queue>:waiting``
     sorted set of the waiting task ids; the score is the task's place in the queue, made of its
@@ -69,7 +69,8 @@ _Command: TypeAlias = Sequence[Any]
 
 
 # A server that is full, read-only or cannot write its file refuses the first write of a script or
-# none, so no script stops halfway. What frees memory begins with a command that a full one allows.
+# none, so no script stops halfway. A script that frees memory begins with a command that a full
+# server allows.
 #
 # A place is exact in a double: (10 - priority) * 2^48 + the number, which stays below 2^52.
 _PRELUDE = f"""
@@ -236,7 +237,7 @@ return absent
 
 _SCRIPTS = (_SEND, _TAKE, _HOLD, _ACK, _RELEASE, _WITHDRAW, _ABSENT)
 
-#: What the user of the server must be allowed.
+#: The rights that the user of the server needs.
 _COMMANDS = commands_of(script.text for script in _SCRIPTS) | {"BLPOP", "EVALSHA", "SCRIPT"}
 
 
@@ -271,7 +272,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         # repeated here where that is harmless, in redis-py it would be for every command
         arguments["retry"] = Retry(NoBackoff(), 0)
         try:
-            super().__init__(options.url, max_connection_pool_size=_CONNECTIONS, **arguments)
+            super().__init__(options.client_url, max_connection_pool_size=_CONNECTIONS, **arguments)
         except ValueError as error:
             raise ConfigError(f"Cannot use {self.address} as a server: {error}") from None
         # whatever the URL says, which redis-py prefers to its arguments

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 import click
 
+from dagster_taskiq.aio.private_files import open_log, own_directory
 from dagster_taskiq.errors import DagsterTaskiqError
 
 #: What a worker writes to ``--ready-fd``: it takes tasks; it waits for a server that is away.
@@ -56,10 +57,8 @@ def start_in_background(context: click.Context, name: str) -> None:
 
 
 def _open_log(log: Path) -> BinaryIO:
-    """Not through a link, which others can have put there where they can write to DAGSTER_HOME."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     try:
-        return os.fdopen(os.open(log, flags, 0o600), "ab")
+        return open_log(log)
     except OSError as error:
         raise DagsterTaskiqError(f"Cannot write the log {log}: {error.strerror}.") from error
 
@@ -87,9 +86,16 @@ def arguments_of(context: click.Context) -> list[str]:
 
 
 def _open_directory() -> Path:
+    """The directory of the logs; it is made where it is missing.
+
+    Raises:
+        DagsterTaskiqError: it belongs to somebody else, or cannot be made.
+    """
     home = Path(os.getenv("DAGSTER_HOME") or ".").expanduser()
-    directory = home / "dagster_taskiq" / "logs"
-    home.mkdir(parents=True, exist_ok=True)
-    for path in (directory.parent, directory):
-        path.mkdir(exist_ok=True, mode=0o700)
-    return directory
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return own_directory(own_directory(home / "dagster_taskiq") / "logs")
+    except OSError as error:
+        raise DagsterTaskiqError(
+            f"Cannot make the directory {error.filename} for the worker's log: {error.strerror}."
+        ) from error

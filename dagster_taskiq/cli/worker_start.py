@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from dagster_taskiq.cli.app_module import app_module, import_app
 from dagster_taskiq.cli.background import READY, WAITING, start_in_background
 from dagster_taskiq.cli.celery_arguments import (
     LOG_LEVELS,
@@ -40,15 +41,13 @@ from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.log_writer import log_to_standard_error
-from dagster_taskiq.worker.worker import Worker, WorkerOptions
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 #: Exit code of a worker that had to cancel steps in order to stop.
 EXIT_CUT_SHORT = 3
-
-#: What ``-A`` names on the command lines of both packages, and which has nothing to import.
-_OWN_APPS = ("dagster_taskiq.app", "dagster_celery.app")
 
 _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
@@ -88,7 +87,7 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 @click.option(
     "--app",
     "-A",
-    help="Module of an app, imported as by -i. dagster_taskiq.app may be named, but holds nothing.",
+    help="Module that sets up logging and the like: imported by the worker and by each child.",
 )
 @click.option(
     "--concurrency",
@@ -178,6 +177,9 @@ def _start_worker(
     options = _worker_options(given, celery, settings)
     server.begin(forget=settings.signing_variables)
     with _logging(options.log_level):
+        # after our own set-up of logging, which it may change, and before anything is started
+        if module := app_module(given["app"]):
+            import_app(module)
         servers = find_servers(settings)
         if notice := embedded_notice(servers):
             logger.warning(notice)
@@ -203,7 +205,7 @@ def _worker_options(
         include=tuple(
             dict.fromkeys(
                 (
-                    *_app_modules(given["app"]),
+                    *filter(None, [app_module(given["app"])]),
                     *settings.include,
                     *split_names(given["includes"]),
                     *celery.include,
@@ -233,12 +235,6 @@ def _worker_options(
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )
-
-
-def _app_modules(app: str | None) -> tuple[str, ...]:
-    """The module of ``-A``, as Celery writes it (``module:name``), which each child imports."""
-    module = (app or "").partition(":")[0]
-    return (module,) if module and module not in _OWN_APPS else ()
 
 
 def _first(*values: Any) -> Any:

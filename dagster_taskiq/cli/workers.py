@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -22,9 +22,12 @@ from dagster_taskiq.messages.worker_records import WorkerRecord
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"
 
+_NOBODY = "No worker is running."
+
 _name_argument = click.argument("name", required=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def _explain_names(command: F) -> F:
@@ -46,10 +49,10 @@ def worker_list(name: str | None, config_yaml: str | None) -> None:
     records = _running_workers(read_settings(config_yaml), name)
     if records:
         click.echo(_table(records))
-    elif name is None:
-        click.echo("No worker is running.")
-    else:
+    if name is not None and all(record.is_outdated for record in records):
         raise click.ClickException(_nobody(name))
+    if not records:
+        click.echo(_NOBODY)
 
 
 @click.command("status")
@@ -69,12 +72,12 @@ def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str
     records = [
         record
         for record in _running_workers(settings)
-        if not names or any(_is_named(record, name) for name in names)
+        if not record.is_outdated and (not names or any(_is_named(record, name) for name in names))
     ]
     for record in records:
         click.echo(f"->  {record.name}: OK")
     if not records:
-        raise click.ClickException("No worker is running.")
+        raise click.ClickException(_NOBODY)
     click.echo(f"\n{len(records)} {'node' if len(records) == 1 else 'nodes'} online.")
 
 
@@ -90,13 +93,9 @@ def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> N
     Without NAME and --all it tells the worker named "dagster", as dagster-celery does. The exit
     code is 0 if no worker is running, and 1 if others are, but none of that NAME.
     """
-    if not name and not all_:
-        name = _DEFAULT_NAME
-        settings = read_settings(config_yaml)
-        if not _running_workers(settings, name):
-            warnings.warn(f"{_nobody(name)} Give a NAME, or --all.", stacklevel=1)
-            return
-    for told in _tell_workers("terminate", name, all_, config_yaml):
+    is_default = not name and not all_
+    name = _DEFAULT_NAME if is_default else name
+    for told in _tell_workers("terminate", name, all_, config_yaml, may_be_nobody=is_default):
         click.echo(f"Told {told} to stop.")
 
 
@@ -119,6 +118,13 @@ def _other_protocol(record: WorkerRecord) -> str:
     return "" if record.protocol == PROTOCOL else f" (protocol {record.protocol})"
 
 
+def _doubt(record: WorkerRecord) -> str:
+    """Why nothing is decided by a record, for the listing; empty where it counts."""
+    if record.is_outdated:
+        return " (outdated)"
+    return "" if record.is_trusted else " (not signed)"
+
+
 def _table(records: Sequence[WorkerRecord]) -> str:
     """The records in columns, each as wide as its longest text: nothing is ever cut."""
     rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
@@ -128,7 +134,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
             f"{record.busy_run_slots}/{record.run_slots}",
-            record.state if record.is_trusted else f"{record.state} (not signed)",
+            record.state + _doubt(record),
             str(record.pid),
             record.version + _other_protocol(record),
             str(record.refused),
@@ -144,14 +150,23 @@ def _table(records: Sequence[WorkerRecord]) -> str:
 
 def _running_workers(settings: Settings, name: str | None = None) -> list[WorkerRecord]:
     """The running workers; those of a name, where it is given."""
-    records: Sequence[WorkerRecord] = asyncio.run(
-        _with_backend(settings, lambda backend: backend.workers())
-    )
+    records = asyncio.run(_ask_backend(settings, lambda backend: backend.workers()))
     return [record for record in records if name is None or _is_named(record, name)]
 
 
-def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | None) -> list[str]:
-    """Send an order to the workers of that name or to all; the names of those that were told."""
+def _tell_workers(
+    kind: str,
+    name: str | None,
+    all_: bool,
+    config_yaml: str | None,
+    *,
+    may_be_nobody: bool = False,
+) -> list[str]:
+    """Send an order to the workers of that name or to all; the names of those that were told.
+
+    Args:
+        may_be_nobody: whether it is no error that others run, but none of that name.
+    """
     if bool(name) == all_:
         raise click.UsageError("Give either the NAME of a worker or --all.")
 
@@ -160,7 +175,7 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
     async def tell(backend: Backend) -> list[str]:
         running = await backend.workers()
         records = [item for item in running if all_ or _is_named(item, str(name))]
-        if running and not records:
+        if running and not records and not may_be_nobody:
             raise click.ClickException(_nobody(str(name)))
         refusals = [refuses(settings.signer(), record) for record in records]
         told = [it for it, refusal in zip(records, refusals, strict=True) if not refusal]
@@ -174,10 +189,11 @@ def _tell_workers(kind: str, name: str | None, all_: bool, config_yaml: str | No
             )
         return [record.name for record in told]
 
-    names: list[str] = asyncio.run(_with_backend(settings, tell))
+    names = asyncio.run(_ask_backend(settings, tell))
     if not names:
         # no error, as in dagster-celery: scripts stop the workers of a host that has none
-        warnings.warn("No worker is running.", stacklevel=1)
+        nobody = f"{_nobody(str(name))} Give a NAME, or --all." if may_be_nobody else _NOBODY
+        warnings.warn(nobody, stacklevel=1)
     return names
 
 
@@ -193,13 +209,14 @@ def _is_named(record: WorkerRecord, name: str) -> bool:
     return name in (record.name, own, f"@{host}")
 
 
-async def _with_backend(settings: Settings, use: Callable[[Backend], Any]) -> Any:
+async def _ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[list[T]]]) -> list[T]:
+    """What a question about workers brings; nothing where no process uses the embedded server."""
     options = find_running_backend(settings)
     if options is None:
-        return []  # nobody uses the embedded server, so there is no worker either
+        return []
     backend = open_backend(options, settings.signer())
     try:
         await backend.startup()
-        return await use(backend)
+        return await ask(backend)
     finally:
         await backend.shutdown()

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, check_config, mapping
+from dagster_taskiq.config.parsers import mapping
+from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, check_config
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.plain_text import yaml_problem
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.errors import DemoError
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 
@@ -22,10 +22,6 @@ GONE_SECONDS = 5.0
 
 #: How much of a log is shown when something failed.
 TAIL_LINES = 15
-
-
-class DemoError(DagsterTaskiqError):
-    """The demo cannot go on; the message has the last lines of the logs that say why."""
 
 
 class Processes:

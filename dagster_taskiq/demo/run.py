@@ -17,9 +17,10 @@ from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.demo import jobs
 from dagster_taskiq.demo.display import Display
-from dagster_taskiq.demo.processes import DemoError, Processes
+from dagster_taskiq.demo.processes import Processes
 from dagster_taskiq.demo.progress import Progress, Step
 from dagster_taskiq.demo.signals import Interrupted, Interrupts
+from dagster_taskiq.errors import DemoError
 from dagster_taskiq.servers.embedded.server import release_embedded_server
 
 #: By name: the queue and the slots of a worker. One slot shows that the higher priority goes

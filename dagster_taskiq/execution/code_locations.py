@@ -13,12 +13,12 @@ from typing import Any
 #: Where a step's payload names its code.
 EXECUTABLE_KEY = "executable_dict"
 
-#: What a pointer to code names within its module, and the arguments of what it calls there.
+#: Keys of a pointer to code that name something within its module, or arguments of a call there.
 _WITHIN_MODULE = ("fn_name", "attribute", "reconstructable_args", "reconstructable_kwargs")
 
 
 def code_location(payload: Mapping[str, Any]) -> str:
-    """What decides which modules a step's code is: file or module, and working directory.
+    """The place that decides which modules a step's code is: file or module, and directory.
 
     Args:
         payload: of a step's task.

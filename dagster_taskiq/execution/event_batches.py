@@ -1,12 +1,12 @@
 """Writing the events of a step or a run to Dagster's database several at a time.
 
-Dagster writes each event by itself and waits for it, which is what most of the time of a short
-step goes to. Here those in which Dagster speaks of its own doing go to a thread that writes what
-has come together in one statement, in its order, within `DELAY_SECONDS`. What the user's code says
-(a log line above DEBUG, a materialization) is written at once, after what came before it.
+Dagster writes each event by itself and waits for it, which takes most of the time of a short step.
+Here the events in which Dagster speaks of its own doing go to a thread. It writes those that have
+come together in one statement, in their order, within `DELAY_SECONDS`. An event of the user's code
+(a log line above DEBUG, a materialization) is written at once, after those before it.
 
-Nobody reads a log that is behind: whatever connects to the database through the instance first
-waits until everything is written.
+No reader finds a log that is behind: a caller that connects to the database through the instance
+first waits until everything is written.
 """
 
 from __future__ import annotations

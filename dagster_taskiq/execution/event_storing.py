@@ -1,7 +1,7 @@
 """Getting events into Dagster's log, each of them once, whatever becomes of the database meanwhile.
 
 A statement whose connection is lost has been executed or not, so the log is asked before it is
-tried again. What the log refuses as a whole is tried event by event.
+tried again. A batch that the log refuses as a whole is tried event by event.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _check(dialect: Any, connection: Any, record: Any, proxy: Any) -> None:
 
 
 def _forget_after_fork() -> None:
-    """What a step forks must not write into its parent's connection, nor close it."""
+    """Keep a process that a step forks from writing into its parent's connection or closing it."""
     for engine in _keeping:
         _of_parents.append(engine.pool)
         engine.pool = engine.pool.recreate()

@@ -53,7 +53,8 @@ class DatabasePatience:
     def begin_anew(self) -> None:
         """Have patience again after it has run out, for another step."""
         self._is_away = False
-        self._is_over = False
+        #: What has ended the patience; empty as long as there is some.
+        self._ended_by = ""
 
     def keep_trying(
         self, do: Callable[[], T], may_pass: Callable[[Exception], bool] = is_passing
@@ -79,7 +80,7 @@ class DatabasePatience:
             except Exception as error:
                 if not self.seconds or not may_pass(error):
                     raise
-                deadline = deadline or time.monotonic() + (0 if self._is_over else self.seconds)
+                deadline = deadline or time.monotonic() + (0 if self._ended_by else self.seconds)
                 self._pause(pause, deadline, error)
                 pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
             else:
@@ -99,14 +100,16 @@ class DatabasePatience:
         end = min(time.monotonic() + seconds, deadline)
         while time.monotonic() < end and not is_interrupt_captured():
             time.sleep(_LOOK_SECONDS)
-        is_interrupted = is_interrupt_captured()
-        if is_interrupted or time.monotonic() >= deadline:
-            self._is_over = True
-            until = "this process was told to stop"
-            until = until if is_interrupted else f"{self.seconds:g} s were over"
-            raise DatabaseAwayError(
-                f"Dagster's database is away; it was waited for until {until}: {_sentence(error)}"
-            ) from error
+        if is_interrupt_captured():
+            self._ended_by = "this process was told to stop"
+        elif time.monotonic() >= deadline:
+            self._ended_by = self._ended_by or f"{self.seconds:g} s were over"
+        else:
+            return
+        raise DatabaseAwayError(
+            "Dagster's database is away; it was waited for until "
+            f"{self._ended_by}: {_sentence(error)}"
+        ) from error
 
 
 def _sentence(error: Exception) -> str:

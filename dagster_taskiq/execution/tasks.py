@@ -1,7 +1,7 @@
-"""What a child process does with a task: load the code, execute the step or run, say what came.
+"""Executes a task in a child process: loads the code, executes the step or run, says what came.
 
 Runs in the main thread of its process, where Dagster can be interrupted and may redirect the
-process's output. What is costly to make and the same for many steps is kept between them.
+process's output. Objects that are costly to make and the same for many steps are kept.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER, SERVER_PATIENCE_SECONDS
-from dagster_taskiq.errors import DagsterTaskiqError, EventsNotWrittenError
+from dagster_taskiq.errors import (
+    CopyOfStepError,
+    EventsNotWrittenError,
+    TaskRefusedError,
+    WrongInstanceError,
+)
+from dagster_taskiq.execution.attempt_log import already_begun
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.step_plans import RunPlans
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq.messages.envelope import TaskName
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 
 #: Keys of a step's payload, beside ``EXECUTABLE_KEY``, and of a run's.
 ARGS_KEY = "execute_step_args_packed"
@@ -51,20 +57,13 @@ EXIT_UNFINISHED = 4
 EXIT_SUPERSEDED = 5
 
 
-class StepRefusedError(DagsterTaskiqError):
-    """The step or run must not or cannot be executed here; the message says why."""
-
-
-class WrongInstanceError(StepRefusedError):
-    """The step belongs to another Dagster instance than this worker's."""
-
-
 class TaskRunner:
     """Executes one task after the other, in one process.
 
     Args:
         keeps_connections: whether the database of Dagster's storage may be left connected.
         patience_seconds: how long that database is waited for when it is away.
+        refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
     """
 
     def __init__(
@@ -72,7 +71,9 @@ class TaskRunner:
         *,
         keeps_connections: bool = True,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
+        refuses_copies: bool = False,
     ) -> None:
+        self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
@@ -121,7 +122,7 @@ class TaskRunner:
                 is_new = name is TaskName.EXECUTE_JOB
                 outcome = Outcome.REFUSED if is_new else Outcome.ERROR
                 return TaskResult(outcome, place, reason=str(refusal))
-            except StepRefusedError as refusal:
+            except TaskRefusedError as refusal:
                 return TaskResult(Outcome.ERROR, place, reason=str(refusal))
             except Exception:
                 return TaskResult(Outcome.ERROR, place, error=pack_value(error_info()))
@@ -143,7 +144,8 @@ class TaskRunner:
 
         Returns:
             the events of the step, also when it failed; all of them are in Dagster's log. An error
-            where the step could not be brought to run, or where the log did not take its events. An
+            where the step could not be brought to run, or where the log did not take its events.
+            ``COPY`` where the attempt has begun before, which nothing was written about. An
             interrupted step has no end among its events, unless its run is over, and an error that
             shows where it was: why it was interrupted is for the worker to add.
         """
@@ -189,9 +191,11 @@ class TaskRunner:
                 reason="It was stopped." if events else "It was stopped before it had started.",
                 is_cancelled=True,
             )
+        except CopyOfStepError as refusal:
+            return TaskResult(Outcome.COPY, place, reason=str(refusal))
         except WrongInstanceError as refusal:
             return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
-        except StepRefusedError as refusal:
+        except TaskRefusedError as refusal:
             return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
         except Exception:
             error = pack_value(error_info())
@@ -212,7 +216,11 @@ class TaskRunner:
         location = run.remote_job_origin.location_name if run.remote_job_origin else None
         instance.inject_env_vars(location)
         run_plan = self._plans.of_run(run, executable)
-        plan = run_plan.of_step(step_key, args.known_state or KnownExecutionState())
+        known_state = args.known_state or KnownExecutionState()
+        plan = run_plan.of_step(step_key, known_state)
+        if self._refuses_copies:  # as late as can be, since it only counts what is in the log yet
+            attempts = known_state.get_retry_state().get_attempt_count(step_key)
+            _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
         on_loaded()
         yield _report_start(instance, run, step_key, place, queue)
         self._events.flush()  # who looks for the step after a crash must find that it began
@@ -292,7 +300,7 @@ def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Da
         else (DagsterRunStatus.STARTING,)
     )
     if run.status not in waiting:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
     return run
 
 
@@ -301,6 +309,18 @@ def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, 
         f"Executing the run on worker {place.worker}.",
         run,
         EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
+    )
+
+
+def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
+    place = already_begun(instance, run_id, step_key, attempt)
+    if place is None:
+        return
+    by = "" if place == NOWHERE else f" on worker {place.worker} (slot {place.slot})"
+    raise CopyOfStepError(
+        f'Attempt {attempt} of step "{step_key}" of run {run_id} has begun before{by}, by '
+        "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
+        "See who can write to broker and backend."
     )
 
 
@@ -343,7 +363,7 @@ def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
 def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
     run = _known_run(instance, run_id)
     if run.is_finished or run.status is DagsterRunStatus.CANCELING:
-        raise StepRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
+        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
     return run
 
 

@@ -7,7 +7,6 @@ is sent later by the process that launched it.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,9 +16,8 @@ from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun,
 
 from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.errors import ServerError
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.servers.patience import is_passing, out_of_patience
-
-logger = logging.getLogger(__name__)
 
 #: How often to try again.
 RETRY_SECONDS = 2.0
@@ -38,19 +36,15 @@ class LateLaunches:
     """Of one launcher.
 
     Args:
+        background: where they are sent.
         patience_seconds: the setting ``server_patience_seconds``, for runs that have not begun.
     """
 
-    def __init__(self, patience_seconds: float) -> None:
+    def __init__(self, background: Background, patience_seconds: float) -> None:
+        self._background = background
         self._patience_seconds = patience_seconds
         self._late: dict[str, _Late] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
-
-    def close(self) -> None:
-        """Send nothing any more."""
-        self._closed.set()
 
     def put_off(
         self,
@@ -101,44 +95,36 @@ class LateLaunches:
     def _add(self, instance: DagsterInstance, run: DagsterRun, late: _Late) -> None:
         with self._lock:
             self._late[run.run_id] = late
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._send_all, args=(instance,), name="late-launches", daemon=True
-                )
-                self._thread.start()
+        self._background.repeat(
+            "late-launches",
+            lambda: self._send_all(instance),
+            RETRY_SECONDS,
+            "Cannot launch runs that wait for a server",
+        )
 
-    def _send_all(self, instance: DagsterInstance) -> None:
-        while not self._closed.wait(RETRY_SECONDS):
-            with self._lock:
-                late = dict(self._late)
-            for run_id, it in late.items():
-                if self._is_settled(instance, run_id, it):
-                    with self._lock:
-                        if self._late.get(run_id) is it:
-                            del self._late[run_id]
-            with self._lock:
-                if not self._late:
-                    self._thread = None
-                    return
+    def _send_all(self, instance: DagsterInstance) -> bool:
+        """Try to send all; whether none is left."""
+        with self._lock:
+            late = dict(self._late)
+        for run_id, it in late.items():
+            if self._is_settled(instance, run_id, it):
+                with self._lock:
+                    if self._late.get(run_id) is it:
+                        del self._late[run_id]
+        with self._lock:
+            return not self._late
 
     def _is_settled(self, instance: DagsterInstance, run_id: str, late: _Late) -> bool:
         """Try to send a run; whether that is over."""
+        run = instance.get_run_by_id(run_id)
+        if run is None or run.status is not late.status:
+            return True
         try:
-            run = instance.get_run_by_id(run_id)
-            if run is None or run.status is not late.status:
-                return True
-            try:
-                late.send(run)
-            except ServerError as error:
-                if is_passing(error, has_worked=True) and time.time() < late.deadline:
-                    return False
-                instance.report_run_failed(run, str(out_of_patience(error, self._patience_seconds)))
-        except Exception as error:
-            if self._closed.is_set():  # in the midst of it
-                return True
-            # storage that is away now may be back the next time
-            logger.warning("Cannot launch run %s: %s: %s", run_id, type(error).__name__, error)
-            return False
+            late.send(run)
+        except ServerError as error:
+            if is_passing(error, has_worked=True) and time.time() < late.deadline:
+                return False
+            instance.report_run_failed(run, str(out_of_patience(error, self._patience_seconds)))
         return True
 
 

@@ -1,16 +1,15 @@
 """Looks after launched runs that have not begun: says why they wait, sends lost ones again.
 
-Nobody else would. Of a run that is STARTING, Dagster looks at nothing but its age, and fails it
-after ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
+Dagster looks at nothing but the age of a run that is STARTING, and fails it after
+``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
 purged, or a server that keeps nothing on disk restarts.
 
-Whoever has launched a run looks after it, as long as that process lives. Sent twice by mistake, it
-would still be executed once: the task is the same one, so that one worker claims it.
+The process that has launched a run looks after it, as long as that process lives. A run that is
+sent twice by mistake is still executed once: the task is the same one, so one worker claims it.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -21,11 +20,10 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitHistory, WaitKind
-
-logger = logging.getLogger(__name__)
 
 #: How often to look after runs that wait to be started.
 LOOK_SECONDS = 5.0
@@ -64,26 +62,26 @@ class LaunchWatch:
     """Of one connection to the servers.
 
     Args:
-        client: that connection; closed when this is not to go on.
+        client: that connection.
+        background: where the looks are made.
         lease_seconds: within which a live worker claims again what the backend has forgotten.
         now: the clock, in seconds; another one for tests.
     """
 
     def __init__(
-        self, client: RunClient, lease_seconds: float, now: Callable[[], float] = time.monotonic
+        self,
+        client: RunClient,
+        background: Background,
+        lease_seconds: float,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._now = now
         self._client = client
+        self._background = background
         self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
         self._absences: dict[str, _Absence] = {}
         self._waiting: dict[str, _Launched] = {}
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._closed = threading.Event()
-
-    def close(self) -> None:
-        """Look after nothing any more."""
-        self._closed.set()
 
     def is_lost(self, physical: str, run_id: str, task_id: str) -> bool:
         """Whether no server has known a run's task for as long as a worker could be silent of it.
@@ -123,31 +121,15 @@ class LaunchWatch:
         waits = WaitHistory({told.kind} if told else set())
         with self._lock:
             self._waiting[envelope.run_id] = _Launched(envelope, self._now(), waits)
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._watch, args=(instance,), name="launch-watch", daemon=True
-                )
-                self._thread.start()
+        self._background.repeat(
+            "launch-watch",
+            lambda: self._look(instance),
+            LOOK_SECONDS,
+            "Cannot look after runs that wait to be started",
+        )
 
-    def _watch(self, instance: DagsterInstance) -> None:
-        while not self._closed.wait(LOOK_SECONDS):
-            try:
-                self._look(instance)
-            except Exception as error:
-                if self._closed.is_set():  # in the midst of it
-                    return
-                # whatever is away now, server or storage, may be back the next time
-                logger.warning(
-                    "Cannot look after runs that wait to be started: %s: %s",
-                    type(error).__name__,
-                    error,
-                )
-            with self._lock:
-                if not self._waiting:
-                    self._thread = None
-                    return
-
-    def _look(self, instance: DagsterInstance) -> None:
+    def _look(self, instance: DagsterInstance) -> bool:
+        """Look after all that wait; whether none does."""
         with self._lock:
             launched = list(self._waiting)
         starting = RunsFilter(run_ids=launched, statuses=[DagsterRunStatus.STARTING])
@@ -158,7 +140,7 @@ class LaunchWatch:
                     self._absences.pop(self._waiting.pop(run_id).envelope.task_id, None)
             waiting = [self._waiting[run_id] for run_id in runs]
         if not waiting:
-            return
+            return True
         # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
         # was lost together must be found lost together, before any of it is sent
         now = self._now()
@@ -166,7 +148,7 @@ class LaunchWatch:
             it.envelope
             for it in waiting
             if self._is_lost(
-                self._client.physical_queue(it.envelope),
+                self._client.physical_queue(it.envelope.queue),
                 it.envelope.run_id,
                 it.envelope.task_id,
                 now,
@@ -180,6 +162,7 @@ class LaunchWatch:
                 self._send_again(instance, run, it.envelope)
             self._explain_wait(instance, run, it, wait, now)
             self._look_after_refused(instance, run, it, now)
+        return False
 
     def _explain_wait(
         self,
@@ -231,7 +214,7 @@ class LaunchWatch:
         self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
     ) -> None:
         """Fail a run that no worker has begun, unless one has by now."""
-        physical = self._client.physical_queue(envelope)
+        physical = self._client.physical_queue(envelope.queue)
         state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
         if state is TaskState.CANCELLED:
             instance.report_run_failed(run, f"The run was not executed. {reason}")

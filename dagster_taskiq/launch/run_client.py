@@ -7,6 +7,7 @@ that was away is reached again by the next call.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -14,14 +15,21 @@ from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWaits
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result
 
 T = TypeVar("T")
+
+#: A try that has waited this long has found a server silent.
+_SILENT_SECONDS = 1.0
+
+#: Pause between two looks at a server that was silent.
+_LOOK_SECONDS = 1.0
 
 
 class RunClient:
@@ -29,17 +37,20 @@ class RunClient:
 
     Args:
         servers: broker and backend.
+        background: where a server that is silent is asked again.
 
     Errors: ``ServerError`` with the address from every method.
     """
 
-    def __init__(self, servers: Servers) -> None:
+    def __init__(self, servers: Servers, background: Background) -> None:
         self._servers = servers
+        self._background = background
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._is_closed = False
+        self._silence: UnreachableServerError | None = None
         self._broker: TaskBroker
         self._backend: Backend
 
@@ -49,13 +60,43 @@ class RunClient:
         return self._thread is not None
 
     def reach(self, physical: str) -> None:
-        """Raise unless both servers answer, asked for one of the broker's queues."""
+        """Raise unless both servers answer, asked for one of the broker's queues.
 
-        async def reach() -> None:
+        After a try that waited in vain, a thread asks until both answer, and meanwhile this raises
+        at once: Dagster's daemon launches one run after the other, and would wait for each.
+        """
+        if silence := self._silence:
+            raise UnreachableServerError(silence.address, str(silence))
+        began = time.monotonic()
+        try:
+            self._ask(physical)
+        except UnreachableServerError as error:
+            if time.monotonic() - began >= _SILENT_SECONDS:
+                self._silence = error
+                self._background.repeat(
+                    "silent-server",
+                    lambda: self._is_answered(physical),
+                    _LOOK_SECONDS,
+                    "Cannot ask a server whether it answers again",
+                )
+            raise
+
+    def _is_answered(self, physical: str) -> bool:
+        try:
+            self._ask(physical)
+        except UnreachableServerError:
+            return False
+        except ServerError:
+            pass  # it answers with an error, which the next launch gets too
+        self._silence = None
+        return True
+
+    def _ask(self, physical: str) -> None:
+        async def ask() -> None:
             await self._backend.inspect("", [])
             await self._broker.depth(physical)
 
-        self._call(reach)
+        self._call(ask)
 
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
@@ -65,13 +106,13 @@ class RunClient:
         epoch, _ = await self._backend.inspect("", [])
         return epoch
 
-    def physical_queue(self, envelope: Envelope) -> str:
-        """The name on the server of the queue that a task is sent to."""
-        return physical_queue(self._servers.broker.key_prefix, envelope.kind, envelope.queue)
+    def physical_queue(self, queue: str) -> str:
+        """The name on the broker of a queue's part for runs."""
+        return self._servers.physical_queue(QueueKind.RUNS, queue)
 
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
-        message = envelope.to_message(self.physical_queue(envelope), self._signer)
+        message = envelope.to_message(self.physical_queue(envelope.queue), self._signer)
 
         async def submit() -> None:
             await self._broker.kick(message)
@@ -152,7 +193,7 @@ class RunClient:
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             if self._is_closed:
-                raise RuntimeError("The launcher has left its servers.")
+                raise LauncherClosedError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
             thread = self._thread

@@ -35,7 +35,7 @@ from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName, physical_queue
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.queue_waits import QueueWaits
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import NOWHERE, TaskResult, read_result
@@ -50,7 +50,7 @@ _WAIT_SECONDS = 15.0
 #: Pause between two tries to reach a server that is away.
 _RETRY_SECONDS = 0.5
 
-#: An outage that begins so long after the last error is a new one, and logged.
+#: An outage that begins this long after the last error is a new one, and logged.
 _QUIET_SECONDS = 5.0
 
 
@@ -88,7 +88,6 @@ class Client(Dispatcher):
         self._servers = servers
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
-        self._key_prefix = servers.broker.key_prefix
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._inspected_epoch = ""
@@ -181,7 +180,7 @@ class Client(Dispatcher):
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
         results = {key: self._read(key, data) for key, data in found.items()}
-        refused = {key: result for key, result in results.items() if result.place is NOWHERE}
+        refused = {key: result for key, result in results.items() if result.place == NOWHERE}
         for task_id, result in results.items():
             if task_id not in refused:
                 self._arrived.put((task_id, result))
@@ -413,4 +412,4 @@ class Client(Dispatcher):
         )
 
     def _physical_queue(self, task: StepTask) -> str:
-        return physical_queue(self._key_prefix, QueueKind.STEPS, task.queue)
+        return self._servers.physical_queue(QueueKind.STEPS, task.queue)

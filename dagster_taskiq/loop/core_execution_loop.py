@@ -55,19 +55,18 @@ from dagster_taskiq.errors import (
     ServerError,
     SupersededLoopError,
 )
+from dagster_taskiq.execution.attempt_log import read_steps_log, says_sent
 from dagster_taskiq.loop.claim_watch import ClaimWatch
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.loop.flights import (
     Flight,
     RunLog,
     error_of,
-    read_steps_log,
     reason_of_loss,
-    says_sent,
 )
 from dagster_taskiq.messages.envelope import step_task_id
 from dagster_taskiq.messages.queue_waits import QueueWait
-from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.messages.results import NOWHERE, Outcome, TaskResult
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.tags import (
     has_misleading_priority,
@@ -79,7 +78,7 @@ from dagster_taskiq.tags import (
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
 
-#: Steps that become ready together are sent in so many seconds' worth of them, since to write the
+#: Steps that become ready together are sent in portions of this time, since to write the
 #: events of thousands takes a while, in which workers would be idle.
 _SEND_EVERY_SECONDS = 0.02
 
@@ -558,10 +557,11 @@ class _Loop:
         if not self._dispatcher.condemn(task_id) and not is_over:
             return  # it is claimed or has its result after all
         del self._flights[task_id]
+        begun_at = log.place_of(flight)
         lost = TaskResult(
             Outcome.DIED,
-            flight.place or log.place_of(flight),
-            reason=reason_of_loss(flight, inspection),
+            flight.place or NOWHERE if begun_at == NOWHERE else begun_at,
+            reason=reason_of_loss(flight, inspection, begun_at),
         )
         yield from self._finish(flight, lost)
 

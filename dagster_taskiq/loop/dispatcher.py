@@ -1,4 +1,4 @@
-"""What the execution loop asks of whoever carries its steps to workers.
+"""The execution loop's questions and orders to the part that carries its steps to workers.
 
 ``Client`` carries them through a broker, ``EagerDispatcher`` runs them in the calling process.
 """
@@ -40,7 +40,7 @@ class StepTask:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What broker and backend know of tasks in flight.
+    """The state of tasks in flight, as broker and backend know it.
 
     Attributes:
         is_conclusive: whether a missing claim proves that nobody works on the task: the backend

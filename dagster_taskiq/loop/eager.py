@@ -38,7 +38,7 @@ class EagerDispatcher(Dispatcher):
         )
 
     def open(self) -> None:
-        """Nothing: there are no servers."""
+        """Do nothing: there are no servers."""
 
     def submit(self, tasks: Sequence[StepTask]) -> None:
         """See ``Dispatcher``."""
@@ -58,15 +58,15 @@ class EagerDispatcher(Dispatcher):
         return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
-        """Nothing is kept."""
+        """Do nothing: no result is kept."""
 
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
-        """What is here waits; nothing can be lost."""
+        """Report every task as waiting; none can be lost."""
         reports = {task.task_id: TaskReport(TaskState.UNKNOWN) for task in tasks}
         return Inspection(is_conclusive=False, reports=reports)
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
-        """Nothing arrives unnoticed."""
+        """Return nothing: no result arrives unnoticed."""
         return []
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
@@ -75,11 +75,11 @@ class EagerDispatcher(Dispatcher):
         return {task.task_id: TaskState.CANCELLED for task in tasks}
 
     def condemn(self, task_id: str) -> bool:
-        """Nothing can be lost."""
+        """Return False: no task can be lost."""
         return False
 
     def reopen(self, task_id: str) -> bool:
-        """Nothing can be lost."""
+        """Return False: no task can be lost."""
         return False
 
     def close(self, *, leave_running: bool = False) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from dagster import DagsterEvent, DagsterInstance
 
 from dagster_taskiq._dagster.names import (
-    DagsterEventType,
-    EventLogEntry,
     ExecutionStep,
     SerializableErrorInfo,
     plain_error,
 )
 from dagster_taskiq._dagster.replay import is_end_of_attempt
-from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
+from dagster_taskiq.execution.attempt_log import (
+    has_started,
+    last_place,
+    of_attempt,
+    read_steps_log,
+)
 from dagster_taskiq.loop.claim_watch import ClaimWatch
 from dagster_taskiq.loop.dispatcher import Inspection, StepTask
 from dagster_taskiq.messages.queue_waits import WaitHistory
@@ -52,7 +54,7 @@ class Flight:
 
 
 class RunLog:
-    """What Dagster's log says of a run's attempts: all of it is read, once, when it is asked."""
+    """Dagster's log of a run's attempts: all of it is read, once, at the first question."""
 
     def __init__(self, instance: DagsterInstance, run_id: str) -> None:
         self._instance = instance
@@ -67,23 +69,15 @@ class RunLog:
         return by_step
 
     def _of(self, flight: Flight) -> list[DagsterEvent]:
-        """The events of one attempt: what follows the step's previous STEP_UP_FOR_RETRY."""
-        found = []
-        attempt = 1
-        for event in self._events.get(flight.step.key, ()):
-            if attempt == flight.attempt_in_run:
-                found.append(event)
-            attempt += event.is_step_up_for_retry
-        return found
+        return of_attempt(flight.attempt_in_run, self._events.get(flight.step.key, ()))
 
     def outcome(self, flight: Flight) -> list[DagsterEvent]:
-        """What ``ActiveExecution`` has to know of an attempt: its outputs and its end."""
+        """The events of an attempt for ``ActiveExecution``: its outputs and its end."""
         return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
 
     def place_of(self, flight: Flight) -> Place:
         """Where a worker has last begun with the attempt; ``NOWHERE`` if none has."""
-        places = [place_in(event) for event in self._of(flight)]
-        return next((place for place in reversed(places) if place), NOWHERE)
+        return last_place(self._of(flight))
 
     def has_ended(self, flight: Flight) -> bool:
         """Whether the end of the attempt is there."""
@@ -91,61 +85,21 @@ class RunLog:
 
     def has_started(self, flight: Flight) -> bool:
         """Whether a worker has written anything of the attempt."""
-        return any(
-            not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
-            for event in self._of(flight)
-        )
+        return has_started(self._of(flight))
 
 
-def read_steps_log(instance: DagsterInstance, run_id: str) -> Iterator[EventLogEntry]:
-    """What Dagster's log says of a run's steps, in its order, without what came too late."""
-    return without_late_events(instance.all_logs(run_id, of_type=set(DagsterEventType)))
+def reason_of_loss(flight: Flight, inspection: Inspection, begun_at: Place) -> str:
+    """Why an attempt that a worker had begun has no result and no claim any more.
 
-
-def without_late_events(entries: Iterable[EventLogEntry]) -> Iterator[EventLogEntry]:
-    """Leave out what a process has written about an attempt of a step that was already over.
-
-    A worker that was given up may live, and then its process writes the end of its attempt into
-    the log in which the next attempt is under way. Events do not name their attempt, so they are
-    known by the process that announced itself as the one that executes it.
+    Args:
+        begun_at: where Dagster's log has it; ``NOWHERE`` if it has not begun.
     """
-    present: dict[str, set[int]] = defaultdict(set)
-    former: dict[str, set[int]] = defaultdict(set)
-    for entry in entries:
-        event = entry.dagster_event
-        if event is None or event.step_key is None:
-            continue
-        ours, gone = present[event.step_key], former[event.step_key]
-        place = place_in(event)
-        if place is not None:
-            gone.discard(place.pid)
-            ours.add(place.pid)
-        elif event.pid in gone and not event.is_engine_event:
-            continue
-        elif is_end_of_attempt(event):
-            gone |= ours
-            ours.clear()
-        yield entry
-
-
-def says_sent(event: DagsterEvent) -> bool:
-    """Whether this is the event of a loop that sends a step."""
-    return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
-
-
-def place_in(event: DagsterEvent) -> Place | None:
-    """Where a step runs, if this is the event of a worker's process that begins with it."""
-    if not event.is_engine_event or event.engine_event_data.marker_end != QUEUE_WAIT_MARKER:
-        return None
-    said = {key: str(value.value) for key, value in event.engine_event_data.metadata.items()}
-    try:
-        return Place(said["worker"], "", said["host"], int(said["pid"]), int(said["slot"]))
-    except (KeyError, ValueError):
-        return None  # a loop that has withdrawn the step ends the wait too
-
-
-def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
-    """Why an attempt that a worker had begun has no result and no claim any more."""
+    held_at = flight.place
+    if begun_at != NOWHERE and held_at is not None and _slot(held_at) != _slot(begun_at):
+        return (
+            f"Worker {held_at.worker} (slot {held_at.slot}) was given its task too, and its claim, "
+            "but has not begun: the first claim was deleted from the backend, or had expired."
+        )
     if inspection.trouble and inspection.troubled_at > max(flight.claim.seen_at, flight.sent_at):
         return (
             "Its lease could not be renewed, so that it was stopped or is taken for lost: "
@@ -157,6 +111,10 @@ def reason_of_loss(flight: Flight, inspection: Inspection) -> str:
             "backend's clock was set forward, or the key was deleted."
         )
     return "The worker is gone: its lease on this attempt ended without a result."
+
+
+def _slot(place: Place) -> tuple[str, int]:
+    return place.worker, place.slot
 
 
 def error_of(

@@ -1,1 +1,1 @@
-"""What travels between runs and workers, and how it is trusted."""
+"""Messages between runs and workers, and how they are trusted."""

@@ -60,6 +60,12 @@ def refuses(signer: Signer, worker: WorkerRecord) -> str:
     if not signer.is_accepted_by(worker.key_ids):
         why = "it is signed with another signing_key" if signer.is_active else "it is not signed"
         return f"worker {worker.name} refuses it, since {why}. {advice}"
+    if worker.is_outdated:
+        return (
+            f"the record of worker {worker.name} is outdated by this host's clock, so it is not "
+            "relied on: somebody has kept it after the worker's death, or the clocks of the hosts "
+            f"differ by more than {CONTROL_AGE_SECONDS:g} s."
+        )
     if not worker.is_trusted:
         return (
             f"the record of worker {worker.name} is not signed with the signing_key that is set "

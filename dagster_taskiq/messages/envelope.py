@@ -15,8 +15,6 @@ from enum import Enum
 from typing import Any
 
 from taskiq import BrokerMessage
-from taskiq.abc.formatter import TaskiqFormatter
-from taskiq.message import TaskiqMessage
 
 from dagster_taskiq.defaults import (
     LONGEST_SECONDS,
@@ -27,7 +25,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import MalformedTaskError, TooLargeError
 from dagster_taskiq.messages.plain_json import parse_object
-from dagster_taskiq.messages.signing import Purpose, Signer, without_signature
+from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 
 #: Raised when what runs and workers send each other changes. Tasks of each version wait in physical
@@ -135,15 +133,7 @@ class Envelope:
             MalformedTaskError: the bytes are not a task of ours.
             UntrustedError: it is too large, or not signed with a key of ours.
         """
-        return cls.from_text(signer.unseal(Purpose.TASK, "", data))
-
-    @classmethod
-    def from_text(cls, text: bytes) -> Envelope:
-        """The envelope of a message without its signature.
-
-        Raises:
-            MalformedTaskError: it is not a task of ours.
-        """
+        text = signer.unseal(Purpose.TASK, "", data)
         first, separator, second = text.partition(b"\n")
         try:
             header, payload = parse_object(first, _MAX_HEADER_BYTES), second.decode()
@@ -186,32 +176,6 @@ class Envelope:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MalformedTaskError(f"its header is not that of a task: {error}") from None
-
-
-class TaskFormatter(TaskiqFormatter):
-    """Reads, for Taskiq's receiver, a task that was admitted before."""
-
-    def loads(self, message: bytes) -> TaskiqMessage:
-        """The call of a task function with the arguments ``header`` and ``payload``."""
-        envelope = Envelope.from_text(without_signature(message))
-        return TaskiqMessage(
-            task_id=envelope.task_id,
-            task_name=envelope.name.value,
-            labels={},
-            args=[],
-            kwargs={"header": envelope.header(), "payload": envelope.payload},
-        )
-
-    def dumps(self, message: TaskiqMessage) -> BrokerMessage:
-        """Refuse to write a task: Taskiq's own ``kiq`` would neither sign nor bound it.
-
-        Raises:
-            TypeError: always; ``Envelope.to_message`` writes tasks.
-        """
-        raise TypeError(
-            f"Task {message.task_id} cannot be sent by Taskiq's kiq(): Envelope.to_message writes "
-            "the tasks, and signs them."
-        )
 
 
 def asdict_shallow(envelope: Envelope) -> dict[str, Any]:

@@ -26,7 +26,7 @@ _MOST_NAMES = 5
 
 
 class WaitKind(str, Enum):
-    """What keeps a task waiting."""
+    """The kinds of reasons why a task waits."""
 
     #: No worker listens on its queue.
     UNSERVED = "unserved"
@@ -148,7 +148,7 @@ class QueueWaits:
 
 @dataclass
 class WaitHistory:
-    """What has been said of one task that waits.
+    """The reasons that have been said of one task that waits.
 
     Attributes:
         told: the kinds of reason that have been said, and not been over since.
@@ -159,7 +159,7 @@ class WaitHistory:
     foreign_since: float | None = None
 
     def news(self, wait: QueueWait | None, waited_seconds: float, now: float) -> QueueWait | None:
-        """What is to be said now: each reason once, and again only if it was over in between.
+        """The reason to say now: each one once, and again only if it was over in between.
 
         Args:
             wait: the present reason.

@@ -1,6 +1,4 @@
-"""What is refused is counted and logged, but not once for each message: whoever floods a queue
-must not fill the disk too.
-"""
+"""Counts and logs what is refused, but not each message: a flood of them must not fill the disk."""
 
 from __future__ import annotations
 

@@ -33,6 +33,9 @@ class Outcome(str, Enum):
     #: Another worker may execute it, this one cannot: it has another Dagster instance. Nothing of
     #: the task has begun.
     REFUSED = "refused"
+    #: Dagster's log has the attempt as begun by another claim, which decides how it ends: this one
+    #: is a copy, of which nothing was done. A worker stores no such result.
+    COPY = "copy"
     #: The child process ran the task, but Dagster's log did not take all of its events: what counts
     #: is what the log has.
     UNLOGGED = "unlogged"

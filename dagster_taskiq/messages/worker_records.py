@@ -1,4 +1,7 @@
-"""How workers describe themselves in the list of workers: signed, where there is a key."""
+"""How workers describe themselves in the list of workers: signed, where there is a key.
+
+A signed record has its time in it, so that nobody can keep a dead worker in the list.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any
 
-from dagster_taskiq.defaults import MAX_CONTROL_BYTES
+from dagster_taskiq.defaults import (
+    CONTROL_AGE_SECONDS,
+    MAX_CONTROL_BYTES,
+    WORKER_EXPIRES_SECONDS,
+)
 from dagster_taskiq.errors import UntrustedError
 from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.plain_text import plain_name
@@ -16,6 +23,12 @@ from dagster_taskiq.messages.signing import Purpose, Signer, without_signature
 
 #: The most queues that a record is believed to name.
 _MAX_QUEUES = 1000
+
+#: How old a record may be by its reader's clock: as old as it is kept, where clocks differ.
+MAX_RECORD_AGE_SECONDS = WORKER_EXPIRES_SECONDS + CONTROL_AGE_SECONDS
+
+#: What a reader makes of a record; no record says it of itself.
+_OF_THE_READER = ("is_trusted", "is_outdated")
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,11 @@ class WorkerRecord:
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
         broker: address of the broker that it listens to, without a password; empty if not told.
-        is_trusted: whether the reader may act on it: it is signed, or the reader has no key.
+        sent_at: when it was written, by the worker's clock; seconds since the epoch.
+        is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
+            has no key.
+        is_outdated: whether it is signed, and older than a worker's that lives, by the reader's
+            clock; or from the future.
     """
 
     worker_id: str
@@ -53,20 +70,25 @@ class WorkerRecord:
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
     broker: str = ""
+    sent_at: float = 0.0
     is_trusted: bool = True
+    is_outdated: bool = False
 
 
 def write_record(signer: Signer, record: WorkerRecord) -> bytes:
     """The record as its worker stores it."""
-    values = {key: value for key, value in asdict(record).items() if key != "is_trusted"}
+    values = {key: value for key, value in asdict(record).items() if key not in _OF_THE_READER}
     return signer.seal(Purpose.WORKER, record.worker_id, json.dumps(values).encode())
 
 
-def read_record(signer: Signer, worker_id: str, data: bytes) -> WorkerRecord:
+def read_record(signer: Signer, worker_id: str, data: bytes, now: float) -> WorkerRecord:
     """The record that is stored for a worker; texts in it are safe to show.
 
     What another version has added to it or leaves out does no harm. One that is not signed as it
-    must be is read too, and is not ``is_trusted``.
+    must be, or is outdated, is read too, and is not ``is_trusted``.
+
+    Args:
+        now: seconds since the epoch.
 
     Raises:
         ValueError: it is none, or of another worker.
@@ -76,10 +98,13 @@ def read_record(signer: Signer, worker_id: str, data: bytes) -> WorkerRecord:
     except UntrustedError:
         text, is_trusted = without_signature(data), False
     values = parse_object(text, MAX_CONTROL_BYTES)
-    known = {it.name: _value(it, values) for it in fields(WorkerRecord) if it.name != "is_trusted"}
+    own = [item for item in fields(WorkerRecord) if item.name not in _OF_THE_READER]
+    known = {item.name: _value(item, values) for item in own}
     if known["worker_id"] != worker_id:
         raise ValueError(f"it is of another worker, {known['worker_id']!r}")
-    return WorkerRecord(**known, is_trusted=is_trusted)
+    is_old = abs(now - known["sent_at"]) > MAX_RECORD_AGE_SECONDS
+    is_outdated = signer.is_active and is_trusted and is_old
+    return WorkerRecord(**known, is_trusted=is_trusted and not is_outdated, is_outdated=is_outdated)
 
 
 def _value(item: Field[Any], values: Mapping[str, Any]) -> Any:

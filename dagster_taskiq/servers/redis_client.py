@@ -13,13 +13,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from dagster_taskiq.errors import ServerError, UnreachableServerError
-from dagster_taskiq.servers.kinds import ServerOptions, redact, reset_hint, tls_refusal
-from dagster_taskiq.servers.server_refusals import (
-    REDIS_REFUSALS,
-    Outlook,
-    find_refusal,
-    refusal_error,
-)
+from dagster_taskiq.servers.kinds import REDIS, ServerOptions, uses_tls
+from dagster_taskiq.servers.server_refusals import Outlook, find_refusal, refusal_error
+from dagster_taskiq.servers.tls import reset_hint, tls_refusal
+from dagster_taskiq.servers.urls import redact
 
 #: One more try, for a connection that the server closed while it was idle.
 _RETRIES = 1
@@ -43,18 +40,18 @@ def connection_arguments(options: ServerOptions, *, timeout_seconds: float) -> d
 def open_redis(options: ServerOptions, *, timeout_seconds: float) -> Redis:
     """A client with its own connections; nothing is sent yet."""
     arguments = connection_arguments(options, timeout_seconds=timeout_seconds)
-    client = Redis.from_url(options.url, **arguments)
+    client = Redis.from_url(options.client_url, **arguments)
     use_tls(client.connection_pool, options)
     return client
 
 
 def use_tls(pool: ConnectionPool, options: ServerOptions) -> None:
-    """Have a pool's connections verify the server of a ``rediss://`` URL as the options say.
+    """Have a pool's connections verify a server with TLS as the options say.
 
     Raises:
         ConfigError: a TLS file cannot be loaded.
     """
-    if options.url.lower().startswith("rediss://"):
+    if options.uses_tls:
         pool.connection_class = _TlsConnection
         pool.connection_kwargs["context"] = options.tls.context()
 
@@ -85,7 +82,7 @@ def _ours(address: str, error: Exception) -> ServerError:
     text = _sentence(error)
     if _is_answer(error):
         code = getattr(error, "status_code", None)
-        refusal = find_refusal(REDIS_REFUSALS, f"{code or ''} {text}")
+        refusal = find_refusal(REDIS.refusals, f"{code or ''} {text}")
         is_passing = refusal.outlook is Outlook.PASSES
         verb = "takes nothing now" if is_passing else "refused a command"
         if isinstance(error, exceptions.AuthenticationError):
@@ -93,7 +90,7 @@ def _ours(address: str, error: Exception) -> ServerError:
         return refusal_error(address, refusal, f"{address} {verb}: {text}.")
     if refused := tls_refusal(address, error):
         return refused
-    hint = reset_hint(address, error)
+    hint = reset_hint(error) if uses_tls(address) else ""
     return UnreachableServerError(address, f"Cannot reach {address}: {text}.{hint}")
 
 

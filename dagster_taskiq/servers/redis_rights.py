@@ -9,8 +9,9 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 
+from dagster_taskiq.servers.kinds import REDIS
 from dagster_taskiq.servers.redis_client import server_errors
-from dagster_taskiq.servers.server_refusals import REDIS_REFUSALS, find_refusal, refusal_error
+from dagster_taskiq.servers.server_refusals import find_refusal, refusal_error
 
 #: Arguments with which the server takes each command that we use, beside its key.
 _ARGUMENTS: dict[str, tuple[str | int, ...]] = {
@@ -65,13 +66,15 @@ async def check_rights(redis: Redis, address: str, key: str, commands: Iterable[
 
     Raises:
         RefusedByServerError: the message names the commands that are not allowed.
+        UnreachableServerError: the server has gone.
     """
     names = sorted(commands)
     calls = [
         (name, *_WITHOUT_KEY[name]) if name in _WITHOUT_KEY else (name, key, *_ARGUMENTS[name])
         for name in names
     ]
-    connection = await redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+    with server_errors(address):
+        connection = await redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
     try:
         with server_errors(address):
             await connection.send_command("MULTI")
@@ -86,7 +89,7 @@ async def check_rights(redis: Redis, address: str, key: str, commands: Iterable[
         await redis.connection_pool.release(connection)
     if denied:
         sentence = f"{address} does not allow its user {', '.join(denied)} on keys such as {key}."
-        raise refusal_error(address, find_refusal(REDIS_REFUSALS, "NOPERM"), sentence)
+        raise refusal_error(address, find_refusal(REDIS.refusals, "NOPERM"), sentence)
 
 
 async def _is_denied(connection: AbstractConnection) -> bool:

@@ -1,7 +1,8 @@
 """What a server's refusal means: which pass, which are final, and which may be either.
 
-One table for each kind of server, of one shape. A row is found by the server's code and text; the
-first one that matches counts, and what no row knows may be either.
+One table for each kind of server, of one shape; the kinds that may be broker or backend name
+theirs in ``kinds``. A row is found by the server's code and text. The first one that matches
+counts, and what no row knows may be either.
 """
 
 from __future__ import annotations

@@ -1,98 +1,96 @@
-"""The URLs of broker and backend: as they are given, by environment variables, or as Celery does.
-
-What dagster-celery's users have is read for what it means here, or answered: the host of the
-default broker, ``rpc://``, and several servers in one URL.
-"""
+"""URLs as texts: their parts, and how they are shown without their passwords."""
 
 from __future__ import annotations
 
-import os
 import re
-import warnings
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_HOST_VARIABLES, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.kinds import is_amqp, is_redis, redact_url, scheme_of, split_url
 
-#: Kombu's sign between the servers of one URL, where another URL follows.
-_NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+_PASSWORD_IN_QUERY = re.compile(r"(?P<head>[?&]\w*passw(?:or)?d=)[^&\s]+", re.IGNORECASE)
 
-
-def find_broker_url(configured: str | None) -> str | None:
-    """The broker's URL: the configured one, that of its variable, or the host of one.
-
-    Returns:
-        None where nothing names a broker.
-
-    Raises:
-        ConfigError: it is no URL of a broker.
-    """
-    url = configured or os.getenv(BROKER_URL_VARIABLE)
-    if not url:
-        return _url_of_host()
-    url = _first_of("broker", url)
-    scheme_of(url)
-    return url
+#: What must be written with a percent sign in user names and passwords, in words.
+_TO_BE_ESCAPED = (
+    "in its user name and password '/', '?', '#', '[', ']', '%' and white space must be "
+    "percent-encoded, as %2F, %3F, %23, %5B, %5D, %25 and %20"
+)
 
 
-def find_backend_url(
-    configured: str | None, broker_url: str | None, *, is_needed: bool
-) -> str | None:
-    """The backend's URL: the configured one, or that of its variable.
-
-    Returns:
-        None where it is the broker's own server.
+def split_url(url: str) -> SplitResult:
+    """The parts of a URL ``scheme://...``, which all readers of it agree on.
 
     Raises:
-        ConfigError: it is none, or the broker cannot be the backend and ``is_needed``.
+        ConfigError: it is none. The error says what is wrong and never repeats a part of the URL,
+            which could be of a password.
     """
-    is_rpc = configured is not None and configured.startswith("rpc")
-    url = (None if is_rpc else configured) or os.getenv(BACKEND_URL_VARIABLE)
-    if not url:
-        has_own = broker_url is None or is_redis(broker_url)
-        if not is_needed or (has_own and not is_rpc):
-            return None
-        what = "rpc://" if is_rpc else f"RabbitMQ alone ({redact_url(str(broker_url))})"
-        raise ConfigError(
-            f"{what} cannot keep results and claims: set "
-            f"'backend' or {BACKEND_URL_VARIABLE} to the redis:// URL of a Redis or Valkey."
-        )
-    if is_rpc:
-        warnings.warn(
-            f"backend 'rpc://' cannot keep results and claims: {BACKEND_URL_VARIABLE} is used.",
-            stacklevel=2,
-        )
-    url = _first_of("backend", url)
-    if is_amqp(url):
-        raise ConfigError(
-            "backend must be a Redis or Valkey (redis://, rediss:// or unix://), not RabbitMQ."
-        )
-    return url
+    _, _, rest = url.partition("://")
+    if re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise _unreadable("it has white space or control characters")
+    authority = re.split("[/?#]", rest, maxsplit=1)[0]
+    path, _, query = rest[len(authority) :].partition("?")
+    if "@" in path or "@" in query.partition("#")[2] or ("@" in query and "@" not in authority):
+        raise _unreadable("an '@' stands after a '/', '?' or '#'")
+    login, _, _ = authority.rpartition("@")
+    if re.search(r"[\[\]]", login):
+        raise _unreadable("its user name or password has a '[' or ']' in it")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        problem = "its host or port is none (is the '@' before the host missing?)"
+        raise _unreadable(problem) from None
+    return parts
 
 
-def _url_of_host() -> str | None:
-    """dagster-celery's default broker, on the host that a variable names."""
-    for variable in BROKER_HOST_VARIABLES:
-        host = os.getenv(variable)
-        if host:
-            if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", host):
-                raise ConfigError(
-                    f"{variable} must be the name of a host alone. Set {BROKER_URL_VARIABLE} to a "
-                    "URL for anything else."
-                )
-            return f"pyamqp://guest@{host}:5672//"
-    return None
+def _unreadable(problem: str) -> ConfigError:
+    return ConfigError(f"The URL of a server cannot be read: {problem}; {_TO_BE_ESCAPED}.")
 
 
-def _first_of(name: str, url: str) -> str:
-    """The first of Celery's list of servers that stand in for each other, with a warning."""
-    first, *others = _NEXT_URL.split(url)
-    for one in (first, *others):
-        split_url(one)
-    if others:
-        warnings.warn(
-            f"'{name}' has {len(others) + 1} servers, but only the first, {redact_url(first)}, is "
-            "used, also while it is away. Use a host name or a load balancer that stands for all.",
-            stacklevel=2,
-        )
-    return first
+def with_scheme(url: str, scheme: str) -> str:
+    """The URL with another scheme."""
+    return f"{scheme}{url[url.index('://') :]}"
+
+
+def normalize_amqp(url: str) -> str:
+    """An AMQP URL as aio-pika reads it.
+
+    dagster-celery's ``pyamqp`` is ``amqp`` by another name, and both of Celery's ways to say the
+    default virtual host, no path and the path ``//``, become the one that aio-pika knows.
+    """
+    parts = split_url(url)
+    scheme = "amqp" if parts.scheme.lower() == "pyamqp" else parts.scheme.lower()
+    path = "/" if parts.path == "//" else parts.path
+    netloc = parts.netloc
+    if "@" in netloc and ":" not in netloc.rpartition("@")[0]:
+        # kombu takes a missing password for "guest" as the default one
+        user, _, host = netloc.rpartition("@")
+        netloc = f"{user}:guest@{host}" if user == "guest" else netloc
+    # urlunsplit would drop the "//" of a host-less URL, which no AMQP URL is
+    return urlunsplit((scheme, netloc, path, parts.query, parts.fragment))
+
+
+def redact(text: str) -> str:
+    """The text with the password of every URL in it replaced by ``***``."""
+    words = re.split(r"(\s+)", text)
+    return _PASSWORD_IN_QUERY.sub(r"\g<head>***", "".join(map(_without_password, words)))
+
+
+def redact_url(url: str) -> str:
+    """The same for a text that is one URL and nothing else, where a password may have spaces."""
+    return redact(re.sub(r"\s", "%20", url)) if "://" in url else "(no URL)"
+
+
+def _without_password(word: str) -> str:
+    """A word without the password of the URL in it, which may go up to the last "@" of the word.
+
+    Not a regular expression: it would take a time that grows with the square of the length.
+    """
+    end = word.rfind("@")
+    start = 0
+    while (start := word.find("://", start, max(0, end))) != -1:
+        if start and re.match(r"[a-z0-9+.-]", word[start - 1], re.IGNORECASE):
+            login = word[start + 3 : end]
+            user, colon, _ = login.partition(":")
+            return f"{word[: start + 3]}{user}{':***' if colon else ''}{word[end:]}"
+        start += 3
+    return word

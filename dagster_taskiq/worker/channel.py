@@ -9,19 +9,16 @@ from __future__ import annotations
 import os
 import socket
 import weakref
-from typing import Any
 
+from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.child_messages import Order, Word, pack, unpack_order
 
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 
 
-class ChannelLostError(ConnectionError):
-    """The descriptor of the socket is not the socket any more: user code has closed it."""
-
-
 class Channel:
-    """Receives tasks and says what becomes of them, in the process that has made it.
+    """Receives orders and says what becomes of them, in the process that has made it.
 
     Args:
         connection: to the worker.
@@ -34,28 +31,30 @@ class Channel:
         self._identity = _identity_of(connection)
         _channels.add(self)
 
-    def receive(self) -> dict[str, Any] | None:
-        """The next task; None when the worker is gone.
+    def receive(self) -> Order | None:
+        """The next order; None when the worker is gone.
 
         Raises:
             ChannelLostError: there is no connection any more.
+            ValueError: what came is no order.
         """
         self._check()
-        task = frames.receive(self._connection)
-        if task is not None:
-            self._task = task["number"]
-        return task
+        values = frames.receive(self._connection)
+        if values is None:
+            return None
+        self._task = values.pop("number")
+        return unpack_order(values)
 
-    def say(self, kind: str, **content: Any) -> None:
-        """Send a message about the present task.
+    def say(self, word: Word) -> None:
+        """Say something about the present task.
 
         Raises:
             ChannelLostError: there is no connection any more.
             ConnectionError: the worker is gone.
         """
         self._check()
-        head = {"kind": kind, "pid": self._pid, "task": self._task}
-        self._connection.sendall(frames.encode({**head, **content}))
+        head = {"pid": self._pid, "task": self._task}
+        self._connection.sendall(frames.encode({**head, **pack(word)}))
 
     def close(self) -> None:
         """Hang up, in this process only."""

@@ -23,18 +23,29 @@ from typing import Any
 from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
+from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.plain_json import parse_object
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.worker.channel import Channel, ChannelLostError
+from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.worker.channel import Channel
+from dagster_taskiq.worker.child_messages import (
+    Begun,
+    Execute,
+    Executed,
+    FailRun,
+    LogClosed,
+    LogOpened,
+    LookAtRun,
+    NotReady,
+    Ready,
+    RunAnswer,
+    Started,
+    Word,
+)
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
 from dagster_taskiq.worker.leftovers import Leftovers
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
-
-#: Names of what ``run_watch`` has to say, beside those of tasks.
-LOOK_AT_RUN = "look_at_run"
-FAIL_RUN = "fail_run"
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class ChildOptions:
         slot: the number of its slot.
         keeps_connections: whether it leaves Dagster's database connected between statements.
         patience_seconds: how long it waits for Dagster's database when that is away.
+        refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
         environment: variables that it has and other children have not; may be secret.
     """
 
@@ -55,16 +67,16 @@ class ChildOptions:
     slot: int
     keeps_connections: bool = True
     patience_seconds: float = SERVER_PATIENCE_SECONDS
+    refuses_copies: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 def child_main(connection: socket.socket, options: ChildOptions) -> None:
     """The child's whole life, in its main thread.
 
-    Messages to the parent: ``ready``, or ``failed`` with the reason; for each task ``started``
-    before any of its code runs, ``log`` and ``log-end`` around each of its captured outputs,
-    ``begun`` for a run whose start is in Dagster's log, and ``result``, which names what keeps the
-    child from taking another task.
+    It says ``Ready`` or ``NotReady`` first. To each order it says ``Started`` before any code of
+    the task runs, ``LogOpened`` and ``LogClosed`` around each captured output, ``Begun`` for a run
+    whose start is in Dagster's log, and its answer.
     """
     os.setsid()
     die_with_worker()
@@ -87,32 +99,33 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
 
 
 def _serve(channel: Channel, options: ChildOptions) -> None:
-    def mention(kind: str, **content: Any) -> None:
+    def mention(word: Word) -> None:
         """Say something in the midst of a task, whose error it is not that the worker is gone."""
         with suppress(ConnectionError):
-            channel.say(kind, **content)
+            channel.say(word)
 
     reason = _import_modules(options.include)
     if reason:
-        channel.say("failed", reason=reason)
+        channel.say(NotReady(reason))
         return
     keep_definitions()
     end_copies_of_steps()
     runner = TaskRunner(
-        keeps_connections=options.keeps_connections, patience_seconds=options.patience_seconds
+        keeps_connections=options.keeps_connections,
+        patience_seconds=options.patience_seconds,
+        refuses_copies=options.refuses_copies,
     )
     copy_logs_by(
-        lambda path, target: mention("log", path=path, target=target),
-        lambda path: mention("log-end", path=path),
+        lambda path, target: mention(LogOpened(path, target)),
+        lambda path: mention(LogClosed(path)),
     )
-    channel.say("ready")
-    while (task := channel.receive()) is not None:
-        channel.say("started")
-        if task["name"] in (LOOK_AT_RUN, FAIL_RUN):
-            kind, answer = "run", _look_after_run(runner, task)
+    channel.say(Ready())
+    while (order := channel.receive()) is not None:
+        channel.say(Started())
+        if isinstance(order, Execute):
+            channel.say(_execute(runner, order, on_begun=lambda: mention(Begun())))
         else:
-            kind, answer = "result", _execute(runner, task, on_begun=lambda: mention("begun"))
-        channel.say(kind, **answer, resident_kib=_resident_kib())
+            channel.say(_look_after_run(runner, order))
 
 
 def _import_modules(modules: tuple[str, ...]) -> str:
@@ -138,48 +151,42 @@ def _find_code_here() -> None:
     sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
 
 
-def _execute(
-    runner: TaskRunner, task: dict[str, Any], on_begun: Callable[[], None]
-) -> dict[str, Any]:
-    place = Place.from_dict(task["place"])
-    name = TaskName(task["name"])
+def _execute(runner: TaskRunner, order: Execute, on_begun: Callable[[], None]) -> Executed:
     leftovers = Leftovers()
     try:
-        payload = _payload(task)
+        payload = _payload(order.payload)
     except ValueError as error:
-        result = TaskResult(Outcome.ERROR, place, reason=f"Its payload cannot be read: {error}.")
+        reason = f"Its payload cannot be read: {error}."
+        result = TaskResult(Outcome.ERROR, order.place, reason=reason)
     else:
-        if name is TaskName.EXECUTE_PLAN:
-            with soft_time_limit(task.get("soft_timeout_seconds")):
-                result = runner.execute_plan(payload, place, task["queue"], leftovers.look)
+        if order.name is TaskName.EXECUTE_PLAN:
+            with soft_time_limit(order.soft_timeout_seconds):
+                result = runner.execute_plan(payload, order.place, order.queue, leftovers.look)
         else:
-            result = runner.execute_run(name, payload, place, task["queue"], on_begun)
+            result = runner.execute_run(order.name, payload, order.place, order.queue, on_begun)
     sys.stdout.flush()
     sys.stderr.flush()
     left_behind = ", ".join(leftovers.put_back())
-    return {"result": result.to_bytes().decode(), "left_behind": left_behind}
+    return Executed(result.to_bytes().decode(), left_behind, _resident_kib())
 
 
-def _payload(task: dict[str, Any]) -> dict[str, Any]:
+def _payload(text: str) -> dict[str, Any]:
     """The payload of a task, which the worker only passes on.
 
     Raises:
         ValueError: it is no JSON object.
     """
-    text: str = task["payload"]
     return parse_object(text.encode(), sys.maxsize)
 
 
-def _look_after_run(runner: TaskRunner, task: dict[str, Any]) -> dict[str, Any]:
-    answer = {"is_over": False, "error": ""}
+def _look_after_run(runner: TaskRunner, order: LookAtRun | FailRun) -> RunAnswer:
     try:
-        if task["name"] == LOOK_AT_RUN:
-            answer["is_over"] = runner.is_run_over(_payload(task))
-        else:
-            runner.fail_run(_payload(task), task["reason"])
+        if isinstance(order, LookAtRun):
+            return RunAnswer(is_over=runner.is_run_over(_payload(order.payload)))
+        runner.fail_run(_payload(order.payload), order.reason)
     except Exception as error:
-        answer["error"] = f"{type(error).__name__}: {error}"
-    return answer
+        return RunAnswer(error=f"{type(error).__name__}: {error}")
+    return RunAnswer()
 
 
 def _resident_kib() -> int:

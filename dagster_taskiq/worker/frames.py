@@ -28,8 +28,7 @@ async def read(reader: asyncio.StreamReader) -> dict[str, Any]:
         ValueError: what came is no message.
     """
     length = _length(await reader.readexactly(_HEAD.size))
-    message: dict[str, Any] = json.loads(await reader.readexactly(length))
-    return message
+    return _decoded(await reader.readexactly(length))
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
@@ -42,7 +41,14 @@ def receive(connection: socket.socket) -> dict[str, Any] | None:
     if head is None:
         return None
     body = _receive_exactly(connection, _length(head))
-    return None if body is None else json.loads(body)
+    return None if body is None else _decoded(body)
+
+
+def _decoded(body: bytes) -> dict[str, Any]:
+    message = json.loads(body)
+    if isinstance(message, dict):
+        return message
+    raise ValueError("it is no JSON object")
 
 
 def _length(head: bytes) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +30,7 @@ from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.observer import LeaseRenewal, WorkerObserver
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Lease:
         renewed_at: when the last renewal that succeeded was sent, by ``guard.clock``.
         on_stop: called once, when the task may not go on.
         on_orphaned: called at each renewal while its run has no process but may get another one.
-        needs_live_run: whether it ends with its run's loop; False for a whole run.
+        is_step: whether it is of a step, which ends with its run's loop; False for a whole run.
         stop_reason: why it was stopped, if it was.
         stop_cause: the same for people, to follow "stopped after"; empty if it was not.
         is_lost: whether the backend has said that the claim is not ours any more.
@@ -72,7 +73,7 @@ class Lease:
     renewed_at: float
     on_stop: Callable[[], None]
     on_orphaned: Callable[[], None]
-    needs_live_run: bool = True
+    is_step: bool = True
     stop_reason: StopReason | None = None
     stop_cause: str = ""
     is_lost: bool = False
@@ -95,6 +96,7 @@ class LeaseKeeper:
         guard: is told of every deadline.
         orders: verifies the orders to cancel that renewals find.
         refusals: counts those that are refused.
+        observer: hears of renewals, of outages, and of what is stopped.
         now: the clock of the deadlines, in seconds; the guard's own, but for tests.
     """
 
@@ -104,8 +106,10 @@ class LeaseKeeper:
         guard: GuardClient,
         orders: OrderReader,
         refusals: Refusals,
+        observer: WorkerObserver,
         now: Callable[[], float] = clock,
     ) -> None:
+        self._observer = observer
         self._now = now
         self._backend = backend
         self._guard = guard
@@ -216,16 +220,35 @@ class LeaseKeeper:
         if sent_at > self._answered_at:  # else a later try knows better
             self._answered_at = sent_at
             if self._outage:
-                logger.info("%s is back; the leases are renewed.", self._backend.address)
+                self._observer.outage_over(self._backend.address)
             self._outage = ""
+            self._observer.renewed(self._renewal(leases, renewals, sent_at))
             for lease, renewal in zip(leases, renewals, strict=True):
                 self._note_epoch(renewal.epoch, sent_at)
                 self._apply(lease, renewal, sent_at)
         return True
 
+    def _renewal(
+        self, leases: list[Lease], renewals: Sequence[Renewal], sent_at: float
+    ) -> LeaseRenewal:
+        """What an observer hears of a renewal that was answered just now."""
+        now = self._now()
+        kept = [
+            (lease, renewal)
+            for lease, renewal in zip(leases, renewals, strict=True)
+            if lease.claim.token in self._leases and not lease.is_executed
+        ]
+        left = [1 - (now - lease.renewed_at) / lease.claim.lease_seconds for lease, _ in kept]
+        return LeaseRenewal(
+            claims=len(kept),
+            lost=sum(not renewal.is_held for _, renewal in kept),
+            seconds=now - sent_at,
+            least_left_share=min(left, default=1.0),
+        )
+
     def _note_outage(self, error: ServerError) -> None:
         if not self._outage:
-            logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
+            self._observer.outage(self._backend.address, error)
         self._outage = str(error)
 
     def _note_epoch(self, epoch: str, now: float) -> None:
@@ -243,9 +266,9 @@ class LeaseKeeper:
             self.guard_group(lease, lease.group)
         if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
             self.stop(lease, StopReason.CANCELLED)
-        elif not lease.needs_live_run and self._hands_over and lease.is_resumable:
+        elif not lease.is_step and self._hands_over and lease.is_resumable:
             self.stop(lease, StopReason.HANDED_OVER)
-        elif lease.needs_live_run and not renewal.is_run_alive and self._is_steady(lease):
+        elif lease.is_step and not renewal.is_run_alive and self._is_steady(lease):
             if renewal.is_resumable:
                 lease.on_orphaned()
             else:
@@ -261,6 +284,7 @@ class LeaseKeeper:
         except UntrustedError as error:
             lease.refused_order = order
             self._refusals.note("an order to cancel", error)
+            self._observer.refused("an order to cancel", error)
             return False
         return True
 
@@ -292,7 +316,7 @@ class LeaseKeeper:
             return
         lease.stop_reason = reason
         lease.stop_cause = cause or reason.value
-        logger.warning("Stopping task %s: %s.", lease.claim.task_id, lease.stop_cause)
+        self._observer.stopped(lease.claim, lease.stop_cause)
         lease.on_stop()
 
     def stop_unguarded(self, group: int) -> None:
@@ -318,17 +342,13 @@ class LeaseKeeper:
     def hand_over_runs(self) -> None:
         """Stop the runs that go on elsewhere; say which ones are waited for."""
         for lease in list(self._leases.values()):
-            if lease.needs_live_run:
+            if lease.is_step:
                 continue
             if lease.is_resumable:
                 self.stop(lease, StopReason.HANDED_OVER)
             else:
                 logger.info("Waiting for run %s: it cannot be resumed.", lease.claim.run_id)
         self._hands_over = True  # also one whose code is still being loaded, as soon as it can be
-
-    def count(self, *, runs: bool) -> int:
-        """How many claims on runs, or on steps."""
-        return sum(it.needs_live_run is not runs for it in self._leases.values())
 
     def stop_all(self, reason: StopReason, cause: str = "") -> None:
         """Stop every task; see ``stop``."""

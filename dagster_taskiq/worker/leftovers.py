@@ -21,8 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import thread as thread_pool
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import Any, cast
 
 import psutil
@@ -41,6 +43,11 @@ _SIGNALS = (
 )
 
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+
+
+#: Whether the kernel says which processes a thread has started. What psutil does instead, to read
+#: about every process of the machine, takes milliseconds.
+_KERNEL_LISTS_CHILDREN = Path("/proc/thread-self/children").exists()
 
 
 @dataclass(frozen=True)
@@ -120,14 +127,24 @@ def _processes() -> frozenset[int]:
         getattr(vars(forkserver).get("_forkserver"), "_forkserver_pid", None),
         getattr(vars(resource_tracker).get("_resource_tracker"), "_pid", None),
     }
-    return frozenset(
-        it.pid for it in psutil.Process().children(recursive=True) if _runs(it, helpers)
-    )
+    return frozenset(it for it in _below(os.getpid()) if it not in helpers and _runs(it))
 
 
-def _runs(process: psutil.Process, helpers: set[Any]) -> bool:
+def _below(pid: int) -> list[int]:
+    """The processes below one, some of which may have ended by now."""
+    if not _KERNEL_LISTS_CHILDREN:
+        return [it.pid for it in psutil.Process(pid).children(recursive=True)]
+    children: list[int] = []
+    with suppress(OSError):  # the process has ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # the thread has ended
+                children += map(int, (thread / "children").read_bytes().split())
+    return children + [it for child in children for it in _below(child)]
+
+
+def _runs(pid: int) -> bool:
     try:
-        return process.pid not in helpers and process.status() != psutil.STATUS_ZOMBIE
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from dagster_taskiq.messages.time_limits import TimeLimits
-from dagster_taskiq.worker.slot import Slot
+from dagster_taskiq.worker.slot_base import Slot
 
 logger = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ class LogTails:
         if self._note_full(len(self._tails) >= _MOST_FILES):
             return
         try:
-            source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             logger.warning("The output of a step is only in its log in the UI: %s", error)
             return

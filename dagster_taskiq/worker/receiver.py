@@ -1,17 +1,21 @@
-"""Taskiq's receiver, with every delivery settled."""
+"""Taskiq's receiver, with every delivery settled, and no message parsed twice."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 
-from taskiq import AckableMessage
+from taskiq import AckableMessage, BrokerMessage
+from taskiq.abc.formatter import TaskiqFormatter
 from taskiq.acks import AcknowledgeType
+from taskiq.message import TaskiqMessage
 from taskiq.receiver import Receiver
 
 from dagster_taskiq.brokers import Delivery, TaskBroker
 from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import Envelope
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +24,43 @@ logger = logging.getLogger(__name__)
 RELEASE_PAUSE_SECONDS = 1.0
 
 
+#: The delivery that a callback of the receiver is about: Taskiq's formatter is shown only bytes.
+_in_work: ContextVar[Delivery] = ContextVar("delivery")
+
+
+class DeliveryFormatter(TaskiqFormatter):
+    """Makes a call of an admitted delivery, whose content is its envelope."""
+
+    def loads(self, message: bytes) -> TaskiqMessage:
+        """The call of a task function with the delivery that the receiver has in work."""
+        delivery = _in_work.get()
+        envelope: Envelope = delivery.content
+        return TaskiqMessage(
+            task_id=envelope.task_id,
+            task_name=envelope.name.value,
+            labels={},
+            args=[delivery],
+            kwargs={},
+        )
+
+    def dumps(self, message: TaskiqMessage) -> BrokerMessage:
+        """Refuse to write a task: Taskiq's own ``kiq`` would neither sign nor bound it.
+
+        Raises:
+            TypeError: always; ``Envelope.to_message`` writes tasks.
+        """
+        raise TypeError(
+            f"Task {message.task_id} cannot be sent by Taskiq's kiq(): Envelope.to_message writes "
+            "the tasks, and signs them."
+        )
+
+
 class SettlingReceiver(Receiver):
     """Takes a message when a slot is free; what its task does not ack goes back to the queue.
 
     Args:
-        broker: with its tasks registered.
+        broker: with its tasks registered, functions of a ``Delivery``; its ``admit`` makes
+            envelopes.
         slots: how many messages may be in work at once.
         recover: called after each message, when it is settled; no other one is taken in its place
             before it returns.
@@ -41,11 +77,13 @@ class SettlingReceiver(Receiver):
             run_startup=False,
             ack_type=AcknowledgeType.MANUAL,
         )
+        broker.formatter = DeliveryFormatter()
         self._recover = recover
 
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Run one message's task, then settle the message if the task has not."""
         assert isinstance(message, Delivery)
+        _in_work.set(message)
         try:
             await super().callback(message, raise_err)
         except Exception:

@@ -1,4 +1,4 @@
-"""A slot: one warm child process, which executes one task at a time.
+"""A slot with a child: one warm process, which executes one task at a time.
 
 The child is replaced between tasks: after so many of them, above so much memory, after a cancel
 (which may leave something behind) or a task that did leave something, for a task of another code
@@ -13,20 +13,35 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from os import kill
-from typing import Any
 
 from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
+from dagster_taskiq.worker.child_messages import (
+    Answer,
+    Begun,
+    Execute,
+    Executed,
+    LogClosed,
+    LogOpened,
+    NotReady,
+    Order,
+    Ready,
+    RunAnswer,
+    Word,
+    pack,
+    unpack_word,
+)
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.memory import count_oom_kills
+from dagster_taskiq.worker.observer import WorkerObserver
+from dagster_taskiq.worker.slot_base import ChildDied, Slot
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
@@ -44,37 +59,10 @@ _LAST_MESSAGE_SECONDS = 0.1
 #: so often.
 _STARTS_PER_TASK = 3
 
-
-@dataclass(frozen=True)
-class ChildDied:
-    """The child ended while it had a task.
-
-    Attributes:
-        exit_code: negative for the number of the signal that ended it.
-        pid: it had.
-        is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
-        fault: for which the worker has killed it, in words; empty if it has ended by itself.
-    """
-
-    exit_code: int
-    pid: int
-    is_out_of_memory: bool = False
-    fault: str = ""
-
-    def __str__(self) -> str:
-        if self.fault:
-            return f"its process {self.fault}, and was killed"
-        if self.exit_code < 0:
-            try:
-                name = signal.Signals(-self.exit_code).name
-            except ValueError:
-                name = f"signal {-self.exit_code}"
-            cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
-            return f"its process was killed by {name}{cause}"
-        return f"its process ended with exit code {self.exit_code}"
+_NOBODY = WorkerObserver()
 
 
-class Slot:
+class ChildSlot(Slot):
     """One slot of a worker.
 
     Args:
@@ -84,6 +72,7 @@ class Slot:
         options: for the child.
         max_tasks: after which the child is replaced; 0 is never.
         max_memory_kib: above which it is replaced; 0 is never.
+        observer: hears of each child that is replaced.
     """
 
     def __init__(
@@ -95,10 +84,10 @@ class Slot:
         *,
         max_tasks: int = 0,
         max_memory_kib: int = 0,
+        observer: WorkerObserver = _NOBODY,
     ) -> None:
         self.number = options.slot
-        #: The code location whose tasks its child has executed; empty where there is none.
-        self.location = ""
+        self._observer = observer
         self._context = context
         self._guard = guard
         self._tails = tails
@@ -110,7 +99,8 @@ class Slot:
         self._writer: asyncio.StreamWriter | None = None
         self._exited: asyncio.Future[int] | None = None
         self._tasks_done = 0
-        self._must_replace = False
+        #: Why the child is replaced before the next task, in words; empty if it is not.
+        self._spent_by = ""
         self._has_task = False
         self._task_number = 0
         self._preparing = asyncio.Lock()
@@ -118,39 +108,38 @@ class Slot:
 
     @property
     def pid(self) -> int:
-        """Of the child, which is also its process group's; 0 when there is none."""
+        """See ``Slot``."""
         return self._process.pid or 0 if self._process else 0
 
     async def prepare(self, location: str = "") -> None:
-        """Have a child that is ready for a task, unless there is one that executes a task.
-
-        Args:
-            location: of the task; empty for any. See ``code_locations``.
-
-        Raises:
-            NoProcessError: none can be started now.
-            SlotError: the child could not import the user's modules, or did not come up.
-        """
+        """See ``Slot``."""
         async with self._preparing:
-            is_spent = self._process is None or self._is_spent()
-            if self._has_task or not (is_spent or self._has_other_code(location)):
+            if self._has_task:
                 return
-            await self.stop()
+            if self._process is not None:
+                reason = self._reason_to_replace(location)
+                if not reason:
+                    return
+                self._observer.child_replaced(self.number, self.pid, reason)
+                await self.stop()
             await self._start()
 
     def retire(self) -> None:
-        """Have the child replaced when it has no task any more: the next ``prepare`` does it."""
-        self._must_replace = True
+        """See ``Slot``."""
+        self._spent_by = "it was asked for a fresh one"
 
-    def _is_spent(self) -> bool:
+    def _reason_to_replace(self, location: str) -> str:
+        """Why the child is not for a task of a location, in words; empty where it is."""
         assert self._exited is not None
-        return self._must_replace or self._exited.done()
-
-    def _has_other_code(self, location: str) -> bool:
-        return bool(self.location and location) and self.location != location
+        if self._spent_by:
+            return self._spent_by
+        if self._exited.done():
+            return "it has ended"
+        has_other_code = self.location and location and self.location != location
+        return "it has executed other code" if has_other_code else ""
 
     async def _start(self) -> None:
-        self._must_replace = False  # first, so that a `retire` that comes meanwhile counts
+        self._spent_by = ""  # first, so that a `retire` that comes meanwhile counts
         self._oom_kills = count_oom_kills()
         process, ours = await self._fork()
         assert process.pid is not None
@@ -161,8 +150,8 @@ class Slot:
         self._exited.add_done_callback(partial(_hang_up, self._writer))
         self._tasks_done = self._task_number = 0
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
-        if isinstance(answer, ChildDied) or answer["kind"] != "ready":
-            reason = str(answer) if isinstance(answer, ChildDied) else answer["reason"]
+        if not isinstance(answer, Ready):
+            reason = answer.reason if isinstance(answer, NotReady) else str(answer)
             await self.stop()
             raise SlotError(f"slot {self.number}: {reason}")
 
@@ -203,35 +192,28 @@ class Slot:
 
     async def run(
         self,
-        task: dict[str, Any],
+        order: Order,
         on_child: Callable[[int], None],
         on_started: Callable[[], None] = lambda: None,
         on_begun: Callable[[], None] = lambda: None,
-    ) -> dict[str, Any] | ChildDied:
-        """Execute a task; the child's answer, or how it died.
-
-        Args:
-            task: what ``child`` reads.
-            on_child: called with the child's process group before it is given the task.
-            on_started: called when the child has begun with it.
-            on_begun: called when the log of a run says that it has started.
-
-        Raises:
-            SlotError: the child died before it had begun, and no other one comes up.
-        """
+    ) -> Answer | ChildDied:
+        """See ``Slot``."""
         try:
-            return await self._run(task, on_child, on_started, on_begun)
+            died = await self._give(order, on_child)
+            if died is not None:
+                return died
+            on_started()
+            answer = await self._answer(on_begun)
+            self._tasks_done += 1
+            if not isinstance(answer, ChildDied):
+                self._note_use(answer)
+            return answer
         finally:
             self._has_task = False
 
-    async def _run(
-        self,
-        task: dict[str, Any],
-        on_child: Callable[[int], None],
-        on_started: Callable[[], None],
-        on_begun: Callable[[], None],
-    ) -> dict[str, Any] | ChildDied:
-        location = task.get("code_location", "")
+    async def _give(self, order: Order, on_child: Callable[[int], None]) -> ChildDied | None:
+        """Give the order to a child that begins with it; how the last child died if none does."""
+        location = order.code_location if isinstance(order, Execute) else ""
         for last in range(_STARTS_PER_TASK - 1, -1, -1):
             self._has_task = False
             await self.prepare(location)
@@ -239,57 +221,54 @@ class Slot:
             self.location = location or self.location
             on_child(self.pid)
             self._oom_kills = count_oom_kills()
-            answer = await self._send(task)
-            if isinstance(answer, dict):
+            word = await self._send(order)
+            if not isinstance(word, ChildDied):
                 break
             if not last:
-                return answer
-            logger.warning("Slot %d: %s before it had begun a task.", self.number, answer)
-        on_started()
-        answer = await self._result(on_begun)
-        self._tasks_done += 1
-        if isinstance(answer, ChildDied):
-            return answer
-        self._note_use(answer)
-        return answer
+                return word
+            logger.warning("Slot %d: %s before it had begun a task.", self.number, word)
+        return None
 
-    async def _send(self, task: dict[str, Any]) -> dict[str, Any] | ChildDied:
+    async def _send(self, order: Order) -> Word | ChildDied:
         assert self._writer is not None
         self._task_number += 1
-        self._writer.write(frames.encode({**task, "number": self._task_number}))
+        self._writer.write(frames.encode({"number": self._task_number, **pack(order)}))
         try:
             await self._writer.drain()
         except ConnectionError:
             pass  # it is gone; reading says how
         return await self._next_message(None)
 
-    async def _result(self, on_begun: Callable[[], None]) -> dict[str, Any] | ChildDied:
+    async def _answer(self, on_begun: Callable[[], None]) -> Answer | ChildDied:
         """The child's last message of a task, or its death."""
         pid = self.pid
         while True:
-            answer = await self._next_message(None)
-            if isinstance(answer, ChildDied):
-                self._tails.end(pid)
-            elif answer["kind"] == "log":
-                self._tails.begin(pid, answer["path"], answer["target"])
-                continue
-            elif answer["kind"] == "log-end":
-                self._tails.end(pid, answer["path"])
-                continue
-            elif answer["kind"] == "begun":
+            word = await self._next_message(None)
+            if isinstance(word, LogOpened):
+                self._tails.begin(pid, word.path, word.target)
+            elif isinstance(word, LogClosed):
+                self._tails.end(pid, word.path)
+            elif isinstance(word, Begun):
                 on_begun()
-                continue
-            return answer
+            elif isinstance(word, (Executed, RunAnswer)):
+                return word
+            else:
+                if not isinstance(word, ChildDied):
+                    word = await self._put_down(f"has said {word} in the midst of a task")
+                self._tails.end(pid)
+                return word
 
-    def _note_use(self, answer: dict[str, Any]) -> None:
+    def _note_use(self, answer: Answer) -> None:
         if self._max_tasks and self._tasks_done >= self._max_tasks:
-            self._must_replace = True
-        if answer.get("left_behind"):
-            self._must_replace = True
-        if self._max_memory_kib and answer["resident_kib"] > self._max_memory_kib:
-            self._must_replace = True
+            self._spent_by = f"it has executed {self._tasks_done} tasks"
+        if not isinstance(answer, Executed):
+            return
+        if answer.left_behind:
+            self._spent_by = f"a task has left behind {answer.left_behind}"
+        if self._max_memory_kib and answer.resident_kib > self._max_memory_kib:
+            self._spent_by = f"it holds {answer.resident_kib} KiB"
 
-    async def _next_message(self, timeout_seconds: float | None) -> dict[str, Any] | ChildDied:
+    async def _next_message(self, timeout_seconds: float | None) -> Word | ChildDied:
         """The child's next message, or its death.
 
         What does not come from our child, or is not about its present task, is a fault of the
@@ -297,15 +276,15 @@ class Slot:
         """
         assert self._reader is not None
         try:
-            message = await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
+            values = await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
+            said_by = (values.pop("pid", None), values.pop("task", None))
+            if said_by == (self.pid, self._task_number):
+                return unpack_word(values)
         except (EOFError, OSError, asyncio.TimeoutError):
             return await self._death()
         except ValueError as error:
             return await self._put_down(f"has sent what is no message ({error})")
-        said_by = (message.get("pid"), message.get("task"))
-        if said_by != (self.pid, self._task_number):
-            return await self._put_down("has sent a message that is not about its task")
-        return message
+        return await self._put_down("has sent a message that is not about its task")
 
     async def _death(self) -> ChildDied:
         """Wait for the end of a child that has hung up or does not answer."""
@@ -333,18 +312,18 @@ class Slot:
         return self._exited.result()
 
     def interrupt(self) -> None:
-        """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
-        self._must_replace = True
+        """See ``Slot``."""
+        self._spent_by = "its task was interrupted"
         self._signal(signal.SIGTERM)
 
     def warn(self) -> None:
-        """Tell the child that its task's soft time limit is over."""
-        self._must_replace = True  # whatever the exception has torn
+        """See ``Slot``."""
+        self._spent_by = "its task was over its soft time limit"  # the exception may have torn it
         self._signal(SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
-        """SIGKILL to the child and everything it has started."""
-        self._must_replace = True
+        """See ``Slot``."""
+        self._spent_by = "it was killed"
         if self._exited is not None and not self._exited.done():
             kill_group(self.pid)
             # it leads the group only a moment after its start
@@ -357,7 +336,7 @@ class Slot:
                 kill(self.pid, number)
 
     async def stop(self) -> None:
-        """Kill the child and everything it has started, and wait for its end."""
+        """See ``Slot``."""
         if self._process is None:
             return
         self.kill()

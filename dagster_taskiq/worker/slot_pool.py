@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dagster_taskiq.errors import NoProcessError, SlotError
-from dagster_taskiq.worker.slot import Slot
+from dagster_taskiq.worker.slot_base import Slot
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class SlotPool:
         what: they execute, in words.
     """
 
-    def __init__(self, slots: list[Slot], what: str) -> None:
+    def __init__(self, slots: Sequence[Slot], what: str) -> None:
         self._slots = slots
         self._what = what
         #: The last used one last.
@@ -76,20 +76,6 @@ class SlotPool:
                     return slot
         return self._idle.pop(0)
 
-    async def prepare(self, slot: Slot, location: str = "") -> str:
-        """Have a slot ready for a task of a location; the reason when it cannot be.
-
-        Raises:
-            NoProcessError: it can be later.
-        """
-        try:
-            await slot.prepare(location)
-        except NoProcessError:
-            raise
-        except SlotError as error:
-            return str(error)
-        return ""
-
     async def put_back(self, slot: Slot, *, is_needed: bool) -> None:
         """Have a slot that was taken among the idle ones again.
 
@@ -123,7 +109,7 @@ class SlotPool:
 
     async def _warm(self, slot: Slot) -> None:
         try:
-            failure = await self.prepare(slot)
+            failure = await prepare(slot)
         except NoProcessError as error:
             self.note_shortage(slot, error)
             return
@@ -133,3 +119,18 @@ class SlotPool:
                 logger.info("This worker takes %s again.", self._what)
         if failure:
             logger.error("No child: %s. The next task fails with that reason.", failure)
+
+
+async def prepare(slot: Slot, location: str = "") -> str:
+    """Have a slot ready for a task of a location; the reason when it cannot be.
+
+    Raises:
+        NoProcessError: it can be later.
+    """
+    try:
+        await slot.prepare(location)
+    except NoProcessError:
+        raise
+    except SlotError as error:
+        return str(error)
+    return ""

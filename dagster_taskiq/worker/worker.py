@@ -17,42 +17,40 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
-from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import (
     HEARTBEAT_SECONDS,
-    RESULT_EXPIRES_SECONDS,
-    SERVER_PATIENCE_SECONDS,
     WORKER_EXPIRES_SECONDS,
 )
 from dagster_taskiq.errors import (
-    DagsterTaskiqError,
     EmbeddedServerError,
     ServerError,
     UntrustedError,
+    WorkerFailedError,
 )
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
-from dagster_taskiq.worker.fork_server import fork_server
-from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
-from dagster_taskiq.worker.log_tails import LogTails
+from dagster_taskiq.worker.observer import (
+    CountingObserver,
+    LoggingObserver,
+    Observers,
+    WorkerObserver,
+)
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
 from dagster_taskiq.worker.run_watch import RunWatch
-from dagster_taskiq.worker.slot import Slot
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
 
@@ -65,49 +63,6 @@ _RETRY_SECONDS = 0.5
 _CONTROL_WAIT_SECONDS = 15.0
 
 
-@dataclass(frozen=True)
-class WorkerOptions:
-    """How a worker is started.
-
-    Attributes:
-        name: without the host.
-        queues: as people name them, in no order.
-        slots: how many steps run at once.
-        run_slots: how many whole runs.
-        include: modules that every child imports first.
-        log_level: a name.
-        max_tasks_per_child, max_memory_per_child_kib: see ``Slot``; 0 is never.
-        drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
-        result_expires_seconds: how long an unread result is kept.
-        limits: how long a step may take whose tags say nothing.
-        keeps_connections: see ``ChildOptions``.
-        server_patience_seconds: how long it waits for servers that are away when it starts, and its
-            children for the database.
-        watch: directory whose changes of code give every slot a fresh child; None for none.
-        secrets: environment variables of the runs' processes that steps do not get.
-    """
-
-    name: str
-    queues: tuple[str, ...]
-    slots: int
-    run_slots: int = 0
-    include: tuple[str, ...] = ()
-    log_level: str = "INFO"
-    max_tasks_per_child: int = 0
-    max_memory_per_child_kib: int = 0
-    drain_timeout_seconds: float = 3600.0
-    result_expires_seconds: float = RESULT_EXPIRES_SECONDS
-    limits: TimeLimits = TimeLimits()
-    keeps_connections: bool = True
-    server_patience_seconds: float = SERVER_PATIENCE_SECONDS
-    watch: Path | None = None
-    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-
-class WorkerFailedError(DagsterTaskiqError):
-    """A part of the worker ended that must not end; the message names it."""
-
-
 class Worker:
     """One worker process; ``run`` is its whole life.
 
@@ -116,6 +71,8 @@ class Worker:
         options: see ``WorkerOptions``.
         on_ready: called when it takes tasks.
         on_waiting: called when it begins to wait for a server.
+        observer: hears what it does, beside its log and the counters of its listing.
+        parts: what it is put together from; its usual parts by default.
     """
 
     def __init__(
@@ -124,6 +81,8 @@ class Worker:
         options: WorkerOptions,
         on_ready: Callable[[], None] = lambda: None,
         on_waiting: Callable[[], None] = lambda: None,
+        observer: WorkerObserver | None = None,
+        parts: WorkerParts | None = None,
     ) -> None:
         self._servers = servers
         self._options = options
@@ -133,12 +92,17 @@ class Worker:
         self.name = f"{options.name}@{self._host}"
         self._worker_id = uuid.uuid4().hex
         self._started_at = time.time()
-        self._backend: Backend = open_backend(servers.backend, servers.signer)
-        self._guard = GuardClient()
-        self._tails = LogTails()
+        self._counts = CountingObserver()
+        others = (observer,) if observer else ()
+        self._observer = Observers(LoggingObserver(), self._counts, *others)
+        self._parts = parts or usual_parts(servers)
+        self._backend = self._parts.backend
+        self._guard = self._parts.guard
         self._orders = OrderReader(servers.signer, self._worker_id, self.name)
         self._refusals = Refusals(self._backend.address)
-        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._refusals)
+        self._leases = LeaseKeeper(
+            self._backend, self._guard, self._orders, self._refusals, self._observer
+        )
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
@@ -149,48 +113,52 @@ class Worker:
 
     def _make_stations(self) -> Iterator[Station]:
         options = self._options
-        context = fork_server()
         for kind, count in ((QueueKind.STEPS, options.slots), (QueueKind.RUNS, options.run_slots)):
             if not count:
                 continue
-            is_step = kind is QueueKind.STEPS
-            slots = [
-                Slot(
-                    context,
-                    self._guard,
-                    self._tails,
-                    ChildOptions(
-                        options.include,
-                        options.log_level,
-                        number,
-                        options.keeps_connections,
-                        options.server_patience_seconds,
-                        # a run signs its steps
-                        environment={} if is_step else options.secrets,
-                    ),
-                    # a run gets a fresh process, as from Dagster's other launchers
-                    max_tasks=options.max_tasks_per_child if is_step else 1,
-                    max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
-                )
-                for number in range(1, count + 1)
-            ]
-            broker = self._servers.broker
-            queues = [physical_queue(broker.key_prefix, kind, name) for name in options.queues]
+            queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             yield Station(
                 kind,
-                open_broker(broker, queues),
-                self._backend,
-                self._leases,
-                slots,
-                RunWatch(
-                    Slot(context, self._guard, self._tails, ChildOptions((), options.log_level, 0))
-                ),
-                Place(self.name, self._worker_id, self._host, pid=0, slot=0),
-                options.result_expires_seconds,
-                options.limits,
-                self._servers.signer,
                 options.queues,
+                self._parts.open_broker(kind, queues),
+                [
+                    self._parts.make_slot(self._slot_options(kind, number), self._observer)
+                    for number in range(1, count + 1)
+                ],
+                self._make_tools(),
             )
+
+    def _make_tools(self) -> Tools:
+        options = self._options
+        slot_of_watch = SlotOptions(ChildOptions((), options.log_level, 0))
+        return Tools(
+            self._backend,
+            self._leases,
+            RunWatch(self._parts.make_slot(slot_of_watch, self._observer)),
+            Place(self.name, self._worker_id, self._host, pid=0, slot=0),
+            options.result_expires_seconds,
+            options.limits,
+            self._servers.signer,
+            self._observer,
+        )
+
+    def _slot_options(self, kind: QueueKind, number: int) -> SlotOptions:
+        options, is_step = self._options, kind is QueueKind.STEPS
+        return SlotOptions(
+            ChildOptions(
+                options.include,
+                options.log_level,
+                number,
+                options.keeps_connections,
+                options.server_patience_seconds,
+                refuses_copies=self._servers.signer.is_active,
+                # a run signs its steps
+                environment={} if is_step else options.secrets,
+            ),
+            # a run gets a fresh process, as from Dagster's other launchers
+            max_tasks=options.max_tasks_per_child if is_step else 1,
+            max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
+        )
 
     # --- life ---
 
@@ -344,7 +312,7 @@ class Worker:
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()
-        await asyncio.to_thread(self._tails.stop)
+        await asyncio.to_thread(self._parts.finish_output)
         try:
             if self._is_listed:
                 await self._backend.goodbye(self._worker_id)
@@ -391,15 +359,16 @@ class Worker:
             queues=self._options.queues,
             slots=self._options.slots,
             run_slots=self._options.run_slots,
-            busy_slots=self._leases.count(runs=False),
-            busy_run_slots=self._leases.count(runs=True),
+            busy_slots=self._counts.busy[QueueKind.STEPS],
+            busy_run_slots=self._counts.busy[QueueKind.RUNS],
             state=self._state,
             started_at=self._started_at,
             version=__version__,
-            refused=self._refusals.count + sum(it.refused_count for it in self._stations),
+            refused=self._counts.refused_count,
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
 
@@ -421,9 +390,13 @@ class Worker:
                 continue
             for message in messages:
                 try:
-                    self._obey(self._orders.read(message))
+                    order = self._orders.read(message)
                 except UntrustedError as error:
                     self._refusals.note("an order", error)
+                    self._observer.refused("an order", error)
+                else:
+                    self._observer.ordered(order)
+                    self._obey(order)
 
     def _obey(self, message: Mapping[str, Any]) -> None:
         kind = message.get("kind")

@@ -74,7 +74,7 @@ LEFTOVER_SECONDS = 15.0
 ROOT = Path(__file__).parents[2]
 
 #: Marks the processes of one stack; whatever they start inherits it.
-_STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
+STACK_VARIABLE = "DAGSTER_TASKIQ_TEST_STACK"
 _RUN_TAG = "acceptance/run"
 
 #: Marks of the stacks whose processes have to be gone by the end of the module.
@@ -116,6 +116,12 @@ class Note:
     pid: int
     time: float
     more: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Note:
+        """From a line of the trace."""
+        names = [name for name in cls.__dataclass_fields__ if name != "more"]
+        return cls(**{name: line.pop(name) for name in names}, more=line)
 
 
 class WorkerProcess:
@@ -379,7 +385,7 @@ class Stack:
             "DAGSTER_HOME": str(self.home),
             "PYTHONUNBUFFERED": "1",
             "PYTHONPATH": str(ROOT),
-            _STACK_VARIABLE: self.mark,
+            STACK_VARIABLE: self.mark,
             jobs.DIRECTORY_VARIABLE: str(self.directory),
         }
 
@@ -500,7 +506,7 @@ class Stack:
         variables = {
             "DAGSTER_HOME": str(self.home),
             jobs.DIRECTORY_VARIABLE: str(self.directory),
-            _STACK_VARIABLE: self.mark,
+            STACK_VARIABLE: self.mark,
             **(environment or {}),
         }
         log = self.new_log(f"run-{job.replace(':', '-')}")
@@ -527,11 +533,7 @@ class Stack:
 
     def notes(self, kind: str | None = None) -> list[Note]:
         """What ops have left in the trace, in their order."""
-        return [
-            Note(**{key: line.pop(key) for key in list(Note.__dataclass_fields__)[:-1]}, more=line)
-            for line in self.lines("trace")
-            if kind in (None, line["kind"])
-        ]
+        return [Note.of(line) for line in self.lines("trace") if kind in (None, line["kind"])]
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Another file of JSON lines in the directory."""
@@ -539,14 +541,14 @@ class Stack:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1:] == "\n"]
 
-    async def depth(self, *queues: str) -> int:
-        """How many steps wait in queues of the stack's broker."""
+    async def depth(self, *queues: str, kind: QueueKind = QueueKind.STEPS) -> int:
+        """How many tasks wait in queues of the stack's broker."""
         assert self.broker is not None
         broker = open_broker(self.broker)
         await broker.startup()
         try:
             prefix = self.broker.key_prefix
-            names = [physical_queue(prefix, QueueKind.STEPS, queue) for queue in queues]
+            names = [physical_queue(prefix, kind, queue) for queue in queues]
             return sum([await broker.depth(name) for name in names])
         finally:
             await broker.shutdown()
@@ -582,13 +584,19 @@ class Stack:
 def check_nothing_is_left() -> None:
     """Fail if a process of a stack that was closed still runs, and kill it."""
     marks, closed_stacks[:] = set(closed_stacks), []
-    _, left = psutil.wait_procs(_marked(marks), LEFTOVER_SECONDS)
+    lines = end_marked(marks)
+    assert not lines, "Processes were left:\n" + "\n".join(lines)
+
+
+def end_marked(marks: Collection[str]) -> list[str]:
+    """Kill the processes of stacks that do not end by themselves in time; says which they were."""
+    _, left = psutil.wait_procs(marked(marks), LEFTOVER_SECONDS)
     lines = []
     for process in left:
         with suppress(psutil.NoSuchProcess):
             lines.append(f"{process.pid}: {' '.join(process.cmdline())}")
             process.kill()
-    assert not lines, "Processes were left:\n" + "\n".join(lines)
+    return lines
 
 
 @contextmanager
@@ -685,10 +693,11 @@ def _end(process: ForkServerProcess) -> None:
         process.join(5)
 
 
-def _marked(marks: Collection[str]) -> list[psutil.Process]:
+def marked(marks: Collection[str]) -> list[psutil.Process]:
+    """The processes of stacks."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(_STACK_VARIABLE) in marks:
+            if process.environ().get(STACK_VARIABLE) in marks:
                 found.append(process)
     return found

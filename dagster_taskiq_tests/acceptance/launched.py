@@ -153,6 +153,31 @@ def create(
     ).run_id
 
 
+#: Of an instance whose compute logs nobody reads: they cost four processes for each run and step.
+QUIET_SETTINGS: Mapping[str, Any] = {
+    "telemetry": {"enabled": False},
+    "compute_logs": {
+        "module": "dagster._core.storage.noop_compute_log_manager",
+        "class": "NoOpComputeLogManager",
+    },
+}
+
+
+def launching_settings(
+    stack: Stack, resumes: int, launcher: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Of an instance that launches runs on the stack's workers; see ``open_launching_stack``."""
+    return {
+        **QUIET_SETTINGS,
+        "run_launcher": {
+            "module": "dagster_taskiq.launcher",
+            "class": "TaskiqRunLauncher",
+            "config": {**stack.config, "lease_seconds": LEASE_SECONDS, **(launcher or {})},
+        },
+        "run_monitoring": {"enabled": True, "max_resume_run_attempts": resumes},
+    }
+
+
 @contextmanager
 def open_launching_stack(
     kind: BrokerKind,
@@ -172,21 +197,7 @@ def open_launching_stack(
         dagster_yaml: more of the instance's.
     """
     with open_stack(kind, directory) as stack:
-        settings = {
-            "telemetry": {"enabled": False},
-            "run_launcher": {
-                "module": "dagster_taskiq.launcher",
-                "class": "TaskiqRunLauncher",
-                "config": {**stack.config, "lease_seconds": LEASE_SECONDS, **(launcher or {})},
-            },
-            # four processes less for each run and step
-            "compute_logs": {
-                "module": "dagster._core.storage.noop_compute_log_manager",
-                "class": "NoOpComputeLogManager",
-            },
-            "run_monitoring": {"enabled": True, "max_resume_run_attempts": resumes},
-            **(dagster_yaml or {}),
-        }
+        settings = {**launching_settings(stack, resumes, launcher), **(dagster_yaml or {})}
         (stack.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
         stack.instance = DagsterInstance.from_config(str(stack.home))
         stack.exit_stack.callback(stack.instance.dispose)

@@ -28,7 +28,7 @@ def test_a_small_crowd(step_seconds: float | None) -> None:
     assert (figures["lost_claims"], figures["errors"]) == (0, 0)
     # ten claims, each renewed every half second, while a machine with much to do may be late
     assert 5 <= figures["claims_renewed_per_s"] <= 40
-    assert 0 < figures["worst_slack_share"] < 5 / 6
+    assert 0 < figures["worst_slack_share"] < 0.9  # a renewal is sent every sixth of a lease
     assert (figures["steps_per_s"] > 2) is (step_seconds is not None)
     assert figures["cancels"] > 0
     assert figures["requests_per_s"] > 10

@@ -32,12 +32,13 @@ from dagster_taskiq.defaults import (
     SIGNING_KEY_VARIABLE,
 )
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers.kinds import ServerOptions, normalize_amqp
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.urls import normalize_amqp
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Run,
     Stack,
-    _marked,
+    marked,
     open_stack,
     until,
 )
@@ -203,7 +204,7 @@ def _wrong_urls(stack: SecretStack) -> Iterator[dict[str, str]]:
 
 
 def _search_processes(stack: Stack) -> None:
-    found = _marked([stack.mark])
+    found = marked([stack.mark])
     assert len(found) > 10
     for process in found:
         with suppress(psutil.NoSuchProcess):

@@ -6,8 +6,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,9 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue, step_tas
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import (
+    PATIENCE_SECONDS,
     BrokerKind,
+    Run,
     Stack,
     WorkerProcess,
     open_stack,
@@ -220,6 +222,67 @@ def test_a_forged_result_of_a_finished_step_gives_way_to_the_log(signed: Stack) 
         run.signal(signal.SIGCONT)
     assert run.wait().is_success
     assert "another signing_key, or for something else" in run.output_of_process
+
+
+# --- what is genuine, and sent a second time ---
+
+
+def captured_task(stack: Stack, pid: int, start: Callable[[], Run]) -> tuple[Run, BrokerMessage]:
+    """A run that waits at the gate of its step, and the message of that step."""
+    assert stack.broker is not None
+    queue = physical_queue(stack.prefix, QueueKind.STEPS, "dagster")
+
+    async def take() -> bytes:
+        assert stack.broker is not None
+        broker = open_broker(stack.broker, [queue])
+        await broker.startup()
+        async with aclosing(broker.deliveries()) as deliveries:
+            delivery = await asyncio.wait_for(anext(deliveries), PATIENCE_SECONDS)
+            await delivery.release()
+        await broker.shutdown()
+        return delivery.data
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run = start()
+        data = asyncio.run(take())
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    (started,) = run.await_notes("started")
+    labels = {"queue_name": queue, "priority": 9}
+    task_id = step_task_id(run.run_id, started.step, 1)
+    return run, BrokerMessage(task_id=task_id, task_name="x", message=data, labels=labels)
+
+
+def test_a_captured_step_is_not_executed_again(signed: Stack) -> None:
+    """Nobody who deletes its claim and sends its task again gets it executed beside itself.
+
+    The deletion stops the step; its end is that of a step whose lease is lost, not the copy's.
+    """
+    record = record_of(signed)
+    run, message = captured_task(
+        signed,
+        record.pid,
+        lambda: signed.start("one_gated", environment=WITH_KEY, lease_seconds=LEASE_SECONDS),
+    )
+
+    async def send() -> None:
+        assert signed.broker is not None
+        broker = open_broker(signed.broker)
+        await broker.startup()
+        await broker.kick(message)
+        await broker.shutdown()
+
+    with signed.redis() as client:
+        client.delete(f"{signed.prefix}:claim:{message.task_id}")
+        client.hdel(f"{signed.prefix}:run:{run.run_id}", f"t:{message.task_id}")
+    asyncio.run(send())
+    await_refusals(signed, record.refused, 1)
+    assert run.wait().status is DagsterRunStatus.FAILURE
+    assert len(run.notes("started")) == 1
+    begun = [text for text in run.messages("gated") if "Executing step" in text]
+    assert len(begun) == 1
+    assert run.kinds("gated") == ["START", "FAILURE"]
 
 
 # --- a key on one side only ---

@@ -1,4 +1,4 @@
-"""The short form of ``benchmarks/soak``: mixed jobs on workers while faults strike."""
+"""The short form of ``dagster_taskiq_tests/soak``: mixed jobs on workers while faults strike."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak.report import table
-from benchmarks.soak.soak import soak
+from dagster_taskiq_tests.soak.report import table
+from dagster_taskiq_tests.soak.soak import soak
 
 #: Repeats a soak that has failed: its table says with which seed.
 SEED_VARIABLE = "DAGSTER_TASKIQ_TEST_SOAK_SEED"

@@ -1,4 +1,4 @@
-"""The worker's life: its children, its end, its command line, and what it refuses."""
+"""A worker's start, its command line, and what it refuses."""
 
 from __future__ import annotations
 
@@ -7,38 +7,24 @@ import json
 import os
 import re
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from dagster import DagsterEventType, DagsterRunStatus
+from dagster import DagsterRunStatus
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
-    Run,
     Stack,
-    WorkerProcess,
     is_running,
     open_stack,
     until,
 )
 from dagster_taskiq_tests.servers import private_redis
-
-FAILURE = DagsterEventType.STEP_FAILURE
-SUCCESS = DagsterEventType.STEP_SUCCESS
-UP_FOR_RETRY = DagsterEventType.STEP_UP_FOR_RETRY
-
-LEASE_SECONDS = 3.0
-
-#: How long a loaded machine may take, beside what a promise allows, to write and read a log.
-_SLACK_SECONDS = 3.0
-
 
 # --- start --------------------------------------------------------------------------------------
 
@@ -68,250 +54,6 @@ def test_dagster_is_imported_once(stack: Stack) -> None:
     # of each slot, for steps and for runs
     assert len(psutil.Process(server).children()) == 2 * 3
     assert (stack.directory / "imports").read_text().split() == [str(worker.pid)]
-
-
-# --- death of the worker ------------------------------------------------------------------------
-
-
-def kill_during_a_step(worker: WorkerProcess, run: Run) -> float:
-    """Kill the worker once the run's step has begun; the time of that."""
-    (note,) = run.await_notes("started")
-    below = worker.descendants()
-    assert note.pid in {process.pid for process in below}
-    assert note.more["child"] in {process.pid for process in below}
-    worker.kill()
-    killed_at = time.time()
-    _, alive = psutil.wait_procs(below, timeout=5)
-    assert alive == []
-    return killed_at
-
-
-def time_of(run: Run, kind: DagsterEventType, step: str) -> float:
-    """When an event was logged."""
-    (entry,) = (
-        entry
-        for entry in run.logs()
-        if entry.dagster_event and entry.dagster_event.event_type is kind and entry.step_key == step
-    )
-    return entry.timestamp
-
-
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
-def test_a_killed_worker_s_step_is_retried(kind: BrokerKind, tmp_path: Path) -> None:
-    """No process of a killed worker lives on, and its step goes to another within lease + 5 s."""
-    with open_stack(kind, tmp_path) as stack:
-        first = stack.worker(slots=1).await_ready()
-        run = stack.start("hangs_once", lease_seconds=LEASE_SECONDS)
-        run.await_notes("started")
-        stack.worker(slots=1).await_ready()
-        killed_at = kill_during_a_step(first, run)
-        assert run.wait().is_success
-        waited = time_of(run, UP_FOR_RETRY, "with_grandchild") - killed_at
-        assert waited <= LEASE_SECONDS + 5 + _SLACK_SECONDS
-        assert run.notes("again")[0].attempt == 2
-        assert run.output("add_one") == 2
-
-
-def test_a_killed_worker_s_step_fails(stack: Stack) -> None:
-    """Without a retry policy the run fails within lease + 5 s, with the reason in the log."""
-    worker = stack.worker(slots=1).await_ready()
-    run = stack.start("hangs", lease_seconds=LEASE_SECONDS)
-    killed_at = kill_during_a_step(worker, run)
-    assert run.wait().status is DagsterRunStatus.FAILURE
-    waited = time_of(run, FAILURE, "with_grandchild") - killed_at
-    assert waited <= LEASE_SECONDS + 5 + _SLACK_SECONDS
-    reason = run.failure("with_grandchild")
-    assert worker.full_name in reason
-    assert "its lease on this attempt ended" in reason
-
-
-# --- death of a child ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with a worker of one slot, which is of use only while the slot comes back."""
-    with open_stack("redis", tmp_path_factory.mktemp("stack")) as stack:
-        stack.worker(slots=1).await_ready()
-        yield stack
-
-
-def test_deaths_of_children(single: Stack) -> None:
-    """A step's process that dies fails the step at once, by its exit code or signal's name."""
-    run = single.run("deaths")
-    assert run.status is DagsterRunStatus.FAILURE
-    assert "exit code 3" in run.failure("exits")
-    assert "SIGSEGV" in run.failure("segfaults")
-    assert "SIGKILL" in run.failure("kills_itself")
-    # the one slot came back each time
-    assert "add_one" in run.steps(SUCCESS)
-
-
-def test_a_child_killed_from_outside(single: Stack) -> None:
-    """A step that is killed from outside is failed at once, not when its lease of 30 s ends."""
-    run = single.start("hangs")
-    (note,) = run.await_notes("started")
-    os.kill(note.pid, signal.SIGKILL)
-    assert run.wait(15).status is DagsterRunStatus.FAILURE
-    assert "SIGKILL" in run.failure("with_grandchild")
-    until(lambda: not is_running(note.more["child"]), "what the step had started is dead")
-
-
-def test_an_idle_child_is_killed(single: Stack) -> None:
-    """Nothing comes of it: the slot gets another child before the next step."""
-    (pid,) = {note.pid for note in single.run("serial").notes("ran")}
-    os.kill(pid, signal.SIGKILL)
-    run = single.run("serial")
-    assert run.is_success
-    assert run.events(UP_FOR_RETRY) == []
-    assert pid not in {note.pid for note in run.notes("ran")}
-
-
-def test_the_guard_is_killed(stack: Stack) -> None:
-    """The worker replaces its guard, and the new one does what the first would have done."""
-    worker = stack.worker(slots=1).await_ready()
-    (guard,) = (p for p in worker.descendants() if "guard.py" in " ".join(p.cmdline()))
-    guard.kill()
-    worker.await_log("The guard process ended")
-    run = stack.start("hangs", lease_seconds=LEASE_SECONDS)
-    kill_during_a_step(worker, run)
-    assert run.wait().status is DagsterRunStatus.FAILURE
-
-
-def test_the_fork_server_is_killed(stack: Stack) -> None:
-    """The process that children are forked from is replaced too, and the children with it."""
-    worker = stack.worker(slots=1).await_ready()
-    (before,) = {note.pid for note in stack.run("serial").notes("ran")}
-    psutil.Process(before).parent().kill()  # type: ignore[union-attr]
-    run = stack.run("serial")
-    assert run.is_success
-    assert before not in {note.pid for note in run.notes("ran")}
-    assert not is_running(before)
-    worker.terminate()
-    assert worker.wait() == 0
-
-
-# --- recycling ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments", [[], ["--"]], ids=["ours", "celery"])
-def test_max_tasks_per_child(stack: Stack, arguments: list[str]) -> None:
-    """A child is replaced after so many tasks."""
-    stack.worker(*arguments, "--max-tasks-per-child", "2", slots=1).await_ready()
-    run = stack.run("serial")
-    assert run.is_success
-    # the first child had "one" before
-    first, second, third, fourth = (note.pid for note in run.notes("ran"))
-    assert first != second
-    assert second == third
-    assert third != fourth
-
-
-def test_max_memory_per_child(stack: Stack) -> None:
-    """A child above the limit is replaced, after the step that took it there has ended."""
-    stack.worker("--max-memory-per-child", str(260 << 10), slots=1).await_ready()
-    run = stack.run("growing")
-    assert run.is_success
-    assert len({note.pid for note in run.notes("ran")}) == 3
-    below = stack.run("serial")
-    assert len({note.pid for note in below.notes("ran")}) == 1
-
-
-# --- stopping -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
-def test_drain(kind: BrokerKind, tmp_path: Path) -> None:
-    """SIGTERM lets the running step finish and leaves the next one to another worker."""
-    with open_stack(kind, tmp_path) as stack:
-        first = stack.worker(slots=1, name="first").await_ready()
-        busy = stack.start("blocker")
-        busy.await_notes("started")
-        first.terminate()
-        first.await_log("1 running may finish")
-        waiting = stack.start("simple")
-        stack.worker(slots=1, name="second").await_ready()
-        assert waiting.wait().is_success
-        assert first.process.poll() is None
-        busy.open_gate()
-        assert busy.wait().is_success
-        assert first.wait() == 0
-
-
-def test_an_idle_worker_stops_at_once(stack: Stack) -> None:
-    """A worker without steps has nothing to wait for."""
-    worker = stack.worker().await_ready()
-    worker.terminate()
-    assert worker.wait(15) == 0
-
-
-def test_second_signal_cancels(stack: Stack) -> None:
-    """The second SIGTERM interrupts the step, whose clean-up runs; the exit code says so."""
-    worker = stack.worker(slots=1).await_ready()
-    run = stack.start("one_to_cancel")
-    run.await_notes("started")
-    worker.terminate()
-    worker.await_log("Stopping")
-    worker.terminate()
-    assert worker.wait(20) == 3
-    assert run.wait().status is DagsterRunStatus.FAILURE
-    assert len(run.notes("cleaned")) == 1
-
-
-def test_sigterm_to_every_process(stack: Stack) -> None:
-    """A supervisor that signals the whole group takes nothing from a worker that drains.
-
-    But for the step's own process: to Dagster a SIGTERM there means that the step is to end.
-    """
-    worker = stack.worker(slots=2).await_ready()
-    run = stack.start("blocker")
-    (started,) = run.await_notes("started")
-    for process in worker.descendants():
-        if process.pid != started.pid:
-            process.terminate()
-    worker.terminate()
-    worker.await_log("1 running may finish")
-    run.open_gate()
-    assert run.wait().is_success
-    assert worker.wait() == 0
-
-
-def test_drain_timeout(stack: Stack) -> None:
-    """After ``--drain-timeout`` the running step is cancelled; failure and exit code say so."""
-    worker = stack.worker("--drain-timeout", "1", slots=1).await_ready()
-    run = stack.start("one_to_cancel")
-    run.await_notes("started")
-    worker.terminate()
-    assert worker.wait(20) == 3
-    assert run.wait().status is DagsterRunStatus.FAILURE
-    assert len(run.notes("cleaned")) == 1
-    (failed,) = run.steps(DagsterEventType.STEP_FAILURE)
-    assert "It was stopped after --drain-timeout of 1 s on worker " in run.failure(failed)
-
-
-def test_a_step_cut_short_is_retried_elsewhere(stack: Stack) -> None:
-    """A step that its worker's end has cancelled goes through its retry policy, at once."""
-    first = stack.worker("--drain-timeout", "0.5", slots=1).await_ready()
-    run = stack.start("hangs_once")
-    (note,) = run.await_notes("started")
-    first.terminate()
-    assert first.wait(30) == 3
-    assert not is_running(note.more["child"])
-    stack.worker(slots=1).await_ready()
-    assert run.wait().is_success
-    assert [again.attempt for again in run.notes("again")] == [2]
-
-
-def test_ctrl_c(stack: Stack) -> None:
-    """Ctrl-C, which the terminal sends to the whole group, drains like SIGTERM."""
-    worker = stack.worker(slots=1).await_ready()
-    run = stack.start("blocker")
-    run.await_notes("started")
-    worker.process.send_signal(signal.SIGINT)
-    worker.await_log("1 running may finish")
-    run.open_gate()
-    assert run.wait().is_success
-    assert worker.wait() == 0
 
 
 # --- the command line ---------------------------------------------------------------------------
@@ -429,17 +171,20 @@ def test_an_include_that_is_missing(stack: Stack) -> None:
     assert "dagster_taskiq/cli" not in worker.log
 
 
-def test_includes_are_imported_by_each_child(stack: Stack) -> None:
-    """``-i`` runs before the first step, in the process that executes it."""
-    (stack.directory / "included.py").write_text(
-        "import os, pathlib\n"
-        "pathlib.Path(os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY'], f'included-{os.getpid()}')"
-        ".touch()\n"
-    )
-    stack.worker("-i", "included", slots=1).await_ready()
+def test_includes_are_imported_by_each_child_and_the_app_by_the_worker_too(stack: Stack) -> None:
+    """``-i`` and ``-A`` run before the first step, in the process that executes it."""
+    for module in ("included", "team_app"):
+        (stack.directory / f"{module}.py").write_text(
+            "import os, pathlib\n"
+            "directory = os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY']\n"
+            "pathlib.Path(directory, f'{__name__}-{os.getpid()}').touch()\n"
+        )
+    worker = stack.worker("-i", "included", "-A", "team_app:any", slots=1).await_ready()
     run = stack.run("serial")
     (pid,) = {note.pid for note in run.notes("ran")}
-    assert (stack.directory / f"included-{pid}").exists()
+    for process in (f"included-{pid}", f"team_app-{pid}", f"team_app-{worker.pid}"):
+        assert (stack.directory / process).exists()
+    assert not (stack.directory / f"included-{worker.pid}").exists()
 
 
 def _forged(task_id: str, **changes: object) -> bytes:

@@ -17,7 +17,8 @@ from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import RefusedByServerError, ServerError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.servers.kinds import ServerOptions, Tls
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.tls import Tls
 from dagster_taskiq_tests.tls_servers import TlsKind, certificates, tls_options
 
 

@@ -24,7 +24,7 @@ from dagster_taskiq import taskiq_executor
 from dagster_taskiq._dagster.names import EventLogEntry, InstanceRef
 from dagster_taskiq.execution import tasks
 from dagster_taskiq.execution.tasks import TaskRunner
-from dagster_taskiq.messages.results import TaskResult
+from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
@@ -214,3 +214,24 @@ def test_a_database_that_does_not_come_back_fails_the_step(
     assert ends(said, "speaks") == ["STEP_FAILURE"]
     assert "Dagster's database is away; it was waited for until 0.5 s were over" in database.errors
     assert (None, "PIPELINE_FAILURE") in said
+
+
+def test_what_has_begun_is_not_executed_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process that looks into the log, as with a signing key: also in this database."""
+    execute_plan = TaskRunner.execute_plan
+    _, once = database.run()
+    second: list[Outcome] = []
+
+    def execute_twice(runner: TaskRunner, *arguments: Any) -> TaskResult:
+        runner._refuses_copies = True
+        result = execute_plan(runner, *arguments)
+        second.append(execute_plan(runner, *arguments).outcome)
+        return result
+
+    monkeypatch.setattr(TaskRunner, "execute_plan", execute_twice)
+    is_success, said = database.run()
+    assert is_success
+    assert second == [Outcome.COPY] * 2
+    assert said == once

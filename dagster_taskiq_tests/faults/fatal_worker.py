@@ -8,12 +8,13 @@ import os
 import signal
 from functools import partial
 
+from dagster_taskiq import connections
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
 from dagster_taskiq.messages.envelope import physical_queue
 from dagster_taskiq.worker import worker
-from dagster_taskiq.worker.slot import Slot
+from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq_tests.faults import FAULT_VARIABLE
 
 
@@ -43,16 +44,16 @@ def main() -> None:
     elif fault == "claimed":
         _patch(RedisBackend, "claim", is_done_first=True)
     elif fault == "acked":
-        _patch(Slot, "run", is_done_first=False)
+        _patch(ChildSlot, "run", is_done_first=False)
     elif fault == "ended":
         _patch(RedisBackend, "complete", is_done_first=False)
     elif fault == "loading":
-        _patch(Slot, "_send", is_done_first=True)
+        _patch(ChildSlot, "_send", is_done_first=True)
     elif fault == "begun":
         _patch(RedisBackend, "begin", is_done_first=False)
     elif fault == "other protocol":
         worker.PROTOCOL += 1
-        worker.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
+        connections.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
     else:
         raise ValueError(fault)
     command_line(prog_name="dagster-taskiq")

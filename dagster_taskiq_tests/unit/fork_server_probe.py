@@ -22,7 +22,7 @@ from dagster_taskiq.worker.fork_server import (
 )
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
-from dagster_taskiq.worker.slot import Slot
+from dagster_taskiq.worker.slot import ChildSlot
 
 SECRET = "PROBE_SECRET"
 
@@ -33,7 +33,7 @@ async def serve() -> None:
     slots = []
     for number, module in enumerate(iter(sys.stdin.readline, "")):
         options = ChildOptions((module.strip(),), "WARNING", number)
-        slots.append(Slot(fork_server(), guard, LogTails(), options))
+        slots.append(ChildSlot(fork_server(), guard, LogTails(), options))
         await slots[-1].prepare()
         sys.stdout.write(f"{slots[-1].pid}\n")
         sys.stdout.flush()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 
+from benchmarks.pages import fill, tables_of_pages
 from benchmarks.results import PEER, Results, Sample, Status, Target, Verdict
 
 FASTER = Target("seconds", "at least", 20, against=PEER)
@@ -95,15 +96,36 @@ def test_a_limit_says_nothing_of_metrics_that_are_no_time() -> None:
     assert judged([own, stopped("other", limit_seconds=60)], target).status is Status.UNKNOWN
 
 
-def test_medians_and_spreads_are_of_the_repeats_with_values() -> None:
+def test_medians_are_of_the_repeats_with_values() -> None:
     """A problem in one repeat leaves the others' figures as they are."""
     results = Results([*samples(own=[3, 1, 2]), stopped("own")])
     assert results.median("chain", "own", "seconds") == 2
-    assert results.spread("chain", "own", "seconds") == (1, 3)
     assert results.median("chain", "other", "seconds") is None
 
 
-def test_samples_come_back_from_the_file() -> None:
-    """What is written as JSON is read as it was."""
-    for sample in [*samples(own=[1.5]), stopped("own", limit_seconds=60)]:
-        assert Sample(**json.loads(json.dumps(sample.to_json()))) == sample
+def test_of_a_case_in_several_files_the_last_one_counts(tmp_path: Path) -> None:
+    """Other cases are added; samples come back as they were written."""
+    wide = Sample("wide", "own", 0, {"seconds": 3})
+    old = Results([*samples(own=[9]), wide], {"cores": 1}, {"chain": {"steps": 1}, "wide": {}})
+    new = Results([*samples(own=[1.5]), stopped("other", 60)], {"cores": 2}, {"chain": {}})
+    for name, results in (("old", old), ("new", new)):
+        results.save(tmp_path / name)
+    found = Results.load(tmp_path / "old", tmp_path / "new")
+    assert found.samples == [*new.samples, wide]
+    assert (found.machine, found.plans) == ({"cores": 2}, {"chain": {}, "wide": {}})
+
+
+def test_a_table_replaces_the_one_between_its_marks() -> None:
+    """A table that there are no figures for stays as it is."""
+    page = "a\n<!-- one -->\nold\n<!-- / -->\nb\n<!-- two -->\nkept\n<!-- / -->\n"
+    filled = fill(page, {"one": "| new |"})
+    assert filled == page.replace("old", "| new |")
+    assert fill(filled, {"one": "| new |"}) == filled
+
+
+@pytest.mark.parametrize("page", tables_of_pages(), ids=lambda it: it.name)
+def test_a_page_has_the_tables_of_its_figures(page: Path) -> None:
+    """``python -m benchmarks figures``."""
+    tables, text = tables_of_pages()[page], page.read_text("utf8")
+    assert {name for name in tables if f"<!-- {name} -->" not in text} == set()
+    assert fill(text, tables) == text

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
+from dagster_taskiq import connections
 from dagster_taskiq.cli import main
 from dagster_taskiq.cli import worker_start as module
 from dagster_taskiq.cli.background import READY, WAITING, arguments_of
 from dagster_taskiq.cli.worker_start import start
-from dagster_taskiq.worker.worker import WorkerOptions
+from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq_tests.cli_runner import cli_runner
 
 START = ("worker", "start")
@@ -121,6 +126,13 @@ def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
 def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
     """What a worker would be started with."""
     found: list[WorkerOptions] = []
+    done = invoked(monkeypatch, found, *arguments)
+    assert done.exit_code == 0, done.output
+    return found[0]
+
+
+def invoked(monkeypatch: pytest.MonkeyPatch, found: list[WorkerOptions], *arguments: str) -> Result:
+    """Call the command; what a worker would be started with is added to the list."""
 
     async def note(_servers: object, given: WorkerOptions, _ready_fd: object) -> int:
         found.append(given)
@@ -130,9 +142,7 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
     monkeypatch.setattr(module, "_run_worker", note)
     monkeypatch.setattr(module, "start_early", module.EarlyForkServer)
     monkeypatch.setattr(module, "_logging", lambda _level: nullcontext())
-    done = cli_runner().invoke(main, [*START, *arguments])
-    assert done.exit_code == 0, done.output
-    return found[0]
+    return cli_runner().invoke(main, [*START, *arguments])
 
 
 @pytest.mark.parametrize(
@@ -154,22 +164,59 @@ def test_lists_with_commas_and_repeated_options_mean_the_same(
     assert (given.queues, given.include) == (("a", "b"), ("m", "n"))
 
 
+@pytest.mark.parametrize("app", ["dagster_taskiq.app", "dagster_celery.app:x"])
+def test_the_apps_of_both_packages_are_nothing_to_import(
+    app: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may stay on a command line."""
+    assert options(monkeypatch, "-A", app).include == ()
+
+
+@pytest.fixture
+def team_app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A team's module in the present directory, which is not on Python's path; not written yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    yield tmp_path / "team_app.py"
+    sys.modules.pop("team_app", None)
+
+
+@pytest.mark.parametrize("app", ["team_app", "team_app:celery"])
+def test_an_app_is_imported_by_the_worker_before_it_starts(
+    app: str, team_app: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its set-up (logging, sentry) is for the worker's process; children import it first, too."""
+    team_app.write_text("import logging; logging.getLogger('team').set_up = True")
+    monkeypatch.setattr(logging.getLogger("team"), "set_up", False, raising=False)
+    is_set_up = []
+
+    def find_servers(settings: Settings) -> Servers:
+        is_set_up.append(vars(logging.getLogger("team"))["set_up"])
+        return connections.find_servers(settings)
+
+    monkeypatch.setattr(module, "find_servers", find_servers)
+    assert options(monkeypatch, "-A", app, "-i", "m").include == ("team_app", "m")
+    assert is_set_up == [True]
+
+
 @pytest.mark.parametrize(
-    ("app", "expected"),
+    ("text", "reason"),
     [
-        ("dagster_taskiq.app", ()),
-        ("dagster_taskiq.app:broker", ()),
-        ("dagster_celery.app", ()),
-        ("team.app", ("team.app",)),
-        ("team.app:celery", ("team.app",)),
+        (None, "ModuleNotFoundError: No module named 'team_app'"),
+        ("import missing_there", "ModuleNotFoundError: No module named 'missing_there'"),
+        ("raise ValueError('no DSN')", "ValueError: no DSN"),
     ],
 )
-def test_the_module_of_an_app_is_imported(
-    app: str, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+def test_an_app_that_cannot_be_imported(
+    text: str | None, reason: str, team_app: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an include, so that one which does not exist is an error; the two known ones are empty."""
-    assert options(monkeypatch, "-A", app).include == expected
-    assert options(monkeypatch, "-A", app, "-i", "m").include == (*expected, "m")
+    """The worker does not start, and says why in one line."""
+    if text is not None:
+        team_app.write_text(text)
+    done = invoked(monkeypatch, [], "-A", "team_app")
+    assert done.exit_code == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert f"The module 'team_app' of -A cannot be imported: {reason}." in line
 
 
 @pytest.mark.parametrize(
@@ -197,4 +244,21 @@ def test_a_log_is_not_written_through_a_link(commands: list[list[str]], tmp_path
     assert result.exit_code == 1
     assert "Cannot write the log" in result.stderr
     assert not target.exists()
+    assert commands == []
+
+
+@pytest.mark.parametrize("name", ["dagster_taskiq", "dagster_taskiq/logs"])
+def test_the_directory_of_logs_is_not_somebody_elses(
+    name: str, commands: list[list[str]], tmp_path: Path, give_away: Callable[[Path], None]
+) -> None:
+    """Nor does a link of theirs lead to it."""
+    target, link = tmp_path / "target", tmp_path / name
+    target.mkdir()
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(target)
+    give_away(link)
+    result = cli_runner().invoke(main, [*START, "-d", "-n", "w"])
+    assert result.exit_code == 1
+    assert "is a link that belongs to user 4711" in result.stderr
+    assert not list(target.iterdir())
     assert commands == []

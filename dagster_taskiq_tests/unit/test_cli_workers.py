@@ -20,12 +20,14 @@ class Crowd:
 
     records: list[WorkerRecord] = field(default_factory=list)
     orders: dict[str, str] = field(default_factory=dict)
+    connections: int = 0
 
     def add(self, name: str, *queues: str) -> None:
         host = name.partition("@")[2]
         self.records.append(WorkerRecord(name.upper(), name, host, 1, queues or ("dagster",)))
 
-    async def startup(self) -> None: ...
+    async def startup(self) -> None:
+        self.connections += 1
 
     async def shutdown(self) -> None: ...
 
@@ -65,6 +67,24 @@ def test_a_record_that_is_not_signed_is_told_nothing(
     assert "the record of worker a@one is not signed" in alone.stderr
     listed = call("worker", "list").stdout
     assert listed.count("running (not signed)") == 2
+
+
+def test_a_record_that_is_outdated_counts_for_nothing(crowd: Crowd) -> None:
+    """It may be that of a dead worker, kept by somebody: it is listed, and said to be so."""
+    crowd.add("a@one")
+    crowd.records = [replace(crowd.records[0], is_trusted=False, is_outdated=True)]
+    told = call("worker", "terminate", "a")
+    assert told.exit_code == 1
+    assert "the record of worker a@one is outdated by this host's clock" in told.stderr
+    assert crowd.orders == {}
+    listed = call("worker", "list")
+    assert listed.exit_code == 0
+    assert "running (outdated)" in listed.stdout
+    named = call("worker", "list", "a")
+    assert named.exit_code == 1
+    assert "running (outdated)" in named.stdout
+    assert "No worker named 'a' is running." in named.stderr
+    assert call("status").exit_code == 1
 
 
 def call(*arguments: str, **more: Any) -> Result:
@@ -120,7 +140,10 @@ def test_orders_to_nobody_are_no_error(crowd: Crowd, arguments: list[str]) -> No
 
 
 def test_terminate_without_a_name(crowd: Crowd) -> None:
-    """It means the worker named dagster, as in dagster-celery; if there is none it says so."""
+    """It means the worker named dagster, as in dagster-celery; if there is none it says so.
+
+    Both over one connection.
+    """
     crowd.add("a@one")
     done = call("worker", "terminate")
     assert (done.exit_code, crowd.orders) == (0, {})
@@ -128,6 +151,7 @@ def test_terminate_without_a_name(crowd: Crowd) -> None:
     crowd.add("dagster@one")
     assert call("worker", "terminate").exit_code == 0
     assert crowd.orders == {"DAGSTER@ONE": "terminate"}
+    assert crowd.connections == 2
 
 
 @pytest.mark.parametrize("arguments", [["reload"], ["reload", "a", "-a"], ["terminate", "a", "-a"]])

@@ -12,16 +12,12 @@ import pytest
 
 from dagster_taskiq import defaults
 from dagster_taskiq.config.celery_names import CELERY_SETTINGS
-from dagster_taskiq.config.settings import (
-    EXECUTOR_SCHEMA,
-    ConfigSource,
-    Settings,
-    check_config,
-)
+from dagster_taskiq.config.config_source import ConfigSource
+from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings, check_config
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.servers.kinds import Tls
+from dagster_taskiq.servers.tls import Tls
 
 SECRET = "s3cr3t-w0rd"
 

@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 from dagster import (
+    DagsterEvent,
     DagsterEventType,
     DagsterInstance,
     DagsterRunStatus,
     execute_job,
     reconstructable,
 )
-from dagster._core.execution.plan.objects import StepFailureData
+from dagster._core.execution.plan.objects import StepFailureData, StepRetryData
 
 from dagster_taskiq import executor as executor_module
 from dagster_taskiq._dagster.names import SerializableErrorInfo, pack_value
@@ -95,6 +96,10 @@ class FakeDispatcher(Dispatcher):
         self.batches: list[int] = []
         self.states: dict[str, TaskState] = {}
         self.stored: dict[str, TaskResult] = {}
+        self.payloads: dict[str, Mapping[str, Any]] = {}
+        #: Those that a worker has begun with by the log, and those that it has executed.
+        self.begun: set[str] = set()
+        self.executed: set[str] = set()
         self.arrived: list[tuple[str, TaskResult]] = []
         self.acknowledged: list[str] = []
         self.reopened: list[str] = []
@@ -102,6 +107,8 @@ class FakeDispatcher(Dispatcher):
         self.inspections: list[float] = []
         #: By task id, where no worker renews it any more.
         self.leases_end_at: dict[str, float] = {}
+        #: By task id, where another worker than the first has it.
+        self.places: dict[str, Place] = {}
         self.server_clock_stepped_by = 0.0
         self.is_conclusive = True
         self.is_deleted = False
@@ -125,6 +132,7 @@ class FakeDispatcher(Dispatcher):
         self.batches.append(len(tasks))
         for task in tasks:
             self.sent.append(task)
+            self.payloads[task.task_id] = task.make_payload()
             words = self.plan[task.step_key]
             self._do(words.pop(0) if words else RUN, task)
 
@@ -142,7 +150,7 @@ class FakeDispatcher(Dispatcher):
         elif word == RUN_UNHEARD:
             self._done(task)
         elif word == RUN_AND_LOSE:
-            TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
+            self.execute(task)
             self.states[key] = TaskState.EXPIRED
         elif word == EXPIRE_UNSTARTED:
             self.states[key] = TaskState.EXPIRED
@@ -165,13 +173,23 @@ class FakeDispatcher(Dispatcher):
         return self.__dict__.setdefault("_waiting", set())
 
     def _done(self, task: StepTask) -> TaskResult:
-        result = TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
+        result = self.execute(task)
         self.states[task.task_id] = TaskState.DONE
         self.stored[task.task_id] = result
         return TaskResult.from_bytes(result.to_bytes())
 
+    def execute(self, task: StepTask) -> TaskResult:
+        """What a worker does; also one with a signing key executes each attempt that is sent."""
+        is_held = task.task_id in self.begun
+        self.executed.add(task.task_id)
+        runner = TaskRunner(refuses_copies=not is_held)
+        result = runner.execute_plan(task.make_payload(), PLACE, task.queue)
+        assert result.outcome is not Outcome.COPY, result.reason
+        return result
+
     def start(self, task: StepTask) -> None:
         """Log what a worker logs before it runs a step."""
+        self.begun.add(task.task_id)
         (run,) = self.instance.get_runs(limit=1)
         tasks._report_start(self.instance, run, task.step_key, PLACE, task.queue)
 
@@ -219,7 +237,8 @@ class FakeDispatcher(Dispatcher):
             return TaskReport(state)
         left = self.leases_end_at.get(task_id, self.clock.now + LEASE_SECONDS) - self.clock.now
         left -= self.server_clock_stepped_by
-        return TaskReport(state, PLACE, left) if left > 0 else TaskReport(TaskState.EXPIRED)
+        place = self.places.get(task_id, PLACE)
+        return TaskReport(state, place, left) if left > 0 else TaskReport(TaskState.EXPIRED)
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         return [(key, self.stored[key]) for key in task_ids if key in self.stored]
@@ -766,7 +785,7 @@ def test_an_interrupted_step_is_retried_and_shows_why_and_where(
     def answer(_: int) -> None:
         fake.on_wait = lambda _: None
         (task,) = fake.sent
-        result = TaskRunner().execute_plan(task.make_payload(), PLACE, task.queue)
+        result = fake.execute(task)
         assert result.is_cancelled
         told = replace(result, is_cancelled=False, reason=f"{result.reason[:-1]} after a drain.")
         fake.arrived.append((task.task_id, told))
@@ -1529,3 +1548,127 @@ def test_a_late_failure_of_a_lost_attempt_does_not_count_after_a_resume(
         ("patient", 2),
         ("add_one", 1),
     ]
+
+
+# --- copies of tasks, to workers with a signing key ---
+
+
+@pytest.mark.parametrize(
+    ("job", "plan"),
+    [
+        (jobs.retry_job, {}),
+        (jobs.dynamic_job, {}),
+        (jobs.patient_job, {"patient": [EXPIRE_STARTED, EXPIRE_UNSTARTED, RUN]}),
+    ],
+    ids=["retries", "dynamic", "lost"],
+)
+def test_a_copy_of_what_has_begun_is_refused(
+    fake: FakeDispatcher, instance: DagsterInstance, job: Any, plan: Mapping[str, list[str]]
+) -> None:
+    """Running, ended, lost, or about to be retried: it is not executed, and writes nothing."""
+    fake.plan.update(plan)
+    copies: set[str] = set()
+
+    def send_copies(_: int) -> None:
+        for task in fake.sent:
+            if task.task_id in fake.begun | fake.executed:
+                reason = check_is_refused(fake, task)
+                assert "has begun before on worker w@h (slot 2)" in reason
+                copies.add(task.task_id)
+
+    fake.on_wait = send_copies
+    assert execute(job, instance).status is SUCCESS
+    assert copies == {task.task_id for task in fake.sent}
+
+
+def check_is_refused(fake: FakeDispatcher, task: StepTask) -> str:
+    """Execute a copy of a task in a process that looks into the log; why it does not."""
+    (run,) = fake.instance.get_runs(limit=1)
+    before = len(fake.instance.all_logs(run.run_id))
+    runner = TaskRunner(refuses_copies=True)
+    result = runner.execute_plan(fake.payloads[task.task_id], PLACE, task.queue)
+    assert result.outcome is Outcome.COPY, result
+    assert f'Attempt {task.attempt} of step "{task.step_key}"' in result.reason
+    assert len(fake.instance.all_logs(run.run_id)) == before
+    return result.reason
+
+
+def test_a_copy_of_what_has_ended_without_a_beginning_is_refused(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The worker could not load its code, and the loop has gone on to the next attempt."""
+    fake.plan["patient"] = [WAIT, RUN]
+    error = TaskResult(Outcome.ERROR, PLACE, reason="No module named 'their_code'")
+    refused = []
+
+    def happen(_: int) -> None:
+        first = fake.sent[0]
+        if len(fake.sent) > 1:
+            refused.append(check_is_refused(fake, first))
+        else:
+            fake.states[first.task_id] = TaskState.DONE
+            fake.arrived.append((first.task_id, error))
+
+    fake.on_wait = happen
+    assert execute(jobs.patient_job, instance).status is SUCCESS
+    assert refused
+    assert "on worker" not in refused[0]
+
+
+def test_a_retry_that_loop_and_worker_ask_for_at_once_is_one(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker of a lost attempt lives and logs its retry while the loop logs its own."""
+    fake.plan["patient"] = [EXPIRE_STARTED]
+    other_process = os.getpid() + 1
+    ask = loop_module.retry_or_fail_step
+
+    def ask_both(*arguments: Any) -> DagsterEvent:
+        (run,) = instance.get_runs(limit=1)
+        first = next(e for e in Ran(instance, run.run_id).events if e.step_key == "patient")
+        retry = first._replace(
+            event_type_value=DagsterEventType.STEP_UP_FOR_RETRY.value,
+            event_specific_data=StepRetryData(SerializableErrorInfo("own", [], "Own")),
+            pid=other_process,
+        )
+        instance.report_dagster_event(retry, run.run_id)
+        return ask(*arguments)
+
+    def begin_elsewhere(task: StepTask) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: other_process)
+            FakeDispatcher.start(fake, task)
+
+    monkeypatch.setattr(fake, "start", begin_elsewhere)
+    monkeypatch.setattr(loop_module, "retry_or_fail_step", ask_both)
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is SUCCESS
+    assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 2
+    assert [task.attempt for task in fake.sent] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_claim_that_a_copy_has_taken_leaves_the_step_to_the_log(
+    fake: FakeDispatcher, instance: DagsterInstance, has_ended: bool
+) -> None:
+    """The worker that had the step could not report; the copy's has let its claim end."""
+    fake.plan["one"] = [HOLD]
+    other = replace(PLACE, worker="other@h")
+
+    def replay(_: int) -> None:
+        fake.on_wait = lambda _: None
+        (task,) = fake.sent
+        check_is_refused(fake, task)
+        fake.places[task.task_id] = other
+        fake.leases_end_at[task.task_id] = fake.clock.now + LEASE_SECONDS
+        if has_ended:
+            fake.execute(task)
+
+    fake.on_wait = replay
+    ran = execute(jobs.single_job, instance)
+    assert len(fake.sent) == 1
+    assert fake.clock.now - 1000 >= LEASE_SECONDS
+    assert ran.status is (SUCCESS if has_ended else FAILURE)
+    if not has_ended:
+        assert 'Step "one" on worker w@h' in ran.error("one")
+        assert "Worker other@h (slot 2) was given its task too" in ran.error("one")

@@ -451,14 +451,58 @@ def test_the_keeper_keeps_no_secret_of_who_starts_it(home: Path) -> None:
 
 
 def test_links_that_somebody_else_has_laid_are_refused(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, give_away: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those to a short path of the socket."""
     monkeypatch.setattr("tempfile.tempdir", str(home))
     long = home / ("x" * 100)
     long.mkdir()
-    (home / f"dagster-taskiq-{os.geteuid()}").symlink_to(long)
+    planted = home / f"dagster-taskiq-{os.geteuid()}"
+    planted.symlink_to(long)
+    give_away(planted)
     with pytest.raises(EmbeddedServerError, match="must be a directory of user"):
         use_embedded_server(long)
+
+
+@pytest.mark.parametrize("use", [use_embedded_server, find_embedded_server])
+def test_a_link_of_somebody_else_in_the_home_is_refused(
+    home: Path, use: Callable[[Path], object], give_away: Callable[[Path], None]
+) -> None:
+    """It would make, move and change files where it leads to."""
+    target = home / "target"
+    target.mkdir(mode=0o755)
+    (home / "dagster_taskiq").symlink_to(target)
+    give_away(home / "dagster_taskiq")
+    with pytest.raises(EmbeddedServerError, match="is a link that belongs to user 4711"):
+        use(home)
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert not list(target.iterdir())
+
+
+def test_a_home_and_a_directory_that_are_own_links_are_used(home: Path) -> None:
+    """Both ways in lead to one server."""
+    place, real, link = home / "place", home / "real", home / "link"
+    place.mkdir()
+    real.mkdir()
+    link.symlink_to(real)
+    (real / "dagster_taskiq").symlink_to(place)
+    try:
+        assert use_embedded_server(link) == use_embedded_server(real)
+        assert (place / "server.sock").is_socket()
+    finally:
+        release_embedded_server(link)
+        wait_until(lambda: not (place / "server.sock").exists())
+
+
+def test_no_lock_is_opened_through_a_link(home: Path) -> None:
+    """It may have been put there while the directory was open to others."""
+    target = home / "target"
+    target.write_text("precious")
+    (home / "dagster_taskiq").mkdir()
+    (home / "dagster_taskiq" / "keeper.lock").symlink_to(target)
+    with pytest.raises(EmbeddedServerError, match=r"symbolic links .*keeper\.lock"):
+        use_embedded_server(home)
+    assert target.read_text() == "precious"
 
 
 def test_odd_characters_in_the_path_reach_the_client(home: Path) -> None:

@@ -18,7 +18,6 @@ from dagster_taskiq.messages.envelope import (
     PROTOCOL,
     Envelope,
     QueueKind,
-    TaskFormatter,
     TaskName,
     physical_queue,
     run_task_id,
@@ -90,15 +89,6 @@ def refuse(message: Any) -> str:
 def test_an_envelope_survives_the_way(envelope: Envelope) -> None:
     """What a worker reads is what was sent, whatever is in its texts and payload."""
     assert Envelope.from_bytes(raw(envelope), UNSIGNED) == envelope
-
-
-@given(envelopes())
-def test_an_admitted_message_can_be_read_again(envelope: Envelope) -> None:
-    """``from_header`` reads what Taskiq hands to the task after ``from_bytes`` let it through."""
-    for signer in (UNSIGNED, KEY):
-        message = TaskFormatter().loads(raw(envelope, signer))
-        assert (message.task_id, message.task_name) == (envelope.task_id, envelope.name.value)
-        assert Envelope.from_header(**message.kwargs) == envelope
 
 
 @given(envelopes(), st.data())
@@ -312,11 +302,3 @@ def test_a_task_without_our_signature_is_refused(signer: Signer) -> None:
     expected = "another signing_key" if signer.is_active else "it is not signed"
     with pytest.raises(UntrustedError, match=expected):
         Envelope.from_bytes(raw(ENVELOPE, signer), KEY)
-
-
-def test_taskiq_itself_can_send_no_task() -> None:
-    """Such a task would be neither signed nor bounded."""
-    formatter = TaskFormatter()
-    message = formatter.loads(raw(ENVELOPE))
-    with pytest.raises(TypeError, match=f"{TASK_ID} cannot be sent"):
-        formatter.dumps(message)

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -100,6 +100,35 @@ def client() -> Iterator[GuardClient]:
     client.start()
     yield client
     client.close()
+
+
+async def _until(condition: Callable[[], object]) -> None:
+    """Wait in the loop, which the monitor needs."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def monitored(client: GuardClient, *arguments: Callable[[int], None]) -> AsyncIterator[None]:
+    """The client's monitor runs; it ends with the client."""
+    monitor = asyncio.create_task(client.monitor(*arguments))
+    yield
+    client.close()
+    await asyncio.wait_for(monitor, SECONDS)
+
+
+async def answered(client: GuardClient) -> None:
+    """Wait until the guard has started, and has answered what it was asked."""
+    await _until(lambda: client._question is None)
+
+
+def suspended(client: GuardClient) -> psutil.Process:
+    """The client's guard, which is stopped."""
+    guard = psutil.Process(client.pid)
+    guard.suspend()
+    return guard
 
 
 def test_the_end_of_the_worker_kills_all_that_is_watched(
@@ -266,14 +295,12 @@ def test_a_killed_guard_is_replaced_by_one_that_knows_everything(
         first = client.pid
         # a deadline that only a guard that was told anew can keep
         client.set_deadline(due.group, clock() + 2.0)
-        monitor = asyncio.create_task(client.monitor())
-        os.kill(first, signal.SIGKILL)
-        await asyncio.to_thread(wait_until, lambda: client.pid != first)
-        assert watched.is_alive()
-        await asyncio.to_thread(wait_until, due.is_dead)
-        assert watched.is_alive()
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client):
+            os.kill(first, signal.SIGKILL)
+            await asyncio.to_thread(wait_until, lambda: client.pid != first)
+            assert watched.is_alive()
+            await asyncio.to_thread(wait_until, due.is_dead)
+            assert watched.is_alive()
 
     asyncio.run(scenario())
     wait_until(watched.is_dead)
@@ -294,10 +321,8 @@ def test_what_is_said_while_no_guard_runs_is_not_lost(
         wait_until(lambda: not _runs(psutil.Process(first)) if psutil.pid_exists(first) else True)
         client.watch(victim.group)
         client.set_deadline(victim.group, clock() + 0.5)
-        monitor = asyncio.create_task(client.monitor())
-        await asyncio.to_thread(wait_until, victim.is_dead)
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client):
+            await asyncio.to_thread(wait_until, victim.is_dead)
 
     asyncio.run(scenario())
 
@@ -310,22 +335,19 @@ def test_a_stopped_guard_is_replaced_by_one_that_knows_everything(
     nobody = _unused_pid()
 
     async def scenario() -> None:
-        monitor = asyncio.create_task(client.monitor())
-        await _until(lambda: client._question is None)  # it has started
-        first = psutil.Process(client.pid)
-        first.suspend()
-        client.ask(0.1)
-        client.watch(watched.group)
-        client.watch(due.group)
-        for _ in range(20_000):  # more than fits into the pipe
-            client.set_deadline(nobody, clock() + 1000)
-        client.set_deadline(due.group, clock() + 1000)
-        await _until(lambda: not _runs(first))
-        client.set_deadline(due.group, clock() + 0.1)
-        await asyncio.to_thread(wait_until, due.is_dead)
-        assert watched.is_alive()
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client):
+            await answered(client)  # it has started
+            first = suspended(client)
+            client.ask(0.1)
+            client.watch(watched.group)
+            client.watch(due.group)
+            for _ in range(20_000):  # more than fits into the pipe
+                client.set_deadline(nobody, clock() + 1000)
+            client.set_deadline(due.group, clock() + 1000)
+            await _until(lambda: not _runs(first))
+            client.set_deadline(due.group, clock() + 0.1)
+            await asyncio.to_thread(wait_until, due.is_dead)
+            assert watched.is_alive()
 
     asyncio.run(scenario())
     wait_until(watched.is_dead)
@@ -339,17 +361,14 @@ def test_a_guard_whose_pipe_is_full_is_replaced_without_being_asked(
     victim = victims()
 
     async def scenario() -> None:
-        monitor = asyncio.create_task(client.monitor())
-        await _until(lambda: client._question is None)  # it has started
-        client.ask(0.1)
-        await _until(lambda: client._question is None)
-        first = psutil.Process(client.pid)
-        first.suspend()
-        for _ in range(20_000):
-            client.watch(victim.group)
-        await _until(lambda: not _runs(first))
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client):
+            await answered(client)  # it has started
+            client.ask(0.1)
+            await answered(client)
+            first = suspended(client)
+            for _ in range(20_000):
+                client.watch(victim.group)
+            await _until(lambda: not _runs(first))
 
     asyncio.run(scenario())
     wait_until(victim.is_dead)
@@ -366,25 +385,21 @@ def test_what_no_guard_watches_is_killed_when_a_guard_would_have_killed_it(
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     async def scenario() -> None:
-        monitor = asyncio.create_task(
-            client.monitor(lambda group: told.setdefault(group, clock()) and None)
-        )
-        client.watch(idle)
-        acknowledged = clock() + 2.0
-        client.set_deadline(step, acknowledged)
-        client.ask(SECONDS)
-        await _until(lambda: client._question is None)
-        psutil.Process(client.pid).suspend()
-        monkeypatch.setattr(guard_client.subprocess, "Popen", no_process)
-        client.set_deadline(step, clock() + 1000)
-        client.ask(0.1)
-        await _until(lambda: step in told)
-        assert acknowledged <= told[step] < acknowledged + 1
-        monkeypatch.undo()
-        # a guard can be had again
-        await _until(lambda: client.pid and client._question is None)
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client, lambda group: told.setdefault(group, clock()) and None):
+            client.watch(idle)
+            acknowledged = clock() + 2.0
+            client.set_deadline(step, acknowledged)
+            client.ask(SECONDS)
+            await answered(client)
+            suspended(client)
+            monkeypatch.setattr(guard_client.subprocess, "Popen", no_process)
+            client.set_deadline(step, clock() + 1000)
+            client.ask(0.1)
+            await _until(lambda: step in told)
+            assert acknowledged <= told[step] < acknowledged + 1
+            monkeypatch.undo()
+            # a guard can be had again
+            await _until(lambda: client.pid and client._question is None)
 
     asyncio.run(scenario())
     assert told.keys() == {step}
@@ -397,19 +412,17 @@ def test_a_guard_that_answers_is_kept_and_so_is_what_it_guards(client: GuardClie
     group = _unused_pid()
 
     async def scenario() -> None:
-        monitor = asyncio.create_task(client.monitor(told.append))
-        first = client.pid
-        soon, later = clock() + SECONDS, clock() + 2 * SECONDS
-        client.set_deadline(group, soon)
-        client.set_deadline(group, later)
-        assert client._limits == {group: soon}  # nobody has said that it knows of the other one
-        await _until(lambda: client._question is None)  # it has started
-        client.ask(SECONDS)
-        await _until(lambda: client._question is None)
-        assert client._limits == {group: later}
-        assert client.pid == first
-        client.close()
-        await asyncio.wait_for(monitor, SECONDS)
+        async with monitored(client, told.append):
+            first = client.pid
+            soon, later = clock() + SECONDS, clock() + 2 * SECONDS
+            client.set_deadline(group, soon)
+            client.set_deadline(group, later)
+            assert client._limits == {group: soon}  # nobody has said that it knows of the other one
+            await answered(client)  # it has started
+            client.ask(SECONDS)
+            await answered(client)
+            assert client._limits == {group: later}
+            assert client.pid == first
 
     asyncio.run(scenario())
     assert not told
@@ -422,17 +435,9 @@ def test_a_stopped_guard_does_not_keep_the_worker_from_ending(
     victim = victims()
     monkeypatch.setattr(guard_client, "_CLOSE_SECONDS", 0.1)
     client.watch(victim.group)
-    psutil.Process(client.pid).suspend()
+    suspended(client)
     client.close()
     wait_until(victim.is_dead)
-
-
-async def _until(condition: Callable[[], object]) -> None:
-    """Wait in the loop, which the monitor needs."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.005)
 
 
 def test_closing_before_the_start_and_twice_does_nothing() -> None:

@@ -17,12 +17,13 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: and from its own room. Rooms that share a line know nothing of each other.
 STOREYS = [
     "version defaults errors",
-    "aio servers",
+    "aio",
+    "servers",
     "_dagster messages",
     "tags config brokers backend execution",
     "connections",
     "loop launch worker",
-    "executor launcher app",
+    "executor launcher",
     "demo",
     "cli",
 ]

@@ -23,6 +23,7 @@ from dagster_taskiq.backend import TaskState
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
 from dagster_taskiq.launch import late_launches
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq_tests.acceptance import jobs
@@ -77,7 +78,7 @@ class FakeClient:
     def of(self, _: str) -> None:
         return None
 
-    def physical_queue(self, _: Envelope) -> str:
+    def physical_queue(self, _: str) -> str:
         return "queue"
 
     def is_absent(self, *_: str) -> bool:
@@ -106,7 +107,8 @@ def make_launcher(
     client: FakeClient, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[MakeLauncher]:
     monkeypatch.setattr(late_launches, "RETRY_SECONDS", 0.02)
-    watch = LaunchWatch(cast("Any", client), 30.0)
+    background = Background()
+    watch = LaunchWatch(cast("Any", client), background, 30.0)
     monkeypatch.setattr(TaskiqRunLauncher, "_client", client)
     monkeypatch.setattr(TaskiqRunLauncher, "_watch", watch)
     launchers = []
@@ -121,7 +123,7 @@ def make_launcher(
         return launcher
 
     yield make
-    watch.close()
+    background.close()
     for launcher in launchers:
         launcher.dispose()
 
@@ -283,5 +285,5 @@ def test_a_run_that_is_cancelled_meanwhile_is_not_sent(
     launcher = make_launcher()
     launch(launcher, run)
     instance.report_run_canceled(run)
-    until(lambda: launcher._late._thread is None, "it is forgotten, though the server is away")
+    until(lambda: not launcher._late._late, "it is forgotten, though the server is away")
     assert client.sent == []

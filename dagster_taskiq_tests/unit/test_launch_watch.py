@@ -14,6 +14,7 @@ from dagster import DagsterInstance, DagsterRunStatus
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
 from dagster_taskiq.launch import launch_watch
+from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope, TaskName
@@ -44,8 +45,8 @@ class FakeClient:
         self.sent: list[Envelope] = []
         self.is_looked_at = threading.Semaphore(0)
 
-    def physical_queue(self, envelope: Envelope) -> str:
-        return f"physical {envelope.queue}"
+    def physical_queue(self, queue: str) -> str:
+        return f"physical {queue}"
 
     def is_absent(self, *_: str) -> bool:
         self.is_looked_at.release()
@@ -105,9 +106,9 @@ def watch(
     client: FakeClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[LaunchWatch]:
     monkeypatch.setattr(launch_watch, "LOOK_SECONDS", 0.01)
-    watch = LaunchWatch(cast("RunClient", client), LEASE_SECONDS, clock)
-    yield watch
-    watch.close()
+    background = Background()
+    yield LaunchWatch(cast("RunClient", client), background, LEASE_SECONDS, clock)
+    background.close()
 
 
 @pytest.fixture

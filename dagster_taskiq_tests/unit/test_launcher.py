@@ -27,6 +27,9 @@ class FakeClient:
         self.is_asked = threading.Event()
         self.answers = threading.Event()
 
+    def physical_queue(self, queue: str) -> str:
+        return f"physical {queue}"
+
     def cancel(self, *_: str) -> TaskState:
         return TaskState.CLAIMED
 
@@ -54,7 +57,7 @@ def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
     others = set(threading.enumerate())  # perhaps of a launcher that was just left
     assert launcher.terminate(run.run_id) is True
     new = set(threading.enumerate()) - others
-    (thread,) = (it for it in new if it.name == "see-to-its-end")
+    (thread,) = (it for it in new if it.name == f"end of run {run.run_id}")
     assert client.is_asked.wait(PATIENCE_SECONDS)
     launcher.dispose()
     client.answers.set()

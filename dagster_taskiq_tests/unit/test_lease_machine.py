@@ -67,7 +67,7 @@ class Keeping(RuleBasedStateMachine):
     def claim(self, is_run: bool) -> None:
         async def keep() -> Lease:
             lease = self.scene.keep()
-            lease.needs_live_run = not is_run
+            lease.is_step = not is_run
             lease.claim = replace(lease.claim, epoch=self.backend.epoch)
             note = lease.on_stop
 
@@ -137,7 +137,7 @@ class Keeping(RuleBasedStateMachine):
             if lease.claim.token in before:
                 continue
             is_handed_over = lease.stop_reason is StopReason.HANDED_OVER
-            assert is_handed_over == (not lease.needs_live_run and lease.is_resumable)
+            assert is_handed_over == (not lease.is_step and lease.is_resumable)
 
     @rule(seconds=st.sampled_from([0.1, SOON, LEASE / 2, LEASE, 2 * LEASE]))
     def time_passes(self, seconds: float) -> None:
@@ -174,7 +174,7 @@ class Keeping(RuleBasedStateMachine):
         if reason is StopReason.CANCELLED:
             assert token in self.backend.orders
         elif reason is StopReason.RUN_GONE:
-            assert lease.needs_live_run
+            assert lease.is_step
             assert self.gone_since is not None, "its run lives, or may be resumed"
         elif reason is StopReason.LEASE_LOST:
             silent_for = self.now - lease.renewed_at
@@ -182,7 +182,7 @@ class Keeping(RuleBasedStateMachine):
         else:
             assert reason is StopReason.HANDED_OVER
             assert self.is_draining
-            assert not lease.needs_live_run
+            assert not lease.is_step
             assert lease.is_resumable
 
     def _check_alive(self, lease: Lease) -> None:
@@ -194,9 +194,9 @@ class Keeping(RuleBasedStateMachine):
         gone_for = self.now - max(gone_since, self.claimed_at[lease.claim.token])
         # an epoch that has just begun gives the run a lease to come back
         steady_for = self.now - max(self.epoch_since, self.well_since)
-        if lease.needs_live_run and steady_for > LEASE + SOON:
+        if lease.is_step and steady_for > LEASE + SOON:
             assert gone_for < SOON, "a step outlives its run"
-        may_stay = lease.needs_live_run or not self.is_draining or not lease.is_resumable
+        may_stay = lease.is_step or not self.is_draining or not lease.is_resumable
         assert may_stay, "a run stays on a worker that stops"
 
     def teardown(self) -> None:

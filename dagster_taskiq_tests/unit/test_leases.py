@@ -26,6 +26,7 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+from dagster_taskiq.worker.observer import LoggingObserver
 
 UNSIGNED = Signer()
 
@@ -150,6 +151,7 @@ class Scene:
             cast("GuardClient", self.guard),
             OrderReader(signer, "worker", "worker@host"),
             self.refusals,
+            LoggingObserver(),
             now,
         )
         self.stopped_at: dict[str, float] = {}
@@ -565,7 +567,7 @@ def test_a_process_that_is_stopped_for_a_lease_is_killed(
 
     async def scenario(scene: Scene) -> None:
         lease, other, executed = (scene.keep() for _ in range(3))
-        lease.needs_live_run = other.needs_live_run = is_step
+        lease.is_step = other.is_step = is_step
         executed.is_executed = True
         stopped.update({lease.group, other.group, executed.group})
         await asyncio.sleep(LEASE / 2)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from dagster_taskiq.worker import leftovers
 from dagster_taskiq.worker.leftovers import Leftovers
 
 SECONDS = 60.0
@@ -68,20 +69,20 @@ def test_it_is_put_back(name: str) -> None:
     """Without a word, since nothing is left of it."""
     read, change = CHANGES[name]
     before = read()
-    leftovers = Leftovers()
-    leftovers.look()
+    found = Leftovers()
+    found.look()
     change()
-    assert leftovers.put_back() == []
+    assert found.put_back() == []
     assert read() == before
 
 
 def test_a_timer_goes_before_its_handler() -> None:
     """An alarm that came in between would end the process."""
-    leftovers = Leftovers()
-    leftovers.look()
+    found = Leftovers()
+    found.look()
     signal.signal(signal.SIGPROF, lambda *_: None)
     signal.setitimer(signal.ITIMER_PROF, 0.000_1, 0.000_1)  # that of real time is pytest's
-    assert leftovers.put_back() == []
+    assert found.put_back() == []
     assert signal.getsignal(signal.SIGPROF) is signal.SIG_DFL
 
 
@@ -90,12 +91,12 @@ def test_what_cannot_be_put_back_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     gone = tmp_path / "gone"
     gone.mkdir()
     monkeypatch.chdir(gone)
-    leftovers = Leftovers()
-    leftovers.look()
+    found = Leftovers()
+    found.look()
     os.chdir(tmp_path)
     gone.rmdir()
     socket.setdefaulttimeout(0.5)
-    (found,) = leftovers.put_back()
+    (found,) = found.put_back()
     assert "the working directory" in found
     assert str(gone) in found
     assert socket.getdefaulttimeout() is None
@@ -120,48 +121,65 @@ def test_a_thread_that_goes_on_is_named(until_the_end: threading.Event) -> None:
         threading.Thread(target=until_the_end.wait, name=name, daemon=is_daemon)
     )
     until_the_end_of("before", False).start()
-    leftovers = Leftovers()
-    leftovers.look()
+    found = Leftovers()
+    found.look()
     until_the_end_of("of a library", True).start()
     ended = threading.Thread(target=int)
     ended.start()
     ended.join()
-    assert leftovers.put_back() == []
-    leftovers.look()
+    assert found.put_back() == []
+    found.look()
     until_the_end_of("of the step", False).start()
-    assert leftovers.put_back() == ["threads that still run (of the step)"]
+    assert found.put_back() == ["threads that still run (of the step)"]
 
 
 def test_a_pool_of_threads_may_stay_but_not_its_work(until_the_end: threading.Event) -> None:
     """Libraries keep such pools for ever; an idle thread of one does nothing."""
-    leftovers = Leftovers()
-    leftovers.look()
+    found = Leftovers()
+    found.look()
     with ThreadPoolExecutor(1, thread_name_prefix="pool") as pool:
         pool.submit(int).result()
         deadline = time.monotonic() + SECONDS
-        while leftovers.put_back():  # it has given its result, and not come to wait again
+        while found.put_back():  # it has given its result, and not come to wait again
             assert time.monotonic() < deadline
-        leftovers.look()
+        found.look()
         pool.submit(int).result()
-        leftovers.look()
+        found.look()
         has_begun = threading.Event()
         with ThreadPoolExecutor(1, thread_name_prefix="other") as other:
             other.submit(lambda: (has_begun.set(), until_the_end.wait()))
             assert has_begun.wait(SECONDS)
-            assert leftovers.put_back() == ["threads that still run (other_0)"]
+            assert found.put_back() == ["threads that still run (other_0)"]
             until_the_end.set()
+
+
+@pytest.mark.parametrize("kernel_lists_children", [leftovers._KERNEL_LISTS_CHILDREN, False])
+def test_processes_of_processes_are_named(
+    kernel_lists_children: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the kernel does not say which they are."""
+    monkeypatch.setattr(leftovers, "_KERNEL_LISTS_CHILDREN", kernel_lists_children)
+    found = Leftovers()
+    found.look()
+    shell = ["sh", "-c", "sleep 1000 & echo $!; wait"]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        grandchild = int(process.stdout.readline())
+        names = ", ".join(map(str, sorted((process.pid, grandchild))))
+        assert found.put_back() == [f"processes that still run ({names})"]
+        os.kill(grandchild, signal.SIGKILL)
 
 
 def test_a_process_that_goes_on_is_named() -> None:
     """Not one that was there before, nor one that has ended, whether it was waited for or not."""
     sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
     with subprocess.Popen(sleep) as before:
-        leftovers = Leftovers()
-        leftovers.look()
+        found = Leftovers()
+        found.look()
         with subprocess.Popen(sleep) as process:
-            assert leftovers.put_back() == [f"processes that still run ({process.pid})"]
-            leftovers.look()
+            assert found.put_back() == [f"processes that still run ({process.pid})"]
+            found.look()
             process.kill()
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            assert leftovers.put_back() == []
+            assert found.put_back() == []
         before.kill()

@@ -17,7 +17,7 @@ from dagster_taskiq.worker.log_writer import LogWriter
 
 SECONDS = 30.0
 
-#: More than a pipe takes.
+#: More than the writer keeps, and more than a pipe takes.
 MANY = 20_000
 
 
@@ -36,6 +36,16 @@ class Log:
             assert self.writer.stop(SECONDS)
             os.close(self.writer._target)
             return [line.rstrip("\n") for line in lines.result(SECONDS)]
+
+
+def fill(pipe: int) -> None:
+    """Write empty lines until the pipe takes no more."""
+    os.set_blocking(pipe, False)
+    try:
+        while os.write(pipe, b"\n"):
+            pass
+    except BlockingIOError:
+        os.set_blocking(pipe, True)
 
 
 @pytest.fixture
@@ -63,6 +73,7 @@ def test_lines_are_written_in_their_order(log: Log) -> None:
 
 def test_a_reader_that_pauses_holds_nobody_up(log: Log) -> None:
     """What does not fit is counted, and the log says so when somebody reads again."""
+    fill(log.writer._target)
     logging_thread = threading.Thread(
         target=lambda: [log.logger.warning("line %d", number) for number in range(MANY)],
         daemon=True,

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
 from benchmarks.scale.redis_stats import RedisStats
-from benchmarks.scale.tables import fill, render
-from benchmarks.scale.tap import AmqpCounts
-from dagster_taskiq_tests.unit.test_imports import PACKAGE
-
-DOCS = PACKAGE.parent / "docs"
+from benchmarks.scale.tables import render
 
 FIGURES: dict[str, Any] = {
     "step": {
@@ -138,22 +134,6 @@ def test_what_is_used_most_comes_first() -> None:
     assert first.resource is Resource.POSTGRES_CONNECTIONS
     assert first.share == pytest.approx(2_020 / 97)
     assert [it.share for it in others] == sorted((it.share for it in others), reverse=True)
-
-
-def test_a_table_replaces_the_one_between_its_marks() -> None:
-    """A table that there are no figures for stays as it is."""
-    page = "a\n<!-- one -->\nold\n<!-- / -->\nb\n<!-- two -->\nkept\n<!-- / -->\n"
-    filled = fill(page, {"one": "| new |"})
-    assert filled == page.replace("old", "| new |")
-    assert fill(filled, {"one": "| new |"}) == filled
-
-
-def test_the_page_has_the_tables_of_its_figures() -> None:
-    """``python -m benchmarks.scale tables docs/scaling.json --page docs/scaling.md``."""
-    tables = render(json.loads((DOCS / "scaling.json").read_text("utf8")))
-    page = (DOCS / "scaling.md").read_text("utf8")
-    assert fill(page, tables) == page
-    assert {name for name in tables if f"<!-- {name} -->" not in page} == set()
 
 
 def test_redis_counts_are_differences() -> None:

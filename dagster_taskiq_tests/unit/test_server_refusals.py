@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from aiormq import exceptions as amqp
 from pamqp.commands import Basic
 from redis import exceptions
+from redis.asyncio import Redis
 from redis.asyncio.connection import DefaultParser
 
 from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
 from dagster_taskiq.servers.redis_client import server_errors as redis_errors
+from dagster_taskiq.servers.redis_rights import check_rights
+from dagster_taskiq_tests.server_processes import free_port
 
 ADDRESS = "redis://host/0"
 
@@ -148,3 +153,14 @@ def test_a_refusal_of_rabbitmq_that_no_waiting_mends_is_final(error: Exception) 
     ours = of_rabbitmq(error)
     assert isinstance(ours, RefusedByServerError)
     assert ours.is_final
+
+
+async def _check_rights() -> None:
+    async with Redis(port=free_port()) as client:
+        await check_rights(client, ADDRESS, "key", ["PING"])
+
+
+def test_a_server_that_goes_before_its_rights_are_looked_at() -> None:
+    """It is away, as it is for all that comes before and after, so a worker waits for it."""
+    with pytest.raises(UnreachableServerError, match=ADDRESS):
+        asyncio.run(_check_rights())

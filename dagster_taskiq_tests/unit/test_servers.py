@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dagster_taskiq.backend import Backend, open_backend
+from dagster_taskiq.brokers import TaskBroker
+from dagster_taskiq.config.settings import Settings, server_urls
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import (
+    BACKEND_KINDS,
+    KINDS,
+    RABBITMQ,
+    REDIS,
+    Scheme,
+    ServerKind,
     ServerOptions,
-    Tls,
-    is_amqp,
-    is_redis,
     is_same_address,
-    normalize_amqp,
-    redact,
-    scheme_of,
-    split_url,
+    kind_of,
+    kinds,
+    uses_tls,
 )
+from dagster_taskiq.servers.tls import Tls
+from dagster_taskiq.servers.urls import normalize_amqp, redact, split_url
 
 SCHEMES = st.sampled_from(["amqp", "amqps", "pyamqp", "redis", "rediss", "unix", "REDIS"])
 USERS = st.text("abc.@-_/%40", max_size=8)
@@ -106,7 +118,7 @@ def test_an_unescaped_character_in_a_password_is_an_error_that_hides_it(
 ) -> None:
     """It says what must be percent-encoded, and repeats nothing."""
     with pytest.raises(ConfigError, match="must be percent-encoded") as caught:
-        split_url(f"{scheme}://sesame:secret{character}mouse@host:1/2")
+        kind_of(f"{scheme}://sesame:secret{character}mouse@host:1/2")
     for part in ("secret", "mouse", "sesame"):
         assert part not in str(caught.value)
 
@@ -125,7 +137,7 @@ def test_an_unescaped_character_in_a_password_is_an_error_that_hides_it(
 def test_a_url_without_its_other_parts_is_an_error_that_hides_it(url: str) -> None:
     """What stands at the place of a port or a scheme may be the password."""
     with pytest.raises(ConfigError) as caught:
-        split_url(url)
+        kind_of(url)
     assert "secret" not in str(caught.value)
 
 
@@ -142,22 +154,79 @@ def test_every_password_can_be_written(scheme: str, user: str, password: str) ->
 @pytest.mark.parametrize("scheme", ["amqp", "amqps", "pyamqp", "AMQP"])
 def test_rabbitmqs_schemes(scheme: str) -> None:
     """Also Celery's, in any case."""
-    assert is_amqp(f"{scheme}://h")
-    assert not is_redis(f"{scheme}://h")
+    assert kind_of(f"{scheme}://h") is RABBITMQ
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "Redis"])
 def test_rediss_schemes(scheme: str) -> None:
     """Redis and Valkey share them."""
-    assert is_redis(f"{scheme}://h")
-    assert not is_amqp(f"{scheme}://h")
+    assert kind_of(f"{scheme}://h") is REDIS
 
 
 @pytest.mark.parametrize("url", ["", "h", "h:1", "redis:h", "sqs://h", "//h", "redis"])
 def test_other_texts_are_refused(url: str) -> None:
     """The error lists every scheme there is."""
     with pytest.raises(ConfigError, match=r"amqps://.*unix://"):
-        scheme_of(url)
+        kind_of(url)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_row_says_all_of_its_kind(kind: ServerKind) -> None:
+    """Broker and backend are there, and what a scheme refers to is a scheme of the same row."""
+    assert issubclass(resolve_name(f"dagster_taskiq.brokers.{kind.broker}"), TaskBroker)
+    if kind.backend is not None:
+        assert issubclass(resolve_name(f"dagster_taskiq.backend.{kind.backend}"), Backend)
+    for scheme in kind.schemes.values():
+        assert {scheme.tls_scheme, scheme.stands_for} <= {*kind.schemes, None}
+        if scheme.tls_scheme is not None:
+            assert uses_tls(f"{scheme.tls_scheme}://h")
+
+
+def test_no_two_kinds_share_a_scheme() -> None:
+    """A URL names one kind of server."""
+    schemes = [scheme for kind in KINDS for scheme in kind.schemes]
+    assert len(schemes) == len(set(schemes))
+
+
+def test_one_row_adds_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else knows which servers there are: settings, brokers, backends, addresses, TLS."""
+    row = replace(
+        REDIS,
+        names=("Sparrow",),
+        schemes={"sparrow": Scheme(7000, "sparrows"), "sparrows": Scheme(7001, "sparrows")},
+    )
+    for name, value in (("KINDS", (*KINDS, row)), ("BACKEND_KINDS", (*BACKEND_KINDS, row))):
+        monkeypatch.setattr(kinds, name, value)
+        monkeypatch.setattr(server_urls, name, value, raising=False)
+    config = {"broker": "sparrow://h", "config_source": {"broker_use_ssl": True}}
+    settings = Settings.from_config(config)
+    options = settings.server_options(str(settings.broker_url), settings.source.broker_use_ssl)
+    assert (options.url, options.kind, options.uses_tls) == ("sparrows://h", row, True)
+    assert settings.backend_url is None
+    assert is_same_address("sparrow://h", "sparrow://u:***@H:7000/0")
+    with pytest.raises(ConfigError, match="sparrow://, sparrows://"):
+        Settings.from_config({"broker": "eagle://h"})
+    with pytest.raises(ConfigError, match="the sparrow:// URL of a Sparrow"):
+        Settings.from_config({"broker": "amqp://h"})
+    with pytest.raises(ConfigError, match=r"or a Sparrow \(sparrow:// or sparrows://\), not Rabb"):
+        Settings.from_config({"broker": "amqp://h", "backend": "amqp://h"})
+
+
+def test_rabbitmq_is_no_backend() -> None:
+    """Where the settings did not see to it."""
+    with pytest.raises(ConfigError, match=r"amqp://h cannot be the backend: it is a RabbitMQ\."):
+        open_backend(ServerOptions("amqp://h"), Signer())
+
+
+def test_the_faces_of_brokers_and_backend_load_no_client_library() -> None:
+    """Each takes time and memory, and is loaded by who opens a server of its kind."""
+    libraries = ("redis", "aio_pika")
+    code = (
+        "import sys; from dagster_taskiq import backend, brokers; "
+        f"print(sorted(sys.modules.keys() & set({libraries})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # --- AMQP ---

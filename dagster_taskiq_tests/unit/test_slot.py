@@ -25,23 +25,26 @@ from dagster._core.definitions.reconstruct import ReconstructableJob, Reconstruc
 
 from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.execution.code_locations import code_location
+from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker import slot as slot_module
 from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
-from dagster_taskiq.worker.slot import ChildDied, Slot
+from dagster_taskiq.worker.slot import ChildSlot
+from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 SECONDS = 60.0
 
-PLACE = vars(Place("w@h", "id", "h", 1, 1))
+PLACE = Place("w@h", "id", "h", 1, 1)
 
 #: What a child does instead of executing a step.
 ACTOR = """
 import ctypes, multiprocessing, os, signal, subprocess, threading, time
-from dagster_taskiq.worker import channel
+from dagster_taskiq.worker import channel, child_messages
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.execution.tasks import TaskRunner
 
@@ -83,7 +86,7 @@ def act(runner, payload, place, queue, on_loaded):
     elif kind == "speak as another":
         for it in channel._channels:
             vars(it).update({payload["attribute"]: 1})
-            it.say("result", result="", resident_kib=0)
+            it.say(child_messages.Executed("", "", 0))
     elif kind == "load":
         from dagster._core.definitions.reconstruct import ReconstructableJob
         job = ReconstructableJob.from_dict(payload["executable_dict"]).get_definition()
@@ -140,7 +143,7 @@ async def a_slot(
     """A slot with a guard; both are gone afterwards, with all that the children have started."""
     own_guard = guard or GuardClient()
     own_guard.start()
-    slot = Slot(
+    slot = ChildSlot(
         fork_server(), own_guard, LogTails(), ChildOptions(include, "WARNING", 1), **options
     )
     try:
@@ -155,17 +158,16 @@ def play(scenario: Coroutine[Any, Any, None]) -> None:
 
 
 async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | ChildDied:
-    task = {
-        "name": "execute_plan",
-        "payload": json.dumps({"do": do, **payload}),
-        "code_location": code_location(payload),
-        "place": PLACE,
-        "queue": "q",
-    }
-    answer = await slot.run(task, lambda _: None)
+    answer = await slot.run(order({"do": do, **payload}), lambda _: None)
     if isinstance(answer, ChildDied):
         return answer
-    return TaskResult.from_bytes(answer["result"].encode())
+    assert isinstance(answer, Executed)
+    return TaskResult.from_bytes(answer.result.encode())
+
+
+def order(payload: dict[str, Any]) -> Execute:
+    """To execute a step with a payload."""
+    return Execute(TaskName.EXECUTE_PLAN, json.dumps(payload), PLACE, "q", code_location(payload))
 
 
 async def pid_of(slot: Slot) -> int:
@@ -220,19 +222,13 @@ def test_a_broken_payload_is_an_error_and_the_child_lives_on() -> None:
             pid = slot.pid
             packed = {"__class__": "NoSuchClass"}
             for payload in ({}, {"execute_step_args_packed": packed, "executable_dict": {}}):
-                task = {
-                    "name": "execute_plan",
-                    "payload": json.dumps(payload),
-                    "place": PLACE,
-                    "queue": "q",
-                }
-                answer = await slot.run(task, lambda _: None)
-                assert isinstance(answer, dict)
-                result = TaskResult.from_bytes(answer["result"].encode())
+                answer = await slot.run(order(payload), lambda _: None)
+                assert isinstance(answer, Executed)
+                result = TaskResult.from_bytes(answer.result.encode())
                 assert result.outcome is Outcome.ERROR
                 assert result.error
-                assert result.place == Place(**PLACE)
-                assert answer["resident_kib"] > 1000
+                assert result.place == PLACE
+                assert answer.resident_kib > 1000
             assert slot.pid == pid
 
     play(scenario())
@@ -279,14 +275,8 @@ def test_an_idle_child_that_is_killed_is_replaced() -> None:
                     await until(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
                     await asyncio.sleep(0)
                 groups: list[int] = []
-                task = {
-                    "name": "execute_plan",
-                    "payload": json.dumps({"do": "echo"}),
-                    "place": PLACE,
-                    "queue": "q",
-                }
-                answer = await slot.run(task, groups.append)
-                assert isinstance(answer, dict)
+                answer = await slot.run(order({"do": "echo"}), groups.append)
+                assert isinstance(answer, Executed)
                 assert slot.pid != pid
                 # whoever guards the task has heard of the child that really executes it
                 assert groups[-1] == slot.pid

@@ -1,106 +1,193 @@
-"""What a station makes of its child's answer, and what it does where it can have no child."""
+"""A station, and a whole worker, with stand-ins for processes and servers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock
 
 import pytest
 
-from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
+from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import NoProcessError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.refusals import Refusals
+from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.worker import slot_pool
-from dagster_taskiq.worker import station as station_module
-from dagster_taskiq.worker.leases import Lease, StopReason
-from dagster_taskiq.worker.receiver import SettlingReceiver
-from dagster_taskiq.worker.station import Station, _result_of
+from dagster_taskiq.worker.attempt import Tools
+from dagster_taskiq.worker.child_messages import Executed
+from dagster_taskiq.worker.leases import LeaseKeeper
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.parts import WorkerParts
+from dagster_taskiq.worker.receiver import DeliveryFormatter, SettlingReceiver
+from dagster_taskiq.worker.run_watch import RunWatch
+from dagster_taskiq.worker.station import Station
+from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
-
-PLACE = Place("w@h", "worker-id", "h", 4711, 2)
-
-
-@pytest.mark.parametrize("reason", [None, *StopReason])
-def test_only_a_cancel_rules_out_a_retry(reason: StopReason | None) -> None:
-    """An interrupt before the step's start may also be a lost lease, or a stranger's signal."""
-    result = result_of(
-        TaskResult(Outcome.FINISHED, PLACE, reason="Stopped.", is_cancelled=True), reason
-    )
-    assert result.is_cancelled == (reason is StopReason.CANCELLED)
-    expected = "this" if reason else "a signal that its worker had not sent"
-    assert result.reason == f"Stopped after {expected}."
-
-
-def test_the_words_of_a_database_stay_as_they_are() -> None:
-    """Of a step that was also interrupted: that was not why its events were refused."""
-    result = result_of(
-        TaskResult(Outcome.UNLOGGED, PLACE, reason="The disk is full.", is_cancelled=True),
-        StopReason.CANCELLED,
-    )
-    assert result.is_cancelled
-    assert result.reason == "The disk is full."
-
-
-def result_of(said: TaskResult, reason: StopReason | None) -> TaskResult:
-    """What a station makes of a child's result, where it has stopped the task for that reason."""
-    claim = Claim("run", "task", "token", 30.0, "epoch", PLACE)
-    lease = Lease(claim, 4711, 0.0, lambda: None, lambda: None, stop_reason=reason)
-    lease.stop_cause = "this" if reason else ""
-    answer = {"kind": "result", "result": said.to_bytes().decode(), "resident_kib": 1}
-    return _result_of(answer, lease, "")
-
+from dagster_taskiq_tests.unit.worker_stand_ins import (
+    PLACE,
+    FakeBackend,
+    FakeBroker,
+    FakeGuard,
+    FakeSlot,
+    Witness,
+    finished,
+)
 
 SECONDS = 30.0
 
-
-class ShortSlot:
-    """A slot that can have no process while ``is_short``."""
-
-    location = ""
-    number = 1
-    pid = 0
-    is_short = True
-
-    async def prepare(self, location: str = "") -> None:
-        if self.is_short:
-            raise NoProcessError("slot 1: cannot start a process: EMFILE")
-
-    def retire(self) -> None: ...
+UNSIGNED = Signer()
 
 
-def a_station(*slots: ShortSlot) -> Station:
-    """A station that has only its slots, and cannot claim anything."""
-    nothing = cast("Any", None)
-    return Station(
-        QueueKind.STEPS,
-        cast("Any", MagicMock()),
-        backend=nothing,
-        leases=nothing,
-        slots=cast("Any", list(slots)),
-        run_watch=nothing,
-        place=PLACE,
-        result_expires_seconds=1.0,
-        limits=TimeLimits(),
-        signer=nothing,
-        queues=("q",),
-    )
-
-
-async def _until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         await asyncio.sleep(0.005)
+
+
+class Scene:
+    """A station of steps with two slots."""
+
+    def __init__(self, signer: Signer = UNSIGNED) -> None:
+        self.slots = [FakeSlot(number) for number in (1, 2)]
+        self.backend = FakeBackend()
+        self.broker = FakeBroker()
+        self.witness = Witness()
+        leases = LeaseKeeper(
+            self.backend.whole(),
+            FakeGuard(),
+            OrderReader(signer, "worker-id", "w@h"),
+            Refusals("the backend"),
+            self.witness,
+        )
+        tools = Tools(
+            self.backend.whole(),
+            leases,
+            RunWatch(FakeSlot(0)),
+            PLACE,
+            1.0,
+            TimeLimits(),
+            signer,
+            self.witness,
+        )
+        self.station = Station(QueueKind.STEPS, ("dagster",), self.broker, self.slots, tools)
+        self.drain = asyncio.Event()
+
+    async def settled(self, *expected: str) -> None:
+        """Wait until messages are settled so, whatever their order."""
+        await until(lambda: sorted(self.broker.happened) == sorted(expected))
+
+
+def play(
+    scenario: Callable[[Scene], Coroutine[Any, Any, None]], signer: Signer = UNSIGNED
+) -> Scene:
+    """Run a scenario beside the station's work, and drain it."""
+
+    async def run() -> Scene:
+        scene = Scene(signer)
+        working = asyncio.create_task(scene.station.work(scene.drain))
+        await asyncio.wait_for(scenario(scene), SECONDS)
+        scene.drain.set()
+        await asyncio.wait_for(working, SECONDS)
+        await scene.station.stop()
+        return scene
+
+    return asyncio.run(run())
+
+
+def message(envelope: Envelope, signer: Signer = UNSIGNED) -> bytes:
+    return envelope.to_message("q", signer).message
+
+
+def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On its way from the broker to its slot, through Taskiq's receiver."""
+    parsed: list[bytes] = []
+    original = Envelope.from_bytes
+
+    def from_bytes(data: bytes, signer: Signer) -> Envelope:
+        parsed.append(data)
+        return original(data, signer)
+
+    monkeypatch.setattr(Envelope, "from_bytes", from_bytes)
+    monkeypatch.setattr(Envelope, "from_header", counted(Envelope.from_header, parsed))
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(message(STEP_TASK))
+        await scene.settled("ack")
+
+    scene = play(scenario)
+    assert len(parsed) == 2  # the message, and in it the header
+    assert list(scene.backend.results) == [STEP_TASK.task_id]
+    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "released"]
+
+
+def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call
+
+
+def test_what_is_no_task_is_refused_and_the_station_goes_on() -> None:
+    """Whoever watches hears of it."""
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(b"no task")
+        scene.broker.put(message(STEP_TASK))
+        await scene.settled("ack", "ack")
+
+    scene = play(scenario)
+    assert scene.witness.heard[0] == "refused"
+    assert list(scene.backend.results) == [STEP_TASK.task_id]
+
+
+def test_a_signed_task_of_another_queue_is_refused() -> None:
+    """Somebody may have moved it there; without a key there is nothing to rely on."""
+    key = Signer(["k" * 32])
+    moved = message(replace(STEP_TASK, queue="another"), key)
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(moved)
+        await scene.settled("ack")
+
+    scene = play(scenario, key)
+    assert scene.witness.heard == ["refused"]
+    assert scene.backend.claims == []
+
+
+def test_a_draining_station_finishes_what_runs_and_gives_back_the_rest() -> None:
+    """What was taken and not begun goes back unclaimed."""
+
+    async def scenario(scene: Scene) -> None:
+        goes_on = asyncio.Event()
+
+        async def act(*_: object) -> Executed:
+            await goes_on.wait()
+            return finished()
+
+        scene.slots[0].act = act
+        scene.broker.put(message(STEP_TASK))
+        await until(lambda: scene.slots[0].orders)
+        scene.drain.set()
+        delivery = scene.broker.deliver(b"", replace(STEP_TASK, task_id="another"))
+        await scene.station._execute(delivery)
+        assert not delivery.settled
+        goes_on.set()
+
+    scene = play(scenario)
+    assert list(scene.backend.results) == [STEP_TASK.task_id]
+    assert len(scene.backend.claims) == 1
 
 
 def test_a_worker_without_processes_claims_nothing_and_has_its_slots_afterwards(
@@ -109,26 +196,24 @@ def test_a_worker_without_processes_claims_nothing_and_has_its_slots_afterwards(
     """It goes on when every slot can have a process again, and says once each that it is so."""
     monkeypatch.setattr(slot_pool, "_SHORTAGE_SECONDS", 0.01)
     caplog.set_level(logging.INFO)
-    slots = [ShortSlot(), ShortSlot()]
-    station = a_station(*slots)
-    pool = station._slots
-    message = cast("Envelope", SimpleNamespace(code_location=""))
 
-    async def scenario() -> None:
-        await pool.end_shortage(lambda: False)  # nothing is missing
-        for _ in slots:
-            await station._execute(message, cast("Any", None))  # a claim would raise
-        assert station.is_short
-        recovering = asyncio.gather(*(pool.end_shortage(lambda: False) for _ in slots))
-        slots[0].is_short = False
-        await _until(lambda: len(pool._lacking) == 1)
-        assert not recovering.done()
-        slots[1].is_short = False
-        await asyncio.wait_for(recovering, SECONDS)
+    async def scenario(scene: Scene) -> None:
+        for slot in scene.slots:
+            slot.failure = NoProcessError(f"slot {slot.number}: EMFILE")
+            scene.broker.put(message(STEP_TASK))
+        await scene.settled("release", "release")
+        assert scene.station.is_short
+        scene.broker.put(message(STEP_TASK))
+        scene.slots[0].failure = None
+        await until(lambda: len(scene.station._slots._lacking) == 1)
+        assert await scene.broker.depth("q") == 1
+        scene.slots[1].failure = None
+        await scene.settled("release", "release", "ack")
+        assert not scene.station.is_short
 
-    asyncio.run(scenario())
-    assert not station.is_short
-    assert len(pool._idle) == len(slots)
+    scene = play(scenario)
+    assert len(scene.backend.claims) == 1
+    assert len(scene.station._slots._idle) == 2
     assert caplog.text.count("takes no steps until") == 1
     assert caplog.text.count("takes steps again") == 1
 
@@ -151,41 +236,63 @@ def test_a_message_is_given_back_before_its_worker_recovers() -> None:
     assert happened == ["released", "recovered"]
 
 
-def test_a_result_that_is_too_large_is_left_to_the_log_and_says_so() -> None:
-    """It names the step, the size and the setting; what is stored instead is small and sealed.
-
-    It is no error: a step whose success is in Dagster's log must not fail after it.
-    """
-    signer = Signer(["k" * 32], max_bytes=2000)
-    station = SimpleNamespace(_signer=signer)
-    envelope = replace(STEP_TASK, step_key="big")
-    whole = TaskResult(Outcome.FINISHED, PLACE, events=("x" * 3000,))
-    sealed = Station._sealed(station, envelope, whole)  # type: ignore[arg-type]
-    stored = TaskResult.from_bytes(sealed, signer, envelope.task_id)
-    assert stored.outcome is Outcome.DIED
-    assert stored.events == ()
-    for part in ("Step big of run run", "3,", "max_message_bytes allows 2,000"):
-        assert part in stored.reason
+def test_taskiq_itself_can_send_no_task() -> None:
+    """Such a task would be neither signed nor bounded."""
+    taskiq_message = cast("Any", MagicMock(task_id=STEP_TASK.task_id))
+    with pytest.raises(TypeError, match=f"{STEP_TASK.task_id} cannot be sent"):
+        DeliveryFormatter().dumps(taskiq_message)
 
 
-def test_a_claim_that_was_answered_late_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that is most of a lease old would have its task stopped as soon as it begins."""
-    lease_seconds = 30.0
-    claim = Claim("run", "task", "token", lease_seconds, "epoch", PLACE)
-    now = 1000.0
-    asked_at: list[float] = []
-    delays = [lease_seconds * 0.7, lease_seconds * 0.1]
+# --- a whole worker ---
 
-    async def answer(*_: object, **__: object) -> ClaimAnswer:
-        nonlocal now
-        asked_at.append(now)
-        now += delays[len(asked_at) - 1]
-        return ClaimAnswer.GRANTED
 
-    monkeypatch.setattr(station_module, "clock", lambda: now)
-    station = a_station()
-    station._backend = cast("Any", SimpleNamespace(claim=answer))
-    envelope = cast("Envelope", SimpleNamespace(name=TaskName.EXECUTE_PLAN, task_id="task"))
-    counts_from = asyncio.run(station._claim(claim, envelope, cast("Any", None)))
-    assert counts_from == asked_at[-1]
-    assert len(asked_at) == len(delays)
+def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
+    """Everything of it but processes and servers is real; its listing counts as observers do."""
+
+    async def scenario() -> None:
+        backend, witness = FakeBackend(), Witness()
+        brokers: dict[QueueKind, FakeBroker] = {}
+        slots: list[FakeSlot] = []
+
+        def open_broker(kind: QueueKind, _queues: object) -> FakeBroker:
+            return brokers.setdefault(kind, FakeBroker())
+
+        def make_slot(options: Any, _observer: object) -> FakeSlot:
+            slots.append(FakeSlot(options.child.slot))
+            return slots[-1]
+
+        ready, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def act(*_: object) -> Executed:
+            await goes_on.wait()
+            return finished()
+
+        options = ServerOptions("redis://nobody", key_prefix="p")
+        worker = Worker(
+            Servers(options, options, UNSIGNED),
+            WorkerOptions("w", ("dagster",), slots=1),
+            on_ready=ready.set,
+            observer=witness,
+            parts=WorkerParts(backend.whole(), FakeGuard(), open_broker, make_slot),
+        )
+        for slot in slots:
+            slot.act = act
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(ready.wait(), SECONDS)
+        broker = brokers[QueueKind.STEPS]
+        broker.put(b"no task")
+        broker.put(message(STEP_TASK))
+        await until(lambda: "began" in witness.heard)
+        await backend.orders.put(b"no order")
+        await until(lambda: witness.details.get("refused") == "an order")
+        worker.drain()
+        await until(lambda: backend.records[-1].state == "draining")
+        goes_on.set()
+        assert await asyncio.wait_for(running, SECONDS)
+        assert (backend.records[0].busy_slots, backend.records[0].refused) == (0, 0)
+        assert (backend.records[-1].busy_slots, backend.records[-1].refused) == (1, 2)
+        assert TaskResult.from_bytes(backend.results[STEP_TASK.task_id])
+        assert witness.heard[-2:] == ["ended", "released"]
+        assert backend.happened[-1] == "goodbye"
+
+    asyncio.run(scenario())

@@ -10,12 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.messages.signing import Purpose, Signer
+from dagster_taskiq.messages.worker_records import (
+    MAX_RECORD_AGE_SECONDS,
+    WorkerRecord,
+    read_record,
+    write_record,
+)
 
 KEY, OTHER, NONE = Signer(["k" * 32]), Signer(["o" * 32]), Signer()
 
-RECORD = WorkerRecord("id", "w@h", "h", 7, ("a", "b"), slots=2, started_at=1.5, broker="redis://h")
+#: When a test reads, unless it says otherwise.
+NOW = 1_700_000_000.0
+
+RECORD = WorkerRecord(
+    "id", "w@h", "h", 7, ("a", "b"), slots=2, started_at=1.5, broker="redis://h", sent_at=NOW
+)
 
 
 def changed(**values: Any) -> bytes:
@@ -27,38 +37,57 @@ def test_a_record_is_trusted_with_the_key_only() -> None:
     """Without one all are; what is not signed as it must be can still be shown."""
     for writer in (KEY, OTHER, NONE):
         data = write_record(writer, RECORD)
-        assert read_record(NONE, "id", data) == RECORD
-        assert read_record(KEY, "id", data) == replace(RECORD, is_trusted=writer is KEY)
+        assert read_record(NONE, "id", data, NOW) == RECORD
+        assert read_record(KEY, "id", data, NOW) == replace(RECORD, is_trusted=writer is KEY)
 
 
 def test_no_record_says_of_itself_that_it_is_trusted() -> None:
-    assert not read_record(KEY, "id", changed(is_trusted=True)).is_trusted
+    assert not read_record(KEY, "id", changed(is_trusted=True), NOW).is_trusted
+
+
+@pytest.mark.parametrize("direction", [1, -1], ids=["old", "of the future"])
+def test_a_signed_record_is_trusted_for_some_minutes(direction: int) -> None:
+    """Somebody may keep that of a dead worker; clocks may differ. Without a key no time counts."""
+    data = write_record(KEY, RECORD)
+    now = NOW + direction * MAX_RECORD_AGE_SECONDS
+    assert read_record(KEY, "id", data, now) == RECORD
+    outdated = replace(RECORD, is_trusted=False, is_outdated=True)
+    assert read_record(KEY, "id", data, now + direction) == outdated
+    assert read_record(NONE, "id", data, now + direction) == RECORD
+    unsigned = read_record(KEY, "id", changed(), now + direction)
+    assert unsigned == replace(RECORD, is_trusted=False)
+
+
+def test_a_signed_record_without_a_time_is_not_trusted() -> None:
+    values = {key: value for key, value in asdict(RECORD).items() if key != "sent_at"}
+    data = KEY.seal(Purpose.WORKER, "id", json.dumps(values).encode())
+    assert read_record(KEY, "id", data, NOW).is_outdated
 
 
 def test_a_record_is_of_one_worker() -> None:
     """Copied to the key of another one, or with another id in it, it is none."""
     for signer in (KEY, NONE):
         with pytest.raises(ValueError, match="of another worker, 'id'"):
-            read_record(signer, "other", write_record(signer, RECORD))
+            read_record(signer, "other", write_record(signer, RECORD), NOW)
 
 
 def test_texts_of_a_record_can_be_shown() -> None:
     """No escape sequence, no line break, nothing without end, whatever the writer put there."""
     odd = "a\x1b[2J\r\nb\u202e\x9b" + "x" * 10_000
     for field in ("name", "host", "state", "version", "broker"):
-        text = getattr(read_record(KEY, "id", changed(**{field: odd})), field)
+        text = getattr(read_record(KEY, "id", changed(**{field: odd}), NOW), field)
         assert text.isprintable()
         assert len(text) <= 255
-    (queue,) = read_record(KEY, "id", changed(queues=[odd])).queues
+    (queue,) = read_record(KEY, "id", changed(queues=[odd]), NOW).queues
     assert queue.isprintable()
-    assert len(read_record(KEY, "id", changed(queues=["q"] * 9999)).queues) <= 1000
+    assert len(read_record(KEY, "id", changed(queues=["q"] * 9999), NOW).queues) <= 1000
 
 
 def test_another_version_may_have_other_fields() -> None:
     """More of them, or fewer of those with a default."""
     values = {key: value for key, value in asdict(RECORD).items() if key != "protocol"}
     data = json.dumps({**values, "of tomorrow": [1]}).encode()
-    assert read_record(NONE, "id", data).name == "w@h"
+    assert read_record(NONE, "id", data, NOW).name == "w@h"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +102,11 @@ def test_another_version_may_have_other_fields() -> None:
         *(changed(**{field: bad}) for field in ("name", "host", "state") for bad in (None, 5, [])),
         *(changed(**{field: bad}) for field in ("pid", "slots") for bad in ("1", None, -1, True)),
         *(changed(queues=bad) for bad in ("q", None, [1], {})),
-        *(changed(started_at=bad) for bad in ("1", None, float("nan"), 10**400)),
+        *(
+            changed(**{field: bad})
+            for field in ("started_at", "sent_at")
+            for bad in ("1", None, float("nan"), 10**400)
+        ),
     ],
     ids=lambda data: data[:20].decode(errors="replace"),
 )
@@ -81,11 +114,11 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
     """With one kind of error, so that its reader shows the others."""
     for signer in (KEY, NONE):
         with pytest.raises(ValueError, match="it"):
-            read_record(signer, "id", data)
+            read_record(signer, "id", data, NOW)
 
 
 @given(st.binary())
 def test_garbage_is_refused(data: bytes) -> None:
     """No bytes raise anything else."""
     with pytest.raises(ValueError, match="it"):
-        read_record(KEY, "id", data)
+        read_record(KEY, "id", data, NOW)

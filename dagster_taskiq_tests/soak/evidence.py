@@ -14,13 +14,12 @@ from typing import Any
 import psutil
 from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, RunsFilter
 
-from benchmarks.soak.director import CHILDREN, WORKERS, Director, descriptors
-from benchmarks.soak.jobs import NUMBER_TAG, POOL
-from benchmarks.soak.runs import SoakRun
-from benchmarks.soak.stack import LEASE_SECONDS
-from dagster_taskiq.brokers import open_broker
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq_tests.acceptance.harness import Note, until
+from dagster_taskiq_tests.soak.director import CHILDREN, WORKERS, Director, descriptors
+from dagster_taskiq_tests.soak.jobs import NUMBER_TAG, POOL
+from dagster_taskiq_tests.soak.runs import SoakRun
+from dagster_taskiq_tests.soak.stack import LEASE_SECONDS
 
 #: What a loaded machine may add to a time that a promise names.
 SLACK_SECONDS = 3.0
@@ -190,6 +189,8 @@ def _judge_run(
         yield f"it failed, and no step did: {_errors(events) or text[-300:]}"
     if "seconds to cancel" in text:
         yield "its cancel took too long"
+    if "seconds to start" in text:
+        yield "it did not start, and nobody said why"
     if end_time is not None and notes:
         late = max(note.time for note in notes) - end_time
         if late > _allowed_seconds(run, events):
@@ -302,20 +303,9 @@ def _keys(director: Director) -> Counter[str]:
                 found["in the queues"] += 1
     found["pool slots"] = _count_pool_slots(director)
     if director.kind == "rabbitmq":
-        found["in the queues"] += asyncio.run(_depth(director))
+        for kind in QueueKind:
+            found["in the queues"] += asyncio.run(director.stack.depth("dagster", kind=kind))
     return found
-
-
-async def _depth(director: Director) -> int:
-    options = director.stack.broker
-    assert options is not None
-    broker = open_broker(options)
-    await broker.startup()
-    try:
-        names = [physical_queue(options.key_prefix, kind, "dagster") for kind in QueueKind]
-        return sum([await broker.depth(name) for name in names])
-    finally:
-        await broker.shutdown()
 
 
 def stop_workers(director: Director, verdict: Verdict) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.director import FAULT_SECONDS, Director
-from benchmarks.soak.evidence import judge, keep_logs, stop_workers
-from benchmarks.soak.faults import faults_of
-from benchmarks.soak.report import figures
-from benchmarks.soak.stack import Kind, open_soak_stack
 from dagster_taskiq_tests.acceptance.harness import check_nothing_is_left
+from dagster_taskiq_tests.soak.director import FAULT_SECONDS, Director
+from dagster_taskiq_tests.soak.evidence import judge, keep_logs, stop_workers
+from dagster_taskiq_tests.soak.faults import faults_of
+from dagster_taskiq_tests.soak.report import figures
+from dagster_taskiq_tests.soak.stack import Kind, open_soak_stack
 
 
 def soak(

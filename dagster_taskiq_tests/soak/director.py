@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
-from benchmarks.soak.stack import EmbeddedServer, Kind, OwnServer
 from dagster_taskiq_tests.acceptance.harness import Note, Stack, WorkerProcess, is_running, until
-from dagster_taskiq_tests.proxy import Proxy
+from dagster_taskiq_tests.proxy import Mode, Proxy
+from dagster_taskiq_tests.soak.runs import MONITORING_SECONDS, POOL_SLOT_SECONDS, Runs, SoakRun
+from dagster_taskiq_tests.soak.stack import Kind, Server
 
 logger = logging.getLogger("soak")
 
@@ -88,7 +87,7 @@ class Director:
         kind: Kind,
         stack: Stack,
         other_home: Path,
-        server: OwnServer | EmbeddedServer,
+        server: Server,
         database: Proxy,
         seed: int,
     ) -> None:
@@ -125,7 +124,8 @@ class Director:
         while time.monotonic() < ends_at:
             self._keep_going()
             if len(self.runs.look()) < RUNS:
-                self.runs.start_one()
+                # Dagster's own way to the instance, which comes before ours, does not wait for it
+                self.runs.start_one(may_be_own=self.database.mode is Mode.PASS)
             if time.monotonic() >= next_fault:
                 self._strike(faults)
                 next_fault = time.monotonic() + self.random.uniform(0.5, 1.5) * fault_seconds
@@ -219,7 +219,7 @@ class Director:
                 data = trace.read()
             whole = data[: data.rfind(b"\n") + 1]
             self._trace_offset += len(whole)
-            self._notes += [as_note(json.loads(line)) for line in whole.splitlines()]
+            self._notes += [Note.of(json.loads(line)) for line in whole.splitlines()]
         return self._notes
 
     def busy_pids(self) -> list[int]:
@@ -227,12 +227,6 @@ class Director:
         last: dict[int, Note] = {note.pid: note for note in self.notes()}
         busy = (pid for pid, note in last.items() if note.kind in ("start", "tick", "child"))
         return [pid for pid in busy if is_running(pid)]
-
-
-def as_note(entry: dict[str, Any]) -> Note:
-    """A line of the trace."""
-    names = list(Note.__dataclass_fields__)[:-1]
-    return Note(**{name: entry.pop(name) for name in names}, more=entry)
 
 
 def descriptors(pid: int) -> Counter[str]:

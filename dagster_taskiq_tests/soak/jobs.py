@@ -5,14 +5,12 @@ of the same seed does the same again, whatever happens around it.
 """
 
 import ctypes
-import json
 import os
 import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from dagster import (
@@ -26,7 +24,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import DIRECTORY_VARIABLE
+from dagster_taskiq_tests.acceptance.jobs import note as add_note
 
 #: Tags of a run: what its ops are drawn from.
 SEED_TAG = "soak/seed"
@@ -44,22 +42,8 @@ _RETRIES = RetryPolicy(max_retries=4, delay=0.2)
 
 
 def note(context: OpExecutionContext, kind: str, **more: Any) -> None:
-    """Append a line to the trace."""
-    entry = {
-        "kind": kind,
-        "run": context.run_id,
-        "step": _step(context),
-        "attempt": context.retry_number + 1,
-        "pid": os.getpid(),
-        "time": time.time(),
-        **more,
-    }
-    path = Path(os.environ[DIRECTORY_VARIABLE]) / "trace"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, json.dumps(entry).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    """Append a line to the trace, with the time by which Dagster's log goes."""
+    add_note(context, kind, step=_step(context), time=time.time(), **more)
 
 
 def _step(context: OpExecutionContext) -> str:

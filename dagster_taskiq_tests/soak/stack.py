@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import psutil
@@ -17,10 +16,10 @@ import redis
 import yaml
 from dagster import DagsterInstance
 
-from benchmarks.soak.jobs import POOL, POOL_SLOTS
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
+from dagster_taskiq_tests.acceptance.launched import QUIET_SETTINGS, launching_settings
 from dagster_taskiq_tests.proxy import Proxy, proxied
 from dagster_taskiq_tests.server_sources import rabbitmqctl
 from dagster_taskiq_tests.servers import (
@@ -29,6 +28,7 @@ from dagster_taskiq_tests.servers import (
     postgres_database,
     private_redis,
 )
+from dagster_taskiq_tests.soak.jobs import POOL, POOL_SLOTS
 
 Kind = Literal["redis", "embedded", "rabbitmq"]
 
@@ -42,61 +42,6 @@ RESUMES = 3
 
 #: The instance's settings without the proxy before its database, for whoever watches the soak.
 WATCHERS_YAML = "watchers.yaml"
-
-
-class StateServer(Protocol):
-    """The Redis that is the backend, and perhaps the broker, as faults see it."""
-
-    def client(self) -> redis.Redis:
-        """A connection."""
-
-    def kill(self) -> None:
-        """SIGKILL, and have it come back with its data."""
-
-    def signal(self, number: int) -> None:
-        """Freeze or thaw it."""
-
-
-class OwnServer:
-    """A Redis or Valkey that the soak started."""
-
-    def __init__(self, server: PrivateRedis) -> None:
-        self.server = server
-        self._copy: Path | None = None
-
-    def client(self) -> redis.Redis:
-        """A connection."""
-        return self.server.client()
-
-    def kill(self) -> None:
-        """Kill it and start it again with what its append-only file has."""
-        self.server.kill()
-        self.server.restart()
-
-    def signal(self, number: int) -> None:
-        """Freeze or thaw it."""
-        if self.server.process.poll() is None:
-            self.server.process.send_signal(number)
-
-    def remember(self) -> None:
-        """Keep a copy of its data."""
-        self._copy = self.server.directory / "copy"
-        shutil.rmtree(self._copy, ignore_errors=True)
-        shutil.copytree(self._data, self._copy)
-
-    def go_back(self) -> None:
-        """Kill it and start it with the copy."""
-        if self._copy is None:
-            return
-        self.server.kill()
-        shutil.rmtree(self._data)
-        shutil.move(self._copy, self._data)
-        self._copy = None
-        self.server.restart()
-
-    @property
-    def _data(self) -> Path:
-        return self.server.directory / "appendonlydir"
 
 
 class EmbeddedServer:
@@ -139,20 +84,27 @@ class EmbeddedServer:
         for process in self._keeper:
             process.kill()
 
-    def signal(self, number: int) -> None:
-        """Freeze or thaw it."""
+    def pause(self) -> None:
+        """Freeze it: connections stay, and nothing answers."""
         for process in self._server:
-            process.send_signal(number)
+            process.suspend()
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        for process in self._server:
+            process.resume()
 
     def close(self) -> None:
         """Be no user of it any more."""
         release_embedded_server(self._home)
 
 
+#: The Redis that is the backend, and perhaps the broker.
+Server = PrivateRedis | EmbeddedServer
+
+
 @contextmanager
-def open_soak_stack(
-    kind: Kind, directory: Path
-) -> Iterator[tuple[Stack, Path, OwnServer | EmbeddedServer, Proxy]]:
+def open_soak_stack(kind: Kind, directory: Path) -> Iterator[tuple[Stack, Path, Server, Proxy]]:
     """The stack, the home of runs that are not resumed, the server that keeps the state, and the
     proxy that runs and workers reach Dagster's database by."""
     home, other_home = directory / "home", directory / "other-home"
@@ -167,7 +119,7 @@ def open_soak_stack(
             # one server for both
             (home / "dagster_taskiq").mkdir(mode=0o700)
             (other_home / "dagster_taskiq").symlink_to(home / "dagster_taskiq")
-        resources.enter_context(_variable("DAGSTER_HOME", str(home)))
+        resources.enter_context(patch.dict(os.environ, DAGSTER_HOME=str(home)))
         stack = Stack(home, broker, backend, directory)
         closed_stacks.append(stack.mark)
         resources.enter_context(stack.exit_stack)
@@ -189,25 +141,22 @@ def open_watchers_instance(home: Path) -> DagsterInstance:
 def _write_settings(
     path: Path, database: str, more: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    settings = {"storage": {"postgres": {"postgres_url": database}}, **_quiet(), **more}
+    settings = {"storage": {"postgres": {"postgres_url": database}}, **QUIET_SETTINGS, **more}
     path.write_text(yaml.safe_dump(settings))
 
 
 def _servers(
     kind: Kind, resources: ExitStack, home: Path
-) -> tuple[ServerOptions | None, ServerOptions | None, OwnServer | EmbeddedServer]:
+) -> tuple[ServerOptions | None, ServerOptions | None, Server]:
     if kind == "embedded":
         embedded = EmbeddedServer(home)
         resources.callback(embedded.close)
         return None, None, embedded
-    server = OwnServer(resources.enter_context(private_redis()))
-    # thawed before it is stopped, whatever happens
-    resources.callback(server.signal, signal.SIGCONT)
+    server = resources.enter_context(private_redis())
     if kind == "redis":
-        return server.server.options, None, server
+        return server.options, None, server
     url = resources.enter_context(amqp_options()).url
-    backend = server.server.options
-    return ServerOptions(url=url, key_prefix=backend.key_prefix), backend, server
+    return ServerOptions(url=url, key_prefix=server.options.key_prefix), server.options, server
 
 
 def close_broker_connections(stack: Stack) -> None:
@@ -231,45 +180,9 @@ def _vhost(stack: Stack) -> str:
     return unquote(urlsplit(stack.broker.url).path[1:])
 
 
-def _quiet() -> dict[str, Any]:
-    return {
-        "telemetry": {"enabled": False},
-        # four processes less for each step
-        "compute_logs": {
-            "module": "dagster._core.storage.noop_compute_log_manager",
-            "class": "NoOpComputeLogManager",
-        },
-    }
-
-
 def _launching(stack: Stack) -> dict[str, Any]:
-    return {
-        "run_launcher": {
-            "module": "dagster_taskiq.launcher",
-            "class": "TaskiqRunLauncher",
-            "config": {
-                **stack.config,
-                "lease_seconds": LEASE_SECONDS,
-                "cancel_grace_seconds": GRACE_SECONDS,
-            },
-        },
-        "run_monitoring": {
-            "enabled": True,
-            "max_resume_run_attempts": RESUMES,
-            "start_timeout_seconds": 90,
-            "cancel_timeout_seconds": 90,
-        },
-    }
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    times = {"lease_seconds": LEASE_SECONDS, "cancel_grace_seconds": GRACE_SECONDS}
+    settings = launching_settings(stack, RESUMES, times)
+    # longer than the database is away
+    settings["run_monitoring"] |= {"start_timeout_seconds": 150, "cancel_timeout_seconds": 90}
+    return settings

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.soak``."""
+"""``python -m dagster_taskiq_tests.soak``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.soak.report import table
-from benchmarks.soak.soak import soak
 from dagster_taskiq_tests.server_sources import stop_session_servers
+from dagster_taskiq_tests.soak.report import table
+from dagster_taskiq_tests.soak.soak import soak
 
 
 def main() -> int:
     """Read the arguments, soak, report; 1 where a promise was broken."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dagster_taskiq_tests.soak", description=__doc__
+    )
     parser.add_argument("--broker", choices=("redis", "embedded", "rabbitmq"), default="redis")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")

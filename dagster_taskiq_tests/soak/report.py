@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks.soak.director import Director
-from benchmarks.soak.evidence import Verdict
+from dagster_taskiq_tests.soak.director import Director
+from dagster_taskiq_tests.soak.evidence import Verdict
 
 
 def figures(director: Director, verdict: Verdict, seed: int, seconds: float) -> dict[str, Any]:

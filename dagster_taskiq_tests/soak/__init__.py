@@ -1,7 +1,7 @@
 """The soak: mixed jobs on workers, while faults strike at random.
 
-``python -m benchmarks.soak --broker redis --seconds 600`` runs it; ``docs/soak.md`` says what it
-does and what came of it.
+``python -m dagster_taskiq_tests.soak --broker redis --seconds 600`` runs it; ``docs/soak.md`` says
+what it does and what came of it.
 
 ===========  ====================================================================
 module       holds

@@ -25,11 +25,11 @@ from dagster._daemon.monitoring.run_monitoring import (
     monitor_starting_run,
 )
 
-from benchmarks.soak import jobs
-from benchmarks.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
-from benchmarks.soak.stack import GRACE_SECONDS, LEASE_SECONDS, open_watchers_instance
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq_tests.acceptance.harness import Run, Stack
+from dagster_taskiq_tests.soak import jobs
+from dagster_taskiq_tests.soak.jobs import JOBS, NUMBER_TAG, POOL, SEED_TAG
+from dagster_taskiq_tests.soak.stack import GRACE_SECONDS, LEASE_SECONDS, open_watchers_instance
 
 logger = logging.getLogger("soak")
 
@@ -81,8 +81,8 @@ class Runs:
 
     # --- starting ---
 
-    def start_one(self) -> None:
-        """Start a run of some job, in some way."""
+    def start_one(self, *, may_be_own: bool = True) -> None:
+        """Start a run of some job: in a process of its own, if it may have one, or on a worker."""
         self._started += 1
         number = self._started
         job = self._random.choice(JOBS)
@@ -91,7 +91,7 @@ class Runs:
             "lease_seconds": LEASE_SECONDS,
             "cancel_grace_seconds": GRACE_SECONDS,
         }
-        if self._random.random() < 0.4:
+        if self._random.random() < 0.4 and may_be_own:
             own = self._stack.start(
                 f"{jobs.__name__}:{job}",
                 tags=tags,
@@ -109,6 +109,16 @@ class Runs:
         ).run_id
         self.all.append(SoakRun(number, job, run_id))
         self._orders.put(("launch", run_id))
+
+    def excuse_beginners(self, fault: str) -> None:
+        """Note a fault of own runs whose executor has not begun: what comes before is Dagster's."""
+        for run in self.all:
+            if run.own is not None and not self._has_begun(run):
+                run.faults.append(fault)
+
+    def _has_begun(self, run: SoakRun) -> bool:
+        kinds = {DagsterEventType.ENGINE_EVENT}
+        return bool(run.run_id and self._stack.instance.all_logs(run.run_id, of_type=kinds))
 
     def cancel(self, run: SoakRun) -> None:
         """Terminate a launched run, as the UI does it."""

@@ -16,23 +16,25 @@ from typing import Any
 import psutil
 from taskiq import BrokerMessage
 
-from benchmarks.soak.director import Director, SoakWorker
-from benchmarks.soak.runs import SoakRun
-from benchmarks.soak.stack import (
-    LEASE_SECONDS,
-    EmbeddedServer,
-    OwnServer,
-    accept_broker_connections,
-    close_broker_connections,
-    refuse_broker_connections,
-)
 from dagster_taskiq.brokers import open_broker
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import is_running
+from dagster_taskiq_tests.acceptance.launched import LaunchedRun, metadata
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
+from dagster_taskiq_tests.servers import PrivateRedis
+from dagster_taskiq_tests.soak.director import Director, SoakWorker
+from dagster_taskiq_tests.soak.runs import SoakRun
+from dagster_taskiq_tests.soak.stack import (
+    LEASE_SECONDS,
+    EmbeddedServer,
+    accept_broker_connections,
+    close_broker_connections,
+    refuse_broker_connections,
+)
 
 Fault = Callable[[Director], "str | None"]
 
@@ -70,7 +72,7 @@ def faults_of(director: Director, seconds: float) -> dict[str, Fault]:
     }
     if seconds > 2 * DATABASE_AWAY_SECONDS:
         found["the database away for a minute"] = _take_database
-    if isinstance(director.server, OwnServer):
+    if isinstance(director.server, PrivateRedis):
         found["restart the backend from an older snapshot"] = _go_back
     if isinstance(director.server, EmbeddedServer):
         found["kill the embedded server's keeper"] = _kill_keeper
@@ -113,9 +115,10 @@ def _signal_idle(director: Director, number: signal.Signals) -> str | None:
     if not idle:
         return None
     pid = director.random.choice(idle)
+    unfinished = director.runs.look()
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-    for run in director.runs.all:
+    for run in unfinished:
         run.faults.append(f"{number.name} to pid {pid}, which may have been its own")
     return f"pid {pid} of {worker.process.name}"
 
@@ -197,9 +200,10 @@ def _kill_helper(
     if worker is None or process is None:
         return None
     worker.is_harmed = True
+    unfinished = director.runs.look()
     process.kill()
     if find is _forkserver:
-        for run in director.runs.all:
+        for run in unfinished:
             run.faults.append(f"the fork server of {worker.process.name} was killed")
     return f"pid {process.pid} of {worker.process.name}"
 
@@ -258,11 +262,8 @@ def _process_of(director: Director, run: SoakRun) -> int | None:
         return run.own.process.pid
     if run.run_id is None:
         return None
-    for entry in reversed(list(director.stack.instance.all_logs(run.run_id))):
-        event = entry.dagster_event
-        if event and (event.message or "").startswith("Executing the run on worker"):
-            return int(str(event.engine_event_data.metadata["pid"].value))
-    return None
+    starts = LaunchedRun(director.stack, run.run_id).starts()
+    return int(metadata(starts[-1])["pid"]) if starts else None
 
 
 def _cancel_run(director: Director) -> str | None:
@@ -288,6 +289,8 @@ def _cancel_run(director: Director) -> str | None:
 
 def _kill_backend(director: Director) -> str:
     director.server.kill()
+    if isinstance(director.server, PrivateRedis):  # the embedded one has a keeper
+        director.server.restart()
     return "it comes back with its data"
 
 
@@ -298,16 +301,16 @@ def _flush(director: Director) -> str:
 
 
 def _freeze_backend(director: Director, seconds: float) -> str:
-    director.server.signal(signal.SIGSTOP)
+    director.server.pause()
     # on time, whatever the director is waiting for
-    threading.Timer(seconds, director.server.signal, [signal.SIGCONT]).start()
+    threading.Timer(seconds, director.server.resume).start()
     time.sleep(seconds + 0.2)
     return f"{seconds:g} s"
 
 
 def _go_back(director: Director) -> str:
     server = director.server
-    assert isinstance(server, OwnServer)
+    assert isinstance(server, PrivateRedis)
     server.remember()
     time.sleep(director.random.uniform(1, 4))
     server.go_back()
@@ -335,11 +338,12 @@ def _take_database(director: Director) -> str | None:
     if director.faults["the database away for a minute"]:
         return None
     director.database.set(Mode.REFUSE)
+    director.runs.excuse_beginners("Dagster's database went away as it began")
     director.later(DATABASE_AWAY_SECONDS, lambda: director.database.set(Mode.PASS))
     return f"for {DATABASE_AWAY_SECONDS:g} s"
 
 
-def _send_garbage(director: Director) -> str:
+def _send_garbage(director: Director) -> str | None:
     """Into the queues of steps and of runs: no JSON, half a task, an odd header, no run."""
     options = director.stack.broker or _embedded_options(director)
 
@@ -357,7 +361,10 @@ def _send_garbage(director: Director) -> str:
         finally:
             await broker.shutdown()
 
-    return f"{asyncio.run(send())} messages"
+    try:
+        return f"{asyncio.run(send())} messages"
+    except ServerError:  # it is away, by another fault
+        return None
 
 
 def _embedded_options(director: Director) -> ServerOptions:

@@ -1,0 +1,104 @@
+"""The URLs of broker and backend: as they are given, by environment variables, or as Celery does.
+
+What dagster-celery's users have is read for what it means here, or answered: the host of the
+default broker, ``rpc://``, and several servers in one URL.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_HOST_VARIABLES, BROKER_URL_VARIABLE
+from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.servers.kinds import BACKEND_KINDS, kind_of, one_of, schemes_of
+from dagster_taskiq.servers.urls import redact_url
+
+#: Kombu's sign between the servers of one URL, where another URL follows.
+_NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+
+
+def find_broker_url(configured: str | None) -> str | None:
+    """The broker's URL: the configured one, that of its variable, or the host of one.
+
+    Returns:
+        None where nothing names a broker.
+
+    Raises:
+        ConfigError: it is no URL of a broker.
+    """
+    url = configured or os.getenv(BROKER_URL_VARIABLE)
+    if not url:
+        return _url_of_host()
+    url = _first_of("broker", url)
+    kind_of(url)
+    return url
+
+
+def find_backend_url(
+    configured: str | None, broker_url: str | None, *, is_needed: bool
+) -> str | None:
+    """The backend's URL: the configured one, or that of its variable.
+
+    Returns:
+        None where it is the broker's own server.
+
+    Raises:
+        ConfigError: it is none, or the broker cannot be the backend and ``is_needed``.
+    """
+    is_rpc = configured is not None and configured.startswith("rpc")
+    url = (None if is_rpc else configured) or os.getenv(BACKEND_URL_VARIABLE)
+    if not url:
+        has_own = broker_url is None or kind_of(broker_url) in BACKEND_KINDS
+        if not is_needed or (has_own and not is_rpc):
+            return None
+        what = "rpc://" if is_rpc else _alone(str(broker_url))
+        ways = [f"the {schemes_of([it])[0]} URL of a {it.name}" for it in BACKEND_KINDS]
+        raise ConfigError(
+            f"{what} cannot keep results and claims: set "
+            f"'backend' or {BACKEND_URL_VARIABLE} to {one_of(ways)}."
+        )
+    if is_rpc:
+        warnings.warn(
+            f"backend 'rpc://' cannot keep results and claims: {BACKEND_URL_VARIABLE} is used.",
+            stacklevel=2,
+        )
+    url = _first_of("backend", url)
+    kind = kind_of(url)
+    if kind not in BACKEND_KINDS:
+        ways = [f"a {it.name} ({one_of(schemes_of([it]))})" for it in BACKEND_KINDS]
+        raise ConfigError(f"backend must be {one_of(ways)}, not {kind.name}.")
+    return url
+
+
+def _alone(broker_url: str) -> str:
+    return f"{kind_of(broker_url).name} alone ({redact_url(broker_url)})"
+
+
+def _url_of_host() -> str | None:
+    """dagster-celery's default broker, on the host that a variable names."""
+    for variable in BROKER_HOST_VARIABLES:
+        host = os.getenv(variable)
+        if host:
+            if not re.fullmatch(r"[\w.-]+|\[[\da-fA-F:.]+\]", host):
+                raise ConfigError(
+                    f"{variable} must be the name of a host alone. Set {BROKER_URL_VARIABLE} to a "
+                    "URL for anything else."
+                )
+            return f"pyamqp://guest@{host}:5672//"
+    return None
+
+
+def _first_of(name: str, url: str) -> str:
+    """The first of Celery's list of servers that stand in for each other, with a warning."""
+    first, *others = _NEXT_URL.split(url)
+    for one in (first, *others):
+        kind_of(one)
+    if others:
+        warnings.warn(
+            f"'{name}' has {len(others) + 1} servers, but only the first, {redact_url(first)}, is "
+            "used, also while it is away. Use a host name or a load balancer that stands for all.",
+            stacklevel=2,
+        )
+    return first

@@ -1,0 +1,112 @@
+"""What Dagster's log says of a step's attempts: which has begun where, and what came too late."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+
+from dagster_taskiq._dagster.names import EventLogEntry
+from dagster_taskiq._dagster.replay import is_end_of_attempt
+from dagster_taskiq._dagster.storage import read_step_log
+from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
+from dagster_taskiq.messages.results import NOWHERE, Place
+
+
+def of_attempt(attempt: int, events: Iterable[DagsterEvent]) -> list[DagsterEvent]:
+    """The events of one attempt of a step: what follows its previous STEP_UP_FOR_RETRY."""
+    found = []
+    number = 1
+    for event in events:
+        if number == attempt:
+            found.append(event)
+        number += event.is_step_up_for_retry
+    return found
+
+
+def has_started(events: Iterable[DagsterEvent]) -> bool:
+    """Whether a worker has written anything of the attempt that the events are of."""
+    return any(
+        not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
+        for event in events
+    )
+
+
+def last_place(events: Sequence[DagsterEvent]) -> Place:
+    """Where a worker has last begun, by the events of an attempt; ``NOWHERE`` if none has."""
+    places = [place_in(event) for event in events]
+    return next((place for place in reversed(places) if place), NOWHERE)
+
+
+def already_begun(
+    instance: DagsterInstance, run_id: str, step_key: str, attempt: int
+) -> Place | None:
+    """Where an attempt has been begun, by Dagster's log, or ended without having begun.
+
+    This is the loop's own rule: what it finds begun or ended it never sends again.
+
+    Args:
+        attempt: of the step in this run, from 1.
+
+    Returns:
+        None if the attempt is still to begin; ``NOWHERE`` if it was only ended.
+    """
+    entries = without_late_events(read_step_log(instance, run_id, step_key))
+    events = of_attempt(attempt, (entry.get_dagster_event() for entry in entries))
+    return last_place(events) if has_started(events) else None
+
+
+def read_steps_log(instance: DagsterInstance, run_id: str) -> Iterator[EventLogEntry]:
+    """What Dagster's log says of a run's steps, in its order, without what came too late."""
+    return without_late_events(instance.all_logs(run_id, of_type=set(DagsterEventType)))
+
+
+def without_late_events(entries: Iterable[EventLogEntry]) -> Iterator[EventLogEntry]:
+    """Leave out what a process has written about an attempt of a step that was already over.
+
+    A worker that was given up may live, and then its process writes the end of its attempt into
+    the log in which the next attempt is under way. Events do not name their attempt, so they are
+    known by the process that announced itself as the one that executes it. Where the loop and such
+    a process have asked for a retry at the same time, it is the same retry.
+    """
+    present: dict[str, set[int]] = defaultdict(set)
+    former: dict[str, set[int]] = defaultdict(set)
+    to_retry: set[str] = set()
+    for entry in entries:
+        event = entry.dagster_event
+        if event is None or event.step_key is None:
+            continue
+        ours, gone = present[event.step_key], former[event.step_key]
+        place = place_in(event)
+        if says_sent(event):
+            to_retry.discard(event.step_key)
+        elif event.is_step_up_for_retry:
+            if event.step_key in to_retry:
+                continue
+            to_retry.add(event.step_key)
+        if place is not None:
+            gone.discard(place.pid)
+            ours.add(place.pid)
+        elif event.pid in gone and not event.is_engine_event:
+            continue
+        elif is_end_of_attempt(event):
+            gone |= ours
+            ours.clear()
+        yield entry
+
+
+def says_sent(event: DagsterEvent) -> bool:
+    """Whether this is the event of a loop that sends a step."""
+    return event.is_engine_event and event.engine_event_data.marker_start == QUEUE_WAIT_MARKER
+
+
+def place_in(event: DagsterEvent) -> Place | None:
+    """Where a step runs, if this is the event of a worker's process that begins with it."""
+    if not event.is_engine_event or event.engine_event_data.marker_end != QUEUE_WAIT_MARKER:
+        return None
+    said = {key: str(value.value) for key, value in event.engine_event_data.metadata.items()}
+    try:
+        return Place(said["worker"], "", said["host"], int(said["pid"]), int(said["slot"]))
+    except (KeyError, ValueError):
+        return None  # a loop that has withdrawn the step ends the wait too

@@ -1,0 +1,189 @@
+"""What a worker and its children tell each other, as types.
+
+A worker gives its child one order at a time. The child answers each with one answer, and may say
+more before it. How the messages travel is the affair of ``channel``, ``slot`` and ``frames``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.messages.results import Place
+
+# --- orders: from the worker to its child ---
+
+
+@dataclass(frozen=True)
+class Execute:
+    """Execute a task.
+
+    Attributes:
+        name: what to do.
+        payload: as it travels, a JSON object as text that the worker has not parsed.
+        place: where it is executed, for people.
+        queue: that the task waited in, as people name it.
+        code_location: see ``code_locations``; empty for any.
+        soft_timeout_seconds: after which the worker will warn the child; None is never.
+    """
+
+    name: TaskName
+    payload: str
+    place: Place
+    queue: str
+    code_location: str = ""
+    soft_timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class LookAtRun:
+    """Ask Dagster whether the run of a step is over.
+
+    Attributes:
+        payload: of the step's task, as it travels.
+    """
+
+    payload: str
+
+
+@dataclass(frozen=True)
+class FailRun:
+    """Have Dagster fail a run that could not be started.
+
+    Attributes:
+        payload: of the run's task, as it travels.
+        reason: why it could not start.
+    """
+
+    payload: str
+    reason: str
+
+
+Order = Execute | LookAtRun | FailRun
+
+# --- words: from the child to its worker ---
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The child waits for its first order."""
+
+
+@dataclass(frozen=True)
+class NotReady:
+    """The child cannot take orders, and ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The child has an order, and has executed nothing of it yet."""
+
+
+@dataclass(frozen=True)
+class LogOpened:
+    """The output of a step goes to a file.
+
+    Attributes:
+        path: of the file.
+        target: the descriptor that the output went to before, 1 or 2.
+    """
+
+    path: str
+    target: int
+
+
+@dataclass(frozen=True)
+class LogClosed:
+    """No more output goes to the file."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Dagster's log says that the run has started."""
+
+
+@dataclass(frozen=True)
+class Executed:
+    """The answer to ``Execute``.
+
+    Attributes:
+        result: a ``TaskResult`` as text.
+        left_behind: what keeps the child from taking another task, in words; empty if nothing.
+        resident_kib: memory of the child.
+    """
+
+    result: str
+    left_behind: str
+    resident_kib: int
+
+
+@dataclass(frozen=True)
+class RunAnswer:
+    """The answer to ``LookAtRun`` and ``FailRun``.
+
+    Attributes:
+        is_over: whether the run is finished or deleted, for ``LookAtRun``.
+        error: why Dagster could not be asked or told; empty if it could.
+    """
+
+    is_over: bool = False
+    error: str = ""
+
+
+Answer = Executed | RunAnswer
+Word = Ready | NotReady | Started | LogOpened | LogClosed | Begun | Answer
+
+_ORDERS: Mapping[str, type[Any]] = {it.__name__: it for it in (Execute, LookAtRun, FailRun)}
+_WORDS: Mapping[str, type[Any]] = {
+    it.__name__: it
+    for it in (Ready, NotReady, Started, LogOpened, LogClosed, Begun, Executed, RunAnswer)
+}
+
+
+def pack(message: Order | Word) -> dict[str, Any]:
+    """The message for JSON: its kind and its fields."""
+    values = {"kind": type(message).__name__, **vars(message)}
+    if isinstance(message, Execute):
+        values["place"] = vars(message.place)
+    return values
+
+
+def unpack_order(values: Mapping[str, Any]) -> Order:
+    """The order of a packed message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    order: Order = _unpacked(_ORDERS, values)
+    return order
+
+
+def unpack_word(values: Mapping[str, Any]) -> Word:
+    """The word of a packed message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    word: Word = _unpacked(_WORDS, values)
+    return word
+
+
+def _unpacked(kinds: Mapping[str, type[Any]], values: Mapping[str, Any]) -> Any:
+    fields = dict(values)
+    kind = kinds.get(str(fields.pop("kind", None)))
+    if kind is None:
+        raise ValueError(f"{values.get('kind')!r} is no kind of message")
+    try:
+        if kind is Execute:
+            fields["name"] = TaskName(fields["name"])
+            fields["place"] = Place.from_dict(fields["place"])
+        return kind(**fields)
+    except (TypeError, KeyError, MalformedResultError) as error:
+        raise ValueError(f"it is no {kind.__name__}: {error}") from None

@@ -1,0 +1,244 @@
+"""Who watches a worker: what it hears of, and the two observers that every worker has.
+
+    admitted --> claimed --> began --> ended --> released
+        '------> dropped
+
+``released`` comes once for each ``claimed``, whatever becomes of the task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_taskiq.backend import Claim, ClaimAnswer
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.results import Outcome, Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task ended in its slot, by the worker's monotonic clock.
+
+    Attributes:
+        outcome: see ``Outcome``.
+        waited_seconds: from its admission until it began, or until it was clear that it cannot
+            begin. The time in its queue is not known to a worker.
+        run_seconds: from its beginning to its end; None where it could not begin.
+        cause: why it ended other than by its own end; empty where there is nothing to say.
+        left_behind: what keeps its child from taking another task, in words; empty if nothing.
+    """
+
+    outcome: Outcome
+    waited_seconds: float
+    run_seconds: float | None
+    cause: str = ""
+    left_behind: str = ""
+
+
+@dataclass(frozen=True)
+class LeaseRenewal:
+    """One renewal of all claims of a worker.
+
+    Attributes:
+        claims: how many it was for.
+        lost: how many of them were not held any more.
+        seconds: how long the answer took.
+        least_left_share: the least that was left of a lease when the answer came, counted from the
+            renewal before; 1 is all of it.
+    """
+
+    claims: int
+    lost: int
+    seconds: float
+    least_left_share: float
+
+
+class WorkerObserver:
+    """Hears what a worker does; a subclass overrides what it wants to hear.
+
+    Every method is called in the worker's event loop, which renews leases: it must return at once.
+    """
+
+    def admitted(self, envelope: Envelope) -> None:
+        """A message that was taken, for which a slot is free, is a task for this worker."""
+
+    def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
+        """A task could not be claimed, for good; its message is acked."""
+
+    def claimed(self, envelope: Envelope) -> None:
+        """A task is this worker's."""
+
+    def began(self, envelope: Envelope, place: Place) -> None:
+        """A task is given to the child of its slot."""
+
+    def stopped(self, claim: Claim, cause: str) -> None:
+        """A task may not go on; its child is told."""
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """A task has ended in its slot; its result is not stored yet."""
+
+    def released(self, envelope: Envelope) -> None:
+        """A task that was claimed is not this worker's any more."""
+
+    def refused(self, what: str, error: Exception) -> None:
+        """A message or an order was refused.
+
+        Args:
+            what: was refused, with an article.
+        """
+
+    def ordered(self, order: Mapping[str, Any]) -> None:
+        """An order to this worker has arrived by the control mailbox; see ``control``."""
+
+    def renewed(self, renewal: LeaseRenewal) -> None:
+        """The claims of the worker were renewed in one call."""
+
+    def outage(self, address: str, error: ServerError) -> None:
+        """The backend does not renew claims; said once, until ``outage_over``."""
+
+    def outage_over(self, address: str) -> None:
+        """The backend renews claims again."""
+
+    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+        """A slot gives up its child for a new one.
+
+        Args:
+            slot: its number.
+            pid: of the child that goes.
+            reason: in words.
+        """
+
+
+class LoggingObserver(WorkerObserver):
+    """Writes the worker's log of its tasks.
+
+    What is refused is logged by ``Refusals``, which keeps a flood out of the log.
+    """
+
+    def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
+        """See ``WorkerObserver``."""
+        logger.info("Dropped task %s: it is %s.", envelope.task_id, answer.value)
+
+    def began(self, envelope: Envelope, place: Place) -> None:
+        """See ``WorkerObserver``."""
+        logger.info("%s: starting in slot %d.", envelope.title, place.slot)
+
+    def stopped(self, claim: Claim, cause: str) -> None:
+        """See ``WorkerObserver``."""
+        logger.warning("Stopping task %s: %s.", claim.task_id, cause)
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        title = envelope.title
+        if ending.left_behind:
+            logger.warning("%s left behind %s: its process is replaced.", title, ending.left_behind)
+        if ending.run_seconds is not None:
+            level = logging.INFO if ending.outcome is Outcome.FINISHED else logging.WARNING
+            seconds, cause = ending.run_seconds, ending.cause
+            logger.log(level, "%s: ended after %.3f s. %s", title, seconds, cause)
+
+    def outage(self, address: str, error: ServerError) -> None:
+        """See ``WorkerObserver``."""
+        logger.warning("Cannot renew the leases of running steps: %s Trying again.", error)
+
+    def outage_over(self, address: str) -> None:
+        """See ``WorkerObserver``."""
+        logger.info("%s is back; the leases are renewed.", address)
+
+
+class CountingObserver(WorkerObserver):
+    """Counts what the list of workers shows.
+
+    Attributes:
+        busy: how many tasks of each kind are claimed now.
+        refused_count: how many messages and orders were refused.
+    """
+
+    def __init__(self) -> None:
+        self.busy: Counter[QueueKind] = Counter()
+        self.refused_count = 0
+
+    def claimed(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self.busy[envelope.kind] += 1
+
+    def released(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self.busy[envelope.kind] -= 1
+
+    def refused(self, what: str, error: Exception) -> None:
+        """See ``WorkerObserver``."""
+        self.refused_count += 1
+
+
+class Observers(WorkerObserver):
+    """Several observers as one; the error of one is logged, and stops neither task nor worker."""
+
+    def __init__(self, *observers: WorkerObserver) -> None:
+        self._observers = observers
+
+    def _tell(self, event: str, *details: object) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, event)(*details)
+            except Exception:
+                logger.exception("%s failed to hear of %r.", type(observer).__name__, event)
+
+    def admitted(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("admitted", envelope)
+
+    def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("dropped", envelope, answer)
+
+    def claimed(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("claimed", envelope)
+
+    def began(self, envelope: Envelope, place: Place) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("began", envelope, place)
+
+    def stopped(self, claim: Claim, cause: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("stopped", claim, cause)
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("ended", envelope, ending)
+
+    def released(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("released", envelope)
+
+    def refused(self, what: str, error: Exception) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("refused", what, error)
+
+    def ordered(self, order: Mapping[str, Any]) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("ordered", order)
+
+    def renewed(self, renewal: LeaseRenewal) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("renewed", renewal)
+
+    def outage(self, address: str, error: ServerError) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("outage", address, error)
+
+    def outage_over(self, address: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("outage_over", address)
+
+    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("child_replaced", slot, pid, reason)

@@ -1,0 +1,76 @@
+"""What a worker is put together from, so that a simulation or a test can bring stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dagster_taskiq.backend import Backend, open_backend
+from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.fork_server import fork_server
+from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.log_tails import LogTails
+from dagster_taskiq.worker.observer import WorkerObserver
+from dagster_taskiq.worker.slot import ChildSlot
+from dagster_taskiq.worker.slot_base import Slot
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """What a slot is for.
+
+    Attributes:
+        child: options of its children.
+        max_tasks, max_memory_kib: see ``ChildSlot``.
+    """
+
+    child: ChildOptions
+    max_tasks: int = 0
+    max_memory_kib: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerParts:
+    """The parts of one worker that reach beyond its own process.
+
+    Attributes:
+        backend: not yet started.
+        guard: not yet started.
+        open_broker: makes the broker of a station, which listens on its physical queues.
+        make_slot: makes a slot that is not yet prepared.
+        finish_output: called when all slots have stopped, to write what they have left to be
+            written; it may block.
+    """
+
+    backend: Backend
+    guard: GuardClient
+    open_broker: Callable[[QueueKind, Sequence[str]], TaskBroker]
+    make_slot: Callable[[SlotOptions, WorkerObserver], Slot]
+    finish_output: Callable[[], None] = lambda: None
+
+
+def usual_parts(servers: Servers) -> WorkerParts:
+    """The parts of a worker on these servers whose slots have child processes."""
+    guard, tails, context = GuardClient(), LogTails(), fork_server()
+
+    def make_slot(options: SlotOptions, observer: WorkerObserver) -> Slot:
+        return ChildSlot(
+            context,
+            guard,
+            tails,
+            options.child,
+            max_tasks=options.max_tasks,
+            max_memory_kib=options.max_memory_kib,
+            observer=observer,
+        )
+
+    return WorkerParts(
+        backend=open_backend(servers.backend, servers.signer),
+        guard=guard,
+        open_broker=lambda _, queues: open_broker(servers.broker, queues),
+        make_slot=make_slot,
+        finish_output=tails.stop,
+    )

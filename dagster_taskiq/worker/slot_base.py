@@ -1,0 +1,107 @@
+"""What a slot must do: the contract between those that give it tasks and the child behind it."""
+
+from __future__ import annotations
+
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dagster_taskiq.worker.child_messages import Answer, Order
+
+
+@dataclass(frozen=True)
+class ChildDied:
+    """The child ended while it had a task.
+
+    Attributes:
+        exit_code: negative for the number of the signal that ended it.
+        pid: it had.
+        is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
+        fault: for which the worker has killed it, in words; empty if it has ended by itself.
+    """
+
+    exit_code: int
+    pid: int
+    is_out_of_memory: bool = False
+    fault: str = ""
+
+    def __str__(self) -> str:
+        if self.fault:
+            return f"its process {self.fault}, and was killed"
+        if self.exit_code < 0:
+            try:
+                name = signal.Signals(-self.exit_code).name
+            except ValueError:
+                name = f"signal {-self.exit_code}"
+            cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
+            return f"its process was killed by {name}{cause}"
+        return f"its process ended with exit code {self.exit_code}"
+
+
+class Slot(ABC):
+    """Executes one task at a time in a process of its own.
+
+    Attributes:
+        number: of the slot in its station, from 1.
+        location: the code location whose tasks its child has executed; empty where there is none.
+    """
+
+    number: int
+    location: str = ""
+
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """Of the child, which is also its process group's; 0 when there is none."""
+
+    @abstractmethod
+    async def prepare(self, location: str = "") -> None:
+        """Have a child that is ready for a task, unless there is one that executes a task.
+
+        Args:
+            location: of the task; empty for any. See ``code_locations``.
+
+        Raises:
+            NoProcessError: none can be started now.
+            SlotError: the child could not import the user's modules, or did not come up.
+        """
+
+    @abstractmethod
+    def retire(self) -> None:
+        """Have the child replaced when it has no task any more: the next ``prepare`` does it."""
+
+    @abstractmethod
+    async def run(
+        self,
+        order: Order,
+        on_child: Callable[[int], None],
+        on_started: Callable[[], None] = lambda: None,
+        on_begun: Callable[[], None] = lambda: None,
+    ) -> Answer | ChildDied:
+        """Give the child an order; its answer, or how it died.
+
+        Args:
+            on_child: called with the child's process group before it is given the order.
+            on_started: called when the child has begun with it.
+            on_begun: called when the log of a run says that it has started.
+
+        Raises:
+            SlotError: the child died before it had begun, and no other one comes up.
+        """
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """SIGTERM to the child, for Dagster to end the step; the child is replaced afterwards."""
+
+    @abstractmethod
+    def warn(self) -> None:
+        """Tell the child that its task's soft time limit is over."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """SIGKILL to the child and everything it has started."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Kill the child and everything it has started, and wait for its end."""
