@@ -7,9 +7,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.backend.life import Moment, RunLife, TaskLife
 from dagster_taskiq.errors import UnreachableServerError
 
@@ -156,18 +157,6 @@ class Session:
         return {key: it.data for key, it in workers if it.ends_at > self.moment.seconds}
 
 
-@dataclass(eq=False)
-class _Waiter:
-    """Somebody who waits for a mailbox, in an event loop of any thread."""
-
-    loop: asyncio.AbstractEventLoop
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def wake(self) -> None:
-        with suppress(RuntimeError):  # its event loop is closed
-            self.loop.call_soon_threadsafe(self.woken.set)
-
-
 class MemoryServer:
     """What several ``MemoryBackend`` share, with the accidents that a real server has.
 
@@ -184,7 +173,7 @@ class MemoryServer:
         self._tables = _Tables()
         self._epoch = uuid.uuid4().hex
         self._is_frozen = False
-        self._waiters: dict[Hashable, set[_Waiter]] = {}
+        self._waiters: dict[Hashable, set[RemoteEvent]] = {}
 
     # --- accidents ---
 
@@ -214,7 +203,7 @@ class MemoryServer:
             self._is_frozen = True
             for waiters in self._waiters.values():
                 for waiter in waiters:
-                    waiter.wake()
+                    waiter.set()
 
     def thaw(self) -> None:
         """Undo ``freeze``."""
@@ -251,17 +240,17 @@ class MemoryServer:
 
     async def wait_for(self, mailbox: Hashable, timeout_seconds: float) -> tuple[str, ...]:
         """Take what is in a mailbox, as soon as there is something; nothing after the timeout."""
-        waiter = _Waiter(asyncio.get_running_loop())
+        waiter = RemoteEvent()
         deadline = waiter.loop.time() + timeout_seconds
         with self._lock:
             self._waiters.setdefault(mailbox, set()).add(waiter)
         try:
             while True:
-                waiter.woken.clear()
+                waiter.clear()
                 with self.reached() as session:
                     if found := session.take(mailbox):
                         return found
-                await asyncio.wait_for(waiter.woken.wait(), deadline - waiter.loop.time())
+                await asyncio.wait_for(waiter.wait(), deadline - waiter.loop.time())
         except asyncio.TimeoutError:
             return ()
         finally:
@@ -272,4 +261,4 @@ class MemoryServer:
 
     def _wake(self, mailbox: Hashable) -> None:
         for waiter in self._waiters.get(mailbox, ()):
-            waiter.wake()
+            waiter.set()

@@ -93,8 +93,23 @@ class TaskBroker(AsyncBroker):
       sent first. A listener with several queues looks at them in turn.
     * ``listen`` takes a message only when its consumer asks for the next one, so that a busy
       worker never holds one that an idle worker could run.
-    * A delivery that was neither acked nor released when its worker died goes back to its queue.
+    * A delivery that was neither acked nor released when its worker died goes back to its place in
+      the queue. One of a worker that lives stays in hand until it is settled.
     * A lost connection is restored by the broker; ``listen`` goes on by itself.
+
+    Where servers differ, so that callers rely on neither:
+
+    * A searchable queue, on Redis or Valkey, finds tasks by their ids. A queue of RabbitMQ is not
+      searchable: see ``withdraw`` and ``absent``.
+    * A task that is sent again while it waits or is in hand keeps its place in a searchable queue;
+      otherwise it comes twice. A task's claim is what lets only one of the two execute.
+    * What a dead worker had in hand goes back when the server sees that the connection is gone,
+      or, on Redis, after ``IN_HAND_SECONDS``; the same holds for ``shutdown``.
+    * An ``ack`` may come when the delivery went back already. A searchable queue then forgets the
+      task wherever it is, since its worker has claimed it. Otherwise the ``ack`` raises
+      ``UnreachableServerError`` and the task comes again. A late ``release`` changes nothing.
+
+    ``memory`` is the executable text of all this, with searchable queues or without.
 
     Args of every implementation: ``options``, how to reach the server, and ``queues``, the
     physical queues to listen on (none for a sender).
@@ -136,7 +151,10 @@ class TaskBroker(AsyncBroker):
             self.on_refused(error)
 
     async def shutdown(self) -> None:
-        """Close the connections; listeners end, and unsettled messages go back to their queues."""
+        """Close the connections; listeners end, and unsettled messages go back to their queues.
+
+        On Redis they go back only after ``IN_HAND_SECONDS``.
+        """
         self._is_shut_down = True
         await super().shutdown()
 
