@@ -432,8 +432,9 @@ def test_a_late_release_leaves_another_listeners_task_alone(
     run(test())
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "in other hands"])
 def test_a_late_ack_forgets_the_task_or_raises(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
     """The task went back meanwhile; the worker that acks it has claimed it all the same."""
     harness.hasten(monkeypatch, in_hand_seconds=0.0)
@@ -449,15 +450,20 @@ def test_a_late_ack_forgets_the_task_or_raises(
             late = await slow.take()
             monkeypatch.undo()
             network.cut()
-            await (await other.take()).release()
-            await eventually(lambda: _is(other.broker.depth(queue), 1))
+            copy = await other.take()
+            if waits:
+                await copy.release()
+                await eventually(lambda: _is(other.broker.depth(queue), 1))
             if harness.is_searchable:
                 await late.ack()
+                await copy.release()
                 assert await other.broker.depth(queue) == 0
+                assert await other.broker.absent(queue, ["a"]) == {"a"}
             else:
                 with pytest.raises(UnreachableServerError, match="delivered again"):
                     await late.ack()
                 assert not late.settled
+                await copy.release()
                 assert await other.finish() == "a"
 
     run(test())
