@@ -19,7 +19,7 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.backend import Claim, Renewal
 from dagster_taskiq.backend.redis import RedisBackend
-from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
+from dagster_taskiq.brokers import Admission, Delivery, TaskBroker, open_broker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import DEFAULT_QUEUE, DEFAULT_STEP_PRIORITY
@@ -209,9 +209,10 @@ class _HeldSteps(TaskBroker, Listener):
 
     address = "the simulation"
 
-    def __init__(self, queue: str, held: Sequence[Envelope]) -> None:
+    def __init__(self, queue: str, held: Sequence[Envelope], admission: Admission) -> None:
         super().__init__()
         self.queues = (queue,)
+        self.admission = admission
         self._left = [it.to_message(queue, Signer()).message for it in held]
 
     def listener(self) -> Listener:
@@ -291,10 +292,12 @@ class SimulatedWorker:
         ready = asyncio.Event()
         steps = await self._held_steps()
 
-        def open_station_broker(kind: QueueKind, queues: Sequence[str]) -> TaskBroker:
+        def open_station_broker(
+            kind: QueueKind, queues: Sequence[str], admission: Admission
+        ) -> TaskBroker:
             if steps and kind is QueueKind.STEPS:
-                return _HeldSteps(queues[0], steps)
-            return open_broker(self._servers.broker, queues)
+                return _HeldSteps(queues[0], steps, admission)
+            return open_broker(self._servers.broker, queues, admission)
 
         worker = Worker(
             self._servers,

@@ -38,6 +38,7 @@ from dagster_taskiq.brokers.amqp_errors import (
 )
 from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
+    Admission,
     Delivery,
     Listener,
     TaskBroker,
@@ -73,15 +74,22 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
     Args:
         options: how to reach the server.
         queues: the physical queues to listen on; none for a sender.
+        admission: decides which messages are handed on; None for all.
 
     Raises:
         ConfigError: the URL cannot be read.
     """
 
-    def __init__(self, options: ServerOptions, queues: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        queues: Sequence[str] = (),
+        admission: Admission | None = None,
+    ) -> None:
         self.address = options.address
         self.options = options
         self.queues = tuple(queues)
+        self.admission = admission
         super().__init__(options.client_url)
         self._timeout_seconds = options.connect_timeout_seconds
         self._current: _Connection | None = None

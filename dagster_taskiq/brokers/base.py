@@ -38,7 +38,7 @@ class Delivery(AckableMessage):
     ``ack`` makes the server forget it. ``release`` gives it back at once, to the place in its
     queue that it was taken from. The first call that succeeds settles it; later ones do nothing.
 
-    ``content`` is what the broker's ``admit`` has made of the message.
+    ``content`` is what the broker's ``Admission`` has made of the message.
     """
 
     ack: Callable[[], Awaitable[None]]
@@ -82,6 +82,23 @@ class Listener(ABC):
         """Return when another look may find something; leaves nothing behind when cancelled."""
 
 
+class Admission(ABC):
+    """Decides which messages a broker hands on."""
+
+    @abstractmethod
+    def admit(self, data: bytes) -> object:
+        """What a ``Delivery`` has as its ``content``, made of the message's bytes.
+
+        Raises:
+            MalformedTaskError, UntrustedError: it is no task of ours. The broker acks, counts and
+                drops it, since Taskiq's receiver would neither ack it nor give its place free.
+        """
+
+    @abstractmethod
+    def refused(self, error: Exception) -> None:
+        """Hear of a message that is refused, beside the log."""
+
+
 class TaskBroker(AsyncBroker):
     """A broker with queues, priorities, release and withdrawal.
 
@@ -111,8 +128,8 @@ class TaskBroker(AsyncBroker):
 
     ``memory`` is the executable text of all this, with searchable queues or without.
 
-    Args of every implementation: ``options``, how to reach the server, and ``queues``, the
-    physical queues to listen on (none for a sender).
+    Args of every implementation: ``options``, how to reach the server; ``queues``, the physical
+    queues to listen on (none for a sender); and ``admission``.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
     the password, from ``startup`` and every method that talks to the server.
@@ -124,14 +141,8 @@ class TaskBroker(AsyncBroker):
     #: The physical queues to listen on.
     queues: Sequence[str]
 
-    #: Called with the bytes of each message before it is handed on, to make its ``content`` of
-    #: them; raises ``MalformedTaskError`` or ``UntrustedError`` for what is no task of ours, which
-    #: is then acked, counted and dropped here, since Taskiq's receiver would neither ack it nor
-    #: give its place free.
-    admit: Callable[[bytes], object] | None = None
-
-    #: Hears of each message that is refused, beside the log.
-    on_refused: Callable[[Exception], None] | None = None
+    #: Decides which messages are handed on; None for all.
+    admission: Admission | None = None
 
     _is_shut_down: bool = False
 
@@ -147,8 +158,8 @@ class TaskBroker(AsyncBroker):
     def note_refused(self, error: Exception) -> None:
         """Count a message that was refused, and say why a few times."""
         self._refusals.note("a message", error)
-        if self.on_refused is not None:
-            self.on_refused(error)
+        if self.admission is not None:
+            self.admission.refused(error)
 
     async def shutdown(self) -> None:
         """Close the connections; listeners end, and unsettled messages go back to their queues.
@@ -170,8 +181,8 @@ class TaskBroker(AsyncBroker):
         try:
             if delivery.flaw:
                 raise MalformedTaskError(delivery.flaw)
-            if self.admit is not None:
-                delivery.content = self.admit(delivery.data)
+            if self.admission is not None:
+                delivery.content = self.admission.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
             self.note_refused(error)
             with suppress(ServerError):  # it comes again, and is refused again

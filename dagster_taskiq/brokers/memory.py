@@ -20,6 +20,7 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.brokers.base import (
+    Admission,
     Delivery,
     Listener,
     TaskBroker,
@@ -255,12 +256,19 @@ class MemoryBroker(TaskBroker):
     Args:
         server: that keeps the tasks.
         queues: the physical queues to listen on; none for a sender.
+        admission: decides which messages are handed on; None for all.
     """
 
-    def __init__(self, server: MemoryQueues, queues: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        server: MemoryQueues,
+        queues: Sequence[str] = (),
+        admission: Admission | None = None,
+    ) -> None:
         super().__init__()
         self.address = server.address
         self.queues = tuple(queues)
+        self.admission = admission
         #: Whether it can reach its server, which may be frozen beside that.
         self.is_connected = True
         self._server = server

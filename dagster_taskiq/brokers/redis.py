@@ -41,6 +41,7 @@ from taskiq import BrokerMessage
 from taskiq_redis.redis_broker import BaseRedisBroker
 
 from dagster_taskiq.brokers.base import (
+    Admission,
     Delivery,
     Listener,
     TaskBroker,
@@ -250,6 +251,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
     Args:
         options: how to reach the server.
         queues: the physical queues to listen on; none for a sender.
+        admission: decides which messages are handed on; None for all.
 
     Raises:
         ConfigError: the URL cannot be read.
@@ -261,10 +263,16 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
     #: How often a worker says that it still has what it has taken and not settled.
     hold_every_seconds: float = IN_HAND_SECONDS / 3
 
-    def __init__(self, options: ServerOptions, queues: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        options: ServerOptions,
+        queues: Sequence[str] = (),
+        admission: Admission | None = None,
+    ) -> None:
         self.address = options.address
         self.options = options
         self.queues = tuple(queues)
+        self.admission = admission
         self._timeout_seconds = options.connect_timeout_seconds
         # redis-py's own limit must not end a wait for the bell; _execute has a shorter one
         read_seconds = SLOW_LOOK_SECONDS + self._timeout_seconds

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.brokers import Admission, TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.worker.child import ChildOptions
@@ -39,7 +39,7 @@ class WorkerParts:
     Attributes:
         backend: not yet started.
         guard: not yet started.
-        open_broker: makes the broker of a station, which listens on its physical queues.
+        open_broker: makes the broker of a station, with its physical queues and its admission.
         make_slot: makes a slot that is not yet prepared.
         finish_output: called when all slots have stopped, to write what they have left to be
             written; it may block.
@@ -47,7 +47,7 @@ class WorkerParts:
 
     backend: Backend
     guard: GuardClient
-    open_broker: Callable[[QueueKind, Sequence[str]], TaskBroker]
+    open_broker: Callable[[QueueKind, Sequence[str], Admission], TaskBroker]
     make_slot: Callable[[SlotOptions, WorkerObserver], Slot]
     finish_output: Callable[[], None] = lambda: None
 
@@ -70,7 +70,7 @@ def usual_parts(servers: Servers) -> WorkerParts:
     return WorkerParts(
         backend=open_backend(servers.backend, servers.signer),
         guard=guard,
-        open_broker=lambda _, queues: open_broker(servers.broker, queues),
+        open_broker=lambda _, queues, admission: open_broker(servers.broker, queues, admission),
         make_slot=make_slot,
         finish_output=tails.stop,
     )

@@ -59,8 +59,8 @@ class SettlingReceiver(Receiver):
     """Takes a message when a slot is free; what its task does not ack goes back to the queue.
 
     Args:
-        broker: with its tasks registered, functions of a ``Delivery``; its ``admit`` makes
-            envelopes.
+        broker: with its tasks registered, functions of a ``Delivery``; its ``admission``
+            makes envelopes.
         slots: how many messages may be in work at once.
         recover: called after each message, when it is settled; no other one is taken in its place
             before it returns.

@@ -7,10 +7,10 @@ their steps, never take the slots that those need. What becomes of a task is tol
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from dagster_taskiq.brokers import Delivery, TaskBroker
-from dagster_taskiq.errors import CopyOfStepError, NoProcessError, UntrustedError
+from dagster_taskiq.errors import CopyOfStepError, NoProcessError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.worker.attempt import Attempt, Tools
 from dagster_taskiq.worker.receiver import SettlingReceiver
@@ -28,8 +28,8 @@ class Station:
 
     Args:
         kind: of its tasks.
-        queues: that it listens on, as people name them.
-        broker: with the physical queues to listen on; not yet started.
+        broker: with the physical queues to listen on, and with the station's ``StationAdmission``;
+            not yet started.
         slots: not yet prepared.
         tools: of its attempts.
     """
@@ -37,20 +37,16 @@ class Station:
     def __init__(
         self,
         kind: QueueKind,
-        queues: Collection[str],
         broker: TaskBroker,
         slots: Sequence[Slot],
         tools: Tools,
     ) -> None:
         self.kind = kind
-        self._queues = queues
         self._broker = broker
         self._slots = SlotPool(slots, kind.value)
         self._tools = tools
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
-        broker.admit = self._admit
-        broker.on_refused = lambda error: tools.observer.refused("a message", error)
         for name in _TASK_NAMES[kind]:
             self._register(name)
 
@@ -93,21 +89,6 @@ class Station:
     def is_short(self) -> bool:
         """Whether it takes no tasks, since it cannot start processes for them."""
         return self._slots.is_short
-
-    def _admit(self, data: bytes) -> Envelope:
-        """The envelope of a message.
-
-        Raises:
-            UntrustedError, MalformedTaskError: it must not be executed here.
-        """
-        signer = self._tools.signer
-        envelope = Envelope.from_bytes(data, signer)
-        is_ours = envelope.kind is self.kind and envelope.queue in self._queues
-        if signer.is_active and not is_ours:
-            where = f"the {envelope.kind.value} of {envelope.queue!r}"
-            raise UntrustedError(f"it was sent to {where}")
-        self._tools.observer.admitted(envelope)
-        return envelope
 
     def _register(self, name: TaskName) -> None:
         async def execute(delivery: Delivery) -> None:

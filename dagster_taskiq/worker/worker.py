@@ -38,6 +38,7 @@ from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.admission import StationAdmission
 from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
@@ -117,10 +118,10 @@ class Worker:
             if not count:
                 continue
             queues = [self._servers.physical_queue(kind, name) for name in options.queues]
+            admission = StationAdmission(kind, options.queues, self._servers.signer, self._observer)
             yield Station(
                 kind,
-                options.queues,
-                self._parts.open_broker(kind, queues),
+                self._parts.open_broker(kind, queues, admission),
                 [
                     self._parts.make_slot(self._slot_options(kind, number), self._observer)
                     for number in range(1, count + 1)

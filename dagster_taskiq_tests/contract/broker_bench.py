@@ -28,7 +28,7 @@ import pytest
 import redis
 from taskiq import BrokerMessage
 
-from dagster_taskiq.brokers import Delivery, TaskBroker, open_broker
+from dagster_taskiq.brokers import Admission, Delivery, TaskBroker, open_broker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
 from dagster_taskiq.brokers.redis import RedisTaskBroker
@@ -63,7 +63,7 @@ SECRET = "opensesame"
 class Brokers(Protocol):
     """Where brokers of one server come from."""
 
-    def broker(self, *queues: str) -> TaskBroker:
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
         """Another process' view of the server, not yet connected."""
 
 
@@ -77,7 +77,7 @@ class Network(ABC):
     place: str
 
     @abstractmethod
-    def broker(self, *queues: str) -> TaskBroker:
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
         """A broker that reaches the server this way, with little patience; not yet connected."""
 
     @abstractmethod
@@ -115,7 +115,7 @@ class Harness(ABC):
         """The physical name of a queue of this harness alone."""
 
     @abstractmethod
-    def broker(self, *queues: str) -> TaskBroker:
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
         """Another process' view of the server, not yet connected."""
 
     @abstractmethod
@@ -156,8 +156,8 @@ class MemoryHarness(Harness):
     def queue(self, name: str = "q") -> str:
         return name
 
-    def broker(self, *queues: str) -> TaskBroker:
-        return MemoryBroker(self.server, queues)
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
+        return MemoryBroker(self.server, queues, admission)
 
     def nowhere(self) -> TaskBroker:
         server = MemoryQueues("nowhere")
@@ -191,8 +191,8 @@ class MemoryNetwork(Network):
         self._server = server
         self._brokers: list[MemoryBroker] = []
 
-    def broker(self, *queues: str) -> TaskBroker:
-        self._brokers.append(MemoryBroker(self._server, queues))
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
+        self._brokers.append(MemoryBroker(self._server, queues, admission))
         return self._brokers[-1]
 
     def cut(self) -> None:
@@ -224,8 +224,8 @@ class ServerHarness(Harness):
     def queue(self, name: str = "q") -> str:
         return physical_queue(self.options.key_prefix, QueueKind.STEPS, name)
 
-    def broker(self, *queues: str) -> TaskBroker:
-        return open_broker(self.options, queues)
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
+        return open_broker(self.options, queues, admission)
 
     def nowhere(self) -> TaskBroker:
         # tcpmux, which nobody runs
@@ -335,8 +335,10 @@ def task(queue: str, text: str = "", **labels: Any) -> BrokerMessage:
 
 
 @asynccontextmanager
-async def opened(brokers: Brokers, *queues: str) -> AsyncIterator[TaskBroker]:
-    broker = brokers.broker(*queues)
+async def opened(
+    brokers: Brokers, *queues: str, admission: Admission | None = None
+) -> AsyncIterator[TaskBroker]:
+    broker = brokers.broker(*queues, admission=admission)
     await broker.startup()
     try:
         yield broker
@@ -415,8 +417,10 @@ class Consumer:
 
 
 @asynccontextmanager
-async def consuming(brokers: Brokers, *queues: str) -> AsyncIterator[Consumer]:
-    async with opened(brokers, *queues) as broker:
+async def consuming(
+    brokers: Brokers, *queues: str, admission: Admission | None = None
+) -> AsyncIterator[Consumer]:
+    async with opened(brokers, *queues, admission=admission) as broker:
         consumer = Consumer(broker)
         try:
             yield consumer
@@ -460,8 +464,8 @@ class Proxy(Network):
         url = self._parts._replace(scheme=scheme, netloc=netloc).geturl()
         return replace(self._options, url=url, connect_timeout_seconds=1)
 
-    def broker(self, *queues: str) -> TaskBroker:
-        return open_broker(self.options, queues)
+    def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
+        return open_broker(self.options, queues, admission)
 
     async def open(self) -> None:
         """Take connections, on the same port as before."""

@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 
 import pytest
 
+from dagster_taskiq.brokers import Admission
 from dagster_taskiq.errors import ConfigError, MalformedTaskError, UnreachableServerError
 from dagster_taskiq_tests.contract.broker_bench import (
     AT_ONCE_SECONDS,
@@ -499,19 +500,28 @@ def test_a_listener_that_is_cancelled_leaves_nothing_behind(
 def test_a_refused_message_is_dropped_and_the_listener_goes_on(
     harness: Harness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def admit(data: bytes) -> None:
-        if data.startswith(b"bad"):
-            raise MalformedTaskError("it is bad")
+    refused = []
+
+    class Good(Admission):
+        def admit(self, data: bytes) -> object:
+            if data.startswith(b"bad"):
+                raise MalformedTaskError("it is bad")
+            return data.decode().upper()
+
+        def refused(self, error: Exception) -> None:
+            refused.append(str(error))
 
     async def test() -> None:
         queue = harness.queue()
-        async with consuming(harness, queue) as consumer:
-            consumer.broker.admit = admit
+        async with consuming(harness, queue, admission=Good()) as consumer:
             await consumer.broker.kick_many(
                 [task(queue, text) for text in ("bad 1", "good 1", "bad 2", "good 2")]
             )
-            assert [await consumer.finish() for _ in range(2)] == ["good 1", "good 2"]
-            assert consumer.broker.refused_count == 2
+            first = await consumer.take()
+            assert first.content == "GOOD 1"
+            await first.ack()
+            assert await consumer.finish() == "good 2"
+            assert consumer.broker.refused_count == len(refused) == 2
             assert await consumer.broker.depth(queue) == 0
             assert await consumer.broker.absent(queue, ["bad 1"]) == {"bad 1"}
 

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from dagster_taskiq.brokers import Delivery
+from dagster_taskiq.brokers import Admission, Delivery
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.messages.control import OrderReader
@@ -23,6 +23,7 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.worker import slot_pool
+from dagster_taskiq.worker.admission import StationAdmission
 from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child_messages import Executed
 from dagster_taskiq.worker.leases import LeaseKeeper
@@ -61,8 +62,9 @@ class Scene:
     def __init__(self, signer: Signer = UNSIGNED) -> None:
         self.slots = [FakeSlot(number) for number in (1, 2)]
         self.backend = FakeBackend()
-        self.broker = FakeBroker()
         self.witness = Witness()
+        admission = StationAdmission(QueueKind.STEPS, ("dagster",), signer, self.witness)
+        self.broker = FakeBroker(admission=admission)
         leases = LeaseKeeper(
             self.backend.whole(),
             FakeGuard(),
@@ -80,7 +82,7 @@ class Scene:
             signer,
             self.witness,
         )
-        self.station = Station(QueueKind.STEPS, ("dagster",), self.broker, self.slots, tools)
+        self.station = Station(QueueKind.STEPS, self.broker, self.slots, tools)
         self.drain = asyncio.Event()
 
     async def settled(self, *expected: str) -> None:
@@ -254,8 +256,8 @@ def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
         brokers: dict[QueueKind, FakeBroker] = {}
         slots: list[FakeSlot] = []
 
-        def open_broker(kind: QueueKind, _queues: object) -> FakeBroker:
-            return brokers.setdefault(kind, FakeBroker())
+        def open_broker(kind: QueueKind, _queues: object, admission: Admission) -> FakeBroker:
+            return brokers.setdefault(kind, FakeBroker(admission=admission))
 
         def make_slot(options: Any, _observer: object) -> FakeSlot:
             slots.append(FakeSlot(options.child.slot))

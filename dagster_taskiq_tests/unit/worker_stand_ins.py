@@ -12,7 +12,7 @@ from typing import Any, cast
 from taskiq import BrokerMessage
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, Renewal
-from dagster_taskiq.brokers import Delivery, TaskBroker
+from dagster_taskiq.brokers import Admission, Delivery, TaskBroker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
@@ -186,8 +186,11 @@ class FakeBroker(TaskBroker):
     address = "memory://fake"
     queues = ("q",)
 
-    def __init__(self, happened: list[str] | None = None) -> None:
+    def __init__(
+        self, happened: list[str] | None = None, admission: Admission | None = None
+    ) -> None:
         super().__init__()
+        self.admission = admission
         self.happened = [] if happened is None else happened
         self._waiting: list[bytes] = []
         self._changed = asyncio.Event()
