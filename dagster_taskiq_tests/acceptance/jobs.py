@@ -421,9 +421,10 @@ def overlaps() -> None:
 
 @job(executor_def=taskiq_executor)
 def two_kinds() -> None:
-    for kind, tags in (("small", {"db": "small"}), ("free", {})):
-        for number in range(2):
-            gated.alias(f"{kind}_{number}").tag(tags)()
+    """Steps are sent in the order of their names."""
+    for number in range(2):
+        gated.alias(f"small_{number}").tag({"db": "small"})()
+    gated.alias("unlimited")()
 
 
 POOL = "one_at_a_time"

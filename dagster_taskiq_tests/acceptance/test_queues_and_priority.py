@@ -217,7 +217,7 @@ def test_tag_concurrency_limits(shared: Stack) -> None:
     limits = [{"key": "db", "value": "small", "limit": 1}]
     run = shared.start("two_kinds", tag_concurrency_limits=limits)
     started = run.await_notes("started", 2)
-    assert sorted(note.step.split("_")[0] for note in started) == ["free", "small"]
+    assert sorted(note.step.split("_")[0] for note in started) == ["small", "unlimited"]
     run.open_gate()
     assert run.wait().is_success
     assert most_at_once(run.notes(), "small") == 1
