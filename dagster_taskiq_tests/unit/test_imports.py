@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,12 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
 def _imports(tree: ast.AST) -> list[str]:
     return [name for node in ast.walk(tree) for name in _names(node)]
 
 
+@cache
 def _own_imports(module: str) -> set[str]:
     """The modules of ours that one imports; of ``from a.b import c`` the longest that is one."""
     found = set()
