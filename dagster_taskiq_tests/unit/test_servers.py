@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker
-from dagster_taskiq.config.settings import Settings, server_urls
+from dagster_taskiq.config import server_urls
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import (
