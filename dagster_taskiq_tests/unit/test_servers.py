@@ -21,6 +21,7 @@ from dagster_taskiq.config import server_urls
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers import kinds
 from dagster_taskiq.servers.kinds import (
     BACKEND_KINDS,
     KINDS,
@@ -31,7 +32,6 @@ from dagster_taskiq.servers.kinds import (
     ServerOptions,
     is_same_address,
     kind_of,
-    kinds,
     uses_tls,
 )
 from dagster_taskiq.servers.tls import Tls
