@@ -146,7 +146,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         except ServerError as error:
             if not is_passing(error, has_worked=self._client.has_worked):
                 raise
-            self._late.put_off(self._instance, run, error, self._launch, may_be_sent=is_sending)
+            self._late.put_off(
+                self._instance, run, error, self._launch, may_have_been_sent=is_sending
+            )
 
     def _launch(self, run: DagsterRun) -> None:
         envelope, wait = self._send(run, TaskName.EXECUTE_JOB, resume_number=0)
@@ -333,9 +335,15 @@ def _health(report: TaskReport, result: TaskResult | None) -> tuple[WorkerStatus
         if result.outcome is Outcome.FINISHED and not result.exit_code:
             return WorkerStatus.SUCCESS, None
         return WorkerStatus.FAILED, _ending(result)
+    return WorkerStatus.NOT_FOUND, _why_nobody_has_it(report, result)
+
+
+def _why_nobody_has_it(report: TaskReport, result: TaskResult | None) -> str:
     if report.state is TaskState.CANCELLED:
-        return WorkerStatus.NOT_FOUND, "The run was cancelled before a worker had started it."
-    return WorkerStatus.NOT_FOUND, "The run's worker is gone: its lease ended without a result."
+        return "The run was cancelled before a worker had started it."
+    if report.state is TaskState.REFUSED:
+        return f"A worker gave the run back. {result.reason if result else ''}".rstrip()
+    return "The run's worker is gone: its lease ended without a result."
 
 
 def _ending(result: TaskResult) -> str:

@@ -6,9 +6,9 @@ them, in one process. Tombstones live in the record of the run. Every operation 
 repeated after an answer that was lost.
 
 The epoch is the identity of the server's present life. It changes when the server restarted, was
-flushed or failed over, and then nothing that is missing proves anything: a task sent in an older
-epoch cannot be claimed, live workers re-assert their claims, and the loop waits one lease before
-it judges.
+flushed or failed over, and then nothing that is missing proves anything: a step's task that was
+sent in an older epoch cannot be claimed, live workers re-assert their claims, and the loop waits
+one lease before it judges.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Claim:
     Attributes:
         token: distinguishes this claim from every other one on the task.
         lease_seconds: how long it holds without renewal.
-        epoch: of the backend when it was granted.
+        epoch: of the backend when the task was sent; a step's claim is granted only in that one.
     """
 
     run_id: str
@@ -187,20 +187,21 @@ class RunBackend(ABC):
             orders: by task id, what the holder is told, ready to be sent.
 
         Returns:
-            the state of each when it was told: CANCELLED means that nobody executes it and nobody
-            will, CLAIMED that its worker will report.
+            the state of each when it was told. CANCELLED: nobody executes it and nobody will.
+            CLAIMED: its worker will report. EXPIRED: its claim has ended, the loop judges. DONE,
+            LOST: it was over.
         """
 
     @abstractmethod
     async def condemn(self, run_id: str, task_id: str) -> bool:
-        """Declare an expired or vanished task lost; False when it is claimed or done after all."""
+        """Declare a task lost; False when it is claimed, done, or has a result."""
 
     @abstractmethod
     async def reopen(self, run_id: str, task_id: str) -> bool:
         """Let an expired or refused task be claimed again, as if nobody ever had claimed it.
 
         Returns:
-            False when it is claimed, done or cancelled.
+            False when it is claimed, done, lost or cancelled, or has an order to cancel.
         """
 
 

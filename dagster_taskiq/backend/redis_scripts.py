@@ -1,8 +1,9 @@
 """The Redis backend's Lua scripts: each is one atomic step of a task's life (see ``life``).
 
-Every script starts with ``epoch``, which notices in the same atomic step whether the server is
-still in the life that the caller knows: the key vanishes with a flush, and the server's own run id
-changes with a restart (perhaps from an older snapshot) or a fail-over to a replica.
+The scripts that open or renew a run, claim, renew, complete or inspect call ``epoch`` first. It
+notices in the same atomic step whether the server is still in the life that the caller knows: the
+key vanishes with a flush, and the server's own run id changes with a restart (perhaps from an older
+snapshot) or a fail-over to a replica.
 
 States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``,
 ``refused:<token>``, ``cancelled``,

@@ -26,7 +26,10 @@ def of_attempt(attempt: int, events: Iterable[DagsterEvent]) -> list[DagsterEven
 
 
 def has_started(events: Iterable[DagsterEvent]) -> bool:
-    """Whether a worker has written anything of the attempt that the events are of."""
+    """Whether the events of an attempt say more than that it was sent.
+
+    A worker's start, an end, or the loop's withdrawal, whoever wrote it.
+    """
     return any(
         not event.is_engine_event or event.engine_event_data.marker_end == QUEUE_WAIT_MARKER
         for event in events

@@ -1,4 +1,4 @@
-"""What a launcher does while Dagster does not wait for it, and the one end of all of it."""
+"""The launcher's background threads, which all end with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Background:
     ) -> None:
         """Call a function again and again, in a thread of its own, until it says that it is done.
 
-        Asked for a job that runs already, it calls that job's function at least once more.
+        Asked for a job that runs already, it calls that job's own function at least once more, and
+        ignores the new one.
 
         Args:
             name: of the job and its thread.

@@ -1,8 +1,8 @@
 """Runs that could not be sent, since a server is away: sent when it is back.
 
 Dagster fails a run whose launch raises, also one that is to be resumed and whose steps still run.
-A run that came from Dagster's queue goes back there, where the daemon launches it again. Any other
-is sent later by the process that launched it.
+A run that came from Dagster's queue goes back there, unless the server may have got it, and the
+daemon launches it again. Any other run is sent later by the process that launched it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Late:
 
 
 class LateLaunches:
-    """Of one launcher.
+    """The runs that one launcher has put off.
 
     Args:
         background: where they are sent.
@@ -53,15 +53,15 @@ class LateLaunches:
         error: ServerError,
         send: Callable[[DagsterRun], None],
         *,
-        may_be_sent: bool,
+        may_have_been_sent: bool,
     ) -> None:
         """Have a run launched later.
 
         Args:
             error: why it cannot be now.
             send: sends it; raises ``ServerError``.
-            may_be_sent: whether the server may have got it all the same. A worker would refuse it
-                while it waits in Dagster's queue.
+            may_have_been_sent: whether the server may have got it all the same. A worker refuses a
+                run that Dagster has as queued.
 
         Raises:
             ServerError: it has been tried for the whole time that is set.
@@ -74,7 +74,7 @@ class LateLaunches:
         if len(tried) < 2:  # later tries say nothing new
             where = "It goes back to Dagster's queue until" if is_queued else "It is sent when"
             _say(instance, run, f"The run cannot be launched. {error} {where} the server is back.")
-        if is_queued and not may_be_sent:
+        if is_queued and not may_have_been_sent:
             event = DagsterEvent(DagsterEventType.PIPELINE_ENQUEUED.value, run.job_name)
             instance.report_dagster_event(event, run.run_id)
         else:
@@ -107,15 +107,15 @@ class LateLaunches:
         with self._lock:
             late = dict(self._late)
         for run_id, it in late.items():
-            if self._is_settled(instance, run_id, it):
+            if self._try_to_send(instance, run_id, it):
                 with self._lock:
                     if self._late.get(run_id) is it:
                         del self._late[run_id]
         with self._lock:
             return not self._late
 
-    def _is_settled(self, instance: DagsterInstance, run_id: str, late: _Late) -> bool:
-        """Try to send a run; whether that is over."""
+    def _try_to_send(self, instance: DagsterInstance, run_id: str, late: _Late) -> bool:
+        """Try to send a run; True when nothing is left to do for it."""
         run = instance.get_run_by_id(run_id)
         if run is None or run.status is not late.status:
             return True

@@ -1,4 +1,7 @@
-"""Looks after launched runs that have not begun: says why they wait, sends lost ones again.
+"""Looks after launched runs that have not begun.
+
+It says why they wait, sends lost and refused ones again, and fails those that no worker can
+execute.
 
 Dagster looks at nothing but the age of a run that is STARTING, and fails it after
 ``start_timeout_seconds``. A queued run is lost when its server is flushed, its queue is
@@ -39,7 +42,7 @@ class _Launched:
     """A run's task, and what its log says of why it waits.
 
     Attributes:
-        refusals: by worker that has given it back as it cannot execute it, the reason.
+        refusals: why each worker that gave the run back cannot execute it, by its name.
         refused_since: when the first of them did, on the watch's clock.
     """
 
@@ -59,7 +62,7 @@ class _Absence:
 
 
 class LaunchWatch:
-    """Of one connection to the servers.
+    """Watches the runs that were launched over one connection to the servers.
 
     Args:
         client: that connection.
@@ -175,7 +178,7 @@ class LaunchWatch:
         """Say why a run waits; fail it where no worker of its queue can ever execute it."""
         envelope = launched.envelope
         if wait and self._client.state_of(run.run_id, envelope.task_id)[1] is not TaskState.UNKNOWN:
-            wait = None  # it has been taken, and is about to start
+            wait = None  # a worker has claimed it or given it back: it does not wait for one
         if news := launched.waits.news(wait, now - launched.sent_at, now):
             instance.report_engine_event(
                 f"The run waits. {news.reason}",

@@ -39,7 +39,8 @@ class RunClient:
         servers: broker and backend.
         background: where a server that is silent is asked again.
 
-    Errors: ``ServerError`` with the address from every method.
+    Errors: ``ServerError`` with the address from every method that talks to a server, and
+    ``LauncherClosedError`` after ``close``.
     """
 
     def __init__(self, servers: Servers, background: Background) -> None:

@@ -18,7 +18,7 @@ LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Termination:
-    """Of one run that has not finished.
+    """The termination of one run that has not finished.
 
     Attributes:
         task_id: of the run's present process.
@@ -50,7 +50,7 @@ class Termination:
             deadline = time.monotonic() + (self.patience_seconds if is_forgotten else 0)
             background.repeat(
                 f"end of run {self.run_id}",
-                lambda: self._is_over(deadline),
+                lambda: self._end_if_gone(deadline),
                 LOOK_SECONDS,
                 f"Cannot see to the end of run {self.run_id}, which was cancelled",
             )
@@ -63,8 +63,8 @@ class Termination:
         record = self.instance.get_run_record_by_id(self.run_id)
         return record is not None and record.start_time is not None
 
-    def _is_over(self, deadline: float) -> bool:
-        """End the run if its process was killed, or its worker is gone with it."""
+    def _end_if_gone(self, deadline: float) -> bool:
+        """Report the run as cancelled if its process is gone; True when the run is over."""
         if self._unfinished_run() is None:
             return True
         try:

@@ -18,9 +18,9 @@ _SHORTEST_PAUSE_SECONDS = 0.1
 class ClaimWatch:
     """What one loop has seen of the claim on one task. All times are monotonic seconds.
 
-    A claim that was seen with its worker overdue (not renewed for so long that its guard has
-    stopped it) may be believed to end when its lease does. The end of any other one counts when
-    the loop has seen it gone for a whole lease: its worker has stopped by then.
+    A claim is overdue when so little of its lease is left that the guard has killed the task; its
+    end is believed at once. Any other claim must be seen gone for a whole lease: its worker has
+    stopped by then.
 
     Args:
         lease_seconds: how long the claim holds without renewal.
@@ -44,7 +44,7 @@ class ClaimWatch:
         """
         self._gone_since, self._is_expired = None, False
         self.seen_at = asked_at
-        # no sooner than that: what brings the end nearer is a step of the server's clock
+        # a seen end never moves forward: only a step of the server's clock would do that
         self._ends_at = max(self._ends_at, asked_at + min(left_seconds, self._lease_seconds))
         left = self._ends_at - asked_at
         self._is_overdue = left <= self._lease_seconds * _STOPPED_SHARE
@@ -87,6 +87,6 @@ class ClaimWatch:
         elif self._is_overdue:
             at = max(self._ends_at, now)
         else:
-            # while what is left tells that the worker is overdue
+            # in the middle of the last part of the lease, in which the worker counts as overdue
             at = self._ends_at - self._lease_seconds * _STOPPED_SHARE / 2
         return max(at, now + _SHORTEST_PAUSE_SECONDS) if at >= now else float("inf")

@@ -91,13 +91,17 @@ class Client(Dispatcher):
         self._token = uuid.uuid4().hex
         self._epoch = ""
         self._inspected_epoch = ""
+        #: Since when the present epoch has been seen, in monotonic seconds.
         self._epoch_since = 0.0
+        #: By task id, the epoch that the task was first sent in.
         self._sent_in: dict[str, str] = {}
+        #: Since when the backend was reachable in one epoch: the time of the last trouble.
         self._steady_since = 0.0
         self._trouble = ""
         self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: SimpleQueue[tuple[str, TaskResult]] = SimpleQueue()
+        #: Task ids whose results may be deleted.
         self._handled: deque[str] = deque()
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")
@@ -180,17 +184,20 @@ class Client(Dispatcher):
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
         results = {key: self._read(key, data) for key, data in found.items()}
-        refused = {key: result for key, result in results.items() if result.place == NOWHERE}
+        unverified = {key: result for key, result in results.items() if result.place == NOWHERE}
         for task_id, result in results.items():
-            if task_id not in refused:
+            if task_id not in unverified:
                 self._arrived.put((task_id, result))
         if found:
             self._waker.wake()
-        if refused:
-            await self._deliver_refused(refused)
+        if unverified:
+            await self._deliver_unverified(unverified)
 
-    async def _deliver_refused(self, results: Mapping[str, TaskResult]) -> None:
-        """Deliver those whose task is over: a forged one must not end a task that still runs."""
+    async def _deliver_unverified(self, results: Mapping[str, TaskResult]) -> None:
+        """Deliver those whose task is over: a forged one must not end a task that still runs.
+
+        The others are forgotten.
+        """
         _, reports = await self._backend.inspect(self._run_id, list(results))
         for task_id, result in results.items():
             if reports[task_id].state is TaskState.DONE:

@@ -5,7 +5,8 @@ until a result, a signal, a delayed retry or the next reconciliation. Results wa
 push; the reconciliation every few seconds compares what it waits for with what broker and backend
 know, and so heals a wake-up that was lost, finds workers that died, and sends again what vanished.
 
-It knows Dagster and a ``Dispatcher``, and nothing of how messages travel.
+It knows Dagster, a ``Dispatcher``, and the backend's words for the state of a task, but not how
+messages travel.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ from dagster_taskiq.tags import (
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 1.0
 
-#: Steps that become ready together are sent in portions of this time, since to write the
-#: events of thousands takes a while, in which workers would be idle.
+#: While many steps become ready, those that are ready so far are sent this often. Workers would
+#: otherwise be idle until the events of all are written.
 _SEND_EVERY_SECONDS = 0.02
 
 #: States of a task that nobody works on and that has not ended.
@@ -102,7 +103,7 @@ def core_execution_loop(
         context: of the run.
         plan: the steps.
         settings: default queue and priority, and the limits of the run.
-        open_dispatcher: called when there is a step to execute.
+        open_dispatcher: called once, unless the plan has no steps.
         make_payload: builds the packed arguments of a step from it and its known state.
 
     Yields:
@@ -184,7 +185,7 @@ class _Loop:
     # --- beginning ---
 
     def open(self) -> Iterator[DagsterEvent]:
-        """Wait until the servers take the run; an interrupt, which ``run`` handles, ends it."""
+        """Wait until the servers take the run, or for an interrupt, which ``run`` handles."""
         while not self._check_for_interrupts():
             try:
                 self._dispatcher.open()
@@ -446,21 +447,22 @@ class _Loop:
         try:
             inspection = self._dispatcher.inspect([flight.task for flight in flights])
             self._patience.worked("inspect")
-            yield from self._receive(self._fetch_done(inspection))
-            log = self._read_log()  # one for all: after an outage there may be hundreds to judge
+            yield from self._receive(self._fetch_results(inspection))
+            log = self._read_log()  # for all that are judged: after an outage there may be hundreds
             for flight in flights:
                 if flight.task.task_id in self._flights:
                     self._look_at_claim(flight, inspection, asked_at=now)
                     yield from self._compare(flight, inspection, log)
         except ServerError as error:
             yield from self._note_outage("inspect", error)
-            is_known = False
+            stop_was_heard = False
         else:
-            is_known = not self._to_cancel
-        if not is_known and now > self._stop_deadline:
+            stop_was_heard = not self._to_cancel
+        if not stop_was_heard and now > self._stop_deadline:
             yield from self._give_up_waiting()
 
-    def _fetch_done(self, inspection: Inspection) -> list[tuple[str, TaskResult]]:
+    def _fetch_results(self, inspection: Inspection) -> list[tuple[str, TaskResult]]:
+        """The stored results that no wake-up has brought."""
         with_result = (TaskState.DONE, TaskState.REFUSED)
         done = [key for key, report in inspection.reports.items() if report.state in with_result]
         return self._dispatcher.fetch(done) if done else []
@@ -489,8 +491,8 @@ class _Loop:
         if report.state is TaskState.REFUSED:
             yield from self._send_to_another(flight)
             return
-        # done, but the result is gone: the log has what came of it
         is_over = report.state is not TaskState.EXPIRED or flight.claim.is_over(time.monotonic())
+        # DONE here means that the result is gone: the log has what came of it
         if report.state in (TaskState.DONE, TaskState.DROPPED) or (
             inspection.is_conclusive and is_over
         ):
@@ -631,7 +633,7 @@ class _Loop:
         self._patience.worked("cancel")
 
     def _withdraw(self, flight: Flight) -> Iterator[DagsterEvent]:
-        """A cancelled task never started and never will."""
+        """Forget a cancelled task that never started, and say so in the log."""
         self._drop(flight)
         yield DagsterEvent.engine_event(
             self._context.for_step(flight.step),
@@ -646,7 +648,7 @@ class _Loop:
         self._concurrency.free_step(flight.step.key)
 
     def _give_up_waiting(self) -> Iterator[DagsterEvent]:
-        """The servers are away for so long that every worker has stopped its steps by itself."""
+        """Forget all tasks: by now every worker has stopped its steps by itself."""
         yield DagsterEvent.engine_event(
             self._context,
             "The servers have been away, or have refused, for longer than a lease: the workers "

@@ -70,7 +70,7 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Reach the servers, which every other call does too where this was given up.
+        """Reach the servers. Any other call does it first if ``open`` has not succeeded.
 
         Raises:
             SupersededLoopError: another loop of the run is alive, or a later one was.
@@ -110,7 +110,8 @@ class Dispatcher(ABC):
         """Stop tasks; see ``RunBackend.cancel``.
 
         Returns:
-            the same, but for EXPIRED: a worker may have it, which is for the loop to judge.
+            the same. EXPIRED also stands for CANCELLED while a worker may still hold a claim that
+            the server has forgotten.
         """
 
     @abstractmethod

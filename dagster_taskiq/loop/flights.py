@@ -31,13 +31,14 @@ class Flight:
     """A task that was sent and has not come back.
 
     Attributes:
-        attempt_in_run: of the step, from 1; a re-executed run goes on counting in the task.
+        attempt_in_run: number of the attempt in this run, from 1. ``task.attempt`` also counts the
+            attempts of the run that this one executes again.
         sent_at: monotonic seconds; of the last time it was sent.
         claim: what was seen of the claim on it.
         place: where it was last seen running.
         absent_since: since when neither broker nor backend know it.
         waits: what the log says of why it waits.
-        refusals: by worker that has given it back as it cannot execute it, the reason.
+        refusals: why each worker that gave the task back cannot execute it, by its name.
         refused_since: when the first of them did, in monotonic seconds.
     """
 
@@ -84,7 +85,7 @@ class RunLog:
         return any(is_end_of_attempt(event) for event in self._of(flight))
 
     def has_started(self, flight: Flight) -> bool:
-        """Whether a worker has written anything of the attempt."""
+        """Whether the log says more of the attempt than that it was sent."""
         return has_started(self._of(flight))
 
 

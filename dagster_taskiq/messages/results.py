@@ -26,12 +26,13 @@ _MAX_HEAD_BYTES = 4 * 2**20
 class Outcome(str, Enum):
     """How a task ended, as its worker saw it."""
 
-    #: The child process ran the task to its end; what came of it is in the events.
+    #: The child process came back from the task, and the events say what came of it; those of an
+    #: interrupted step have no end among them.
     FINISHED = "finished"
     #: The child process could not run the task: code that does not load, no such run, ...
     ERROR = "error"
-    #: Another worker may execute it, this one cannot: it has another Dagster instance. Nothing of
-    #: the task has begun.
+    #: Another worker may execute it, this one cannot: it has another Dagster instance, or can start
+    #: no process. Nothing of the task has begun.
     REFUSED = "refused"
     #: Dagster's log has the attempt as begun by another claim, which decides how it ends: this one
     #: is a copy, of which nothing was done. A worker stores no such result.
@@ -39,7 +40,8 @@ class Outcome(str, Enum):
     #: The child process ran the task, but Dagster's log did not take all of its events: what counts
     #: is what the log has.
     UNLOGGED = "unlogged"
-    #: The child process is gone, with an exit code or by a signal.
+    #: The task has no result that can be used: its child died, its worker was lost, or the result
+    #: is too large or cannot be read. Dagster's log decides.
     DIED = "died"
 
 
@@ -98,7 +100,8 @@ class TaskResult:
             that was interrupted, where it was.
         reason: a sentence for people: of a death, of a cancel.
         exit_code: of a child process that died or of a run; negative is a signal's number.
-        is_cancelled: whether it was told to stop before it ended.
+        is_cancelled: from a child, whether it was interrupted; in a stored result, whether a cancel
+            was the reason, which rules out a retry.
     """
 
     outcome: Outcome

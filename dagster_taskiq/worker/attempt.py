@@ -3,7 +3,9 @@
     TAKEN --claim--> CLAIMED --begin--> BEGUN --its end--> EXECUTED --store--> OVER
                         '------------its end------------> UNBEGUN --store, ack--> OVER
 
-A step has begun once it is claimed: its message is acked then, since its run's loop looks after the
+TAKEN ends as OVER when the task is not granted, UNBEGUN without store and ack when another worker
+is to start the run. A step, or a run that is resumed, has begun once it is claimed: its message is
+acked then, since its run's loop looks after the
 claim. A launched run has begun when its start is in Dagster's log: until then nobody but its
 message's broker would notice that it died with its worker, since Dagster does not look after a run
 that is STARTING.
@@ -85,7 +87,8 @@ class Tools:
 class State(Enum):
     """How far an attempt is; see the module."""
 
-    #: It has a slot and no claim: its message goes back to its queue when it ends here.
+    #: It has a slot and no claim. When it ends here its message goes back to its queue, or is acked
+    #: if nobody may execute the task.
     TAKEN = "taken"
     #: Its claim is kept; another worker gets the message if this one dies.
     CLAIMED = "claimed"
@@ -118,17 +121,18 @@ class Attempt:
         self._slot = slot
         self._tools = tools
         self._is_draining = is_draining
-        self._admitted_at = time.monotonic()
+        self._taken_at = time.monotonic()
         self._acking: asyncio.Task[None] | None = None
         self._shortage: NoProcessError | None = None
 
     async def run(self) -> None:
-        """Execute the task, or leave its message unsettled for another worker.
+        """Execute the task, drop it, or leave its message unsettled for another worker.
 
         Raises:
-            NoProcessError: the slot can have no child now. The task is not claimed, or it is a run
-                that has not begun, or its run's loop sends it again.
-            CopyOfStepError: Dagster's log has the step's attempt as begun. Nothing was done.
+            NoProcessError: the slot can have no child now. The task is unclaimed, was given back,
+                or is a resumed run whose failure is stored.
+            CopyOfStepError: Dagster's log has the step's attempt as begun. No code ran and no
+                result is stored; the message is acked, and the claim is left to end.
         """
         failure = await prepare(self._slot, self._envelope.code_location)
         claim = self._new_claim()
@@ -138,7 +142,7 @@ class Attempt:
             return
         lease = self._keep(claim, claimed_at)
         try:
-            if not self._is_until_begun:
+            if not self._is_launched_run:
                 self._begin(claim)
             result = self._fail(claim, failure) if failure else await self._execute(lease)
             await self._settle(lease, result)
@@ -152,10 +156,10 @@ class Attempt:
             raise self._shortage
 
     @property
-    def _is_until_begun(self) -> bool:
-        """Whether a claim on the task counts only while it is held, until the task has begun.
+    def _is_launched_run(self) -> bool:
+        """Whether the task is a launched run: its expired claim does not count before it has begun.
 
-        Not that of a run that is resumed: it is STARTED, so Dagster looks after it.
+        A run that is resumed is STARTED, so Dagster looks after it.
         """
         return self._envelope.name is TaskName.EXECUTE_JOB
 
@@ -183,7 +187,7 @@ class Attempt:
                 answer = await self._tools.backend.claim(
                     claim,
                     needs_live_run=self._envelope.kind is QueueKind.STEPS,
-                    until_begun=self._is_until_begun,
+                    until_begun=self._is_launched_run,
                 )
             except ServerError as error:
                 logger.warning("Cannot claim task %s: %s It goes back.", claim.task_id, error)
@@ -225,7 +229,7 @@ class Attempt:
         self._acking = asyncio.create_task(self._note_begun(claim), name="ack")
 
     async def _note_begun(self, claim: Claim) -> None:
-        if self._is_until_begun:
+        if self._is_launched_run:
             try:
                 await self._tools.backend.begin(claim)
             except ServerError as error:
@@ -246,7 +250,7 @@ class Attempt:
     def _fail(self, claim: Claim, failure: str) -> TaskResult:
         """The result of a task whose slot cannot be had ready."""
         result = TaskResult(Outcome.ERROR, claim.place, reason=failure)
-        waited_seconds = time.monotonic() - self._admitted_at
+        waited_seconds = time.monotonic() - self._taken_at
         ending = Ending(result.outcome, waited_seconds, None, cause_of(result))
         self._tools.observer.ended(self._envelope, ending)
         return result
@@ -278,7 +282,7 @@ class Attempt:
             result = self._result_without_child(place, error)
         finally:
             timers.cancel()
-        waited_seconds = started_at - self._admitted_at
+        waited_seconds = started_at - self._taken_at
         run_seconds = time.monotonic() - started_at
         ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
         self._tools.observer.ended(envelope, ending)

@@ -86,7 +86,7 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(SOFT_LIMIT_SIGNAL, signal.SIG_IGN)
-    # the fork server was started with it blocked, see ``slot``; what a step starts must not be
+    # the fork server has it blocked, see ``start_deaf`` there; what a step starts must not
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens

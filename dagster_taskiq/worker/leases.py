@@ -1,10 +1,10 @@
 """The lease keeper: it renews the worker's claims, and stops what may not go on.
 
-A task may not go on when it is to be cancelled, when its run has no loop any more, or when its
-lease cannot be renewed. In the last case the keeper interrupts it after two thirds of the lease, or
-three quarters where the server is just being asked, so that its clean-up code can run, and the
-guard, which the keeper tells of every renewal, kills it after five sixths: before the lease has
-ended for everybody else.
+``StopReason`` has every reason why a task may not go on; the usual ones are a cancel, a run without
+a loop, and a lease that cannot be renewed. In the last case the keeper interrupts the task after
+two thirds of the lease if the last try has failed, and after three quarters if that try has had no
+answer yet, so that its clean-up code can run. The guard, which the keeper tells of every renewal,
+kills it after five sixths: before the lease has ended for everybody else.
 """
 
 from __future__ import annotations

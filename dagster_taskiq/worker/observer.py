@@ -1,9 +1,11 @@
-"""Who watches a worker: what it hears of, and the two observers that every worker has.
+"""What a worker's observers hear, and the two that every worker has: its log and its counters.
 
     admitted --> claimed --> began --> ended --> released
         '------> dropped
 
-``released`` comes once for each ``claimed``, whatever becomes of the task.
+``admitted`` may be the last word, where the message goes back to its queue. ``ended`` comes without
+``began`` where the slot had no child. ``released`` comes once for each ``claimed``, whatever
+becomes of the task.
 """
 
 from __future__ import annotations

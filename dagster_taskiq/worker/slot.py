@@ -2,7 +2,8 @@
 
 The child is replaced between tasks: after so many of them, above so much memory, after a cancel
 (which may leave something behind) or a task that did leave something, for a task of another code
-location, and when it died. Whoever takes a slot calls ``prepare`` first.
+location, and when it died. ``run`` prepares the slot itself; a worker calls ``prepare`` before it
+claims, so that it claims only what it can execute.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class ChildSlot(Slot):
         self._spent_by = "it was asked for a fresh one"
 
     def _reason_to_replace(self, location: str) -> str:
-        """Why the child is not for a task of a location, in words; empty where it is."""
+        """Why the child must be replaced before a task of a location; empty if it need not be."""
         assert self._exited is not None
         if self._spent_by:
             return self._spent_by

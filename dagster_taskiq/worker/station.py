@@ -1,4 +1,4 @@
-"""A station: the slots of one kind, steps or runs, and what they take their tasks from.
+"""A station: a worker's slots for one kind of task, steps or runs, and the broker that brings them.
 
 Steps and runs have separate stations with separate physical queues, so that runs, which wait for
 their steps, never take the slots that those need. What becomes of a task is told in ``attempt``.
@@ -91,6 +91,7 @@ class Station:
         return self._slots.is_short
 
     def _register(self, name: TaskName) -> None:
+        # Taskiq's receiver calls this for each message, by the task's name
         async def execute(delivery: Delivery) -> None:
             await self._execute(delivery)
 

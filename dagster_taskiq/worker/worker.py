@@ -307,7 +307,7 @@ class Worker:
         await working
 
     async def _stop(self) -> None:
-        """Stop in order: first what others rely on, last what protects them from us."""
+        """Stop in order: the children, the entry in the list of workers, the backend, the guard."""
         if self._code_watch:
             self._code_watch.stop()
         # children first: nothing of ours may run when the list of workers says we are gone

@@ -12,8 +12,11 @@ import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq import TaskiqRunLauncher
+from dagster_taskiq import launcher as launcher_module
+from dagster_taskiq._dagster.names import WorkerStatus
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.messages.results import NOWHERE, Outcome, TaskResult
 from dagster_taskiq_tests.acceptance import jobs
 
 #: For what must happen, on a loaded machine.
@@ -67,3 +70,20 @@ def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
     del launcher
     gc.collect()
     assert left() is None
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (TaskState.REFUSED, "A worker gave the run back. It has another instance."),
+        (TaskState.EXPIRED, "its lease ended without a result"),
+        (TaskState.CANCELLED, "cancelled before a worker had started it"),
+    ],
+)
+def test_monitoring_is_told_why_no_process_has_the_run(state: TaskState, why: str) -> None:
+    """In each case Dagster resumes the run, or gives it up, with that reason."""
+    refusal = TaskResult(Outcome.REFUSED, NOWHERE, reason="It has another instance.")
+    is_refused = state is TaskState.REFUSED
+    status, reason = launcher_module._health(TaskReport(state), refusal if is_refused else None)
+    assert status is WorkerStatus.NOT_FOUND
+    assert why in str(reason)
