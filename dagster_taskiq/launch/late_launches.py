@@ -7,6 +7,7 @@ daemon launches it again. Any other run is sent later by the process that launch
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -15,12 +16,23 @@ from dataclasses import dataclass
 from dagster import DagsterEvent, DagsterEventType, DagsterInstance, DagsterRun, DagsterRunStatus
 
 from dagster_taskiq._dagster.names import EngineEventData
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import (
+    LauncherClosedError,
+    ServerError,
+    TagError,
+    TooLargeError,
+    UnloadableCodeError,
+)
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.servers.patience import is_passing, out_of_patience
 
+logger = logging.getLogger(__name__)
+
 #: How often to try again.
 RETRY_SECONDS = 2.0
+
+#: Errors by which a run can never be sent, whatever the servers do.
+_OF_THE_RUN = (TagError, TooLargeError, UnloadableCodeError)
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,15 @@ class LateLaunches:
         with self._lock:
             late = dict(self._late)
         for run_id, it in late.items():
-            if self._try_to_send(instance, run_id, it):
+            try:
+                is_settled = self._try_to_send(instance, run_id, it)
+            except LauncherClosedError:
+                raise
+            except Exception as error:
+                # storage that is away now may be back the next time; the other runs have their turn
+                logger.warning("Cannot launch run %s: %s: %s", run_id, type(error).__name__, error)
+                continue
+            if is_settled:
                 with self._lock:
                     if self._late.get(run_id) is it:
                         del self._late[run_id]
@@ -125,6 +145,8 @@ class LateLaunches:
             if is_passing(error, has_worked=True) and time.time() < late.deadline:
                 return False
             instance.report_run_failed(run, str(out_of_patience(error, self._patience_seconds)))
+        except _OF_THE_RUN as error:
+            instance.report_run_failed(run, f"The run cannot be launched. {error}")
         return True
 
 

@@ -21,7 +21,12 @@ from dagster._daemon.run_coordinator.queued_run_coordinator_daemon import (
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
+from dagster_taskiq.errors import (
+    LauncherClosedError,
+    RefusedByServerError,
+    ServerError,
+    UnreachableServerError,
+)
 from dagster_taskiq.launch import late_launches
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
@@ -57,6 +62,8 @@ class FakeClient:
         self.has_worked = False
         self.tries = 0
         self.sent: list[Envelope] = []
+        self.error_of_run: dict[str, Exception] = {}
+        self.refused_runs: list[str] = []
 
     def reach(self, _: str) -> None:
         self.tries += 1
@@ -70,6 +77,9 @@ class FakeClient:
     def submit(self, envelope: Envelope) -> None:
         if self.submit_error:
             raise self.submit_error
+        if error := self.error_of_run.get(envelope.run_id):
+            self.refused_runs.append(envelope.run_id)
+            raise error
         self.sent.append(envelope)
 
     def queue_waits(self) -> FakeClient:
@@ -276,6 +286,47 @@ def test_a_resume_is_sent_when_the_server_is_back(
     until(lambda: client.sent, "it is sent")
     assert [it.attempt for it in client.sent] == [2]
     assert said(instance, run, "The run cannot be resumed. Cannot reach redis://fake.") == 1
+
+
+def test_a_run_that_can_never_be_sent_fails_and_holds_up_no_other(
+    make_launcher: MakeLauncher, client: FakeClient, instance: DagsterInstance
+) -> None:
+    """As Dagster fails a run whose launch raises; the next one is sent in the same round."""
+    bad, good = create(instance, Status.STARTING), create(instance, Status.STARTING)
+    instance.add_run_tags(bad.run_id, {"dagster-taskiq/run_priority": "very"})
+    launcher = make_launcher()
+    for run in (bad, good):
+        launch(launcher, known(instance, run))
+    client.error = None
+    until(lambda: known(instance, bad).is_finished, "the first one fails")
+    until(lambda: client.sent, "the second one is sent")
+    assert [it.run_id for it in client.sent] == [good.run_id]
+    assert said(instance, bad, "'dagster-taskiq/run_priority' has the value 'very'")
+
+
+@pytest.mark.parametrize("error", [OSError("the storage is away"), LauncherClosedError("left")])
+def test_an_error_that_is_not_the_runs_fails_no_run(
+    make_launcher: MakeLauncher,
+    client: FakeClient,
+    instance: DagsterInstance,
+    error: Exception,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is tried again, unless the launcher is left; and other runs are sent meanwhile."""
+    troubled, good = create(instance, Status.STARTING), create(instance, Status.STARTING)
+    launcher = make_launcher()
+    for run in (troubled, good):
+        launch(launcher, run)
+    client.error_of_run = {troubled.run_id: error}
+    client.error = None
+    if isinstance(error, OSError):
+        until(lambda: client.sent, "the other one is sent")
+        assert f"Cannot launch run {troubled.run_id}: OSError: the storage is away" in caplog.text
+        client.error_of_run = {}
+        until(lambda: len(client.sent) == 2, "both are sent")
+    else:
+        until(lambda: client.refused_runs, "it was tried")
+    assert not known(instance, troubled).is_finished
 
 
 def test_a_run_that_is_cancelled_meanwhile_is_not_sent(
