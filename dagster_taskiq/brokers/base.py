@@ -12,14 +12,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
-from functools import cached_property
 from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.messages.refusals import Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +93,12 @@ class Admission(ABC):
         """
 
     @abstractmethod
-    def refused(self, error: Exception) -> None:
-        """Hear of a message that is refused, beside the log."""
+    def refused(self, address: str, error: Exception) -> None:
+        """Count a message that was refused, and say why.
+
+        Args:
+            address: of its broker.
+        """
 
 
 class TaskBroker(AsyncBroker):
@@ -141,25 +143,10 @@ class TaskBroker(AsyncBroker):
     #: The physical queues to listen on.
     queues: Sequence[str]
 
-    #: Decides which messages are handed on; None for all.
+    #: Decides which messages are handed on, and hears of the others; None for all.
     admission: Admission | None = None
 
     _is_shut_down: bool = False
-
-    @cached_property
-    def _refusals(self) -> Refusals:
-        return Refusals(self.address)
-
-    @property
-    def refused_count(self) -> int:
-        """How many messages were refused."""
-        return self._refusals.count
-
-    def note_refused(self, error: Exception) -> None:
-        """Count a message that was refused, and say why a few times."""
-        self._refusals.note("a message", error)
-        if self.admission is not None:
-            self.admission.refused(error)
 
     async def shutdown(self) -> None:
         """Close the connections; listeners end, and unsettled messages go back to their queues.
@@ -178,13 +165,14 @@ class TaskBroker(AsyncBroker):
                     yield delivery
 
     async def _is_admitted(self, delivery: Delivery) -> bool:
+        if self.admission is None:
+            return True
         try:
             if delivery.flaw:
                 raise MalformedTaskError(delivery.flaw)
-            if self.admission is not None:
-                delivery.content = self.admission.admit(delivery.data)
+            delivery.content = self.admission.admit(delivery.data)
         except (MalformedTaskError, UntrustedError) as error:
-            self.note_refused(error)
+            self.admission.refused(self.address, error)
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False

@@ -43,6 +43,6 @@ class StationAdmission(Admission):
         self._observer.admitted(envelope)
         return envelope
 
-    def refused(self, error: Exception) -> None:
+    def refused(self, address: str, error: Exception) -> None:
         """See ``Admission``."""
-        self._observer.refused("a message", error)
+        self._observer.refused(address, "a message", error)

@@ -27,7 +27,6 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import ServerError, UntrustedError
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.worker.guard import clock, kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.observer import LeaseRenewal, WorkerObserver
@@ -95,7 +94,6 @@ class LeaseKeeper:
         backend: which holds them.
         guard: is told of every deadline.
         orders: verifies the orders to cancel that renewals find.
-        refusals: counts those that are refused.
         observer: hears of renewals, of outages, and of what is stopped.
         now: the clock of the deadlines, in seconds; the guard's own, but for tests.
     """
@@ -105,7 +103,6 @@ class LeaseKeeper:
         backend: Backend,
         guard: GuardClient,
         orders: OrderReader,
-        refusals: Refusals,
         observer: WorkerObserver,
         now: Callable[[], float] = clock,
     ) -> None:
@@ -114,7 +111,6 @@ class LeaseKeeper:
         self._backend = backend
         self._guard = guard
         self._orders = orders
-        self._refusals = refusals
         self._leases: dict[str, Lease] = {}
         self._epoch = ""
         self._epoch_since = 0.0
@@ -283,8 +279,7 @@ class LeaseKeeper:
             self._orders.check_cancel(lease.claim.task_id, order)
         except UntrustedError as error:
             lease.refused_order = order
-            self._refusals.note("an order to cancel", error)
-            self._observer.refused("an order to cancel", error)
+            self._observer.refused(self._backend.address, "an order to cancel", error)
             return False
         return True
 

@@ -19,6 +19,7 @@ from typing import Any
 from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, Place
 
 logger = logging.getLogger(__name__)
@@ -89,10 +90,11 @@ class WorkerObserver:
     def released(self, envelope: Envelope) -> None:
         """A task that was claimed is not this worker's any more."""
 
-    def refused(self, what: str, error: Exception) -> None:
+    def refused(self, address: str, what: str, error: Exception) -> None:
         """A message or an order was refused.
 
         Args:
+            address: of the server that it came from.
             what: was refused, with an article.
         """
 
@@ -119,10 +121,10 @@ class WorkerObserver:
 
 
 class LoggingObserver(WorkerObserver):
-    """Writes the worker's log of its tasks.
+    """Writes the worker's log of its tasks; a flood of refused messages does not fill it."""
 
-    What is refused is logged by ``Refusals``, which keeps a flood out of the log.
-    """
+    def __init__(self) -> None:
+        self._refusals: dict[str, Refusals] = {}
 
     def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
         """See ``WorkerObserver``."""
@@ -145,6 +147,10 @@ class LoggingObserver(WorkerObserver):
             level = logging.INFO if ending.outcome is Outcome.FINISHED else logging.WARNING
             seconds, cause = ending.run_seconds, ending.cause
             logger.log(level, "%s: ended after %.3f s. %s", title, seconds, cause)
+
+    def refused(self, address: str, what: str, error: Exception) -> None:
+        """See ``WorkerObserver``."""
+        self._refusals.setdefault(address, Refusals(address)).note(what, error)
 
     def outage(self, address: str, error: ServerError) -> None:
         """See ``WorkerObserver``."""
@@ -175,7 +181,7 @@ class CountingObserver(WorkerObserver):
         """See ``WorkerObserver``."""
         self.busy[envelope.kind] -= 1
 
-    def refused(self, what: str, error: Exception) -> None:
+    def refused(self, address: str, what: str, error: Exception) -> None:
         """See ``WorkerObserver``."""
         self.refused_count += 1
 
@@ -221,9 +227,9 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("released", envelope)
 
-    def refused(self, what: str, error: Exception) -> None:
+    def refused(self, address: str, what: str, error: Exception) -> None:
         """See ``WorkerObserver``."""
-        self._tell("refused", what, error)
+        self._tell("refused", address, what, error)
 
     def ordered(self, order: Mapping[str, Any]) -> None:
         """See ``WorkerObserver``."""

@@ -109,6 +109,6 @@ class Station:
             # the receiver gives back what was not acked
             self._slots.note_shortage(slot, error)
         except CopyOfStepError as error:
-            self._broker.note_refused(error)
+            self._tools.observer.refused(self._broker.address, "a message", error)
         finally:
             await self._slots.put_back(slot, is_needed=not self._is_draining())

@@ -33,7 +33,6 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
-from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.patience import Patience
@@ -100,10 +99,7 @@ class Worker:
         self._backend = self._parts.backend
         self._guard = self._parts.guard
         self._orders = OrderReader(servers.signer, self._worker_id, self.name)
-        self._refusals = Refusals(self._backend.address)
-        self._leases = LeaseKeeper(
-            self._backend, self._guard, self._orders, self._refusals, self._observer
-        )
+        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._observer)
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
@@ -393,8 +389,7 @@ class Worker:
                 try:
                     order = self._orders.read(message)
                 except UntrustedError as error:
-                    self._refusals.note("an order", error)
-                    self._observer.refused("an order", error)
+                    self._observer.refused(self._backend.address, "an order", error)
                 else:
                     self._observer.ordered(order)
                     self._obey(order)

@@ -416,6 +416,19 @@ class Consumer:
         await self._messages.aclose()
 
 
+class Everything(Admission):
+    """Admits every message as it is, and remembers what is refused all the same."""
+
+    def __init__(self) -> None:
+        self.refusals: list[str] = []
+
+    def admit(self, data: bytes) -> object:
+        return data
+
+    def refused(self, address: str, error: Exception) -> None:
+        self.refusals.append(str(error))
+
+
 @asynccontextmanager
 async def consuming(
     brokers: Brokers, *queues: str, admission: Admission | None = None

@@ -13,7 +13,6 @@ from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.errors import CopyOfStepError, NoProcessError, SlotError, UnreachableServerError
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import Envelope, TaskName
-from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -59,7 +58,6 @@ class Scene:
             self.backend.whole(),
             FakeGuard(),
             OrderReader(signer, "worker-id", "w@h"),
-            Refusals("the backend"),
             self.witness,
         )
         self.envelope = envelope

@@ -20,13 +20,12 @@ from hypothesis import strategies as st
 from dagster_taskiq.backend import Backend, Claim, Renewal
 from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.messages.control import OrderReader, cancel_order
-from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.worker import leases as leases_module
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
-from dagster_taskiq.worker.observer import LoggingObserver
+from dagster_taskiq.worker.observer import CountingObserver, LoggingObserver, Observers
 
 UNSIGNED = Signer()
 
@@ -144,14 +143,13 @@ class Scene:
 
     def __init__(self, backend: FakeBackend, signer: Signer = UNSIGNED) -> None:
         self.backend = backend
-        self.refusals = Refusals("the backend")
+        self.counts = CountingObserver()
         self.guard = FakeGuard()
         self.keeper = LeaseKeeper(
             cast("Backend", backend),
             cast("GuardClient", self.guard),
             OrderReader(signer, "worker", "worker@host"),
-            self.refusals,
-            LoggingObserver(),
+            Observers(LoggingObserver(), self.counts),
             now,
         )
         self.stopped_at: dict[str, float] = {}
@@ -361,7 +359,7 @@ def test_a_forged_order_to_cancel_stops_nothing() -> None:
         assert unsigned.stop_reason is foreign.stop_reason is None
         assert ordered.stop_reason is StopReason.CANCELLED
 
-    assert play(scenario, signer=key).refusals.count == 2
+    assert play(scenario, signer=key).counts.refused_count == 2
 
 
 def test_a_cancelled_task_is_stopped_once() -> None:

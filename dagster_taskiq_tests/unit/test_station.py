@@ -17,7 +17,6 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
-from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -69,7 +68,6 @@ class Scene:
             self.backend.whole(),
             FakeGuard(),
             OrderReader(signer, "worker-id", "w@h"),
-            Refusals("the backend"),
             self.witness,
         )
         tools = Tools(

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from dagster_taskiq.errors import UnreachableServerError
+from dagster_taskiq.errors import MalformedTaskError, UnreachableServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.worker import child_messages
@@ -83,7 +83,7 @@ def test_the_counters_of_the_listing() -> None:
     """Busy is what is claimed and not released, by kind."""
     counts = CountingObserver()
     counts.claimed(STEP_TASK)
-    counts.refused("a message", ValueError())
+    counts.refused("redis://host", "a message", ValueError())
     assert (counts.busy[QueueKind.STEPS], counts.busy[QueueKind.RUNS]) == (1, 0)
     counts.released(STEP_TASK)
     assert (counts.busy[QueueKind.STEPS], counts.refused_count) == (0, 1)
@@ -130,3 +130,17 @@ def test_what_is_no_word_of_a_child_is_refused(values: dict[str, object]) -> Non
     """With an error that its slot knows."""
     with pytest.raises(ValueError, match="no"):
         child_messages.unpack_word(values)
+
+
+def test_a_flood_of_refused_messages_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first of each kind is said, with the server that it came from."""
+    observer = LoggingObserver()
+    for address in ("amqp://broker", "redis://backend"):
+        for _ in range(5):
+            observer.refused(address, "a message", MalformedTaskError("it is bad"))
+    assert caplog.messages == [
+        "Refused a message from amqp://broker: it is bad.",
+        "Refused a message from redis://backend: it is bad.",
+    ]

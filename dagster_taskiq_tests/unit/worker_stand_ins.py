@@ -276,5 +276,5 @@ class Witness(WorkerObserver):
     def released(self, envelope: Envelope) -> None:
         self._note("released")
 
-    def refused(self, what: str, error: Exception) -> None:
+    def refused(self, address: str, what: str, error: Exception) -> None:
         self._note("refused", what)
