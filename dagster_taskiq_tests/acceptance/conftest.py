@@ -12,6 +12,7 @@ from dagster_taskiq_tests.acceptance.harness import (
     check_nothing_is_left,
     open_logs,
     open_stack,
+    open_stacks,
 )
 
 
@@ -20,6 +21,14 @@ def nothing_left_running_by_a_module() -> Iterator[None]:
     """Fail a module's last test if its stacks have left a process."""
     yield
     check_nothing_is_left()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running_by_a_test() -> Iterator[None]:
+    """End the runs that a test leaves in a stack of its module."""
+    yield
+    for stack in open_stacks:
+        stack.end_runs()
 
 
 @pytest.fixture

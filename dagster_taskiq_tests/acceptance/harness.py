@@ -37,6 +37,7 @@ from dagster import (
     DagsterEvent,
     DagsterEventType,
     DagsterInstance,
+    DagsterRun,
     DagsterRunStatus,
     EventLogEntry,
     ReexecutionOptions,
@@ -45,6 +46,7 @@ from dagster import (
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
+from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq._dagster.storage import STORAGE_MODULES
 from dagster_taskiq.backend import open_backend
 from dagster_taskiq.brokers import open_broker
@@ -82,6 +84,16 @@ closed_stacks: list[str] = []
 
 #: Logs of the stacks that are open, for the report of a test that failed.
 open_logs: list[Path] = []
+
+#: The stacks that are open.
+open_stacks: list[Stack] = []
+
+#: Of a run that may hold a worker's slots.
+_UNFINISHED = [
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
 
 T = TypeVar("T")
 
@@ -353,6 +365,7 @@ class Stack:
         self.instance = DagsterInstance.from_config(str(self.home))
         self.exit_stack.callback(self.instance.dispose)
         self._logs = 0
+        self._processes: list[ForkServerProcess] = []
 
     @property
     def storage(self) -> Path:
@@ -522,12 +535,26 @@ class Stack:
             ),
         )
         process.start()
+        self._processes.append(process)
         self.exit_stack.callback(_end, process)
         return Run(self, tag, process, log)
 
     def run(self, job: str, **arguments: Any) -> Run:
         """A run that has ended; see ``start``."""
         return self.start(job, **arguments).wait()
+
+    def end_runs(self) -> None:
+        """End every run, or what a failed test has left would hold the slots of the next ones."""
+        for process in self._processes:
+            _end(process)
+        self._processes.clear()
+        if isinstance(self.instance.run_launcher, TaskiqRunLauncher):
+            for run in self._unfinished():
+                self.instance.run_launcher.terminate(run.run_id)
+            until(lambda: not self._unfinished(), "the runs that a test has left end")
+
+    def _unfinished(self) -> Sequence[DagsterRun]:
+        return self.instance.get_runs(RunsFilter(statuses=_UNFINISHED))
 
     # --- what there is to see ---
 
@@ -626,6 +653,8 @@ def open_stack(
             broker = ServerOptions(url=url, key_prefix=backend.key_prefix)
         stack = Stack(home, broker, backend, directory)
         closed_stacks.append(stack.mark)
+        open_stacks.append(stack)
+        stack.exit_stack.callback(open_stacks.remove, stack)
         with stack.exit_stack:
             yield stack
 

@@ -1,15 +1,17 @@
 """The jobs of whole runs on workers; their ops write to the same trace as those of ``jobs``."""
 
+import logging
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import cast
 
 from dagster import (
     DynamicOut,
     DynamicOutput,
-    ExpectationResult,
+    EventLogEntry,
     Failure,
     HookContext,
     In,
@@ -25,6 +27,7 @@ from dagster import (
     multiprocess_executor,
     op,
 )
+from dagster._core.storage.event_log import SqliteEventLogStorage
 
 from dagster_taskiq import taskiq_executor
 from dagster_taskiq_tests.acceptance.jobs import (
@@ -130,9 +133,27 @@ def fails() -> None:
 @op(config_schema={"events": int})
 def first(context: OpExecutionContext) -> int:
     note(context, "ran")
-    for _ in range(context.op_config["events"]):
-        context.log_event(ExpectationResult(success=True))
+    if count := context.op_config["events"]:
+        _log_at_once(context, count)
     return 1
+
+
+def _log_at_once(context: OpExecutionContext, count: int) -> None:
+    """Make the run's log longer by so many events, in one transaction.
+
+    One by one, 1,100 of them take a minute on a machine with other things to do.
+    """
+    storage = cast("SqliteEventLogStorage", context.instance.event_log_storage)
+    entry = EventLogEntry(
+        error_info=None,
+        level=logging.INFO,
+        user_message="one of many",
+        run_id=context.run_id,
+        timestamp=time.time(),
+        step_key=None,
+    )
+    with storage.run_connection(context.run_id) as connection:
+        connection.execute(storage.prepare_insert_event_batch([entry] * count))
 
 
 @op(out=DynamicOut(int))
