@@ -14,7 +14,7 @@ from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
-from dagster_taskiq.servers.kinds import KINDS, ServerOptions, one_of
+from dagster_taskiq.servers.kinds import BROKER_KINDS, ServerOptions, one_of
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ def _dagster_home() -> Path:
         raise ConfigError(
             "No broker is configured, and the embedded server needs a DAGSTER_HOME to live in: "
             f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a "
-            f"{one_of([kind.names[0] for kind in KINDS])}."
+            f"{one_of([kind.names[0] for kind in BROKER_KINDS])}."
         )
     return Path(home).expanduser().resolve()

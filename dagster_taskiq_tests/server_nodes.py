@@ -8,17 +8,20 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import aio_pika
+import psutil
 import psycopg2  # type: ignore[import-untyped]
 
 from dagster_taskiq_tests.server_processes import (
+    STOP_SECONDS,
     UnavailableError,
     await_answer,
     free_port,
@@ -197,6 +200,45 @@ class PostgresNode(Node):
 
     def check(self) -> str:
         return checked_postgres(self.url)
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL, with its children, each of which leads a group of its own."""
+        processes = self._processes()
+        self._signal(processes, signal.SIGKILL)
+        self.process.wait()
+        # those without a parent may stay as zombies until init looks; the next start needs the rest
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(map(_is_alive, processes)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def pause(self) -> None:
+        """Freeze it: connections stay, and nothing answers."""
+        self._signal(self._processes(), signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        self._signal(self._processes(), signal.SIGCONT)
+
+    def _processes(self) -> list[psutil.Process]:
+        """The postmaster first, so that it starts no more of the others."""
+        try:
+            postmaster = psutil.Process(self.process.pid)
+            return [postmaster, *postmaster.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    @staticmethod
+    def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import redis
 
+from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.servers.kinds import REDIS, ServerOptions, kind_of
 from dagster_taskiq.servers.urls import normalize_amqp
 from dagster_taskiq_tests.server_nodes import (
@@ -46,7 +47,9 @@ __all__ = [
     "PrivateRedis",
     "RabbitMQNode",
     "amqp_options",
+    "crashable_postgres",
     "postgres_database",
+    "postgres_options",
     "private_postgres",
     "private_rabbitmq",
     "private_redis",
@@ -90,6 +93,45 @@ def postgres_database() -> Iterator[str]:
         yield urlsplit(server)._replace(path=f"/{name}").geturl()
     finally:
         execute_sql(server, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@contextmanager
+def postgres_options() -> Iterator[ServerOptions]:
+    """A schema of its own on a PostgreSQL server, which is dropped afterwards."""
+    with _own_schema(server_url("postgres")) as options:
+        yield options
+
+
+@contextmanager
+def crashable_postgres() -> Iterator[tuple[PostgresNode, ServerOptions]]:
+    """A schema of the test's own on the session's own cluster, which may be killed and frozen.
+
+    A new cluster takes seconds, so that tests share one; each leaves it running.
+    """
+    node = _session_cluster()
+    if node.process.poll() is not None:
+        node.restart()
+    with _own_schema(node.url) as options:
+        try:
+            yield node, options
+        finally:
+            node.resume()
+            if node.process.poll() is not None:
+                node.restart()
+
+
+@functools.cache
+def _session_cluster() -> PostgresNode:
+    return at_session_end.enter_context(_or_missing(started_postgres()))
+
+
+@contextmanager
+def _own_schema(url: str) -> Iterator[ServerOptions]:
+    options = ServerOptions(url=url, key_prefix=unique_prefix())
+    try:
+        yield options
+    finally:
+        execute_sql(url, f'DROP SCHEMA IF EXISTS "{schema_name(options.key_prefix)}" CASCADE')
 
 
 @contextmanager

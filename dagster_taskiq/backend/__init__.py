@@ -35,11 +35,20 @@ def open_backend(options: ServerOptions, signer: Signer) -> Backend:
         signer: of workers' records.
 
     Raises:
-        ConfigError: no backend speaks the URL's scheme.
+        ConfigError: no backend speaks the URL's scheme, or its client library is not installed.
     """
-    name = options.kind.backend
-    if name is None:
-        raise ConfigError(f"{options.address} cannot be the backend: it is a {options.kind.name}.")
-    # by name, so that no run or worker loads the client library of a server that it does not use
-    backend: Backend = resolve_name(f"{__name__}.{name}")(options, signer)
+    kind = options.kind
+    if kind.backend is None:
+        raise ConfigError(f"{options.address} cannot be the backend: it is a {kind.name}.")
+    try:
+        # by name, so that no run or worker loads the client library of a server it does not use
+        make = resolve_name(f"{__name__}.{kind.backend}")
+    except ImportError as error:
+        if not kind.extra:
+            raise
+        raise ConfigError(
+            f"The backend {options.address} needs a package that is not here ({error}): "
+            f"pip install 'dagster-taskiq[{kind.extra}]'."
+        ) from error
+    backend: Backend = make(options, signer)
     return backend

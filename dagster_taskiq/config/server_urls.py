@@ -12,7 +12,7 @@ import warnings
 
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_HOST_VARIABLES, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.kinds import BACKEND_KINDS, kind_of, one_of, schemes_of
+from dagster_taskiq.servers.kinds import BACKEND_KINDS, BROKER_KINDS, kind_of, one_of, schemes_of
 from dagster_taskiq.servers.urls import redact_url
 
 #: Kombu's sign between the servers of one URL, where another URL follows.
@@ -32,7 +32,12 @@ def find_broker_url(configured: str | None) -> str | None:
     if not url:
         return _url_of_host()
     url = _first_of("broker", url)
-    kind_of(url)
+    kind = kind_of(url)
+    if kind not in BROKER_KINDS:
+        ways = [f"a {it.name} ({one_of(schemes_of([it]))})" for it in BROKER_KINDS]
+        raise ConfigError(
+            f"broker must be {one_of(ways)}: {kind.name} can be the backend only, today."
+        )
     return url
 
 

@@ -32,7 +32,7 @@ from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer, parse_keys
 from dagster_taskiq.servers.kinds import (
     BACKEND_KINDS,
-    KINDS,
+    BROKER_KINDS,
     ServerKind,
     ServerOptions,
     one_of,
@@ -49,6 +49,11 @@ def _urls(kinds: tuple[ServerKind, ...]) -> str:
     return one_of([f"`{scheme}`" for scheme in schemes_of(kinds)])
 
 
+def _both() -> str:
+    """The servers that can be broker and backend at once."""
+    return one_of([kind.name for kind in BROKER_KINDS if kind in BACKEND_KINDS])
+
+
 @dataclass(frozen=True)
 class Settings:
     """The whole configuration of an executor, a launcher or a worker.
@@ -60,7 +65,7 @@ class Settings:
     broker_url: str | None = setting(
         None,
         None,
-        f"URL of the broker: {_urls(KINDS)}.",
+        f"URL of the broker: {_urls(BROKER_KINDS)}.",
         name="broker",
         schema=Noneable(StringSource),
         variable=defaults.BROKER_URL_VARIABLE,
@@ -74,7 +79,7 @@ class Settings:
         name="backend",
         schema=Noneable(StringSource),
         variable=defaults.BACKEND_URL_VARIABLE,
-        default_text=f"the broker if that is {one_of([kind.name for kind in BACKEND_KINDS])}",
+        default_text=f"the broker if that is {_both()}",
         is_secret=True,
     )
     signing_keys: tuple[str, ...] = setting(

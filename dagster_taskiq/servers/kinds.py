@@ -13,7 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.server_refusals import AMQP_REFUSALS, REDIS_REFUSALS, Refusal
+from dagster_taskiq.servers.server_refusals import (
+    AMQP_REFUSALS,
+    POSTGRESQL_SERVER_REFUSALS,
+    REDIS_REFUSALS,
+    Refusal,
+)
 from dagster_taskiq.servers.tls import Tls, take_ssl_parameters
 from dagster_taskiq.servers.urls import normalize_amqp, redact_url, split_url, with_scheme
 
@@ -44,8 +49,10 @@ class ServerKind:
         default_path: the path, without slashes, of a URL that has none: the virtual host or the
             number of the database.
         refusals: what the server's errors mean.
-        broker: module and class in ``brokers/``, as ``module:Class``.
+        broker: module and class in ``brokers/``, as ``module:Class``; None for a server that cannot
+            be the broker.
         backend: the same in ``backend/``; None for a server that cannot be the backend.
+        extra: of our package, which brings the client library; empty where that is always there.
         has_ssl_parameters: whether TLS may be set in the URL, by kombu's ``ssl_`` parameters.
         client_url: the URL as the client library reads it.
     """
@@ -54,8 +61,9 @@ class ServerKind:
     schemes: Mapping[str, Scheme]
     default_path: str
     refusals: Sequence[Refusal]
-    broker: str
+    broker: str | None
     backend: str | None
+    extra: str = ""
     has_ssl_parameters: bool = False
     client_url: Callable[[str], str] = str
 
@@ -93,7 +101,21 @@ REDIS = ServerKind(
     has_ssl_parameters=True,
 )
 
-KINDS = (RABBITMQ, REDIS)
+POSTGRESQL = ServerKind(
+    names=("PostgreSQL",),
+    # TLS is libpq's own: ``?sslmode=``
+    schemes={"postgresql": Scheme(5432), "postgres": Scheme(5432, stands_for="postgresql")},
+    default_path="",
+    refusals=POSTGRESQL_SERVER_REFUSALS,
+    broker=None,
+    backend="postgresql:PostgresqlBackend",
+    extra="postgres",
+)
+
+KINDS = (RABBITMQ, REDIS, POSTGRESQL)
+
+#: The kinds that can be the broker.
+BROKER_KINDS = tuple(kind for kind in KINDS if kind.broker is not None)
 
 #: The kinds that can be the backend.
 BACKEND_KINDS = tuple(kind for kind in KINDS if kind.backend is not None)

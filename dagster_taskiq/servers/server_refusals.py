@@ -118,6 +118,34 @@ POSTGRESQL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(r"^ ", Outlook.PASSES),
 )
 
+#: The same for a server that is the backend: its errors about our own tables, and what keeps runs
+#: waiting rather than failing. ``client`` stands for the SQLSTATE where psycopg itself objects.
+POSTGRESQL_SERVER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(r"^53100\b", Outlook.PASSES, "Make room on its disk."),
+    Refusal(
+        r"^53300\b|^ .*(?:too many (?:clients|connections)|remaining connection slots)",
+        Outlook.PASSES,
+        "Raise max_connections, or look for unused connections.",
+    ),
+    Refusal(r"^53", Outlook.PASSES),  # it is short of memory or of something else
+    Refusal(r"^(?:25006|0A000)\b", Outlook.PASSES, "It is a standby, or read-only."),
+    Refusal(r"^57014\b", Outlook.PASSES),  # a statement_timeout of the user's
+    Refusal(r"^(?:3F000|42P01|42883)\b", Outlook.PASSES, "The schema is made again."),
+    Refusal(
+        r"^(?:28\w{3}|3D000)\b|^ .*(?:authentication failed|no pg_hba\.conf entry|"
+        r"no password supplied|(?:role|user|database) .* does not exist|permission denied)",
+        Outlook.UNCLEAR,
+        "Check the URL.",
+    ),
+    Refusal(
+        r"^42501\b",
+        Outlook.UNCLEAR,
+        "Give the user USAGE on the schema, and SELECT, INSERT, UPDATE and DELETE on its tables.",
+    ),
+    Refusal(r"^42", Outlook.FINAL),
+    *POSTGRESQL_REFUSALS,
+)
+
 #: MySQL and MariaDB: the error number and the text.
 MYSQL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(r"^(?:1040|1203)\b", Outlook.PASSES),  # too many connections

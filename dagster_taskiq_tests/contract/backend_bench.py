@@ -10,11 +10,12 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
+import psycopg2
 import redis
 
 from dagster_taskiq.backend import (
@@ -27,22 +28,26 @@ from dagster_taskiq.backend import (
     open_backend,
 )
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer, MemorySnapshot
+from dagster_taskiq.backend.postgresql_schema import Schema
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.servers import (
+    PostgresNode,
     PrivateRedis,
+    crashable_postgres,
+    postgres_options,
     private_redis,
     redis_options,
     valkey_options,
 )
 
 T = TypeVar("T")
-Kind = Literal["memory", "redis", "valkey"]
+Kind = Literal["memory", "redis", "valkey", "postgres"]
 
 #: Of every kind of server, the quickest first.
-KINDS: tuple[Kind, ...] = ("memory", "redis", "valkey")
+KINDS: tuple[Kind, ...] = ("memory", "redis", "valkey", "postgres")
 
 #: For what must happen, on a loaded machine.
 PATIENCE_SECONDS = 20.0
@@ -204,6 +209,90 @@ class RedisHarness(Harness):
         RedisHarness.restart(self)
 
 
+class PostgresHarness(Harness):
+    """A schema on a PostgreSQL server; a new life of the server is one of the schema."""
+
+    #: What a snapshot has: orders and workers are not asked for across lives.
+    TABLES = ("runs", "tasks", "results")
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        schema = Schema(options.key_prefix)
+        self.name = schema.name
+        self.connection = psycopg2.connect(options.url)
+        self.connection.autocommit = True
+        self.execute(schema.migrations(0) + schema.functions())
+        self.execute("SET synchronous_commit TO off")
+
+    def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:
+        """The rows of a statement, in which ``{s}`` stands for the schema."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(statement.replace("{s}", f'"{self.name}"'), values)
+            return cursor.fetchall() if cursor.description else []
+
+    def close(self) -> None:
+        self.connection.close()
+
+    def backend(self, signer: Signer, timeout_seconds: float = 5.0) -> Backend:
+        return open_backend(replace(self.options, connect_timeout_seconds=timeout_seconds), signer)
+
+    def expire(self, claim: Claim) -> None:
+        self.execute(
+            "UPDATE {s}.tasks SET lease_until = 'epoch' WHERE task_id = %s", [claim.task_id]
+        )
+
+    def expire_loop(self, run_id: str) -> None:
+        self.execute("UPDATE {s}.runs SET lease_until = 'epoch' WHERE run_id = %s", [run_id])
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def restart(self) -> None:
+        self.execute("DELETE FROM {s}.life")
+
+    def forget(self) -> None:
+        self.execute("TRUNCATE {s}.runs, {s}.tasks, {s}.results, {s}.orders, {s}.workers")
+
+    def snapshot(self) -> Mapping[str, list[Any]]:
+        return {table: self.execute(f"SELECT * FROM {{s}}.{table}") for table in self.TABLES}
+
+    def restore(self, snapshot: Mapping[str, list[Any]]) -> None:
+        PostgresHarness.forget(self)
+        for table, rows in snapshot.items():
+            for row in rows:
+                places = ", ".join(["%s"] * len(row))
+                self.execute(f"INSERT INTO {{s}}.{table} VALUES ({places})", row)
+
+
+class PrivatePostgresHarness(PostgresHarness, PrivateHarness):
+    """On a cluster whose new lives are real."""
+
+    def __init__(self, node: PostgresNode, options: ServerOptions) -> None:
+        super().__init__(options)
+        self.node = node
+
+    def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:
+        if self.connection.closed:
+            self.connection = psycopg2.connect(self.options.url)
+            self.connection.autocommit = True
+        return super().execute(statement, values)
+
+    def restart(self) -> None:
+        if self.node.process.poll() is None:
+            self.node.kill()
+        self.node.restart()
+        self.connection.close()
+
+    def freeze(self) -> None:
+        self.node.pause()
+
+    def thaw(self) -> None:
+        self.node.resume()
+
+    def kill(self) -> None:
+        self.node.kill()
+
+
 class PrivateRedisHarness(RedisHarness, PrivateHarness):
     """A Redis or Valkey process; its new lives are real."""
 
@@ -235,6 +324,10 @@ def shared_harness(kind: Kind) -> Iterator[Harness]:
     if kind == "memory":
         yield MemoryHarness()
         return
+    if kind == "postgres":
+        with postgres_options() as options, closing(PostgresHarness(options)) as postgres:
+            yield postgres
+        return
     options_of: AbstractContextManager[ServerOptions] = (
         redis_options() if kind == "redis" else valkey_options()
     )
@@ -249,6 +342,13 @@ def private_harness(kind: Kind, password: str | None = None) -> Iterator[Private
     """A server of the test's own, perhaps one that asks for a password."""
     if kind == "memory":
         yield MemoryHarness()
+        return
+    if kind == "postgres":
+        with crashable_postgres() as (node, options):
+            login = f"postgres:{password}@" if password else "postgres@"
+            named = replace(options, url=options.url.replace("postgres@", login))
+            with closing(PrivatePostgresHarness(node, named)) as private:
+                yield private
         return
     with private_redis(kind, password=password) as server:
         harness = PrivateRedisHarness(server)

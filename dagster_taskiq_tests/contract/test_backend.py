@@ -735,7 +735,7 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
     }
 
 
-ONE_OF_EACH = pytest.mark.parametrize("kind", ["memory", "valkey"])
+ONE_OF_EACH = pytest.mark.parametrize("kind", ["memory", "valkey", "postgres"])
 
 
 def test_the_calls_are_all_that_there_are(bench: Bench) -> None:
@@ -1103,7 +1103,7 @@ class OneTask(RuleBasedStateMachine):
 
 
 #: How many examples there are: on a server they take their time.
-EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 10, "valkey": 10}
+EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 10, "valkey": 10, "postgres": 10}
 
 
 def test_one_tasks_life(kind: Kind) -> None:

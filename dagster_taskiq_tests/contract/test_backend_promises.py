@@ -336,7 +336,7 @@ class Promises(RuleBasedStateMachine):
 
 
 #: How many examples there are: on a server they take their time.
-EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 10, "valkey": 10}
+EXAMPLES: Mapping[Kind, int] = {"memory": 100, "redis": 10, "valkey": 10, "postgres": 10}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,365 @@
+"""The backend on PostgreSQL.
+
+A deployment has a schema of its own (``postgresql_schema``), in which each method is one call of
+one function (``postgresql_functions``). A run's loop is woken by NOTIFY where that works
+(``postgresql_hints``); workers look for their orders, the less often the more of them there are.
+What has expired is removed by workers, now and then, a bounded amount.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from dagster_taskiq.backend.base import (
+    CONTROL_EXPIRES_SECONDS,
+    Backend,
+    Claim,
+    ClaimAnswer,
+    Renewal,
+    TaskReport,
+    TaskState,
+    superseded_error,
+)
+from dagster_taskiq.backend.postgresql_hints import Mailbox, Push, channel_of
+from dagster_taskiq.backend.postgresql_schema import Schema
+from dagster_taskiq.errors import MalformedResultError, ServerError
+from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+
+logger = logging.getLogger(__name__)
+
+#: How many tasks, results or orders one call is about.
+_BATCH = 500
+
+#: How many runs are removed at a time, and how often a worker tries to, on average.
+_TIDY_RUNS = 100
+_TIDY_SECONDS = 60.0
+
+#: How often a worker looks for orders; together the workers look at most so often a second.
+_LOOK_SECONDS = 0.5
+_LOOKS_PER_SECOND = 100.0
+
+#: The longest pause between two looks. A cancel is also seen at the next renewal.
+_LONGEST_LOOK_SECONDS = 5.0
+
+#: How many workers' records are said to be unreadable.
+_MOST_SAID = 100
+
+
+class PostgresqlBackend(Backend):
+    """See ``Backend``.
+
+    Args:
+        options: how to reach the server.
+        signer: of workers' records.
+
+    Raises:
+        ConfigError: libpq cannot read the URL.
+    """
+
+    def __init__(self, options: ServerOptions, signer: Signer) -> None:
+        self.address = options.address
+        self._signer = signer
+        self._said: set[str] = set()
+        self._schema = Schema(options.key_prefix)
+        self._connections = Connections(options, self._greet)
+        self._push = Push(self.address, self._connections.connect, self._notify)
+        self._runs: dict[str, tuple[int, bool]] = {}
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._workers_count = 1
+        self._tidies_at = time.monotonic() + _TIDY_SECONDS * random.random()
+
+    async def startup(self) -> None:
+        """Reach the server and find the schema there, or make it."""
+        await self._call("enter")
+
+    async def shutdown(self) -> None:
+        """Close the connections."""
+        for mailbox in self._mailboxes.values():
+            mailbox.close()
+        self._mailboxes.clear()
+        self._connections.close()
+
+    # --- the execution loop's side ---
+
+    async def open_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str:
+        """See ``RunBackend``."""
+        self._runs[run_id] = (generation, is_resumable)
+        ((epoch, live),) = await self._call(
+            "open_run", run_id, generation, token, is_resumable, float(lease_seconds)
+        )
+        if epoch is None:
+            raise superseded_error(run_id, live)
+        return str(epoch)
+
+    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+        """See ``RunBackend``."""
+        generation, is_resumable = self._runs[run_id]
+        values = (run_id, generation, token, is_resumable, float(lease_seconds))
+        ((epoch,),) = await self._call("renew_run", *values, is_urgent=True)
+        return None if epoch is None else str(epoch)
+
+    async def close_run(self, run_id: str, *, token: str) -> None:
+        """See ``RunBackend``."""
+        await self._call("close_run", run_id, token)
+        self._runs.pop(run_id, None)
+        if mailbox := self._mailboxes.pop(run_id, None):
+            mailbox.close()
+
+    async def disown_run(self, run_id: str) -> None:
+        """See ``RunBackend``."""
+        await self._call("disown_run", run_id)
+
+    async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
+        """See ``RunBackend``."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        mailbox = self._mailboxes.get(run_id)
+        if mailbox is None:
+            mailbox = Mailbox(channel_of(self._schema.name, run_id), self._push)
+            self._mailboxes[run_id] = mailbox
+        is_last = False
+        while True:
+            found = await self._collect(run_id, mailbox, is_last=is_last)
+            left = deadline - loop.time()
+            if found or is_last:
+                return found
+            with server_errors(self.address):
+                await mailbox.wait(max(0.0, left))
+            is_last = loop.time() >= deadline
+
+    async def _collect(self, run_id: str, mailbox: Mailbox, *, is_last: bool) -> dict[str, bytes]:
+        """The results that were not handed out yet."""
+        task_ids = mailbox.take_hints()
+        if task_ids is None:
+            stored = dict(await self._call("list_results", run_id))
+            mailbox.seen = {key: it for key, it in mailbox.seen.items() if key in stored}
+            task_ids = [key for key, winner in stored.items() if mailbox.seen.get(key) != winner]
+        found: dict[str, bytes] = {}
+        for batch in _batches(task_ids):
+            for task_id, winner, data in await self._call("read_results", run_id, list(batch)):
+                if mailbox.seen.get(task_id) != winner:
+                    mailbox.seen[task_id] = winner
+                    found[task_id] = data
+        return found
+
+    async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:
+        """See ``RunBackend``."""
+        found: dict[str, bytes] = {}
+        for batch in _batches(task_ids) or [[]]:
+            rows = await self._call("read_results", run_id, list(batch))
+            found |= {task_id: data for task_id, _, data in rows}
+        return found
+
+    async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
+        """See ``RunBackend``."""
+        for batch in _batches(task_ids) or [[]]:
+            await self._call("forget_results", run_id, list(batch))
+
+    async def inspect(
+        self, run_id: str, task_ids: Sequence[str]
+    ) -> tuple[str, dict[str, TaskReport]]:
+        """See ``RunBackend``."""
+        epoch = ""
+        reports: dict[str, TaskReport] = {}
+        for batch in _batches(task_ids) or [[]]:
+            rows = await self._call("inspect", run_id, list(batch))
+            for number, word, place, left_seconds in rows:
+                if number:
+                    state = TaskState(word)
+                    left = left_seconds if state is TaskState.CLAIMED else 0.0
+                    reports[batch[number - 1]] = TaskReport(state, _place_of(place), left or 0.0)
+                else:
+                    epoch = word
+        return epoch, reports
+
+    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
+        """See ``RunBackend``."""
+        states: dict[str, TaskState] = {}
+        for batch in _batches(list(orders)) or [[]]:
+            texts = [orders[task_id] for task_id in batch]
+            values = (run_id, list(batch), texts, float(CONTROL_EXPIRES_SECONDS))
+            words: dict[int, str] = dict(await self._call("cancel", *values))
+            states |= {task: TaskState(words[n]) for n, task in enumerate(batch, start=1)}
+        return states
+
+    async def condemn(self, run_id: str, task_id: str) -> bool:
+        """See ``RunBackend``."""
+        ((is_lost,),) = await self._call("condemn", run_id, task_id)
+        return bool(is_lost)
+
+    async def reopen(self, run_id: str, task_id: str) -> bool:
+        """See ``RunBackend``."""
+        ((is_reopened,),) = await self._call("reopen", run_id, task_id)
+        return bool(is_reopened)
+
+    # --- the worker's side ---
+
+    async def claim(
+        self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
+    ) -> ClaimAnswer:
+        """See ``ClaimBackend``."""
+        ((answer,),) = await self._call(
+            "claim",
+            claim.run_id,
+            claim.task_id,
+            claim.token,
+            float(claim.lease_seconds),
+            claim.epoch,
+            _text_of(claim.place),
+            claim.place.worker_id,
+            needs_live_run,
+            until_begun,
+        )
+        return ClaimAnswer(answer)
+
+    async def begin(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        await self._call("begin", claim.run_id, claim.task_id, claim.token)
+
+    async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
+        """See ``ClaimBackend``."""
+        columns = (
+            [claim.run_id for claim in claims],
+            [claim.task_id for claim in claims],
+            [claim.token for claim in claims],
+            [float(claim.lease_seconds) for claim in claims],
+            [claim.epoch for claim in claims],
+            [_text_of(claim.place) for claim in claims],
+            [claim.place.worker_id for claim in claims],
+        )
+        rows = await self._call("renew", *columns, is_urgent=True)
+        return [
+            Renewal(
+                is_held=is_held,
+                cancel_order=order or None,
+                is_run_alive=bool(is_alive),
+                is_resumable=bool(is_resumable),
+                epoch=epoch,
+            )
+            for _, is_held, order, is_alive, is_resumable, epoch in sorted(rows)
+        ]
+
+    async def complete(
+        self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
+    ) -> bool:
+        """See ``ClaimBackend``."""
+        ((is_stored,),) = await self._call(
+            "complete",
+            claim.run_id,
+            claim.task_id,
+            claim.token,
+            claim.epoch,
+            result,
+            float(expires_seconds),
+            "refused" if is_refused else "done",
+            channel_of(self._schema.name, claim.run_id),
+        )
+        return bool(is_stored)
+
+    # --- the list of workers, and messages to them ---
+
+    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+        """See ``ControlBackend``."""
+        data = write_record(self._signer, record)
+        values = (record.worker_id, data, float(expires_seconds))
+        ((self._workers_count,),) = await self._call("heartbeat", *values, is_urgent=True)
+        if time.monotonic() >= self._tidies_at:
+            self._tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
+            await self._tidy()
+
+    async def _tidy(self) -> None:
+        try:
+            await self._call("tidy", _TIDY_RUNS)
+        except ServerError as error:
+            # another worker will, later; a heartbeat does not fail for it
+            logger.debug("Expired rows at %s were not removed: %s", self.address, error)
+
+    async def goodbye(self, worker_id: str) -> None:
+        """See ``ControlBackend``."""
+        await self._call("goodbye", worker_id)
+
+    async def workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        rows = await self._call("list_workers")
+        records = [self._record_of(worker_id, data) for worker_id, data in rows]
+        return sorted((it for it in records if it), key=lambda record: record.name)
+
+    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
+        try:
+            return read_record(self._signer, worker_id, data, time.time())
+        except ValueError as error:
+            # anybody who can write there can have put it there; it is said once
+            if worker_id not in self._said and len(self._said) < _MOST_SAID:
+                self._said.add(worker_id)
+                logger.warning(
+                    "The record of worker %s at %s cannot be read, and is ignored: %s.",
+                    plain_name(worker_id),
+                    self.address,
+                    plain_name(str(error)),
+                )
+            return None
+
+    async def send_control(self, worker_id: str, order: str) -> None:
+        """See ``ControlBackend``."""
+        await self._call("send_order", worker_id, order, float(CONTROL_EXPIRES_SECONDS))
+
+    async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
+        """See ``ControlBackend``."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        while True:
+            rows = await self._call("take_orders", worker_id, _BATCH)
+            left = deadline - loop.time()
+            if rows or left <= 0:
+                return [text.encode() for (text,) in rows]
+            await asyncio.sleep(min(left, self._look_seconds()))
+
+    def _look_seconds(self) -> float:
+        pause = max(_LOOK_SECONDS, self._workers_count / _LOOKS_PER_SECOND)
+        return min(pause, _LONGEST_LOOK_SECONDS) * random.uniform(0.6, 1.4)
+
+    # --- calls ---
+
+    async def _call(
+        self, function: str, *values: Any, is_urgent: bool = False
+    ) -> list[tuple[Any, ...]]:
+        """One function of the schema; every error of the server becomes one of ours."""
+        statement = self._schema.statement(function, len(values))
+        with server_errors(self.address):
+            return await self._connections.call(statement, values, is_urgent=is_urgent)
+
+    async def _greet(self, connection: Connection) -> None:
+        await self._schema.greet(connection, self.address)
+
+    async def _notify(self, channel: str) -> None:
+        await self._connections.call("SELECT pg_notify(%s, '')", [channel])
+
+
+def _place_of(text: str | None) -> Place | None:
+    """Where a task runs, for people; None where it does not say."""
+    try:
+        return Place.from_dict(json.loads(text)) if text else None
+    except (ValueError, RecursionError, MalformedResultError):
+        return None
+
+
+def _text_of(place: Place) -> str:
+    return json.dumps(asdict(place))
+
+
+def _batches(items: Sequence[str]) -> list[Sequence[str]]:
+    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
