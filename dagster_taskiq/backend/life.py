@@ -15,8 +15,8 @@ it that has ended counts as none.
 
 Each function takes the state, the moment and what is asked, and returns the new state and the
 answer. Where nothing changes the same state object comes back. A server must do the same in one
-atomic step: ``memory`` calls these functions, ``redis_scripts`` says the same in Lua, and
-``contract/test_redis_backend.py`` compares the two.
+atomic step: ``memory`` calls these functions, ``redis_scripts`` says the same in Lua and
+``postgresql_functions.sql`` in PL/pgSQL, and ``contract/test_backend_lockstep.py`` compares them.
 """
 
 from __future__ import annotations

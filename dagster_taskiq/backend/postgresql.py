@@ -147,12 +147,12 @@ class PostgresqlBackend(Backend):
         if task_ids is None:
             stored = dict(await self._call("list_results", run_id))
             mailbox.seen = {key: it for key, it in mailbox.seen.items() if key in stored}
-            task_ids = [key for key, winner in stored.items() if mailbox.seen.get(key) != winner]
+            task_ids = [key for key, version in stored.items() if mailbox.seen.get(key) != version]
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
-            for task_id, winner, data in await self._call("read_results", run_id, list(batch)):
-                if mailbox.seen.get(task_id) != winner:
-                    mailbox.seen[task_id] = winner
+            for task_id, version, data in await self._call("read_results", run_id, list(batch)):
+                if mailbox.seen.get(task_id) != version:
+                    mailbox.seen[task_id] = version
                     found[task_id] = data
         return found
 

@@ -124,18 +124,18 @@ END $$;
 -- -------------------------------------------------------------------- its results and tasks
 
 CREATE OR REPLACE FUNCTION {s}.list_results{v}(p_run text)
-RETURNS TABLE (task text, winner text) LANGUAGE plpgsql AS $$
+RETURNS TABLE (task text, version text) LANGUAGE plpgsql AS $$
 BEGIN
 {begin}
-  RETURN QUERY SELECT task_id, token FROM {s}.results
+  RETURN QUERY SELECT task_id, expires_at::text FROM {s}.results
     WHERE run_id = p_run AND expires_at > clock_timestamp();
 END $$;
 
 CREATE OR REPLACE FUNCTION {s}.read_results{v}(p_run text, p_tasks text[])
-RETURNS TABLE (task text, winner text, data bytea) LANGUAGE plpgsql AS $$
+RETURNS TABLE (task text, version text, data bytea) LANGUAGE plpgsql AS $$
 BEGIN
 {begin}
-  RETURN QUERY SELECT task_id, token, result FROM {s}.results
+  RETURN QUERY SELECT task_id, expires_at::text, result FROM {s}.results
     WHERE run_id = p_run AND task_id = ANY (p_tasks) AND expires_at > clock_timestamp();
 END $$;
 
@@ -426,9 +426,9 @@ BEGIN
       RETURN false;
     END IF;
   END LOOP;
-  INSERT INTO {s}.results (run_id, task_id, token, result, expires_at)
-    VALUES (p_run, p_task, p_token, p_result, clock_timestamp() + p_expires * interval '1 s')
-    ON CONFLICT (run_id, task_id) DO UPDATE SET token = excluded.token, result = excluded.result,
+  INSERT INTO {s}.results (run_id, task_id, result, expires_at)
+    VALUES (p_run, p_task, p_result, clock_timestamp() + p_expires * interval '1 s')
+    ON CONFLICT (run_id, task_id) DO UPDATE SET result = excluded.result,
       expires_at = excluded.expires_at;
   PERFORM pg_notify(p_channel, CASE WHEN length(p_task) < 1000 THEN p_task ELSE '' END);
   RETURN true;

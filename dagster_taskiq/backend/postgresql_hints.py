@@ -152,8 +152,8 @@ class Mailbox:
     """What a loop knows of the results of one run.
 
     Attributes:
-        seen: by task id, the claim whose result was handed out. A task that was refused and sent
-            again has another one.
+        seen: by task id, the version of the result that was handed out. A task that was refused
+            and sent again has another one.
     """
 
     def __init__(self, channel: str, push: Push) -> None:

@@ -28,7 +28,7 @@ CREATE TABLE {s}.tasks (
   PRIMARY KEY (run_id, task_id)
 ) WITH ({many_updates});
 CREATE UNLOGGED TABLE {s}.results (
-  run_id text COLLATE "C", task_id text COLLATE "C", token text COLLATE "C" NOT NULL,
+  run_id text COLLATE "C", task_id text COLLATE "C",
   result bytea NOT NULL, expires_at timestamptz NOT NULL,
   PRIMARY KEY (run_id, task_id)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000,
