@@ -96,14 +96,20 @@ def postgres_database() -> Iterator[str]:
 
 
 @contextmanager
-def postgres_options() -> Iterator[ServerOptions]:
-    """A schema of its own on a PostgreSQL server, which is dropped afterwards."""
-    with _own_schema(server_url("postgres")) as options:
+def postgres_options(key_prefix: str | None = None) -> Iterator[ServerOptions]:
+    """A schema on a PostgreSQL server, which is dropped afterwards.
+
+    Args:
+        key_prefix: of the broker beside it; None for one of its own.
+    """
+    with _own_schema(server_url("postgres"), key_prefix) as options:
         yield options
 
 
 @contextmanager
-def crashable_postgres() -> Iterator[tuple[PostgresNode, ServerOptions]]:
+def crashable_postgres(
+    key_prefix: str | None = None,
+) -> Iterator[tuple[PostgresNode, ServerOptions]]:
     """A schema of the test's own on the session's own cluster, which may be killed and frozen.
 
     A new cluster takes seconds, so that tests share one; each leaves it running.
@@ -111,7 +117,7 @@ def crashable_postgres() -> Iterator[tuple[PostgresNode, ServerOptions]]:
     node = _session_cluster()
     if node.process.poll() is not None:
         node.restart()
-    with _own_schema(node.url) as options:
+    with _own_schema(node.url, key_prefix) as options:
         try:
             yield node, options
         finally:
@@ -126,8 +132,8 @@ def _session_cluster() -> PostgresNode:
 
 
 @contextmanager
-def _own_schema(url: str) -> Iterator[ServerOptions]:
-    options = ServerOptions(url=url, key_prefix=unique_prefix())
+def _own_schema(url: str, key_prefix: str | None) -> Iterator[ServerOptions]:
+    options = ServerOptions(url=url, key_prefix=key_prefix or unique_prefix())
     try:
         yield options
     finally:

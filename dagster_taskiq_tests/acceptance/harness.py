@@ -60,12 +60,22 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance import jobs
-from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
+from dagster_taskiq_tests.servers import (
+    amqp_options,
+    postgres_options,
+    redis_options,
+    valkey_options,
+)
 
-BrokerKind = Literal["redis", "valkey", "rabbitmq", "embedded"]
+BrokerKind = Literal[
+    "redis", "valkey", "rabbitmq", "embedded", "redis+postgres", "rabbitmq+postgres"
+]
 
 #: Every broker that a stack can have.
 BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded")
+
+#: Every broker beside a PostgreSQL as the backend: they are not all of a kind for each other.
+PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
 
 #: How long something may take that takes a moment on an idle machine.
 PATIENCE_SECONDS = 60.0
@@ -633,7 +643,8 @@ def open_stack(
     """A stack on a namespace of its own.
 
     Args:
-        kind: of the broker; the backend is its own server, or Redis beside RabbitMQ.
+        kind: of the broker; the backend is its own server, or Redis beside RabbitMQ, or the one
+            behind a plus sign.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
     """
@@ -643,7 +654,11 @@ def open_stack(
     (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with ExitStack() as servers:
         broker = backend = None
-        if kind == "redis":
+        if kind.endswith("+postgres"):
+            options_of = redis_options if kind.startswith("redis") else amqp_options
+            broker = servers.enter_context(options_of())
+            backend = servers.enter_context(postgres_options(broker.key_prefix))
+        elif kind == "redis":
             broker = servers.enter_context(redis_options())
         elif kind == "valkey":
             broker = servers.enter_context(valkey_options())

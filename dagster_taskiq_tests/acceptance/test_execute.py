@@ -11,6 +11,7 @@ from dagster import AssetKey, DagsterEventType, DagsterRunStatus
 
 from dagster_taskiq_tests.acceptance.harness import (
     BROKERS,
+    PAIRS,
     Run,
     Stack,
     open_stack,
@@ -28,7 +29,7 @@ SPREAD_0 = {"spread": {"config": {"count": 0}}}
 # --- on every broker ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=BROKERS)
+@pytest.fixture(scope="module", params=(*BROKERS, *PAIRS))
 def any_stack(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:

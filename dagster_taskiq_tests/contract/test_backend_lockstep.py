@@ -178,7 +178,7 @@ class Lockstep(RuleBasedStateMachine):
             self.is_back = True
 
     def collect(self) -> None:
-        """What arrives; a server that has gone back may deliver again, or have lost, what it had."""
+        """What arrives; a server that has gone back may deliver again what it had, or lose it."""
         found = [(side.bench.results(0), side.bench.control("w0", 0)) for side in self.sides]
         assert self.is_back or found[0] == found[1]
         self.is_back = False
