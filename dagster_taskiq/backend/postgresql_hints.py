@@ -98,7 +98,8 @@ class Push:
         """A listener that has heard its first hint; None where hints do not arrive.
 
         Raises:
-            psycopg.Error, SilentServerError, OSError: see ``server_errors``.
+            UnreachableServerError: it did not answer in time.
+            psycopg.Error, OSError: see ``server_errors``.
         """
         if not self.works:
             return None
@@ -182,7 +183,8 @@ class Mailbox:
         """Until there is a hint, or it is time to look, or the time is over.
 
         Raises:
-            psycopg.Error, SilentServerError, OSError: see ``server_errors``.
+            UnreachableServerError: it did not answer in time.
+            psycopg.Error, OSError: see ``server_errors``.
         """
         loop = asyncio.get_running_loop()
         if not self._is_listening and self._push.works and seconds > _SHORT_SECONDS:

@@ -185,7 +185,7 @@ class Schema:
                 await connection.execute("SET default_transaction_isolation TO 'read committed'")
         if not is_there:
             await self._make(connection)
-        found = await connection.execute(self.statement("enter", 0))
+        found = await connection.execute(self.statement("enter", 0), ())
         return int((await found.fetchone() or (0,))[0])
 
     async def _make(self, connection: psycopg.AsyncConnection[Any]) -> None:

@@ -33,7 +33,7 @@ def find_broker_url(configured: str | None) -> str | None:
         return _url_of_host()
     url = _first_of("broker", url)
     kind = kind_of(url)
-    if kind not in BROKER_KINDS:
+    if kind.broker is None:
         ways = [f"a {it.name} ({one_of(schemes_of([it]))})" for it in BROKER_KINDS]
         raise ConfigError(
             f"broker must be {one_of(ways)}: {kind.name} can be the backend only, today."

@@ -43,10 +43,6 @@ _OTHER_CONNECTION = ("25006", "0A000", "3F000", "42P01", "42883")
 _REPEATED = ("40001", "40P01")
 
 
-class SilentServerError(Exception):
-    """The server did not answer in time."""
-
-
 class Connections:
     """Connections of one process, each for one call at a time; urgent calls wait for no others.
 
@@ -62,6 +58,7 @@ class Connections:
         self, options: ServerOptions, greet: Callable[[Connection], Awaitable[None]]
     ) -> None:
         self._conninfo = _conninfo_of(options)
+        self._address = options.address
         self._seconds = options.connect_timeout_seconds
         self._greet = greet
         self._turns = asyncio.Semaphore(_MOST_CALLS)
@@ -78,7 +75,8 @@ class Connections:
         meanwhile, or where it lost against another transaction: it must bear that.
 
         Raises:
-            psycopg.Error, SilentServerError, OSError: see ``server_errors``.
+            UnreachableServerError: it did not answer in time.
+            psycopg.Error, OSError: see ``server_errors``.
         """
         async with nullcontext() if is_urgent else self._turns:
             is_used = bool(self._idle)
@@ -92,9 +90,8 @@ class Connections:
 
     async def _call_once(self, statement: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         async with self._one() as connection:
-            rows: list[tuple[Any, ...]] = await _within(
-                connection, self._seconds, _fetch(connection, statement, values)
-            )
+            fetch = _fetch(connection, statement, values)
+            rows: list[tuple[Any, ...]] = await self._within(connection, fetch)
             return rows
 
     @asynccontextmanager
@@ -114,11 +111,31 @@ class Connections:
             raise
         self._give_back(connection)
 
+    async def _within(self, connection: Connection, work: Awaitable[Any]) -> Any:
+        """Do something on a connection, and hang up where it takes too long or is cancelled."""
+        task = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self._seconds)
+        except asyncio.CancelledError:
+            _hang_up(connection)
+            await _ended(task)
+            raise
+        if not done:
+            _hang_up(connection)
+            await _ended(task)
+            raise self._silent("answer")
+        return task.result()
+
+    def _silent(self, missing: str) -> UnreachableServerError:
+        text = f"Cannot reach {self._address}: no {missing} within {self._seconds:g} s."
+        return UnreachableServerError(self._address, text)
+
     async def connect(self) -> Connection:
         """A new connection, for the caller to close; it commits each statement by itself.
 
         Raises:
-            psycopg.Error, SilentServerError, OSError: see ``server_errors``.
+            UnreachableServerError: it did not answer in time.
+            psycopg.Error, OSError: see ``server_errors``.
         """
         try:
             connection: Connection = await asyncio.wait_for(
@@ -128,9 +145,9 @@ class Connections:
                 self._seconds,
             )
         except asyncio.TimeoutError:
-            raise SilentServerError(f"no connection within {self._seconds:g} s") from None
+            raise self._silent("connection") from None
         try:
-            await _within(connection, self._seconds, self._greet(connection))
+            await self._within(connection, self._greet(connection))
         except BaseException:
             connection.pgconn.finish()
             raise
@@ -173,22 +190,6 @@ async def _fetch(
     cursor = connection.cursor(binary=True)
     await cursor.execute(statement, values)
     return await cursor.fetchall()
-
-
-async def _within(connection: Connection, seconds: float, work: Awaitable[Any]) -> Any:
-    """Do something on a connection, and hang up where it takes too long or is cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    except asyncio.CancelledError:
-        _hang_up(connection)
-        await _ended(task)
-        raise
-    if not done:
-        _hang_up(connection)
-        await _ended(task)
-        raise SilentServerError(f"no answer within {seconds:g} s")
-    return task.result()
 
 
 def _hang_up(connection: Connection) -> None:
@@ -245,7 +246,7 @@ def server_errors(address: str) -> Iterator[None]:
     """
     try:
         yield
-    except (psycopg.Error, SilentServerError, OSError) as error:
+    except (psycopg.Error, OSError) as error:
         raise _ours(address, error) from error
 
 

@@ -9,6 +9,7 @@ import signal
 from functools import partial
 
 from dagster_taskiq import connections
+from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
@@ -35,22 +36,27 @@ def _patch(owner: type, name: str, *, is_done_first: bool) -> None:
     setattr(owner, name, fatal)
 
 
+def _patch_backends(name: str, *, is_done_first: bool) -> None:
+    for kind in (RedisBackend, PostgresqlBackend):
+        _patch(kind, name, is_done_first=is_done_first)
+
+
 def main() -> None:
     # how long a task that it has taken stays out of reach; no test need wait for the usual time
     RedisTaskBroker.in_hand_seconds = 2.0
     fault = os.environ[FAULT_VARIABLE]
     if fault == "taken":
-        _patch(RedisBackend, "claim", is_done_first=False)
+        _patch_backends("claim", is_done_first=False)
     elif fault == "claimed":
-        _patch(RedisBackend, "claim", is_done_first=True)
+        _patch_backends("claim", is_done_first=True)
     elif fault == "acked":
         _patch(ChildSlot, "run", is_done_first=False)
     elif fault == "ended":
-        _patch(RedisBackend, "complete", is_done_first=False)
+        _patch_backends("complete", is_done_first=False)
     elif fault == "loading":
         _patch(ChildSlot, "_send", is_done_first=True)
     elif fault == "begun":
-        _patch(RedisBackend, "begin", is_done_first=False)
+        _patch_backends("begin", is_done_first=False)
     elif fault == "other protocol":
         worker.PROTOCOL += 1
         connections.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)

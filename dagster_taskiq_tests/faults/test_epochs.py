@@ -6,13 +6,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.defaults import RECONCILE_SECONDS
+from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Run, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.test_launcher import launch, open_launching_stack
@@ -24,7 +26,14 @@ from dagster_taskiq_tests.faults.checks import (
     start,
 )
 from dagster_taskiq_tests.faults.jobs import VARIED_STEPS
-from dagster_taskiq_tests.servers import PrivateRedis, private_redis
+from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
+from dagster_taskiq_tests.servers import (
+    PrivateRedis,
+    amqp_options,
+    crashable_postgres,
+    private_redis,
+    redis_options,
+)
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -105,6 +114,43 @@ def test_the_backend_forgets(kind: BrokerKind, tmp_path: Path) -> None:
             run.open_gate()
         for _, _, run in parts:
             check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+
+
+def crash(node: PostgresNode, _: ServerOptions) -> None:
+    """Lose what was committed asynchronously, as `pg_ctl stop -m immediate` does."""
+    node.process.send_signal(signal.SIGQUIT)
+    node.process.wait()
+    node.restart()
+
+
+def truncate(node: PostgresNode, options: ServerOptions) -> None:
+    tables = [f'"{schema_name(options.key_prefix)}".{name}' for name in ("runs", "tasks")]
+    execute_sql(node.url, f"TRUNCATE {', '.join(tables)}")
+
+
+@pytest.mark.parametrize(
+    ("options_of", "fault"),
+    [(redis_options, crash), (amqp_options, crash), (amqp_options, truncate)],
+)
+def test_a_postgresql_forgets(
+    options_of: Callable[[], AbstractContextManager[ServerOptions]],
+    fault: Callable[[PostgresNode, ServerOptions], None],
+    tmp_path: Path,
+) -> None:
+    """It crashes, or its tables are emptied by hand: each attempt runs once."""
+    with (
+        options_of() as broker,
+        crashable_postgres(broker.key_prefix) as (node, backend),
+        open_stack("redis", tmp_path) as stack,
+    ):
+        stack.broker, stack.backend = broker, backend
+        stack.worker(slots=2).await_ready()
+        run = start(stack, "varied")
+        run.await_notes("ran", 3, LONG_SECONDS)
+        fault(node, backend)
+        until(lambda: "restarted or emptied" in run.output_of_process, "the run has noticed")
+        run.open_gate()
+        check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
 
 
 def test_the_embedded_server_forgets(tmp_path: Path) -> None:

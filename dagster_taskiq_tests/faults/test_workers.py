@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(TEST_SECONDS)
 KINDS: tuple[BrokerKind, ...] = ("redis", "embedded", "rabbitmq")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "redis+postgres"])
 def test_a_worker_is_killed(kind: BrokerKind, tmp_path: Path) -> None:
     """All that it had started dies at once, and its steps are lost within lease + 5 s.
 
@@ -55,7 +55,7 @@ def test_a_worker_is_killed(kind: BrokerKind, tmp_path: Path) -> None:
             assert waited <= LEASE_SECONDS + 5 + SLACK_SECONDS
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "rabbitmq+postgres"])
 def test_a_worker_is_killed_at_a_certain_point(kind: BrokerKind, tmp_path: Path) -> None:
     """Before the step has begun, it runs elsewhere; after its end, that counts. Once, either way.
 

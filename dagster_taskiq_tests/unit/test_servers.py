@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import TaskBroker
+from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.config import server_urls
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import ConfigError
@@ -174,7 +174,8 @@ def test_other_texts_are_refused(url: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_row_says_all_of_its_kind(kind: ServerKind) -> None:
     """Broker and backend are there, and what a scheme refers to is a scheme of the same row."""
-    assert issubclass(resolve_name(f"dagster_taskiq.brokers.{kind.broker}"), TaskBroker)
+    if kind.broker is not None:
+        assert issubclass(resolve_name(f"dagster_taskiq.brokers.{kind.broker}"), TaskBroker)
     if kind.backend is not None:
         assert issubclass(resolve_name(f"dagster_taskiq.backend.{kind.backend}"), Backend)
     for scheme in kind.schemes.values():
@@ -207,7 +208,9 @@ def test_one_row_adds_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_same_address("sparrow://h", "sparrow://u:***@H:7000/0")
     with pytest.raises(ConfigError, match="sparrow://, sparrows://"):
         Settings.from_config({"broker": "eagle://h"})
-    with pytest.raises(ConfigError, match="the sparrow:// URL of a Sparrow"):
+    with pytest.raises(
+        ConfigError, match="the postgresql:// URL of a PostgreSQL or the sparrow:// URL"
+    ):
         Settings.from_config({"broker": "amqp://h"})
     with pytest.raises(ConfigError, match=r"or a Sparrow \(sparrow:// or sparrows://\), not Rabb"):
         Settings.from_config({"broker": "amqp://h", "backend": "amqp://h"})
@@ -219,9 +222,34 @@ def test_rabbitmq_is_no_backend() -> None:
         open_backend(ServerOptions("amqp://h"), Signer())
 
 
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "PostgreSQL"])
+def test_postgresql_is_no_broker(scheme: str) -> None:
+    """Today; both of libpq's schemes name it, and it can be the backend of any broker."""
+    url = f"{scheme}://u:secret@h/d?sslmode=require"
+    for broker in ("amqp://h", "redis://h"):
+        assert Settings.from_config({"broker": broker, "backend": url}).backend_url == url
+    with pytest.raises(ConfigError, match="PostgreSQL can be the backend only, today") as caught:
+        Settings.from_config({"broker": url})
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot be the broker: it is a PostgreSQL\."):
+        open_broker(ServerOptions(url))
+
+
+def test_a_client_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to install."""
+    monkeypatch.delitem(sys.modules, "dagster_taskiq.backend.postgresql", raising=False)
+    monkeypatch.delattr("dagster_taskiq.backend.postgresql", raising=False)
+    monkeypatch.delitem(sys.modules, "dagster_taskiq.servers.postgresql_client", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "psycopg"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dagster-taskiq\[postgres\]'"):
+        open_backend(ServerOptions("postgresql://h/d"), Signer())
+
+
 def test_the_faces_of_brokers_and_backend_load_no_client_library() -> None:
     """Each takes time and memory, and is loaded by who opens a server of its kind."""
-    libraries = ("redis", "aio_pika")
+    libraries = ("redis", "aio_pika", "psycopg")
     code = (
         "import sys; from dagster_taskiq import backend, brokers; "
         f"print(sorted(sys.modules.keys() & set({libraries})))"
@@ -305,6 +333,8 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         ("unix:///a/socket", "unix:///b/socket", False),
         ("redis://h:port", "redis://h", False),
         ("redis://h:port", "redis://h:port", True),
+        ("postgres://u:***@h/d", "postgresql://h:5432/d", True),
+        ("postgresql://h/d", "postgresql://h/e", False),
     ],
 )
 def test_which_addresses_name_one_server(one: str, other: str, is_same: bool) -> None:
