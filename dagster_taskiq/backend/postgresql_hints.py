@@ -164,6 +164,7 @@ class Mailbox:
         self._listener: Listener | None = None
         self._arrived = asyncio.Event()
         self._looks_at = 0.0
+        self._is_closed = False
 
     def take_hints(self) -> list[str] | None:
         """The tasks that are said to have results; None when it is time to look for all."""
@@ -187,7 +188,7 @@ class Mailbox:
             psycopg.Error, OSError: see ``server_errors``.
         """
         loop = asyncio.get_running_loop()
-        if not self._is_listening and self._push.works and seconds > _SHORT_SECONDS:
+        if self._may_listen and seconds > _SHORT_SECONDS:
             self._listener = await self._push.listen(self._channel, self._arrived)
             # what came before it listened has no hint
             self._looks_at = 0.0
@@ -208,8 +209,13 @@ class Mailbox:
     def _is_listening(self) -> bool:
         return self._listener is not None and not self._listener.is_lost
 
+    @property
+    def _may_listen(self) -> bool:
+        return self._push.works and not self._is_listening and not self._is_closed
+
     def close(self) -> None:
-        """Close the listener's connection."""
+        """Close the listener's connection, and make no other one."""
+        self._is_closed = True
         if self._listener:
             self._listener.close()
             self._listener = None

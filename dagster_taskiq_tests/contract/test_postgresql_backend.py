@@ -322,6 +322,32 @@ def listeners(server: PostgresHarness) -> list[Any]:
     )
 
 
+def test_a_run_that_is_closed_listens_no_more(bench: Bench, server: PostgresHarness) -> None:
+    """Whatever still waits for its results."""
+
+    async def close() -> None:
+        waiting = asyncio.ensure_future(bench.backend.wait_for_results(bench.run_id, 1))
+        await until(lambda: listeners(server))
+        await bench.backend.close_run(bench.run_id, token="loop")
+        assert await waiting == {}
+
+    bench.call(close())
+    assert listeners(server) == []
+
+
+def test_a_limit_of_connections_is_an_outage() -> None:
+    """Others use it up."""
+
+    async def test(url: str, user: str) -> None:
+        execute_sql(url, f'ALTER ROLE "{user}" CONNECTION LIMIT 0')
+        backend = backend_of(ServerOptions(as_user(url, user)))
+        with pytest.raises(UnreachableServerError, match="max_connections"):
+            await backend.startup()
+
+    with postgres_database() as url, role(url) as user:
+        run(test(url, user))
+
+
 def test_what_holds_a_lock_is_an_outage_that_ends(bench: Bench, server: PostgresHarness) -> None:
     """A call waits for a lock no longer than for an answer; then others go on."""
     claim = bench.claimed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import psycopg
 import pytest
 from aiormq import exceptions as amqp
 from pamqp.commands import Basic
@@ -13,6 +14,7 @@ from redis.asyncio.connection import DefaultParser
 
 from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.errors import RefusedByServerError, ServerError, UnreachableServerError
+from dagster_taskiq.servers.postgresql_client import server_errors as postgresql_errors
 from dagster_taskiq.servers.redis_client import server_errors as redis_errors
 from dagster_taskiq.servers.redis_rights import check_rights
 from dagster_taskiq_tests.server_processes import free_port
@@ -151,6 +153,65 @@ def test_a_refusal_of_rabbitmq_that_may_be_a_change_under_way_is_not_final(
 @pytest.mark.parametrize("error", FINAL_ON_RABBITMQ, ids=lambda error: type(error).__name__)
 def test_a_refusal_of_rabbitmq_that_no_waiting_mends_is_final(error: Exception) -> None:
     ours = of_rabbitmq(error)
+    assert isinstance(ours, RefusedByServerError)
+    assert ours.is_final
+
+
+PASSING_ON_POSTGRESQL = [
+    psycopg.errors.lookup(code)("words of the server")
+    for code in (
+        *("08006", "0A000", "25006", "3F000", "40001", "40P01", "42P01", "42883", "53100"),
+        *("53200", "53300", "55P03", "57014", "57P01", "57P02", "57P03", "57P05"),
+    )
+] + [
+    psycopg.OperationalError("connection failed: FATAL:  sorry, too many clients already"),
+    psycopg.OperationalError("connection failed: FATAL:  the database system is starting up"),
+    psycopg.OperationalError("server closed the connection unexpectedly"),
+    psycopg.OperationalError("Verbindung fehlgeschlagen"),
+    psycopg.OperationalError("connection failed: session is read-only"),
+    ConnectionRefusedError("refused"),
+]
+UNCLEAR_ON_POSTGRESQL = [
+    psycopg.errors.lookup("28P01")("password authentication failed"),
+    psycopg.errors.lookup("3D000")("no such database"),
+    psycopg.errors.lookup("42501")("permission denied for table tasks"),
+    psycopg.errors.lookup("XX000")("something that no table knows"),
+    psycopg.OperationalError('connection failed: FATAL:  password authentication failed for "u"'),
+    psycopg.OperationalError('connection failed: FATAL:  database "d" does not exist'),
+    psycopg.OperationalError("connection failed: FATAL:  no pg_hba.conf entry for host"),
+]
+FINAL_ON_POSTGRESQL = [
+    psycopg.errors.lookup("42703")("no such column"),
+    psycopg.OperationalError("server does not support SSL, but SSL was required"),
+    psycopg.OperationalError("SSL error: certificate verify failed"),
+    psycopg.OperationalError('root certificate file "/no.crt" does not exist'),
+]
+
+
+def of_postgresql(error: Exception) -> ServerError:
+    with pytest.raises(ServerError) as caught, postgresql_errors("postgresql://host/d"):
+        raise error
+    assert "postgresql://host/d" in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", PASSING_ON_POSTGRESQL, ids=lambda error: type(error).__name__)
+def test_a_postgresql_that_takes_nothing_just_now_passes(error: Exception) -> None:
+    assert isinstance(of_postgresql(error), UnreachableServerError)
+
+
+@pytest.mark.parametrize("error", UNCLEAR_ON_POSTGRESQL, ids=lambda error: type(error).__name__)
+def test_a_refusal_of_postgresql_that_may_be_a_change_under_way_is_not_final(
+    error: Exception,
+) -> None:
+    ours = of_postgresql(error)
+    assert isinstance(ours, RefusedByServerError)
+    assert not ours.is_final
+
+
+@pytest.mark.parametrize("error", FINAL_ON_POSTGRESQL, ids=lambda error: type(error).__name__)
+def test_a_refusal_of_postgresql_that_no_waiting_mends_is_final(error: Exception) -> None:
+    ours = of_postgresql(error)
     assert isinstance(ours, RefusedByServerError)
     assert ours.is_final
 
