@@ -39,6 +39,14 @@ class Servers:
         """
         return physical_queue(self.broker.key_prefix, kind, queue)
 
+    def queue_of(self, physical: str) -> tuple[QueueKind, str] | None:
+        """The kind and the name of a queue by its name on the broker; None for another's."""
+        for kind in QueueKind:
+            name = physical.removeprefix(self.physical_queue(kind, ""))
+            if name != physical:
+                return kind, name
+        return None
+
     def revive(self) -> None:
         """After a connection was lost: start the embedded server again if it is gone.
 
