@@ -47,6 +47,7 @@ class Contender:
         broker: None where there is none.
         peer: the contender of dagster-celery that this one is compared with.
         executor: of the jobs; the family's own if not given.
+        is_on_database: whether its backend is Dagster's database.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Contender:
     broker: BrokerKind | None = None
     peer: str | None = None
     executor: Family | None = None
+    is_on_database: bool = False
 
     @property
     def job_executor(self) -> Family:
@@ -76,11 +78,14 @@ class Contender:
             return {}
         assert space.redis is not None
         if self.family == "taskiq":
-            settings = {"config_source": {"key_prefix": space.redis.key_prefix}}
+            settings: dict[str, Any] = {"config_source": {"key_prefix": space.redis.key_prefix}}
+            if self.is_on_database:
+                settings["backend"] = space.postgres_url
             if self.broker == "redis":
                 return {"broker": space.redis.url, **settings}
             assert space.rabbitmq is not None
-            return {"broker": space.rabbitmq.url, "backend": space.redis.url, **settings}
+            # without anything else the backend is Redis
+            return {"broker": space.rabbitmq.url, "backend": space.redis.url} | settings
         if self.broker == "rabbitmq":
             assert space.rabbitmq is not None
             url = space.rabbitmq.url.replace("amqp://", "pyamqp://", 1)
@@ -147,6 +152,10 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender("taskiq-rabbitmq", "taskiq", "rabbitmq", peer="celery-rabbitmq"),
         Contender("taskiq-redis", "taskiq", "redis", peer="celery-redis"),
         Contender("taskiq-embedded", "taskiq", "embedded", peer="celery-redis"),
+        Contender("taskiq-redis-database", "taskiq", "redis", "celery-redis", is_on_database=True),
+        Contender(
+            "taskiq-rabbitmq-database", "taskiq", "rabbitmq", "celery-rabbitmq", is_on_database=True
+        ),
         Contender("celery-rabbitmq", "celery", "rabbitmq"),
         Contender("celery-redis", "celery", "redis"),
         # what is left under CeleryRunLauncher, where celery_executor fails (README.md)

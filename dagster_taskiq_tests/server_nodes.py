@@ -211,6 +211,16 @@ class PostgresNode(Node):
         while any(map(_is_alive, processes)) and time.monotonic() < deadline:
             time.sleep(0.005)
 
+    def use_tls(self, certificate: str, key: str) -> None:
+        """Offer TLS from the next start on, beside connections without it."""
+        for source, name in ((certificate, "server.crt"), (key, "server.key")):
+            path = self.directory / "data" / name
+            shutil.copyfile(source, path)
+            path.chmod(0o600)  # it takes no other one
+            if self._user:
+                shutil.chown(path, self._user)
+        execute_sql(self.url, "ALTER SYSTEM SET ssl TO on")
+
     def pause(self) -> None:
         """Freeze it: connections stay, and nothing answers."""
         self._signal(self._processes(), signal.SIGSTOP)

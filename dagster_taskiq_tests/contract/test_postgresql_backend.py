@@ -12,11 +12,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dagster_taskiq.backend import ClaimAnswer, TaskState, open_backend
+from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState, open_backend
 from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.postgresql_hints import channel_of
 from dagster_taskiq.backend.postgresql_schema import MIGRATIONS, Schema, schema_name
 from dagster_taskiq.errors import ConfigError, RefusedByServerError, UnreachableServerError
+from dagster_taskiq.messages.results import NOWHERE
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -29,7 +30,13 @@ from dagster_taskiq_tests.contract.backend_bench import (
     shared_bench,
 )
 from dagster_taskiq_tests.server_nodes import execute_sql
-from dagster_taskiq_tests.servers import postgres_database, postgres_options, unique_prefix
+from dagster_taskiq_tests.servers import (
+    crashable_postgres,
+    postgres_database,
+    postgres_options,
+    unique_prefix,
+)
+from dagster_taskiq_tests.tls_servers import certificates
 
 SECRET = "opensesame"
 
@@ -247,6 +254,42 @@ def test_a_url_that_libpq_cannot_read_is_a_mistake_in_the_settings(query: str) -
     with pytest.raises((ConfigError, RefusedByServerError, UnreachableServerError)) as caught:
         run(backend_of(ServerOptions(f"postgresql://u:{SECRET}@h/d{query}")).startup())
     assert SECRET not in str(caught.value)
+
+
+def test_tls_is_libpqs() -> None:
+    """By the parameters of the URL; hints arrive too; what cannot be verified is final."""
+    files = certificates()
+
+    async def works(options: ServerOptions) -> None:
+        backend, other = backend_of(options), backend_of(options)
+        run_id = unique_prefix()
+        try:
+            epoch = await backend.open_run(
+                run_id, generation=0, token="t", is_resumable=False, lease_seconds=LONG_LEASE
+            )
+            waiting = asyncio.ensure_future(backend.wait_for_results(run_id, 20))
+            claim = Claim(run_id, "task", "token", LONG_LEASE, epoch, NOWHERE)
+            assert await other.claim(claim, needs_live_run=True) is ClaimAnswer.GRANTED
+            await until(lambda: backend._mailboxes[run_id]._is_listening)
+            await other.complete(claim, b"x", expires_seconds=60)
+            assert await waiting == {"task": b"x"}
+        finally:
+            await backend.shutdown()
+            await other.shutdown()
+
+    async def test(options: ServerOptions) -> None:
+        local = options.url.replace("127.0.0.1", "localhost")
+        verified = f"?sslmode=verify-full&sslrootcert={files.ca}"
+        await works(replace(options, url=local + verified))
+        for url in (options.url + verified, local + verified.replace("ca.pem", "other-ca.pem")):
+            with pytest.raises(RefusedByServerError, match="certificate") as caught:
+                await works(replace(options, url=url))
+            assert caught.value.is_final
+
+    with crashable_postgres() as (node, options):
+        node.use_tls(files.server, files.server_key)
+        node.restart()  # it would reload its settings too, but some time later
+        run(test(options))
 
 
 # --- the life of the server ---
