@@ -797,12 +797,12 @@ def test_every_call_says_when_the_server_is_gone_and_works_when_it_is_back(kind:
 @ONE_OF_EACH
 def test_a_frozen_server_is_unreachable_after_the_timeout(kind: Kind) -> None:
     """It accepts connections and answers nothing."""
-    with private_bench(kind, timeout_seconds=0.2) as (server, bench):
+    with private_bench(kind, timeout_seconds=1) as (server, bench):
         server.freeze()
         began = time.monotonic()
         with pytest.raises(UnreachableServerError):
             bench.claim(bench.new_claim())
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         server.thaw()
 
 
