@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._dagster.names import EngineEventData
+from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
 from dagster_taskiq.launch.background import Background
@@ -53,14 +54,6 @@ class _Launched:
     refused_since: float | None = None
 
 
-@dataclass(frozen=True)
-class _Absence:
-    """Since when, in which epoch, no server has known a task."""
-
-    epoch: str
-    since: float
-
-
 class LaunchWatch:
     """Watches the runs that were launched over one connection to the servers.
 
@@ -82,7 +75,8 @@ class LaunchWatch:
         self._client = client
         self._background = background
         self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
-        self._absences: dict[str, _Absence] = {}
+        #: By task id, of those that no server has known at the last look.
+        self._absences: dict[str, AbsenceWatch] = {}
         self._waiting: dict[str, _Launched] = {}
         self._lock = threading.Lock()
 
@@ -101,16 +95,16 @@ class LaunchWatch:
         return self._is_lost(physical, run_id, task_id, self._now())
 
     def _is_lost(self, physical: str, run_id: str, task_id: str, now: float) -> bool:
-        known = self._absences.pop(task_id, None)
+        # an outage during this look ends the absence, as every sign of the run does
+        absence = self._absences.pop(task_id, None) or AbsenceWatch()
         if not self._client.is_absent(physical, task_id):
             return False
         epoch, state = self._client.state_of(run_id, task_id)
         if state not in _NOT_HELD:
             return False
-        if known is None or known.epoch != epoch:
-            known = _Absence(epoch, now)
-        self._absences[task_id] = known
-        return now - known.since >= self._patience_seconds
+        absence.miss(now, epoch)
+        self._absences[task_id] = absence
+        return absence.seconds(now) >= self._patience_seconds
 
     def look_after(
         self, instance: DagsterInstance, envelope: Envelope, told: QueueWait | None = None

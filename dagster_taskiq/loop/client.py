@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from dagster_taskiq.aio.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.aio.patched_library import SimpleQueue
 from dagster_taskiq.aio.renewals import keep_renewing
+from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
@@ -89,15 +90,11 @@ class Client(Dispatcher):
         self._signer = servers.signer
         self._refusals = Refusals(servers.backend.address)
         self._token = uuid.uuid4().hex
-        self._epoch = ""
         self._inspected_epoch = ""
-        #: Since when the present epoch has been seen, in monotonic seconds.
-        self._epoch_since = 0.0
         #: By task id, the epoch that the task was first sent in.
         self._sent_in: dict[str, str] = {}
-        #: Since when the backend was reachable in one epoch: the time of the last trouble.
-        self._steady_since = 0.0
-        self._trouble = ""
+        # a loop that takes over from another has not watched the claims of its steps
+        self._watch = EpochWatch(servers.backend.address, is_complete=not generation)
         self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: SimpleQueue[tuple[str, TaskResult]] = SimpleQueue()
@@ -137,16 +134,14 @@ class Client(Dispatcher):
 
     async def _open_run(self) -> None:
         await self._backend.startup()
-        self._epoch = await self._backend.open_run(
+        epoch = await self._backend.open_run(
             self._run_id,
             generation=self._generation,
             token=self._token,
             is_resumable=self._is_resumable,
             lease_seconds=self._lease_seconds,
         )
-        # a loop that takes over from another has not watched the claims yet
-        self._steady_since = time.monotonic() if self._generation else -self._lease_seconds
-        self._epoch_since = self._steady_since
+        self._watch.note_epoch(epoch, time.monotonic())
         self._is_open = True
         self._background = [
             asyncio.create_task(self._collect(), name="collect"),
@@ -246,10 +241,9 @@ class Client(Dispatcher):
 
     def _note_outage(self, error: ServerError) -> None:
         now = time.monotonic()
-        if now - self._steady_since > _QUIET_SECONDS:
+        if self._watch.steady_seconds(now) > _QUIET_SECONDS:
             logger.warning("Run %s: %s Trying again.", self._run_id, error)
-        self._steady_since = now
-        self._trouble = str(error)
+        self._watch.note_trouble(str(error), now)
 
     async def _revive(self) -> None:
         try:
@@ -258,7 +252,7 @@ class Client(Dispatcher):
             logger.warning("Run %s: %s", self._run_id, problem)
 
     def _note_epoch(self, epoch: str) -> None:
-        if epoch != self._epoch:
+        if self._watch.note_epoch(epoch, time.monotonic()):
             logger.warning(
                 "Run %s: %s was restarted or emptied; what is missing there is judged after "
                 "%g seconds.",
@@ -266,9 +260,6 @@ class Client(Dispatcher):
                 self._backend.address,
                 self._lease_seconds,
             )
-            self._epoch = epoch
-            self._trouble = f"{self._backend.address} was restarted or emptied."
-            self._steady_since = self._epoch_since = time.monotonic()
 
     # --- the loop's calls ---
 
@@ -322,10 +313,10 @@ class Client(Dispatcher):
         broker = self._servers.broker.address
         waits = QueueWaits(workers, QueueKind.STEPS, broker, self._signer)
         return Inspection(
-            is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
+            is_conclusive=self._watch.steady_seconds(time.monotonic()) >= self._lease_seconds,
             reports=reports,
-            trouble=self._trouble,
-            troubled_at=self._steady_since,
+            trouble=self._watch.trouble,
+            troubled_at=self._watch.troubled_at,
             absent=frozenset(await self._absent(waiting)),
             waits={
                 queue: wait for queue in {t.queue for t in waiting} if (wait := waits.of(queue))
@@ -358,7 +349,7 @@ class Client(Dispatcher):
             await self._broker.withdraw(name, ids)
         epoch, _ = await self._backend.inspect(self._run_id, [])
         self._note_epoch(epoch)
-        if time.monotonic() - self._epoch_since >= self._lease_seconds:
+        if self._watch.epoch_seconds(time.monotonic()) >= self._lease_seconds:
             return states
         # a worker that lives may not have said yet, to a server that has forgotten it, what it
         # holds: that a task has never started is not known before a lease has passed
@@ -412,7 +403,7 @@ class Client(Dispatcher):
             cancel_grace_seconds=self._cancel_grace_seconds,
             # the first one, where a submission is repeated that may have arrived: the server may
             # have forgotten since then that a worker has claimed it
-            epoch=self._sent_in.setdefault(task.task_id, self._epoch),
+            epoch=self._sent_in.setdefault(task.task_id, self._watch.epoch),
             payload=json.dumps(payload),
             code_location=code_location(payload),
             limits=task.limits,

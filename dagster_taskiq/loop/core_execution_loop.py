@@ -42,6 +42,7 @@ from dagster_taskiq._dagster.replay import (
     replay_log,
     seconds_to_next_ready,
 )
+from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import (
@@ -485,7 +486,7 @@ class _Loop:
         if report.state is TaskState.UNKNOWN:
             yield from self._look_after_waiting(flight, inspection, log)
             return
-        flight.absent_since = None
+        flight.absence.see()
         if report.state is TaskState.CLAIMED:
             return
         if report.state is TaskState.REFUSED:
@@ -502,12 +503,12 @@ class _Loop:
         self, flight: Flight, inspection: Inspection, log: RunLog
     ) -> Iterator[DagsterEvent]:
         now = time.monotonic()
-        if flight.task.task_id not in inspection.absent:
-            flight.absent_since = None
-        elif flight.absent_since is None:
-            flight.absent_since = now
-        elif (
-            now - flight.absent_since > IN_HAND_SECONDS
+        if flight.task.task_id in inspection.absent:
+            flight.absence.miss(now)
+        else:
+            flight.absence.see()
+        if (
+            flight.absence.seconds(now) > IN_HAND_SECONDS
             and inspection.is_conclusive
             and (flight.claim.is_over(now) or not flight.claim.was_seen)
         ):
@@ -577,7 +578,7 @@ class _Loop:
         self._prepare_to_send_again(flight)
 
     def _prepare_to_send_again(self, flight: Flight) -> None:
-        flight.absent_since = None
+        flight.absence = AbsenceWatch()
         flight.claim = ClaimWatch(self._settings.lease_seconds)
         flight.sent_at = time.monotonic()
         self._unsent.append(flight.task)

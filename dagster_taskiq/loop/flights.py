@@ -14,6 +14,7 @@ from dagster_taskiq._dagster.names import (
     plain_error,
 )
 from dagster_taskiq._dagster.replay import is_end_of_attempt
+from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.execution.attempt_log import (
     has_started,
     last_place,
@@ -36,7 +37,7 @@ class Flight:
         sent_at: monotonic seconds; of the last time it was sent.
         claim: what was seen of the claim on it.
         place: where it was last seen running.
-        absent_since: since when neither broker nor backend know it.
+        absence: for how long neither broker nor backend know it.
         waits: what the log says of why it waits.
         refusals: why each worker that gave the task back cannot execute it, by its name.
         refused_since: when the first of them did, in monotonic seconds.
@@ -48,7 +49,7 @@ class Flight:
     sent_at: float
     claim: ClaimWatch
     place: Place | None = None
-    absent_since: float | None = None
+    absence: AbsenceWatch = field(default_factory=AbsenceWatch)
     waits: WaitHistory = field(default_factory=WaitHistory)
     refusals: dict[str, str] = field(default_factory=dict)
     refused_since: float | None = None
