@@ -80,24 +80,24 @@ class LaunchWatch:
         self._waiting: dict[str, _Launched] = {}
         self._lock = threading.Lock()
 
-    def is_lost(self, physical: str, run_id: str, task_id: str) -> bool:
+    def is_lost(self, queue: str, run_id: str, task_id: str) -> bool:
         """Whether no server has known a run's task for as long as a worker could be silent of it.
 
         As far as these calls have seen: nothing is lost at the first one. The time is counted anew
         in a new epoch, in which workers must have had the time to claim again what they execute.
 
         Args:
-            physical: the queue it was sent to, by its name on the server.
+            queue: that it was sent to.
 
         Raises:
             ServerError: a server is away.
         """
-        return self._is_lost(physical, run_id, task_id, self._now())
+        return self._is_lost(queue, run_id, task_id, self._now())
 
-    def _is_lost(self, physical: str, run_id: str, task_id: str, now: float) -> bool:
+    def _is_lost(self, queue: str, run_id: str, task_id: str, now: float) -> bool:
         # an outage during this look ends the absence, as every sign of the run does
         absence = self._absences.pop(task_id, None) or AbsenceWatch()
-        if not self._client.is_absent(physical, task_id):
+        if not self._client.is_absent(queue, task_id):
             return False
         epoch, state = self._client.state_of(run_id, task_id)
         if state not in _NOT_HELD:
@@ -145,7 +145,7 @@ class LaunchWatch:
             it.envelope
             for it in waiting
             if self._is_lost(
-                self._client.physical_queue(it.envelope.queue),
+                it.envelope.queue,
                 it.envelope.run_id,
                 it.envelope.task_id,
                 now,
@@ -211,8 +211,7 @@ class LaunchWatch:
         self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
     ) -> None:
         """Fail a run that no worker has begun, unless one has by now."""
-        physical = self._client.physical_queue(envelope.queue)
-        state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
+        state = self._client.cancel(run.run_id, envelope.task_id, envelope.queue, reason)
         if state is TaskState.CANCELLED:
             instance.report_run_failed(run, f"The run was not executed. {reason}")
 
