@@ -57,7 +57,7 @@ from dagster_taskiq.errors import (
     ServerError,
     SupersededLoopError,
 )
-from dagster_taskiq.execution.attempt_log import read_steps_log, says_sent
+from dagster_taskiq.execution.attempt_log import outcome, read_steps_log, says_sent
 from dagster_taskiq.loop.claim_watch import ClaimWatch
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.loop.flights import (
@@ -397,8 +397,10 @@ class _Loop:
             result = replace(result, outcome=Outcome.DIED, error=None, reason=reason)
             error = None
         if result.outcome in (Outcome.DIED, Outcome.UNLOGGED):
-            # what is in the log counts; the result has no events
-            events = self._read_log().outcome(flight)
+            # what is in the log counts; the result has no events. Read only now, since a condemned
+            # attempt may have ended after the log was read by which it was judged
+            instance, run_id = self._context.instance, self._context.run_id
+            events = outcome(instance, run_id, flight.step.key, flight.attempt_in_run)
         for event in events:
             yield event
             if event.step_key != flight.step.key:
@@ -431,9 +433,6 @@ class _Loop:
         yield event
         self._active.handle_event(event)
 
-    def _read_log(self) -> RunLog:
-        return RunLog(self._context.instance, self._context.run_id)
-
     # --- reconciliation ---
 
     def _reconcile(self) -> Iterator[DagsterEvent]:
@@ -449,7 +448,9 @@ class _Loop:
             inspection = self._dispatcher.inspect([flight.task for flight in flights])
             self._patience.worked("inspect")
             yield from self._receive(self._fetch_results(inspection))
-            log = self._read_log()  # for all that are judged: after an outage there may be hundreds
+            log = RunLog(
+                self._context.instance, self._context.run_id
+            )  # for all that are judged: after an outage there may be hundreds
             for flight in flights:
                 if flight.task.task_id in self._flights:
                     self._look_at_claim(flight, inspection, asked_at=now)

@@ -73,10 +73,6 @@ class RunLog:
     def _of(self, flight: Flight) -> list[DagsterEvent]:
         return of_attempt(flight.attempt_in_run, self._events.get(flight.step.key, ()))
 
-    def outcome(self, flight: Flight) -> list[DagsterEvent]:
-        """The events of an attempt for ``ActiveExecution``: its outputs and its end."""
-        return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
-
     def place_of(self, flight: Flight) -> Place:
         """Where a worker has last begun with the attempt; ``NOWHERE`` if none has."""
         return last_place(self._of(flight))

@@ -38,7 +38,7 @@ from dagster_taskiq.errors import (
     SupersededLoopError,
     UnreachableServerError,
 )
-from dagster_taskiq.execution import tasks
+from dagster_taskiq.execution import attempt_log, tasks
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop import core_execution_loop as loop_module
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
@@ -563,6 +563,35 @@ def test_dynamic_outputs_of_a_lost_result_are_known(
     fake.plan["numbers"] = [RUN_AND_LOSE]
     assert execute(jobs.dynamic_job, instance).status is SUCCESS
     assert sum("[" in task.step_key for task in fake.sent) == 4
+
+
+def test_the_log_of_a_run_is_read_once_for_all_that_are_judged(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage there may be hundreds; of what each came to only its step's events are."""
+    for step in ("left", "right"):
+        fake.plan[step] = [RUN_AND_LOSE]
+    reads: list[None] = []
+    all_logs = DagsterInstance.all_logs
+
+    def note(self: DagsterInstance, *arguments: Any, **options: Any) -> Any:
+        reads.append(None)
+        return all_logs(self, *arguments, **options)
+
+    steps: list[str] = []
+    read_step_log = attempt_log.read_step_log
+
+    def note_step(*arguments: Any, **options: Any) -> Any:
+        steps.extend([arguments[2]] if options.get("with_outputs") else [])
+        return read_step_log(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DagsterInstance, "all_logs", note)
+        patch.setattr(attempt_log, "read_step_log", note_step)
+        with execute_job(reconstructable(jobs.diamond_job), instance) as result:
+            assert result.success
+    assert len(reads) == 1
+    assert sorted(steps) == ["left", "right"]
 
 
 def test_nothing_is_judged_before_the_watch_is_conclusive(
