@@ -31,7 +31,7 @@ from dagster_taskiq import executor as executor_module
 from dagster_taskiq._dagster.names import SerializableErrorInfo, pack_value
 from dagster_taskiq._dagster.patches import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
-from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.errors import (
     RefusedByServerError,
     ServerError,
@@ -40,7 +40,8 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.execution import attempt_log, tasks
 from dagster_taskiq.execution.tasks import TaskRunner
-from dagster_taskiq.loop import core_execution_loop as loop_module
+from dagster_taskiq.loop import endings
+from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.envelope import step_task_id
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
@@ -76,7 +77,7 @@ HOLD = "hold"
 
 
 class Clock:
-    """In place of the loop's ``time``."""
+    """The loop's clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -293,7 +294,8 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstan
 def fake(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> FakeDispatcher:
     clock = Clock()
     fake = FakeDispatcher(clock, instance)
-    monkeypatch.setattr(loop_module, "time", clock)
+    loop = partial(core_execution_loop, now=clock.monotonic)
+    monkeypatch.setattr(executor_module, "core_execution_loop", loop)
     monkeypatch.setattr(executor_module, "_open_dispatcher", lambda *_: fake)
     return fake
 
@@ -454,7 +456,7 @@ def test_a_vanished_task_is_sent_again(fake: FakeDispatcher, instance: DagsterIn
     assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
     assert ran.said("again") == 2
     # twice absent for longer than a message may be in a worker's hand
-    assert fake.clock.now - 1000 >= 2 * loop_module.IN_HAND_SECONDS
+    assert fake.clock.now - 1000 >= 2 * IN_HAND_SECONDS
 
 
 def test_a_waiting_task_is_left_in_its_queue(
@@ -652,7 +654,7 @@ def test_a_claim_that_ends_before_its_time_is_judged_when_its_worker_has_stopped
     assert ran.status is SUCCESS
     assert [task.attempt for task in fake.sent if task.step_key == "patient"] == [1, 2]
     assert fake.clock.now - gone_at[0] >= LEASE_SECONDS
-    assert fake.clock.now - gone_at[0] < LEASE_SECONDS + 2 * loop_module.RECONCILE_SECONDS
+    assert fake.clock.now - gone_at[0] < LEASE_SECONDS + 2 * RECONCILE_SECONDS
     (retry,) = (event for event in ran.events if event.is_step_up_for_retry)
     assert "was gone before its lease had ended" in str(retry.step_retry_data.error)
 
@@ -1650,7 +1652,7 @@ def test_a_retry_that_loop_and_worker_ask_for_at_once_is_one(
     """The worker of a lost attempt lives and logs its retry while the loop logs its own."""
     fake.plan["patient"] = [EXPIRE_STARTED]
     other_process = os.getpid() + 1
-    ask = loop_module.retry_or_fail_step
+    ask = endings.retry_or_fail_step
 
     def ask_both(*arguments: Any) -> DagsterEvent:
         (run,) = instance.get_runs(limit=1)
@@ -1669,7 +1671,7 @@ def test_a_retry_that_loop_and_worker_ask_for_at_once_is_one(
             FakeDispatcher.start(fake, task)
 
     monkeypatch.setattr(fake, "start", begin_elsewhere)
-    monkeypatch.setattr(loop_module, "retry_or_fail_step", ask_both)
+    monkeypatch.setattr(endings, "retry_or_fail_step", ask_both)
     ran = execute(jobs.patient_job, instance)
     assert ran.status is SUCCESS
     assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 2
