@@ -79,6 +79,8 @@ class Flights:
     def end(self, flight: Flight) -> None:
         """It is over; the event of its end frees its pool slot."""
         del self._by_id[flight.task_id]
+        # one that was to be sent again may have come back from a message that was thought lost
+        self.unsent = [task for task in self.unsent if task.task_id != flight.task_id]
 
     def drop(self, flight: Flight) -> None:
         """Forget one whose task is known not to run, without an event of its end."""

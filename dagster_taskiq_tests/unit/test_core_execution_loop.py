@@ -459,6 +459,33 @@ def test_a_vanished_task_is_sent_again(fake: FakeDispatcher, instance: DagsterIn
     assert fake.clock.now - 1000 >= 2 * IN_HAND_SECONDS
 
 
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_result_of_a_task_that_is_to_be_sent_again_counts(
+    fake: FakeDispatcher, instance: DagsterInstance, is_interrupted: bool
+) -> None:
+    """Its message turns up while the broker is away: it is not sent a second time."""
+    fake.plan["one"], fake.failing = [VANISH], {"submit"}
+
+    def happen(_: int) -> None:
+        if fake.reopened and not fake.stored:
+            fake.finish(fake.sent[0])
+            fake.away_until = fake.clock.now + 50
+            if is_interrupted:
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif not fake.reopened and fake.sent:
+            fake.away_until = 1e12
+
+    fake.on_wait = happen
+    ran = execute(jobs.chain_job, instance)
+    assert ran.count(DagsterEventType.STEP_SUCCESS, "one") == 1
+    if is_interrupted:
+        assert "DagsterExecutionInterruptedError" in run_error(ran)
+    else:
+        assert ran.status is SUCCESS
+    steps = [task.step_key for task in fake.sent]
+    assert steps == (["one"] if is_interrupted else ["one", "add_one", "add_one_2"])
+
+
 def test_a_waiting_task_is_left_in_its_queue(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
