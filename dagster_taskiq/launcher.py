@@ -118,7 +118,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def dispose(self) -> None:
         """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
-        self._background.close()
+        self._background.close()  # the end of all that belongs to it
         with self._opening:
             if self._opened is not None:
                 self._opened[0].close()

@@ -36,10 +36,10 @@ class RunClient:
 
     Args:
         servers: broker and backend.
-        background: where a server that is silent is asked again.
+        background: where a server that is silent is asked again; its end is this client's.
 
     Errors: ``ServerError`` with the address from every method that talks to a server, and
-    ``LauncherClosedError`` after ``close``.
+    ``LauncherClosedError`` once the background is closed.
     """
 
     def __init__(self, servers: Servers, background: Background) -> None:
@@ -47,7 +47,6 @@ class RunClient:
         self._background = background
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._is_closed = False
         self._silence: UnreachableServerError | None = None
         self._broker: TaskBroker
         self._backend: Backend
@@ -162,9 +161,8 @@ class RunClient:
         return self._call(look)
 
     def close(self) -> None:
-        """Leave the servers, for good."""
+        """Leave the servers: for good, since the background is closed before."""
         with self._lock:
-            self._is_closed = True
             if self._thread is None:
                 return
             self._thread.call(self._disconnect())
@@ -175,7 +173,7 @@ class RunClient:
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
-            if self._is_closed:
+            if self._background.is_closed:
                 raise LauncherClosedError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
