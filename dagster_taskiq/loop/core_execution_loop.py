@@ -39,7 +39,7 @@ from dagster_taskiq.errors import ConfigError, ServerError, SupersededLoopError
 from dagster_taskiq.loop.adoption import adopt
 from dagster_taskiq.loop.dispatcher import Dispatcher
 from dagster_taskiq.loop.endings import Endings
-from dagster_taskiq.loop.flights import Flights
+from dagster_taskiq.loop.flights import Flights, LoopRun
 from dagster_taskiq.loop.judging import Judge
 from dagster_taskiq.loop.outages import Outages
 from dagster_taskiq.loop.receiving import Receiving
@@ -128,53 +128,25 @@ class _Loop:
         priority_of: Callable[[ExecutionStep], int],
         now: Callable[[], float],
     ) -> None:
-        self._context = context
         self._active = active
         self._concurrency = concurrency
-        self._dispatcher = dispatcher
-        self._now = now
         self._is_interrupted = False
-        self._flights = flights = Flights(concurrency)
+        self._run = run = LoopRun(context, dispatcher, Flights(concurrency), now)
         patience = Patience(
             settings.server_patience_seconds,
             # a loop that takes over knows that these servers have worked, and what is under way
             has_worked=context.resume_from_failure,
             now=now,
         )
-        self._outages = outages = Outages(context, patience, flights)
-        self._sending = sending = Sending(
-            context,
-            active,
-            dispatcher,
-            settings,
-            make_payload,
-            priority_of,
-            flights,
-            outages,
-            now,
-        )
-        endings = Endings(context, active, dispatcher, flights)
-        self._receiving = Receiving(context, dispatcher, flights, endings, sending, now)
-        self._stopping = Stopping(
-            context,
-            active,
-            dispatcher,
-            flights,
-            endings,
-            outages,
-            settings.lease_seconds + settings.cancel_grace_seconds,
-            now,
-        )
+        self._outages = outages = Outages(run, patience)
+        self._sending = Sending(run, active, settings, make_payload, priority_of, outages)
+        endings = Endings(run, active)
+        self._receiving = Receiving(run, endings, self._sending)
+        judge = Judge(run, endings, self._sending)
+        stop_seconds = settings.lease_seconds + settings.cancel_grace_seconds
+        self._stopping = Stopping(run, active, endings, outages, stop_seconds)
         self._reconciliation = Reconciliation(
-            context,
-            dispatcher,
-            flights,
-            outages,
-            self._receiving,
-            endings,
-            Judge(context, dispatcher, flights, endings, sending),
-            self._stopping,
-            now,
+            run, outages, self._receiving, endings, judge, self._stopping
         )
 
     @property
@@ -192,22 +164,20 @@ class _Loop:
         """Wait until the servers take the run, or for an interrupt, which ``run`` handles."""
         while not self._check_for_interrupts():
             try:
-                self._dispatcher.open()
+                self._run.dispatcher.open()
             except ServerError as error:
                 yield from self._outages.note("open", error)
-                self._dispatcher.wait(_RETRY_SECONDS)
+                self._run.dispatcher.wait(_RETRY_SECONDS)
             else:
                 self._outages.over("open")
                 return
 
     def adopt(self) -> Iterator[DagsterEvent]:
         """Take over the run from a former process; see ``adoption``."""
-        yield from adopt(
-            self._context, self._active, self._concurrency, self._flights, self._sending
-        )
+        yield from adopt(self._run, self._active, self._concurrency, self._sending)
         # what workers have dropped meanwhile is sent again at once, the rest of what is missing
         # when it is certain that nobody has it: the backend may just have forgotten everything
-        self._reconciliation.due_at = self._now()
+        self._reconciliation.due_at = self._run.now()
 
     def _check_for_interrupts(self) -> bool:
         self._is_interrupted = self._is_interrupted or self._active.check_for_interrupts()
@@ -217,17 +187,17 @@ class _Loop:
 
     def run(self) -> Iterator[DagsterEvent]:
         """Go round until every step has ended, or all were stopped."""
-        flights = self._flights
+        flights = self._run.flights
         while True:
             if self._check_for_interrupts() and not flights.is_stopping:
                 yield from self._stopping.interrupt()
                 if self.leaves_steps_running:
                     break
             yield from self._stopping.send_cancels()
-            yield from self._active.plan_events_iterator(self._context)
+            yield from self._active.plan_events_iterator(self._run.context)
             if not flights.is_stopping:
                 yield from self._sending.take_ready_steps()
-                yield from self._active.concurrency_event_iterator(self._context)
+                yield from self._active.concurrency_event_iterator(self._run.context)
             # only here: results that have just come may have made dynamic steps, which
             # ``is_complete`` knows of when the lines above have asked for what is ready
             if not flights and (self._active.is_complete or flights.is_stopping):
@@ -238,16 +208,16 @@ class _Loop:
             raise DagsterExecutionInterruptedError("The run was interrupted while steps were left.")
 
     def _wait_and_look(self) -> Iterator[DagsterEvent]:
-        yield from self._receiving.receive(self._dispatcher.wait(self._seconds_to_wait()))
+        yield from self._receiving.receive(self._run.dispatcher.wait(self._seconds_to_wait()))
         yield from self._reconciliation.reconcile()
 
     def _seconds_to_wait(self) -> float:
-        times = [self._reconciliation.due_at - self._now()]
+        times = [self._reconciliation.due_at - self._run.now()]
         ready = seconds_to_next_ready(self._active)
-        if ready is not None and not self._flights.is_stopping:
+        if ready is not None and not self._run.flights.is_stopping:
             # a pool that is asked at the very moment it says would be asked a hair too early
             times.append(max(ready, 0.01))
-        if self._flights.unsent or self._stopping.is_untold:
+        if self._run.flights.unsent or self._stopping.is_untold:
             times.append(_RETRY_SECONDS)
         return max(0.0, min(times))
 
@@ -258,18 +228,18 @@ class _Loop:
 
         What the steps did is in Dagster's log; the pool slots that they held are freed.
         """
-        if self.leaves_steps_running or not self._flights:
+        if self.leaves_steps_running or not self._run.flights:
             return
         self._stopping.begin()
         try:
-            while self._flights:
+            while self._run.flights:
                 for _ in self._stopping.send_cancels():
                     pass
                 for _ in self._wait_and_look():
                     pass
         except Exception:
             # the error that brought us here is the one to be raised
-            self._context.log.exception(
+            self._run.context.log.exception(
                 "The run's steps could not be stopped; they stop when its lease ends."
             )
 

@@ -10,7 +10,6 @@ from dagster import DagsterEvent
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
     EngineEventData,
-    PlanOrchestrationContext,
     SerializableErrorInfo,
     deserialize_events,
     fail_step,
@@ -23,8 +22,7 @@ from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.execution.attempt_log import outcome
-from dagster_taskiq.loop.dispatcher import Dispatcher
-from dagster_taskiq.loop.flights import Flight, Flights
+from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
 
@@ -32,23 +30,15 @@ class Endings:
     """Ends the attempts of one run.
 
     Args:
-        context: of the run, whose log gets the ends that no worker has written.
+        run: whose log gets the ends that no worker has written.
         active: hears of every end.
-        dispatcher: takes back what is not to be executed.
-        flights: lose what has ended.
     """
 
-    def __init__(
-        self,
-        context: PlanOrchestrationContext,
-        active: ActiveExecution,
-        dispatcher: Dispatcher,
-        flights: Flights,
-    ) -> None:
-        self._context = context
+    def __init__(self, run: LoopRun, active: ActiveExecution) -> None:
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
         self._active = active
-        self._dispatcher = dispatcher
-        self._flights = flights
 
     def finish(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """End an attempt by its result."""

@@ -1,14 +1,18 @@
-"""The attempts that are under way: sent and not come back, or about to be sent."""
+"""What the parts of a loop share: the run, and its attempts that are under way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from dagster_taskiq._dagster.names import ExecutionStep, InstanceConcurrencyContext
+from dagster_taskiq._dagster.names import (
+    ExecutionStep,
+    InstanceConcurrencyContext,
+    PlanOrchestrationContext,
+)
 from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.loop.claim_watch import ClaimWatch
-from dagster_taskiq.loop.dispatcher import StepTask
+from dagster_taskiq.loop.dispatcher import Dispatcher, StepTask
 from dagster_taskiq.messages.queue_waits import WaitHistory
 from dagster_taskiq.messages.results import Place
 
@@ -101,3 +105,20 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+
+@dataclass(frozen=True)
+class LoopRun:
+    """One run, as the parts of its loop share it.
+
+    Attributes:
+        context: of the run, in whose name events are made.
+        dispatcher: carries its steps to workers.
+        flights: its attempts that are under way.
+        now: the clock, in monotonic seconds.
+    """
+
+    context: PlanOrchestrationContext
+    dispatcher: Dispatcher
+    flights: Flights
+    now: Callable[[], float]

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from dagster import DagsterEvent, DagsterInstance
 
-from dagster_taskiq._dagster.names import EngineEventData, PlanOrchestrationContext
+from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq._dagster.replay import is_end_of_attempt
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.execution.attempt_log import (
@@ -17,9 +17,9 @@ from dagster_taskiq.execution.attempt_log import (
     of_attempt,
     read_steps_log,
 )
-from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection
+from dagster_taskiq.loop.dispatcher import Inspection
 from dagster_taskiq.loop.endings import Endings
-from dagster_taskiq.loop.flights import Flight, Flights
+from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.loop.sending import Sending
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 
@@ -31,24 +31,15 @@ class Judge:
     """Judges the lost tasks of one run.
 
     Args:
-        context: of the run.
-        dispatcher: condemns and reopens tasks.
-        flights: that are under way.
+        run: see ``LoopRun``.
         endings: end what was lost.
         sending: sends again what never started.
     """
 
-    def __init__(
-        self,
-        context: PlanOrchestrationContext,
-        dispatcher: Dispatcher,
-        flights: Flights,
-        endings: Endings,
-        sending: Sending,
-    ) -> None:
-        self._context = context
-        self._dispatcher = dispatcher
-        self._flights = flights
+    def __init__(self, run: LoopRun, endings: Endings, sending: Sending) -> None:
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
         self._endings = endings
         self._sending = sending
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from dagster import DagsterEvent
 
-from dagster_taskiq._dagster.names import EngineEventData, PlanOrchestrationContext
+from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.loop.flights import Flights
+from dagster_taskiq.loop.flights import LoopRun
 from dagster_taskiq.servers.patience import Patience
 
 
@@ -16,17 +16,14 @@ class Outages:
     """The outages of the servers of one run.
 
     Args:
-        context: of the run, whose log says once that a server is away.
+        run: whose log says once that a server is away; while it stops, every outage is borne.
         patience: how long one is borne.
-        flights: while they are stopping, every outage is borne.
     """
 
-    def __init__(
-        self, context: PlanOrchestrationContext, patience: Patience, flights: Flights
-    ) -> None:
-        self._context = context
+    def __init__(self, run: LoopRun, patience: Patience) -> None:
+        self._context = run.context
+        self._flights = run.flights
         self._patience = patience
-        self._flights = flights
 
     def note(self, what: str, error: ServerError) -> Iterator[DagsterEvent]:
         """Note that something has failed.

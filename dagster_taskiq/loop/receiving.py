@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dagster import DagsterEvent
 
-from dagster_taskiq._dagster.names import EngineEventData, PlanOrchestrationContext
+from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
-from dagster_taskiq.loop.dispatcher import Dispatcher
 from dagster_taskiq.loop.endings import Endings
-from dagster_taskiq.loop.flights import Flight, Flights
+from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.loop.sending import Sending
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
@@ -20,29 +19,18 @@ class Receiving:
     """Receives what comes back to one run.
 
     Args:
-        context: of the run, whose log says which workers give a task back.
-        dispatcher: reopens what was given back.
-        flights: that are waited for.
+        run: whose log says which workers give a task back.
         endings: end those that come back with a result.
         sending: sends again what was given back.
-        now: the clock, in monotonic seconds.
     """
 
-    def __init__(
-        self,
-        context: PlanOrchestrationContext,
-        dispatcher: Dispatcher,
-        flights: Flights,
-        endings: Endings,
-        sending: Sending,
-        now: Callable[[], float],
-    ) -> None:
-        self._context = context
-        self._dispatcher = dispatcher
-        self._flights = flights
+    def __init__(self, run: LoopRun, endings: Endings, sending: Sending) -> None:
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
+        self._now = run.now
         self._endings = endings
         self._sending = sending
-        self._now = now
 
     def receive(self, results: Sequence[tuple[str, TaskResult]]) -> Iterator[DagsterEvent]:
         """Take results, by task id."""

@@ -5,17 +5,17 @@ It heals a wake-up that was lost, has lost tasks judged, and says why tasks wait
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dagster import DagsterEvent
 
-from dagster_taskiq._dagster.names import EngineEventData, PlanOrchestrationContext
+from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection
+from dagster_taskiq.loop.dispatcher import Inspection
 from dagster_taskiq.loop.endings import Endings
-from dagster_taskiq.loop.flights import Flight, Flights
+from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.loop.judging import Judge, RunLog
 from dagster_taskiq.loop.outages import Outages
 from dagster_taskiq.loop.receiving import Receiving
@@ -28,42 +28,36 @@ class Reconciliation:
     """Looks after the flights of one run.
 
     Args:
-        context: of the run.
-        dispatcher: knows broker and backend.
-        flights: that are looked after.
+        run: see ``LoopRun``.
         outages: hear of servers that are away.
         receiving: takes results that no wake-up has brought, and what workers gave back.
         endings: end what no worker can execute.
         judge: decides over what was lost.
         stopping: is told whether the servers have answered.
-        now: the clock, in monotonic seconds.
 
     Attributes:
-        due_at: when it looks again; by the same clock.
+        due_at: when it looks again, by the run's clock.
     """
 
     def __init__(
         self,
-        context: PlanOrchestrationContext,
-        dispatcher: Dispatcher,
-        flights: Flights,
+        run: LoopRun,
         outages: Outages,
         receiving: Receiving,
         endings: Endings,
         judge: Judge,
         stopping: Stopping,
-        now: Callable[[], float],
     ) -> None:
-        self._context = context
-        self._dispatcher = dispatcher
-        self._flights = flights
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
+        self._now = run.now
         self._outages = outages
         self._receiving = receiving
         self._endings = endings
         self._judge = judge
         self._stopping = stopping
-        self._now = now
-        self.due_at = now() + RECONCILE_SECONDS
+        self.due_at = run.now() + RECONCILE_SECONDS
 
     def reconcile(self) -> Iterator[DagsterEvent]:
         """Look after what was sent, if it is time."""

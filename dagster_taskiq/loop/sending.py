@@ -11,7 +11,6 @@ from dagster_taskiq._dagster.names import (
     ActiveExecution,
     EngineEventData,
     ExecutionStep,
-    PlanOrchestrationContext,
 )
 from dagster_taskiq._dagster.replay import cut_known_state
 from dagster_taskiq.aio.vigil import AbsenceWatch
@@ -19,8 +18,8 @@ from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.loop.claim_watch import ClaimWatch
-from dagster_taskiq.loop.dispatcher import Dispatcher, StepTask
-from dagster_taskiq.loop.flights import Flight, Flights
+from dagster_taskiq.loop.dispatcher import StepTask
+from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.loop.outages import Outages
 from dagster_taskiq.messages.envelope import step_task_id
 from dagster_taskiq.tags import step_queue, step_time_limits
@@ -37,38 +36,32 @@ class Sending:
     """Sends the steps of one run.
 
     Args:
-        context: of the run.
+        run: see ``LoopRun``.
         active: says which steps are ready, and what they read of earlier ones.
-        dispatcher: gets the tasks.
         settings: default queue, and the lease of claims.
         make_payload: builds the packed arguments of a step from it and its known state.
         priority_of: the priority of a step's task.
-        flights: have what was sent, and what is to be.
         outages: hear of servers that are away.
-        now: the clock, in monotonic seconds.
     """
 
     def __init__(
         self,
-        context: PlanOrchestrationContext,
+        run: LoopRun,
         active: ActiveExecution,
-        dispatcher: Dispatcher,
         settings: Settings,
         make_payload: MakePayload,
         priority_of: Callable[[ExecutionStep], int],
-        flights: Flights,
         outages: Outages,
-        now: Callable[[], float],
     ) -> None:
-        self._context = context
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
+        self._now = run.now
         self._active = active
-        self._dispatcher = dispatcher
         self._settings = settings
         self._make_payload = make_payload
         self._priority_of = priority_of
-        self._flights = flights
         self._outages = outages
-        self._now = now
         #: By step, the number of this run's first attempt: it may execute another run again.
         self._first_attempts: dict[str, int] = {}
         self._sent_at = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from dagster import DagsterEvent
 
@@ -10,13 +10,12 @@ from dagster_taskiq._dagster.names import (
     ActiveExecution,
     DagsterRunStatus,
     EngineEventData,
-    PlanOrchestrationContext,
 )
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.loop.dispatcher import Dispatcher, StepTask
+from dagster_taskiq.loop.dispatcher import StepTask
 from dagster_taskiq.loop.endings import Endings
-from dagster_taskiq.loop.flights import Flights
+from dagster_taskiq.loop.flights import LoopRun
 from dagster_taskiq.loop.outages import Outages
 
 
@@ -24,14 +23,11 @@ class Stopping:
     """Stops the steps of one run.
 
     Args:
-        context: of the run.
+        run: see ``LoopRun``.
         active: is told of an interrupt.
-        dispatcher: tells the workers.
-        flights: that are to end.
         endings: withdraw what never started.
         outages: hear of servers that are away.
         patience_seconds: after which every worker has stopped its steps by itself.
-        now: the clock, in monotonic seconds.
 
     Attributes:
         leaves_steps_running: whether another loop of the run takes over.
@@ -39,23 +35,20 @@ class Stopping:
 
     def __init__(
         self,
-        context: PlanOrchestrationContext,
+        run: LoopRun,
         active: ActiveExecution,
-        dispatcher: Dispatcher,
-        flights: Flights,
         endings: Endings,
         outages: Outages,
         patience_seconds: float,
-        now: Callable[[], float],
     ) -> None:
-        self._context = context
+        self._context = run.context
+        self._dispatcher = run.dispatcher
+        self._flights = run.flights
+        self._now = run.now
         self._active = active
-        self._dispatcher = dispatcher
-        self._flights = flights
         self._endings = endings
         self._outages = outages
         self._patience_seconds = patience_seconds
-        self._now = now
         self._to_cancel: list[StepTask] = []
         self._deadline = float("inf")
         self.leaves_steps_running = False
