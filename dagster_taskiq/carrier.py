@@ -1,7 +1,7 @@
 """The way of tasks to the workers, and what is heard of them, over servers that are open.
 
-A broker knows where a task waits, a backend what became of it. What needs both, or knows in which
-order to ask them, stands here: the execution loop's client and the launcher's share it.
+A broker knows where a task waits, a backend what became of it. This module has the calls that need
+both, and the order in which they are asked; the loop's client and the launcher's share it.
 """
 
 from __future__ import annotations

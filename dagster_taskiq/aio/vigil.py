@@ -1,8 +1,9 @@
 """For how long something has been so, as far as one process has seen it.
 
 That a server does not have something proves nothing at first. It may have been away, or have
-forgotten what it knew, and whoever holds something there needs time to say so again. These objects
-only count that time: all times are seconds on one clock of the process that never goes back.
+forgotten what it knew, and a process that holds something there needs time to say so again. These
+objects only count that time: all times are seconds on one clock of the process that never goes
+back.
 
 Their users ask different questions:
 

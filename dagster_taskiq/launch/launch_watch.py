@@ -235,9 +235,9 @@ class LaunchWatch:
 def _each(launched: Sequence[_Launched], look: Callable[[_Launched], None]) -> list[_Launched]:
     """Look at each run; those where it has succeeded.
 
-    An error of one run is logged, and the others have their turn. Where no server answers for a
-    queue, the other runs of that queue wait for the next look, since each would wait in vain as
-    long.
+    An error of one run is logged, and the others have their turn. Where a server does not answer
+    for a queue, the other runs of that queue are left to the next look: each would only wait for
+    the same timeout.
 
     Raises:
         LauncherClosedError: the launcher has left its servers.

@@ -115,7 +115,7 @@ class Sending:
         self._flights.unsent.append(flight.task)
 
     def note_retries(self, step_key: str, count: int) -> None:
-        """So many of a step's former attempts were of this run."""
+        """A number of the step's former attempts were of this run, the others of one before it."""
         attempts = self._active.retry_state.get_attempt_count(step_key)
         self._first_attempts[step_key] = attempts - count + 1
 
