@@ -209,6 +209,12 @@ def test_a_user_without_rights_is_told_what_to_grant() -> None:
         execute_sql(url, f'REVOKE CREATE ON DATABASE "{urlsplit(url).path[1:]}" FROM "{user}"')
         await works(mine)
 
+        execute_sql(url, f'CREATE SCHEMA "{schema_name("ready")}"')
+        error = await refused(replace(mine, key_prefix="ready"))
+        for grant in grants_of(error):
+            execute_sql(url, grant)
+        await works(replace(mine, key_prefix="ready"))
+
         others = ServerOptions(url, key_prefix="others")
         await works(others)
         mine = replace(mine, key_prefix="others")
