@@ -211,15 +211,15 @@ class Lab:
 
     def start_run(self, job: str, plan: Plan) -> int:
         """Start a run of one step and wait until its step is executed; its process's id."""
+        filters = RunsFilter(job_name=job)
+        former = set(self.instance.get_run_ids(filters))  # those of other samples
         driver = self._drive(job, plan)
 
         def is_started() -> bool:
             if driver.has_ended:
                 raise FailedError(f"The process of {job} ended: {_last_line(driver.log)}")
-            runs = self.instance.get_run_records(RunsFilter(job_name=job), limit=1)
-            return any(
-                self.events(run.dagster_run.run_id, DagsterEventType.STEP_START) for run in runs
-            )
+            run_ids = set(self.instance.get_run_ids(filters)) - former
+            return any(self.events(it, DagsterEventType.STEP_START) for it in run_ids)
 
         wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
         return driver.process.pid

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dagster_taskiq._dagster.storage import has_database_server
+from dagster_taskiq._dagster.storage import has_database_server, postgresql_of
+from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.defaults import BROKER_URL_VARIABLE
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
-from dagster_taskiq.servers.kinds import BROKER_KINDS, ServerOptions, one_of
+from dagster_taskiq.servers.kinds import (
+    BACKEND_KINDS,
+    BROKER_KINDS,
+    ServerOptions,
+    one_of,
+    schemes_of,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,14 @@ class Servers:
             queue: as people name it.
         """
         return physical_queue(self.broker.key_prefix, kind, queue)
+
+    def queue_of(self, physical: str) -> tuple[QueueKind, str] | None:
+        """The kind and the name of a queue by its name on the broker; None for another's."""
+        for kind in QueueKind:
+            name = physical.removeprefix(self.physical_queue(kind, ""))
+            if name != physical:
+                return kind, name
+        return None
 
     def revive(self) -> None:
         """After a connection was lost: start the embedded server again if it is gone.
@@ -66,8 +81,41 @@ def find_servers(settings: Settings) -> Servers:
         broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
     if settings.backend_url is None:
         return Servers(broker, broker, settings.signer(), home)
+    if settings.backend_url == WITH_THE_INSTANCE:
+        return _with_the_instance(settings, broker)
     backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
     return Servers(broker, backend, settings.signer(), home)
+
+
+def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
+    """The servers of a broker that cannot keep the state: it is where Dagster's instance is."""
+    home = _home_of_instance()
+    if database := postgresql_of(home):
+        backend = settings.server_options(database.url, None)
+        backend = replace(backend, fresh_password=database.fresh_password)
+        return Servers(broker, backend, settings.signer())
+    if has_database_server(home):
+        raise ConfigError(
+            f"{broker.kind.name} alone ({broker.address}) cannot keep results and claims, nor can "
+            f"the database that {home / 'dagster.yaml'} names: {_set_backend()}"
+        )
+    backend = settings.server_options(use_embedded_server(home), None)
+    return Servers(broker, backend, settings.signer(), home)
+
+
+def _home_of_instance() -> Path:
+    home = os.getenv("DAGSTER_HOME")
+    if not home:
+        raise ConfigError(
+            "RabbitMQ alone cannot keep results and claims. They are kept where Dagster's instance "
+            f"is, and there is no DAGSTER_HOME to find it by: set DAGSTER_HOME, or {_set_backend()}"
+        )
+    return Path(home).expanduser().resolve()
+
+
+def _set_backend() -> str:
+    ways = [f"the {schemes_of([it])[0]} URL of a {it.name}" for it in BACKEND_KINDS]
+    return f"set 'backend' or {BACKEND_URL_VARIABLE} to {one_of(ways)}."
 
 
 def embedded_notice(servers: Servers) -> str:
@@ -80,7 +128,7 @@ def embedded_notice(servers: Servers) -> str:
         ConfigError: Dagster cannot use its dagster.yaml.
     """
     home = servers.embedded_home
-    if home is None or not has_database_server(home):
+    if home is None or servers.broker != servers.backend or not has_database_server(home):
         return ""
     return (
         f"No broker is set, so the embedded server of this host, {socket.gethostname()}, is used, "
@@ -95,9 +143,15 @@ def find_running_backend(settings: Settings) -> ServerOptions | None:
     Raises:
         ConfigError: see ``find_servers``.
     """
-    if settings.broker_url is not None or settings.backend_url is not None:
+    if settings.backend_url == WITH_THE_INSTANCE:
+        home = _home_of_instance()
+        is_embedded = not has_database_server(home)
+    else:
+        is_embedded = settings.broker_url is None and settings.backend_url is None
+        home = _dagster_home() if is_embedded else Path()
+    if not is_embedded:
         return find_servers(settings).backend
-    url = find_embedded_server(_dagster_home())
+    url = find_embedded_server(home)
     return settings.server_options(url, None) if url else None
 
 

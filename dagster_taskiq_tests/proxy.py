@@ -6,6 +6,7 @@ It runs in a thread of its own, so that tests and scripts may do what they like 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -62,14 +63,18 @@ class Proxy:
     Args:
         url: of the server behind it, ``redis://``, ``amqp://`` or ``postgresql://``.
         make_reader: is called twice for each connection, by whoever wants to see what goes through.
+        tls: what clients must speak with the proxy, where its server speaks none.
     """
 
-    def __init__(self, url: str, make_reader: MakeReader = _unread) -> None:
+    def __init__(
+        self, url: str, make_reader: MakeReader = _unread, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._parts = urlsplit(url)
         port = self._parts.port or _DEFAULT_PORTS[self._parts.scheme]
         self._upstream = (str(self._parts.hostname), port)
         self._port = 0
         self._make_reader = make_reader
+        self._tls = tls
         self._mode = Mode.PASS
         self._changed = asyncio.Event()
         self._pairs: set[_Pair] = set()
@@ -81,7 +86,9 @@ class Proxy:
     def url(self) -> str:
         """The server's, through the proxy."""
         login, at, _ = self._parts.netloc.rpartition("@")
-        return self._parts._replace(netloc=f"{login}{at}127.0.0.1:{self._port}").geturl()
+        scheme = self._parts.scheme + ("s" if self._tls else "")
+        netloc = f"{login}{at}127.0.0.1:{self._port}"
+        return self._parts._replace(scheme=scheme, netloc=netloc).geturl()
 
     def options(self, options: ServerOptions) -> ServerOptions:
         """The same server through the proxy."""
@@ -122,7 +129,9 @@ class Proxy:
     # --- in the thread ---
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._connect, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(
+            self._connect, "127.0.0.1", self._port, ssl=self._tls
+        )
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def _set(self, mode: Mode) -> None:

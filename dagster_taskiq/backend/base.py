@@ -1,4 +1,4 @@
-"""What a backend must do, in three roles: for the execution loop, for workers, for control.
+"""What a backend must do, in three roles: for the execution loop, for workers, for people.
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -112,6 +112,26 @@ class TaskReport:
     state: TaskState
     place: Place | None = None
     lease_left_seconds: float = 0.0
+
+
+#: States of a task that somebody executes, or that waits for a judgement.
+NOT_ENDED = (TaskState.CLAIMED, TaskState.EXPIRED, TaskState.DROPPED, TaskState.REFUSED)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the backend knows of a run that is not over.
+
+    Attributes:
+        has_loop: whether an execution loop of it lives.
+        is_resumable: whether it may get another loop.
+        tasks: by id, those in one of the states ``NOT_ENDED``.
+    """
+
+    run_id: str
+    has_loop: bool
+    is_resumable: bool
+    tasks: Mapping[str, TaskReport]
 
 
 def superseded_error(run_id: str, generation: int) -> SupersededLoopError:
@@ -243,7 +263,7 @@ class ClaimBackend(ABC):
 
 
 class ControlBackend(ABC):
-    """The list of workers, and messages to them."""
+    """The list of workers, messages to them, and the list of runs."""
 
     @abstractmethod
     async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
@@ -258,6 +278,14 @@ class ControlBackend(ABC):
         """The live workers, by name.
 
         Records that cannot be read are left out; what is not ``is_trusted`` is for people only.
+        """
+
+    @abstractmethod
+    async def runs(self) -> list[RunReport]:
+        """The runs that have a living loop, or a task that is ``NOT_ENDED``, by id.
+
+        It is a listing for people, not one atomic step: of runs that change meanwhile it may show
+        one moment or another.
         """
 
     @abstractmethod

@@ -18,10 +18,12 @@ from contextlib import suppress
 from dagster_taskiq.backend import life
 from dagster_taskiq.backend.base import (
     CONTROL_EXPIRES_SECONDS,
+    NOT_ENDED,
     Backend,
     Claim,
     ClaimAnswer,
     Renewal,
+    RunReport,
     TaskReport,
     TaskState,
     superseded_error,
@@ -255,6 +257,22 @@ class MemoryBackend(Backend):
             with suppress(ValueError):
                 records.append(read_record(self._signer, worker_id, data, time.time()))
         return sorted(records, key=lambda record: record.name)
+
+    async def runs(self) -> list[RunReport]:
+        """See ``ControlBackend``."""
+        with self._server.reached() as session:
+            reports = [self._report_run(session, run_id) for run_id in session.run_ids()]
+        return [report for report in reports if report.has_loop or report.tasks]
+
+    @staticmethod
+    def _report_run(session: Session, run_id: str) -> RunReport:
+        run, moment = session.run(run_id), session.moment
+        reports = {
+            task_id: life.report_task(session.task(run_id, task_id), moment)
+            for task_id in session.task_ids(run_id)
+        }
+        tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
+        return RunReport(run_id, run.loop is not None, bool(run.is_resumable), tasks)
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

@@ -97,6 +97,14 @@ class Session:
         self.run(run_id)  # without its record, less is left of its tasks
         return self._tables.tasks.get(run_id, {}).get(task_id, TaskLife()).at(self.moment)
 
+    def run_ids(self) -> list[str]:
+        """The runs of which anything may be known."""
+        return sorted({*self._tables.runs, *self._tables.tasks})
+
+    def task_ids(self, run_id: str) -> list[str]:
+        """The tasks of a run of which anything may be known."""
+        return list(self._tables.tasks.get(run_id, {}))
+
     def change_task(self, run_id: str, task_id: str, changed: TaskLife) -> None:
         """Store a task's life after a change, for which its run's record lives longer."""
         self.put_task(run_id, task_id, changed)

@@ -19,10 +19,12 @@ from typing import Any
 
 from dagster_taskiq.backend.base import (
     CONTROL_EXPIRES_SECONDS,
+    NOT_ENDED,
     Backend,
     Claim,
     ClaimAnswer,
     Renewal,
+    RunReport,
     TaskReport,
     TaskState,
     superseded_error,
@@ -312,6 +314,16 @@ class PostgresqlBackend(Backend):
                     plain_name(str(error)),
                 )
             return None
+
+    async def runs(self) -> list[RunReport]:
+        """See ``ControlBackend``."""
+        reports = []
+        for run_id, has_loop, is_resumable, task_ids in await self._call("list_runs"):
+            found = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
+            tasks = {key: report for key, report in found.items() if report.state in NOT_ENDED}
+            if has_loop or tasks:
+                reports.append(RunReport(run_id, has_loop, is_resumable, tasks))
+        return reports
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

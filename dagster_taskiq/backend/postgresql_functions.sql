@@ -181,6 +181,20 @@ BEGIN
     LEFT JOIN {s}.tasks AS t ON t.run_id = p_run AND t.task_id = asked.id;
 END $$;
 
+-- For people: every run, with those of its tasks that have not ended by the record's words.
+CREATE OR REPLACE FUNCTION {s}.list_runs{v}()
+RETURNS TABLE (run text, has_loop boolean, resumable boolean, open_tasks text[])
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  RETURN QUERY
+    SELECT r.run_id, r.token IS NOT NULL AND r.lease_until > clock_timestamp(),
+      coalesce(r.is_resumable, false),
+      ARRAY(SELECT t.task_id FROM {s}.tasks AS t
+        WHERE t.run_id = r.run_id AND t.state IN ('claimed', 'refused', 'dropped'))
+    FROM {s}.runs AS r ORDER BY r.run_id;
+END $$;
+
 CREATE OR REPLACE FUNCTION {s}.cancel{v}(p_run text, p_tasks text[], p_orders text[],
   p_expires float8) RETURNS TABLE (number int, word text) LANGUAGE plpgsql AS $$
 {variables}

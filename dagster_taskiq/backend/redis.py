@@ -1,69 +1,50 @@
 """The backend on Redis or Valkey.
 
-Keys, all under the prefix: ``epoch``; for a run its record ``run:<id>``, the lease of its loop
-``run:<id>:loop`` and the mailbox ``run:<id>:mailbox``; for a task ``claim:<id>`` and
-``result:<id>``; for a worker ``worker:<id>`` and its mailbox ``control:<id>``, with all of them
-in ``workers``. What must happen at once is in ``redis_scripts``.
+``redis_store`` names its keys and calls the server; what must happen at once is in
+``redis_scripts``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
-
-from redis.asyncio import Redis
-from redis.commands.core import AsyncScript
-from redis.exceptions import NoScriptError, ReadOnlyError
 
 from dagster_taskiq.backend import redis_scripts as scripts
 from dagster_taskiq.backend.base import (
     CONTROL_EXPIRES_SECONDS,
+    NOT_ENDED,
     Backend,
     Claim,
     ClaimAnswer,
     Renewal,
+    RunReport,
     TaskReport,
     TaskState,
     superseded_error,
 )
+from dagster_taskiq.backend.redis_store import RedisStore, text_of
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.redis_client import open_redis, server_errors
-from dagster_taskiq.servers.redis_rights import check_rights, commands_of
-
-logger = logging.getLogger(__name__)
-
-_RENEW_DIGEST = hashlib.sha1(scripts.RENEW.encode(), usedforsecurity=False).hexdigest()
+from dagster_taskiq.servers.redis_calls import Command, Script
+from dagster_taskiq.servers.redis_rights import commands_of
 
 #: How many tasks one script looks at: it holds up every other client of the server meanwhile.
 _BATCH = 500
 
-#: How many keys are said to hold what cannot be read.
-_MOST_SAID = 100
-
-#: So many connections are no crowd.
-_IDLE_CONNECTIONS = 4
-
-#: The longest a blocking command may wait, and what its connection allows for the answer.
-_LONGEST_WAIT_SECONDS = 20.0
-_BLOCKING_TIMEOUT_SECONDS = 30.0
-
+#: The states of ``base.NOT_ENDED``, as the record of a run has them.
+_NOT_ENDED = {state.value for state in NOT_ENDED}
 
 #: What the user of the server must be allowed.
 _COMMANDS = {
-    *commands_of(text for text in vars(scripts).values() if isinstance(text, str)),
+    *commands_of(script.text for script in scripts.ALL),
     *"BLPOP EVALSHA MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
 }
 
@@ -81,28 +62,17 @@ class RedisBackend(Backend):
 
     def __init__(self, options: ServerOptions, signer: Signer) -> None:
         self._signer = signer
-        self._said: set[str] = set()
-        self.address = options.address
-        self._prefix = options.key_prefix + ":"
-        self._redis = open_redis(options, timeout_seconds=options.connect_timeout_seconds)
-        # a connection that waits for a message must not time out before the wait is over
-        self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
+        self._store = RedisStore(options)
+        self.address = self._store.address
         self._runs: dict[str, tuple[int, bool]] = {}
-        self._scripts: dict[str, AsyncScript] = {}
-        # calls under way at the same time, each on a connection of its own: now, at most since the
-        # last heartbeat, at most since idle connections were closed
-        self._calls = self._recent_peak = self._peak = 0
 
     async def startup(self) -> None:
         """Reach the server, as a user that may do what is done there."""
-        async with self._server():
-            await self._redis.ping()
-            await check_rights(self._redis, self.address, self._key("rights"), _COMMANDS)
+        await self._store.check(_COMMANDS)
 
     async def shutdown(self) -> None:
         """Close the connections."""
-        await self._redis.aclose()
-        await self._blocking.aclose()
+        await self._store.close()
 
     # --- the execution loop's side ---
 
@@ -114,18 +84,20 @@ class RedisBackend(Backend):
         answer = await self._run_script(scripts.OPEN_RUN, run_id, token, lease_seconds)
         if answer[0] is None:
             raise superseded_error(run_id, answer[1])
-        return _text(answer[0])
+        return text_of(answer[0])
 
     async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
         """See ``RunBackend``."""
         answer = await self._run_script(scripts.RENEW_RUN, run_id, token, lease_seconds)
-        return None if answer is None else _text(answer)
+        return None if answer is None else text_of(answer)
 
-    async def _run_script(self, script: str, run_id: str, token: str, lease_seconds: float) -> Any:
+    async def _run_script(
+        self, script: Script, run_id: str, token: str, lease_seconds: float
+    ) -> Any:
         generation, is_resumable = self._runs[run_id]
-        return await self._script(
+        return await self._store.run(
             script,
-            [self._epoch_key, self._record(run_id), self._loop(run_id)],
+            [self._store.epoch, self._store.record(run_id), self._store.loop(run_id)],
             [
                 _fresh(),
                 generation,
@@ -138,31 +110,31 @@ class RedisBackend(Backend):
 
     async def close_run(self, run_id: str, *, token: str) -> None:
         """See ``RunBackend``."""
-        keys = [self._record(run_id), self._loop(run_id), self._mailbox(run_id)]
-        await self._script(scripts.CLOSE_RUN, keys, [token])
+        keys = [self._store.record(run_id), self._store.loop(run_id), self._store.mailbox(run_id)]
+        await self._store.run(scripts.CLOSE_RUN, keys, [token])
         self._runs.pop(run_id, None)
 
     async def disown_run(self, run_id: str) -> None:
         """See ``RunBackend``."""
         arguments = [RUN_RECORD_EXPIRES_SECONDS]
-        await self._script(scripts.DISOWN_RUN, [self._record(run_id)], arguments)
+        await self._store.run(scripts.DISOWN_RUN, [self._store.record(run_id)], arguments)
 
     async def wait_for_results(self, run_id: str, timeout_seconds: float) -> dict[str, bytes]:
         """See ``RunBackend``."""
-        mailbox = self._mailbox(run_id)
-        task_id = await self._wait_on(mailbox, timeout_seconds)
+        mailbox = self._store.mailbox(run_id)
+        task_id = await self._store.wait_on(mailbox, timeout_seconds)
         if task_id is None:
             return {}
-        arguments = [_BATCH, self._key("result:"), task_id]
-        found = await self._script(scripts.COLLECT, [mailbox], arguments)
-        return {_text(found[i]): found[i + 1] for i in range(0, len(found), 2)}
+        arguments = [_BATCH, self._store.key("result:"), task_id]
+        found = await self._store.run(scripts.COLLECT, [mailbox], arguments)
+        return {text_of(found[i]): found[i + 1] for i in range(0, len(found), 2)}
 
     async def read_results(self, run_id: str, task_ids: Sequence[str]) -> dict[str, bytes]:
         """See ``RunBackend``."""
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
-            async with self._server():
-                values: Any = await self._redis.mget([self._key("result:", task) for task in batch])
+            async with self._store.reached() as redis:
+                values: Any = await redis.mget([self._store.key("result:", task) for task in batch])
             found |= {
                 task: value for task, value in zip(batch, values, strict=True) if value is not None
             }
@@ -171,20 +143,20 @@ class RedisBackend(Backend):
     async def forget_results(self, run_id: str, task_ids: Sequence[str]) -> None:
         """See ``RunBackend``."""
         for batch in _batches(task_ids):
-            async with self._server():
-                await self._redis.unlink(*[self._key("result:", task) for task in batch])
+            async with self._store.reached() as redis:
+                await redis.unlink(*[self._store.key("result:", task) for task in batch])
 
     async def inspect(
         self, run_id: str, task_ids: Sequence[str]
     ) -> tuple[str, dict[str, TaskReport]]:
         """See ``RunBackend``."""
-        keys = [self._epoch_key, self._record(run_id)]
+        keys = [self._store.epoch, self._store.record(run_id)]
         epoch = ""
         reports: dict[str, TaskReport] = {}
         for batch in _batches(task_ids) or [[]]:
-            arguments = [_fresh(), self._key("claim:"), self._key("result:"), *batch]
-            first, *rest = await self._script(scripts.INSPECT, keys, arguments)
-            epoch = _text(first)
+            arguments = [_fresh(), self._store.key("claim:"), self._store.key("result:"), *batch]
+            first, *rest = await self._store.run(scripts.INSPECT, keys, arguments)
+            epoch = text_of(first)
             for task, state, place, left_ms in zip(
                 batch, rest[::3], rest[1::3], rest[2::3], strict=True
             ):
@@ -197,11 +169,11 @@ class RedisBackend(Backend):
         """See ``RunBackend``."""
         states: dict[str, TaskState] = {}
         for batch in _batches(list(orders)):
-            prefixes = [self._key(name) for name in ("claim:", "result:", "control:")]
+            prefixes = [self._store.key(name) for name in ("claim:", "result:", "control:")]
             expiries = [CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
             pairs = [part for task in batch for part in (task, orders[task])]
             arguments = [*prefixes, *expiries, *pairs]
-            answer = await self._script(scripts.CANCEL, [self._record(run_id)], arguments)
+            answer = await self._store.run(scripts.CANCEL, [self._store.record(run_id)], arguments)
             states |= {
                 task: self._state(run_id, task, state)
                 for task, state in zip(batch, answer, strict=True)
@@ -212,12 +184,16 @@ class RedisBackend(Backend):
         """See ``RunBackend``."""
         arguments = [task_id, RUN_RECORD_EXPIRES_SECONDS]
         return bool(
-            await self._script(scripts.CONDEMN, self._task_keys(run_id, task_id), arguments)
+            await self._store.run(
+                scripts.CONDEMN, self._store.task_keys(run_id, task_id), arguments
+            )
         )
 
     async def reopen(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
-        return bool(await self._script(scripts.REOPEN, self._task_keys(run_id, task_id), [task_id]))
+        return bool(
+            await self._store.run(scripts.REOPEN, self._store.task_keys(run_id, task_id), [task_id])
+        )
 
     # --- the worker's side ---
 
@@ -225,74 +201,63 @@ class RedisBackend(Backend):
         self, claim: Claim, *, needs_live_run: bool, until_begun: bool = False
     ) -> ClaimAnswer:
         """See ``ClaimBackend``."""
-        answer = await self._script(
+        answer = await self._store.run(
             scripts.CLAIM,
             [
-                self._epoch_key,
-                self._record(claim.run_id),
-                self._loop(claim.run_id),
-                self._key("claim:", claim.task_id),
-                self._key("result:", claim.task_id),
+                self._store.epoch,
+                self._store.record(claim.run_id),
+                self._store.loop(claim.run_id),
+                self._store.key("claim:", claim.task_id),
+                self._store.key("result:", claim.task_id),
             ],
             [*_claim_arguments(claim), int(needs_live_run), int(until_begun)],
         )
-        return ClaimAnswer(_text(answer[0]))
+        return ClaimAnswer(text_of(answer[0]))
 
     async def begin(self, claim: Claim) -> None:
         """See ``ClaimBackend``."""
-        await self._script(
+        await self._store.run(
             scripts.BEGIN,
-            [self._record(claim.run_id), self._key("claim:", claim.task_id)],
+            [self._store.record(claim.run_id), self._store.key("claim:", claim.task_id)],
             [claim.task_id, claim.token, RUN_RECORD_EXPIRES_SECONDS],
         )
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
-        async with self._server():
-            answers = await self._renew(claims)
-            if any(isinstance(answer, NoScriptError) for answer in answers):
-                # the server has been restarted; to renew a claim twice does no harm
-                await self._redis.script_load(scripts.RENEW)
-                answers = await self._renew(claims)
-            for answer in answers:
-                if isinstance(answer, Exception):
-                    raise answer
+        # sent again where the server lacks the script: to renew a claim twice does no harm
+        answers = await self._store.run_all([self._renewal(claim) for claim in claims])
         return [
             Renewal(
                 is_held=bool(held),
                 cancel_order=order.decode(errors="replace") or None,
                 is_run_alive=bool(alive),
                 is_resumable=bool(resumable),
-                epoch=_text(epoch),
+                epoch=text_of(epoch),
             )
             for held, order, alive, resumable, epoch in answers
         ]
 
-    async def _renew(self, claims: Sequence[Claim]) -> list[Any]:
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for claim in claims:
-                keys = [
-                    self._epoch_key,
-                    self._record(claim.run_id),
-                    self._loop(claim.run_id),
-                    self._key("claim:", claim.task_id),
-                ]
-                pipeline.evalsha(_RENEW_DIGEST, len(keys), *keys, *_claim_arguments(claim))
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        return answers
+    def _renewal(self, claim: Claim) -> Command:
+        keys = [
+            self._store.epoch,
+            self._store.record(claim.run_id),
+            self._store.loop(claim.run_id),
+            self._store.key("claim:", claim.task_id),
+        ]
+        return scripts.RENEW(keys, *_claim_arguments(claim))
 
     async def complete(
         self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
     ) -> bool:
         """See ``ClaimBackend``."""
-        answer = await self._script(
+        answer = await self._store.run(
             scripts.COMPLETE,
             [
-                self._epoch_key,
-                self._record(claim.run_id),
-                self._key("claim:", claim.task_id),
-                self._key("result:", claim.task_id),
-                self._mailbox(claim.run_id),
+                self._store.epoch,
+                self._store.record(claim.run_id),
+                self._store.key("claim:", claim.task_id),
+                self._store.key("result:", claim.task_id),
+                self._store.mailbox(claim.run_id),
             ],
             [
                 _fresh(),
@@ -312,31 +277,33 @@ class RedisBackend(Backend):
     async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
         """See ``ControlBackend``."""
         expires_ms = _milliseconds(expires_seconds)
-        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
-            key = self._key("worker:", record.worker_id)
+        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
+            key = self._store.key("worker:", record.worker_id)
             pipeline.set(key, write_record(self._signer, record), px=expires_ms)
-            pipeline.zadd(self._workers_key, {record.worker_id: time.time() + expires_seconds})
+            pipeline.zadd(self._store.workers, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
-        await self._close_idle_connections()
+        await self._store.close_idle_connections()
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
-        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.zrem(self._workers_key, worker_id)
-            pipeline.unlink(self._key("worker:", worker_id), self._key("control:", worker_id))
+        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
+            pipeline.zrem(self._store.workers, worker_id)
+            pipeline.unlink(
+                self._store.key("worker:", worker_id), self._store.key("control:", worker_id)
+            )
             await pipeline.execute()
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        async with self._server():
+        async with self._store.reached() as redis:
             # records expire by themselves; the set only says which to look for, so hosts whose
             # clocks differ do no harm if what is old is dropped late
-            await self._redis.zremrangebyscore(self._workers_key, 0, time.time() - 3600)
-            members: Any = await self._redis.zrange(self._workers_key, 0, -1)
-            ids = [_text(item) for item in members]
+            await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
+            members: Any = await redis.zrange(self._store.workers, 0, -1)
+            ids = [text_of(item) for item in members]
             if not ids:
                 return []
-            values: Any = await self._redis.mget([self._key("worker:", item) for item in ids])
+            values: Any = await redis.mget([self._store.key("worker:", item) for item in ids])
         pairs = zip(ids, values, strict=True)
         records = [self._record_of(worker_id, value) for worker_id, value in pairs if value]
         return sorted((it for it in records if it), key=lambda record: record.name)
@@ -345,107 +312,51 @@ class RedisBackend(Backend):
         try:
             return read_record(self._signer, worker_id, data, time.time())
         except ValueError as error:
-            self._say_unreadable(self._key("worker:", worker_id), str(error))
+            self._store.say_unreadable(self._store.key("worker:", worker_id), str(error))
             return None
+
+    async def runs(self) -> list[RunReport]:
+        """See ``ControlBackend``."""
+        reports = [await self._report_run(run_id) for run_id in await self._store.run_ids()]
+        return [report for report in reports if report.has_loop or report.tasks]
+
+    async def _report_run(self, run_id: str) -> RunReport:
+        record, loop = await self._store.run_all(
+            [("HGETALL", self._store.record(run_id)), ("EXISTS", self._store.loop(run_id))]
+        )
+        fields = {text_of(key): text_of(value) for key, value in record.items()}
+        words = {key[2:]: value for key, value in fields.items() if key.startswith("t:")}
+        task_ids = [key for key, word in words.items() if word.partition(":")[0] in _NOT_ENDED]
+        reports = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
+        tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
+        return RunReport(run_id, bool(loop), fields.get("resumable") == "1", tasks)
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
-        mailbox = self._key("control:", worker_id)
-        async with self._server(), self._redis.pipeline(transaction=True) as pipeline:
+        mailbox = self._store.key("control:", worker_id)
+        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
             pipeline.rpush(mailbox, order)
             pipeline.expire(mailbox, CONTROL_EXPIRES_SECONDS)
             await pipeline.execute()
 
     async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
         """See ``ControlBackend``."""
-        mailbox = self._key("control:", worker_id)
-        first = await self._wait_on(mailbox, timeout_seconds)
+        mailbox = self._store.key("control:", worker_id)
+        first = await self._store.wait_on(mailbox, timeout_seconds)
         if first is None:
             return []
-        async with self._server():
-            rest: Any = await self._redis.lpop(mailbox, _BATCH)
+        async with self._store.reached() as redis:
+            rest: Any = await redis.lpop(mailbox, _BATCH)
         return [first, *(rest or [])]
-
-    # --- keys and calls ---
-
-    def _key(self, *parts: str) -> str:
-        return self._prefix + "".join(parts)
-
-    @property
-    def _epoch_key(self) -> str:
-        return self._key("epoch")
-
-    @property
-    def _workers_key(self) -> str:
-        return self._key("workers")
-
-    def _record(self, run_id: str) -> str:
-        return self._key("run:", run_id)
-
-    def _loop(self, run_id: str) -> str:
-        return self._key("run:", run_id, ":loop")
-
-    def _mailbox(self, run_id: str) -> str:
-        return self._key("run:", run_id, ":mailbox")
-
-    def _task_keys(self, run_id: str, task_id: str) -> list[str]:
-        return [self._record(run_id), self._key("claim:", task_id), self._key("result:", task_id)]
-
-    @asynccontextmanager
-    async def _server(self) -> AsyncIterator[None]:
-        """Where every error of the server becomes one of ours."""
-        self._calls += 1
-        self._recent_peak = max(self._recent_peak, self._calls)
-        self._peak = max(self._peak, self._calls)
-        with server_errors(self.address):
-            try:
-                yield
-            except ReadOnlyError:
-                # after a failover: the address may lead to the new primary, old connections do not
-                for client in (self._redis, self._blocking):
-                    await client.connection_pool.disconnect(inuse_connections=False)
-                raise
-            finally:
-                self._calls -= 1
-
-    async def _close_idle_connections(self) -> None:
-        """After an outage, in which renewals overlap, there are many more than are of use."""
-        if self._peak > max(_IDLE_CONNECTIONS, 2 * self._recent_peak):
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
-            self._peak = self._recent_peak
-        self._recent_peak = self._calls
 
     def _state(self, run_id: str, task_id: str, word: bytes) -> TaskState:
         try:
-            return TaskState(_text(word))
+            return TaskState(text_of(word))
         except ValueError:
-            self._say_unreadable(self._record(run_id), f"the state of task {task_id} is {word!r}")
-            return TaskState.UNKNOWN
-
-    def _say_unreadable(self, key: str, problem: str) -> None:
-        """Say once of each key that it holds what none of ours has written."""
-        if key not in self._said and len(self._said) < _MOST_SAID:
-            self._said.add(key)
-            logger.warning(
-                "The key %s at %s cannot be read, and is ignored: %s.",
-                plain_name(key),
-                self.address,
-                plain_name(problem),
+            self._store.say_unreadable(
+                self._store.record(run_id), f"the state of task {task_id} is {word!r}"
             )
-
-    async def _script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        async with self._server():
-            if script not in self._scripts:
-                self._scripts[script] = self._redis.register_script(script)
-            return await self._scripts[script](keys=list(keys), args=list(arguments))
-
-    async def _wait_on(self, mailbox: str, timeout_seconds: float) -> bytes | None:
-        client: Redis = self._blocking
-        async with self._server():
-            # to Redis 0 is for ever
-            timeout = max(0.001, min(timeout_seconds, _LONGEST_WAIT_SECONDS))
-            answer: Any = await client.blpop([mailbox], timeout=timeout)
-        return None if answer is None else answer[1]
+            return TaskState.UNKNOWN
 
 
 def _place_of(data: bytes) -> Place | None:
@@ -474,10 +385,6 @@ def _fresh() -> str:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:

@@ -16,6 +16,7 @@ has begun. ``closed`` is there when the run's loop has come to its end.
 from __future__ import annotations
 
 from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.servers.redis_calls import Script
 
 _PRELUDE = """
 -- the epoch's id; `fresh` becomes it when this is a new life of the server
@@ -62,7 +63,7 @@ end
 
 #: KEYS epoch, record, loop. ARGV fresh epoch, generation, token, resumable, lease ms, expiry s.
 #: Returns {epoch} or {false, live generation}.
-OPEN_RUN = (
+OPEN_RUN = Script(
     _PRELUDE
     + """
 local now = epoch(KEYS[1], ARGV[1])
@@ -82,7 +83,7 @@ return {now}
 
 #: KEYS epoch, record, loop. ARGV fresh epoch, generation, token, resumable, lease ms, expiry s.
 #: Returns the epoch, or false when another loop has taken over.
-RENEW_RUN = (
+RENEW_RUN = Script(
     _PRELUDE
     + """
 local now = epoch(KEYS[1], ARGV[1])
@@ -105,7 +106,7 @@ return now
 )
 
 #: KEYS record, loop, mailbox. ARGV token.
-CLOSE_RUN = (
+CLOSE_RUN = Script(
     _KEEP
     + """
 if redis.call('GET', KEYS[2]) == ARGV[1] then
@@ -118,7 +119,7 @@ return 1
 )
 
 #: KEYS record. ARGV record expiry s.
-DISOWN_RUN = (
+DISOWN_RUN = Script(
     _KEEP
     + """
 redis.call('HSET', KEYS[1], 'resumable', '0')
@@ -130,7 +131,7 @@ return 1
 #: KEYS epoch, record, loop, claim, result. ARGV fresh epoch, task, epoch of the task, token,
 #: place, lease ms, record expiry s, needs a live run, is ours until it has begun.
 #: Returns {answer, epoch}.
-CLAIM = (
+CLAIM = Script(
     _PRELUDE
     + _KEEP
     + _STATE
@@ -168,7 +169,7 @@ return {'granted', now}
 
 #: KEYS epoch, record, loop, claim. ARGV fresh epoch, task, epoch of the claim, token, place,
 #: lease ms, record expiry s. Returns {held, cancel order or '', loop alive, resumable, epoch}.
-RENEW = (
+RENEW = Script(
     _PRELUDE
     + _KEEP
     + _IS_OPEN
@@ -198,7 +199,7 @@ return {held and 1 or 0,
 #: KEYS epoch, record, claim, result, mailbox. ARGV fresh epoch, task, epoch of the claim, token,
 #: result, result expiry s, record expiry s, ``done`` or ``refused``. Returns 1, or 0 when the claim
 #: is not held.
-COMPLETE = (
+COMPLETE = Script(
     _PRELUDE
     + _KEEP
     + _IS_OPEN
@@ -226,7 +227,7 @@ return 1
 )
 
 #: KEYS record, claim. ARGV task, token, record expiry s.
-BEGIN = (
+BEGIN = Script(
     _KEEP
     + """
 if redis.call('HGET', KEYS[2], 'token') == ARGV[2] then
@@ -239,7 +240,8 @@ return 1
 
 #: KEYS mailbox. ARGV most, prefix of the results' keys, a task that was in the mailbox. Returns
 #: {task, result, ...} for that one and for what is in the mailbox.
-COLLECT = """
+COLLECT = Script(
+    """
 local found = {}
 local tasks = redis.call('LPOP', KEYS[1], ARGV[1]) or {}
 tasks[#tasks + 1] = ARGV[3]
@@ -252,10 +254,11 @@ for _, task in ipairs(tasks) do
 end
 return found
 """
+)
 
 #: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, of the results' keys, tasks ...
 #: Returns {epoch, state, place or '', ms that are left of the lease, ...}.
-INSPECT = (
+INSPECT = Script(
     _PRELUDE
     + """
 local now = epoch(KEYS[1], ARGV[1])
@@ -283,7 +286,7 @@ return answer
 #: KEYS record. ARGV prefix of the claims' keys, of the results' keys, of the control mailboxes'
 #: keys, mailbox expiry s, record expiry s, then each task and the order for its worker, which may
 #: be signed. Returns the state of each.
-CANCEL = (
+CANCEL = Script(
     _KEEP
     + _IS_OPEN
     + _STATE
@@ -323,7 +326,7 @@ return answer
 
 #: KEYS record, claim, result. ARGV task, record expiry s. Returns 1, or 0 when there is a claim or
 #: a result.
-CONDEMN = (
+CONDEMN = Script(
     _KEEP
     + _STATE
     + """
@@ -339,7 +342,7 @@ return 1
 
 #: KEYS record, claim, result. ARGV task. Returns 1, or 0 when it is claimed, done or cancelled. The
 #: result of a task that was refused goes with it.
-REOPEN = (
+REOPEN = Script(
     _IS_OPEN
     + _STATE
     + """
@@ -352,4 +355,20 @@ if redis.call('HEXISTS', KEYS[1], 'c:' .. ARGV[1]) == 1 then return 0 end
 redis.call('HDEL', KEYS[1], 't:' .. ARGV[1], 'b:' .. ARGV[1])
 return 1
 """
+)
+
+ALL = (
+    OPEN_RUN,
+    RENEW_RUN,
+    CLOSE_RUN,
+    DISOWN_RUN,
+    CLAIM,
+    RENEW,
+    COMPLETE,
+    BEGIN,
+    COLLECT,
+    INSPECT,
+    CANCEL,
+    CONDEMN,
+    REOPEN,
 )

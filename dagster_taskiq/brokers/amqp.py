@@ -18,24 +18,18 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import aio_pika
 from aio_pika.abc import (
     AbstractChannel,
-    AbstractConnection,
     AbstractIncomingMessage,
     AbstractQueue,
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq import exceptions
-from pamqp.exceptions import PAMQPException
 from taskiq import AsyncBroker, BrokerMessage
 from taskiq_aio_pika import AioPikaBroker
 
-from dagster_taskiq.brokers.amqp_errors import (
-    amqp_errors,
-    our_message_is_enough,
-    words_of_close,
-)
+from dagster_taskiq.brokers.amqp_connection import AmqpConnection, connect
+from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.brokers.amqp_properties import UNREADABLE
 from dagster_taskiq.brokers.base import (
     Admission,
@@ -43,10 +37,7 @@ from dagster_taskiq.brokers.base import (
     Listener,
     TaskBroker,
     batches,
-    priority_of,
-    queue_of,
 )
-from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 
@@ -56,9 +47,6 @@ SLOW_LOOK_SECONDS = 10.0
 
 #: How many messages may be on their way to RabbitMQ unconfirmed.
 _UNCONFIRMED = 500
-
-#: Arguments of every queue of ours. RabbitMQ refuses them for a queue that has others already.
-_QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
 
 _T = TypeVar("_T")
 
@@ -92,7 +80,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         self.admission = admission
         super().__init__(options.client_url)
         self._timeout_seconds = options.connect_timeout_seconds
-        self._current: _Connection | None = None
+        self._current: AmqpConnection | None = None
         self._connecting = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -104,7 +92,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
             ConfigError: a TLS file cannot be loaded.
         """
 
-        async def declare(connection: _Connection) -> None:
+        async def declare(connection: AmqpConnection) -> None:
             for queue in self.queues:
                 await connection.declare(queue)
 
@@ -149,7 +137,7 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         """See ``TaskBroker``."""
         return _AmqpListener(self)
 
-    async def run(self, action: Callable[[_Connection], Awaitable[_T]]) -> _T:
+    async def run(self, action: Callable[[AmqpConnection], Awaitable[_T]]) -> _T:
         """Do something with a live connection, again with a new one where it turns out dead.
 
         Every call to the server goes through here or ``guard``.
@@ -191,14 +179,14 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         with amqp_errors(self.address):
             return task.result()
 
-    async def _connection(self) -> _Connection:
+    async def _connection(self) -> AmqpConnection:
         async with self._connecting:
             if self._current is None or not self._current.is_alive:
                 self._drop(self._current)
-                self._current = await _connect(self.options)
+                self._current = await connect(self.options)
             return self._current
 
-    def _drop(self, connection: _Connection | None) -> None:
+    def _drop(self, connection: AmqpConnection | None) -> None:
         """Forget a connection and close it behind the back, since a dead one takes its time."""
         if connection is not None:
             self._current = None
@@ -208,101 +196,12 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
             task.add_done_callback(_retrieve)
 
 
-class _Connection:
-    """A connection with its channels, and what was done on it once."""
-
-    def __init__(self, connection: AbstractConnection) -> None:
-        self._connection = connection
-        self._is_lost = False
-        connection.close_callbacks.add(self._lose)
-        self._declared: set[str] = set()
-        self._sending: AbstractChannel | None = None
-        self._asking: AbstractChannel | None = None
-        self._turn = asyncio.Lock()
-
-    @property
-    def is_alive(self) -> bool:
-        # aio-pika's own is_closed stays False when the other side went away
-        return not self._is_lost and self._connection.connected.is_set()
-
-    def _lose(self, *_: Any) -> None:
-        self._is_lost = True
-
-    async def close(self) -> None:
-        with suppress(*CONNECTION_EXCEPTIONS):
-            await self._connection.close()
-
-    async def channel(self) -> AbstractChannel:
-        """A new channel."""
-        # aio-pika's default would take a message that no queue took for sent
-        channel = self._connection.channel(on_return_raises=True)
-        await channel.initialize()
-        return channel
-
-    async def declare(self, queue: str, *, again: bool = False) -> None:
-        """Make a queue unless this connection has done so already."""
-        async with self._turn:
-            if again or queue not in self._declared:
-                channel = await self._asking_channel()
-                await channel.declare_queue(queue, durable=True, arguments=_QUEUE_ARGUMENTS)
-                self._declared.add(queue)
-
-    async def depth(self, queue: str) -> int:
-        """How many messages wait in a queue."""
-        async with self._turn:
-            channel = await self._asking_channel()
-            try:
-                found = await channel.declare_queue(queue, passive=True)
-            except exceptions.ChannelNotFoundEntity:
-                self._declared.discard(queue)
-                return 0
-            return found.declaration_result.message_count or 0
-
-    async def publish(self, messages: Sequence[BrokerMessage]) -> None:
-        """Send messages in their order, and wait until all are confirmed."""
-        unroutable = await self._publish(messages)
-        if unroutable:  # somebody has deleted the queue since we made it
-            self._declared.difference_update(queue_of(message) for message in unroutable)
-            if await self._publish(unroutable):
-                raise exceptions.ChannelNotFoundEntity("the queue is deleted again and again")
-
-    async def _publish(self, messages: Sequence[BrokerMessage]) -> list[BrokerMessage]:
-        """Send messages; returns those that no queue took."""
-        for queue in {queue_of(message): None for message in messages}:
-            await self.declare(queue)
-        async with self._turn:
-            if self._sending is None or self._sending.is_closed:
-                self._sending = await self.channel()
-        exchange = self._sending.default_exchange
-        # they keep their order: each starts in its turn and waits in turn for the channel
-        results = await asyncio.gather(
-            *(
-                exchange.publish(_to_amqp(message), routing_key=queue_of(message), mandatory=True)
-                for message in messages
-            ),
-            return_exceptions=True,
-        )
-        unroutable = []
-        for message, result in zip(messages, results, strict=True):
-            if isinstance(result, exceptions.PublishError):
-                unroutable.append(message)
-            elif isinstance(result, BaseException):
-                raise result
-        return unroutable
-
-    async def _asking_channel(self) -> AbstractChannel:
-        """The channel for declarations; a refused one closes it, so nothing else is done there."""
-        if self._asking is None or self._asking.is_closed:
-            self._asking = await self.channel()
-        return self._asking
-
-
 class _AmqpListener(Listener):
     """Looks at its queues in turn, on a channel of its own."""
 
     def __init__(self, broker: AmqpTaskBroker) -> None:
         self._broker = broker
-        self._connection: _Connection | None = None
+        self._connection: AmqpConnection | None = None
         self._channel: AbstractChannel | None = None
         self._queues: list[AbstractQueue] = []
         self._arrived: AbstractIncomingMessage | None = None
@@ -313,7 +212,7 @@ class _AmqpListener(Listener):
             message = await self._broker.run(self._get)
         return None if message is None else self._delivery(message)
 
-    async def _get(self, connection: _Connection) -> AbstractIncomingMessage | None:
+    async def _get(self, connection: AmqpConnection) -> AbstractIncomingMessage | None:
         # a connection that was given up may still take a while to close its channels
         if self._connection is not connection or self._is_closed:
             await self._open(connection)
@@ -329,7 +228,7 @@ class _AmqpListener(Listener):
     def _is_closed(self) -> bool:
         return self._channel is None or self._channel.is_closed
 
-    async def _open(self, connection: _Connection) -> None:
+    async def _open(self, connection: AmqpConnection) -> None:
         for name in self._broker.queues:
             await connection.declare(name, again=True)  # it may be gone, which closed our channel
         channel = await connection.channel()
@@ -423,36 +322,6 @@ class _Consumption:
         else:
             self._surplus.append(message)
         self._end.set()
-
-
-def _to_amqp(message: BrokerMessage) -> aio_pika.Message:
-    return aio_pika.Message(
-        message.message,
-        content_type="application/json",
-        # not the message id, which aiormq takes for unique among what is on its way
-        correlation_id=message.task_id,
-        type=message.task_name,
-        delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
-        priority=priority_of(message),
-    )
-
-
-async def _connect(options: ServerOptions) -> _Connection:
-    arguments: dict[str, Any] = {}
-    if options.heartbeat_seconds is not None:
-        arguments["heartbeat"] = options.heartbeat_seconds
-    if options.uses_tls:
-        arguments["ssl_context"] = options.tls.context()
-    with our_message_is_enough():
-        try:
-            connection = await aio_pika.connect(options.client_url, **arguments)
-        except (exceptions.InvalidFrameError, PAMQPException) as error:
-            # what aiormq 7 and 6 make of RabbitMQ's refusal to open a virtual host
-            raise exceptions.ConnectionNotAllowed(
-                words_of_close(error)
-                or "its virtual host does not exist, or the user has no access to it"
-            ) from error
-    return _Connection(connection)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
@@ -28,6 +29,9 @@ LONGEST_RETRY_SECONDS = 2.0
 #: How many bytes of messages are sent in one go. One round trip for a usual fan-out, and still
 #: little enough to get through within the time that a server has for its answer.
 MAX_BATCH_BYTES = 4 * 2**20
+
+#: The longest message that a look into a queue brings: it is made for people, of many tasks.
+MAX_PEEK_BYTES = 256 * 2**10
 
 
 class Delivery(AckableMessage):
@@ -62,6 +66,19 @@ class Delivery(AckableMessage):
                     self.settled = True
 
         return settle
+
+
+@dataclass(frozen=True)
+class WaitingTask:
+    """A task that waits in a queue.
+
+    Attributes:
+        data: of its message; empty where that is longer than ``MAX_PEEK_BYTES``.
+    """
+
+    task_id: str
+    priority: int
+    data: bytes
 
 
 class Listener(ABC):
@@ -229,6 +246,26 @@ class TaskBroker(AsyncBroker):
     @abstractmethod
     async def depth(self, queue: str) -> int:
         """How many tasks wait in a physical queue; 0 for one that does not exist."""
+
+    async def queues_with_tasks(self) -> set[str] | None:
+        """The physical queues of the deployment in which tasks wait.
+
+        Returns:
+            None from a broker whose server does not list its queues.
+        """
+        return None
+
+    async def peek(self, queue: str, limit: int) -> list[WaitingTask] | None:
+        """The next tasks of a physical queue in their order, without taking them.
+
+        Args:
+            limit: how many at most.
+
+        Returns:
+            None from a broker that cannot look into its queue.
+        """
+        del queue, limit
+        return None
 
 
 class Outage:

@@ -20,10 +20,12 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.brokers.base import (
+    MAX_PEEK_BYTES,
     Admission,
     Delivery,
     Listener,
     TaskBroker,
+    WaitingTask,
     priority_of,
     queue_of,
 )
@@ -117,6 +119,18 @@ class _Queue:
         self._ids.discard(hold.task.task_id)
         return True
 
+    def peek(self, limit: int) -> list[WaitingTask]:
+        """The next tasks in their order."""
+        found = heapq.nsmallest(limit, self._waiting)
+        return [
+            WaitingTask(
+                task.task_id,
+                -task.place[0],
+                task.payload if len(task.payload) <= MAX_PEEK_BYTES else b"",
+            )
+            for task in found
+        ]
+
     def withdraw(self, task_ids: Collection[str]) -> set[str]:
         """Forget those of the tasks that wait; returns their ids."""
         if not self.is_searchable:
@@ -196,6 +210,10 @@ class MemoryQueues:
     def queue(self, name: str) -> _Queue:
         """A queue, which is there as soon as somebody speaks of it."""
         return self._queues.setdefault(name, _Queue(self.is_searchable))
+
+    def queues_with_tasks(self) -> set[str]:
+        """The queues in which tasks wait."""
+        return {name for name, queue in self._queues.items() if queue.depth}
 
     def put(self, message: BrokerMessage) -> None:
         """Add a task to its queue and wake who waits for it."""
@@ -326,6 +344,16 @@ class MemoryBroker(TaskBroker):
         """How many tasks wait in a queue."""
         with self._server.reached(self):
             return self._server.queue(queue).depth
+
+    async def queues_with_tasks(self) -> set[str] | None:
+        """See ``TaskBroker``; None where its queues are not searchable, as with RabbitMQ."""
+        with self._server.reached(self):
+            return self._server.queues_with_tasks() if self._server.is_searchable else None
+
+    async def peek(self, queue: str, limit: int) -> list[WaitingTask] | None:
+        """See ``TaskBroker``; None where its queues are not searchable."""
+        with self._server.reached(self):
+            return self._server.queue(queue).peek(limit) if self._server.is_searchable else None
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""

@@ -18,6 +18,7 @@ from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.control import refuses, worker_order
 from dagster_taskiq.messages.envelope import PROTOCOL
 from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.overview import is_named, read_workers
 
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"
@@ -72,7 +73,7 @@ def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str
     records = [
         record
         for record in _running_workers(settings)
-        if not record.is_outdated and (not names or any(_is_named(record, name) for name in names))
+        if not record.is_outdated and (not names or any(is_named(record, name) for name in names))
     ]
     for record in records:
         click.echo(f"->  {record.name}: OK")
@@ -150,8 +151,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
 
 def _running_workers(settings: Settings, name: str | None = None) -> list[WorkerRecord]:
     """The running workers; those of a name, where it is given."""
-    records = asyncio.run(_ask_backend(settings, lambda backend: backend.workers()))
-    return [record for record in records if name is None or _is_named(record, name)]
+    return asyncio.run(_ask_backend(settings, lambda backend: read_workers(backend, name)))
 
 
 def _tell_workers(
@@ -174,7 +174,7 @@ def _tell_workers(
 
     async def tell(backend: Backend) -> list[str]:
         running = await backend.workers()
-        records = [item for item in running if all_ or _is_named(item, str(name))]
+        records = [item for item in running if all_ or is_named(item, str(name))]
         if running and not records and not may_be_nobody:
             raise click.ClickException(_nobody(str(name)))
         refusals = [refuses(settings.signer(), record) for record in records]
@@ -201,12 +201,6 @@ def _nobody(name: str) -> str:
     if name.startswith("@"):
         return f"No worker is running on host {name[1:]!r}."
     return f"No worker named {name!r} is running."
-
-
-def _is_named(record: WorkerRecord, name: str) -> bool:
-    """Whether NAME, NAME@HOST or @HOST means this worker."""
-    own, _, host = record.name.partition("@")
-    return name in (record.name, own, f"@{host}")
 
 
 async def _ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[list[T]]]) -> list[T]:

@@ -15,6 +15,10 @@ from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers.kinds import BACKEND_KINDS, BROKER_KINDS, kind_of, one_of, schemes_of
 from dagster_taskiq.servers.urls import redact_url
 
+#: The backend where Dagster's instance is, under dagster-celery's name of the backend that needs
+#: no server: PostgreSQL where the instance has one, else the embedded server of its host.
+WITH_THE_INSTANCE = "rpc://"
+
 #: Kombu's sign between the servers of one URL, where another URL follows.
 _NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 
@@ -41,32 +45,29 @@ def find_broker_url(configured: str | None) -> str | None:
     return url
 
 
-def find_backend_url(
-    configured: str | None, broker_url: str | None, *, is_needed: bool
-) -> str | None:
+def find_backend_url(configured: str | None, broker_url: str | None) -> str | None:
     """The backend's URL: the configured one, or that of its variable.
 
     Returns:
-        None where it is the broker's own server.
+        None where it is the broker's own server, and ``WITH_THE_INSTANCE`` for ``rpc://`` and for a
+        RabbitMQ without any, which cannot keep the state.
 
     Raises:
-        ConfigError: it is none, or the broker cannot be the backend and ``is_needed``.
+        ConfigError: it is none, or ``rpc://`` beside another broker than RabbitMQ.
     """
     is_rpc = configured is not None and configured.startswith("rpc")
     url = (None if is_rpc else configured) or os.getenv(BACKEND_URL_VARIABLE)
+    has_own = broker_url is None or kind_of(broker_url) in BACKEND_KINDS
     if not url:
-        has_own = broker_url is None or kind_of(broker_url) in BACKEND_KINDS
-        if not is_needed or (has_own and not is_rpc):
-            return None
-        what = "rpc://" if is_rpc else _alone(str(broker_url))
-        ways = [f"the {schemes_of([it])[0]} URL of a {it.name}" for it in BACKEND_KINDS]
-        raise ConfigError(
-            f"{what} cannot keep results and claims: set "
-            f"'backend' or {BACKEND_URL_VARIABLE} to {one_of(ways)}."
-        )
+        if is_rpc and has_own:
+            raise ConfigError(
+                "backend 'rpc://' is for RabbitMQ as the broker: leave 'backend' out, and the "
+                "broker keeps results and claims too; or set 'broker' to an amqp:// URL."
+            )
+        return None if has_own else WITH_THE_INSTANCE
     if is_rpc:
         warnings.warn(
-            f"backend 'rpc://' cannot keep results and claims: {BACKEND_URL_VARIABLE} is used.",
+            f"{BACKEND_URL_VARIABLE} keeps results and claims, in place of backend 'rpc://'.",
             stacklevel=2,
         )
     url = _first_of("backend", url)
@@ -75,10 +76,6 @@ def find_backend_url(
         ways = [f"a {it.name} ({one_of(schemes_of([it]))})" for it in BACKEND_KINDS]
         raise ConfigError(f"backend must be {one_of(ways)}, not {kind.name}.")
     return url
-
-
-def _alone(broker_url: str) -> str:
-    return f"{kind_of(broker_url).name} alone ({redact_url(broker_url)})"
 
 
 def _url_of_host() -> str | None:

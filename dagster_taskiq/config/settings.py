@@ -58,7 +58,8 @@ def _both() -> str:
 class Settings:
     """The whole configuration of an executor, a launcher or a worker.
 
-    ``broker_url`` None means the embedded server, ``backend_url`` None the broker's own server.
+    ``broker_url`` None means the embedded server, ``backend_url`` None the broker's own server
+    and ``WITH_THE_INSTANCE`` the one where Dagster's instance is.
     ``signing_variables`` are the environment variables that may hold signing keys.
     """
 
@@ -79,7 +80,7 @@ class Settings:
         name="backend",
         schema=Noneable(StringSource),
         variable=defaults.BACKEND_URL_VARIABLE,
-        default_text=f"the broker if that is {_both()}",
+        default_text=f"the broker if that is {_both()}, else where Dagster's instance is",
         is_secret=True,
     )
     signing_keys: tuple[str, ...] = setting(
@@ -184,9 +185,7 @@ class Settings:
         source = ConfigSource.read(config.get("config_source"))
         keys, variables = _signing_keys(config.get("signing_key"))
         broker_url = find_broker_url(config.get("broker"))
-        backend_url = find_backend_url(
-            config.get("backend"), broker_url, is_needed=not source.task_always_eager
-        )
+        backend_url = find_backend_url(config.get("backend"), broker_url)
         queue = config.get("default_queue") or source.task_default_queue or defaults.DEFAULT_QUEUE
         others = {
             row.field: row.read(config[row.name])

@@ -21,6 +21,9 @@ from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.signing import Purpose, Signer, without_signature
 
+#: The longest record that is written, but for one with very many queues.
+_MAX_WRITTEN_BYTES = MAX_CONTROL_BYTES // 2
+
 #: The most queues that a record is believed to name.
 _MAX_QUEUES = 1000
 
@@ -29,6 +32,28 @@ MAX_RECORD_AGE_SECONDS = WORKER_EXPIRES_SECONDS + CONTROL_AGE_SECONDS
 
 #: What a reader makes of a record; no record says it of itself.
 _OF_THE_READER = ("is_trusted", "is_outdated")
+
+
+#: How many tasks a record names at most, so that it stays below ``MAX_CONTROL_BYTES``.
+MAX_RUNNING = 100
+
+
+@dataclass(frozen=True)
+class RunningTask:
+    """A task that a worker has claimed, as it says it in its heartbeat.
+
+    Attributes:
+        step_key: empty for a whole run.
+        attempt: see ``Envelope``.
+        claimed_at: by the worker's clock; seconds since the epoch.
+    """
+
+    task_id: str
+    run_id: str
+    step_key: str
+    attempt: int
+    queue: str
+    claimed_at: float
 
 
 @dataclass(frozen=True)
@@ -47,6 +72,7 @@ class WorkerRecord:
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
         broker: address of the broker that it listens to, without a password; empty if not told.
+        running: what it executes, the longest first, at most ``MAX_RUNNING`` of them.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
             has no key.
@@ -70,15 +96,19 @@ class WorkerRecord:
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
     broker: str = ""
+    running: tuple[RunningTask, ...] = ()
     sent_at: float = 0.0
     is_trusted: bool = True
     is_outdated: bool = False
 
 
 def write_record(signer: Signer, record: WorkerRecord) -> bytes:
-    """The record as its worker stores it."""
+    """The record as its worker stores it; without what it executes where it would be too long."""
     values = {key: value for key, value in asdict(record).items() if key not in _OF_THE_READER}
-    return signer.seal(Purpose.WORKER, record.worker_id, json.dumps(values).encode())
+    data = json.dumps(values).encode()
+    if len(data) > _MAX_WRITTEN_BYTES:
+        data = json.dumps({**values, "running": []}).encode()
+    return signer.seal(Purpose.WORKER, record.worker_id, data)
 
 
 def read_record(signer: Signer, worker_id: str, data: bytes, now: float) -> WorkerRecord:
@@ -128,6 +158,16 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_name(item) for item in value[:_MAX_QUEUES])
 
 
+def _running(value: Any) -> tuple[RunningTask, ...]:
+    if not isinstance(value, list):
+        raise TypeError
+    own = fields(RunningTask)
+    return tuple(
+        RunningTask(**{item.name: _READERS[str(item.type)](one[item.name]) for item in own})
+        for one in value[:MAX_RUNNING]
+    )
+
+
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
         raise TypeError
@@ -144,6 +184,7 @@ def _seconds(value: Any) -> float:
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "str": _name,
     "tuple[str, ...]": _names,
+    "tuple[RunningTask, ...]": _running,
     "int": _count,
     "float": _seconds,
 }

@@ -20,7 +20,13 @@ from dagster_taskiq.servers.server_refusals import (
     Refusal,
 )
 from dagster_taskiq.servers.tls import Tls, take_ssl_parameters
-from dagster_taskiq.servers.urls import normalize_amqp, redact_url, split_url, with_scheme
+from dagster_taskiq.servers.urls import (
+    normalize_amqp,
+    normalize_postgresql,
+    redact_url,
+    split_url,
+    with_scheme,
+)
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,18 @@ REDIS = ServerKind(
 POSTGRESQL = ServerKind(
     names=("PostgreSQL",),
     # TLS is libpq's own: ``?sslmode=``
-    schemes={"postgresql": Scheme(5432), "postgres": Scheme(5432, stands_for="postgresql")},
+    schemes={
+        "postgresql": Scheme(5432),
+        "postgres": Scheme(5432, stands_for="postgresql"),
+        "postgresql+psycopg2": Scheme(5432, stands_for="postgresql"),
+        "postgresql+psycopg": Scheme(5432, stands_for="postgresql"),
+    },
     default_path="",
     refusals=POSTGRESQL_SERVER_REFUSALS,
     broker=None,
     backend="postgresql:PostgresqlBackend",
     extra="postgres",
+    client_url=normalize_postgresql,
 )
 
 KINDS = (RABBITMQ, REDIS, POSTGRESQL)
@@ -195,8 +207,9 @@ def _find_kind(url: str) -> ServerKind | None:
 
 
 def schemes_of(kinds: Iterable[ServerKind]) -> list[str]:
-    """How the URLs of some kinds begin, each as ``scheme://``."""
-    return [f"{scheme}://" for kind in kinds for scheme in kind.schemes]
+    """How the URLs of some kinds begin, each as ``scheme://``; SQLAlchemy's spellings go unsaid."""
+    schemes = [scheme for kind in kinds for scheme in kind.schemes]
+    return [f"{scheme}://" for scheme in schemes if "+" not in scheme]
 
 
 def one_of(items: Sequence[str]) -> str:
@@ -214,6 +227,8 @@ class ServerOptions:
         connect_timeout_seconds: after which a server that does not answer is unreachable.
         heartbeat_seconds: of an AMQP connection; None is the server's own.
         tls: for a URL with TLS.
+        fresh_password: makes the password of each new connection, in place of the URL's; for
+            PostgreSQL alone. It may take its time.
     """
 
     url: str
@@ -221,6 +236,7 @@ class ServerOptions:
     connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
     heartbeat_seconds: int | None = None
     tls: Tls = Tls()
+    fresh_password: Callable[[], str] | None = None
 
     @property
     def kind(self) -> ServerKind:

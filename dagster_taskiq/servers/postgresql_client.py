@@ -58,6 +58,7 @@ class Connections:
         self, options: ServerOptions, greet: Callable[[Connection], Awaitable[None]]
     ) -> None:
         self._conninfo = _conninfo_of(options)
+        self._fresh_password = options.fresh_password
         self._address = options.address
         self._seconds = options.connect_timeout_seconds
         self._greet = greet
@@ -138,12 +139,7 @@ class Connections:
             psycopg.Error, OSError: see ``server_errors``.
         """
         try:
-            connection: Connection = await asyncio.wait_for(
-                psycopg.AsyncConnection.connect(
-                    self._conninfo, autocommit=True, prepare_threshold=None
-                ),
-                self._seconds,
-            )
+            connection: Connection = await asyncio.wait_for(self._open(), self._seconds)
         except asyncio.TimeoutError:
             raise self._silent("connection") from None
         try:
@@ -152,6 +148,15 @@ class Connections:
             connection.pgconn.finish()
             raise
         return connection
+
+    async def _open(self) -> Connection:
+        conninfo_now = self._conninfo
+        if self._fresh_password is not None:
+            password = await asyncio.to_thread(self._fresh_password)
+            conninfo_now = conninfo.make_conninfo(conninfo_now, password=password)
+        return await psycopg.AsyncConnection.connect(
+            conninfo_now, autocommit=True, prepare_threshold=None
+        )
 
     def close(self) -> None:
         """Close them all; those in use when their call ends. A later call opens new ones."""

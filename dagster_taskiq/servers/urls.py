@@ -51,6 +51,12 @@ def with_scheme(url: str, scheme: str) -> str:
     return f"{scheme}{url[url.index('://') :]}"
 
 
+def normalize_postgresql(url: str) -> str:
+    """The URL as libpq reads it: without the driver that SQLAlchemy's may name in their scheme."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme.partition('+')[0]}{separator}{rest}"
+
+
 def normalize_amqp(url: str) -> str:
     """An AMQP URL as aio-pika reads it.
 

@@ -11,6 +11,7 @@ becomes of the task.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, Place
+from dagster_taskiq.messages.worker_records import RunningTask
 
 logger = logging.getLogger(__name__)
 
@@ -166,20 +168,31 @@ class CountingObserver(WorkerObserver):
 
     Attributes:
         busy: how many tasks of each kind are claimed now.
+        running: those tasks by their ids, the longest claimed first.
         refused_count: how many messages and orders were refused.
     """
 
     def __init__(self) -> None:
         self.busy: Counter[QueueKind] = Counter()
+        self.running: dict[str, RunningTask] = {}
         self.refused_count = 0
 
     def claimed(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
         self.busy[envelope.kind] += 1
+        self.running[envelope.task_id] = RunningTask(
+            task_id=envelope.task_id,
+            run_id=envelope.run_id,
+            step_key=envelope.step_key or "",
+            attempt=envelope.attempt,
+            queue=envelope.queue,
+            claimed_at=time.time(),
+        )
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
         self.busy[envelope.kind] -= 1
+        self.running.pop(envelope.task_id, None)
 
     def refused(self, address: str, what: str, error: Exception) -> None:
         """See ``WorkerObserver``."""

@@ -17,6 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
@@ -34,7 +35,7 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import MAX_RUNNING, WorkerRecord
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.admission import StationAdmission
@@ -365,6 +366,7 @@ class Worker:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
+            running=tuple(islice(self._counts.running.values(), MAX_RUNNING)),
             sent_at=time.time(),
         )
         await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)

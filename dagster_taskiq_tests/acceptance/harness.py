@@ -68,7 +68,13 @@ from dagster_taskiq_tests.servers import (
 )
 
 BrokerKind = Literal[
-    "redis", "valkey", "rabbitmq", "embedded", "redis+postgres", "rabbitmq+postgres"
+    "redis",
+    "valkey",
+    "rabbitmq",
+    "rabbitmq alone",
+    "embedded",
+    "redis+postgres",
+    "rabbitmq+postgres",
 ]
 
 #: Every broker that a stack can have.
@@ -644,7 +650,7 @@ def open_stack(
 
     Args:
         kind: of the broker; the backend is its own server, or Redis beside RabbitMQ, or the one
-            behind a plus sign.
+            behind a plus sign, or where the instance is.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
     """
@@ -658,6 +664,8 @@ def open_stack(
             options_of = redis_options if kind.startswith("redis") else amqp_options
             broker = servers.enter_context(options_of())
             backend = servers.enter_context(postgres_options(broker.key_prefix))
+        elif kind == "rabbitmq alone":
+            broker = servers.enter_context(amqp_options())
         elif kind == "redis":
             broker = servers.enter_context(redis_options())
         elif kind == "valkey":

@@ -464,6 +464,19 @@ def test_a_run_process_that_is_stopped(final: Stack) -> None:
     assert run.status is FAILURE
 
 
+def test_runs_do_not_starve_their_steps(final: Stack) -> None:
+    """More runs than the worker has slots of both kinds are under way, and each gets its steps.
+
+    Were runs to take the slots of steps, none of these could go on.
+    """
+    runs = [launch(final, "gated_then_more") for _ in range(5)]
+    runs[0].await_notes("started")
+    runs[1].await_notes("started")
+    for run in runs:
+        run.open_gate()
+    assert all(run.wait().is_success for run in runs)
+
+
 # --- resume -------------------------------------------------------------------------------------
 
 

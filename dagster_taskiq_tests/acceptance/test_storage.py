@@ -14,13 +14,18 @@ from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, stor
 from dagster_taskiq_tests.servers import postgres_database
 
 
-@pytest.fixture(scope="module")
-def on_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack whose instance is in a PostgreSQL database, with a worker."""
+@pytest.fixture(scope="module", params=["redis", "rabbitmq alone"])
+def on_postgres(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    """A stack whose instance is in a PostgreSQL database, with a worker.
+
+    RabbitMQ alone leaves the state of tasks to that database.
+    """
     with postgres_database() as url:
         storage = {"storage": {"postgres": {"postgres_url": url}}}
         directory = tmp_path_factory.mktemp("stack")
-        with open_stack("redis", directory, dagster_yaml=storage) as stack:
+        with open_stack(request.param, directory, dagster_yaml=storage) as stack:
             stack.worker().await_ready()
             yield stack
 

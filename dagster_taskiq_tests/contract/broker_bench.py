@@ -17,6 +17,7 @@ from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     asynccontextmanager,
+    closing,
     contextmanager,
 )
 from dataclasses import replace
@@ -35,6 +36,7 @@ from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.urls import normalize_amqp
+from dagster_taskiq_tests.proxy import Mode, Proxy
 from dagster_taskiq_tests.servers import amqp_options, is_redis, redis_options, valkey_options
 
 Kind = Literal["memory", "unsearchable memory", "redis", "valkey", "rabbitmq"]
@@ -235,8 +237,8 @@ class ServerHarness(Harness):
 
     @asynccontextmanager
     async def network(self) -> AsyncIterator[Network]:
-        async with proxied(self.options) as proxy:
-            yield proxy
+        with proxied(self.options) as network:
+            yield network
 
 
 class RedisHarness(ServerHarness):
@@ -449,92 +451,41 @@ async def eventually(check: Callable[[], Awaitable[object]]) -> None:
         await asyncio.sleep(0.02)
 
 
-class Proxy(Network):
-    """A TCP proxy before a server."""
+class ProxyNetwork(Network):
+    """Through a TCP proxy.
+
+    Attributes:
+        options: the same server through the proxy, and with little patience.
+    """
 
     place = r"127\.0\.0\.1"
 
-    def __init__(self, options: ServerOptions, tls: ssl.SSLContext | None = None) -> None:
-        self._options = options
-        self._tls = tls
-        url = options.url
-        parts = urlsplit(normalize_amqp(url) if not is_redis(url) else url)
-        self._upstream = (parts.hostname, parts.port or (6379 if is_redis(url) else 5672))
-        self._parts = parts
-        self._port = 0
-        self._server: asyncio.Server | None = None
-        self._writers: set[asyncio.StreamWriter] = set()
-        self._pumps: set[asyncio.Task[None]] = set()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
-
-    @property
-    def options(self) -> ServerOptions:
-        """The same server through the proxy, and with little patience."""
-        login = self._parts.netloc.rpartition("@")[0]
-        netloc = f"{login}@127.0.0.1:{self._port}" if login else f"127.0.0.1:{self._port}"
-        scheme = self._parts.scheme + ("s" if self._tls else "")
-        url = self._parts._replace(scheme=scheme, netloc=netloc).geturl()
-        return replace(self._options, url=url, connect_timeout_seconds=1)
+    def __init__(self, options: ServerOptions, proxy: Proxy) -> None:
+        self.options = replace(options, url=proxy.url, connect_timeout_seconds=1)
+        self._proxy = proxy
 
     def broker(self, *queues: str, admission: Admission | None = None) -> TaskBroker:
         return open_broker(self.options, queues, admission)
 
-    async def open(self) -> None:
-        """Take connections, on the same port as before."""
-        self._server = await asyncio.start_server(
-            self._connect, "127.0.0.1", self._port, ssl=self._tls
-        )
-        self._port = self._server.sockets[0].getsockname()[1]
-
     def cut(self) -> None:
-        """Break all connections."""
-        for writer in self._writers:
-            writer.transport.abort()
-        self._writers.clear()
+        self._proxy.cut()
 
     def close(self) -> None:
-        """Break all connections and refuse new ones."""
-        assert self._server is not None
-        self._server.close()
-        self.cut()
+        self._proxy.set(Mode.REFUSE)
+
+    async def open(self) -> None:
+        self._proxy.set(Mode.PASS)
 
     def freeze(self) -> None:
-        """Let nothing through any more, with the connections up."""
-        self._flowing.clear()
+        self._proxy.set(Mode.HOLD)
 
     def thaw(self) -> None:
-        self._flowing.set()
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there_writer = await asyncio.open_connection(*self._upstream)
-        self._writers |= {writer, there_writer}
-        for source, target in ((reader, there_writer), (there_reader, writer)):
-            pump = asyncio.ensure_future(self._pump(source, target))
-            self._pumps.add(pump)
-            pump.add_done_callback(self._pumps.discard)
-
-    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(65536):
-                await self._flowing.wait()
-                target.write(data)
-                await target.drain()
-        except OSError:
-            pass
-        finally:
-            target.close()
+        self._proxy.set(Mode.PASS)
 
 
-@asynccontextmanager
-async def proxied(
-    options: ServerOptions, tls: ssl.SSLContext | None = None
-) -> AsyncIterator[Proxy]:
-    """The same server through a proxy."""
-    proxy = Proxy(options, tls)
-    await proxy.open()
-    try:
-        yield proxy
-    finally:
-        proxy.thaw()
-        proxy.close()
+@contextmanager
+def proxied(options: ServerOptions, tls: ssl.SSLContext | None = None) -> Iterator[ProxyNetwork]:
+    """The same server through a proxy, which speaks TLS where it has a context for it."""
+    url = options.url if is_redis(options.url) else normalize_amqp(options.url)
+    with closing(Proxy(url, tls=tls)) as proxy:
+        yield ProxyNetwork(options, proxy)

@@ -667,6 +667,36 @@ def test_no_workers(empty: Bench) -> None:
     assert empty.call(empty.backend.workers()) == []
 
 
+def test_runs_that_are_not_over_are_listed(empty: Bench) -> None:
+    """With their loops, and those of their tasks that somebody has or that wait for a judgement."""
+    bench, first = empty, empty.run_id
+    bench.open_run(is_resumable=True)
+    held, expired, done = (bench.claimed() for _ in range(3))
+    bench.expire(expired)
+    bench.complete(done)
+    bench.run_id = second = "0" + first[1:]  # before the other one in the listing
+    launched = bench.new_claim("launched")
+    assert bench.claim(launched, needs_live_run=False, until_begun=True) is ClaimAnswer.GRANTED
+    bench.run_id = "1" + first[1:]
+    bench.open_run()
+    bench.close_run()
+    found = bench.call(bench.backend.runs())
+    reports = {report.run_id: report for report in found}
+    assert [report.run_id for report in found] == sorted([first, second])
+    assert (reports[first].has_loop, reports[first].is_resumable) == (True, True)
+    assert (reports[second].has_loop, reports[second].is_resumable) == (False, False)
+    states = {key: report.state for key, report in reports[first].tasks.items()}
+    assert states == {held.task_id: TaskState.CLAIMED, expired.task_id: TaskState.EXPIRED}
+    assert reports[first].tasks[held.task_id].place == held.place
+    assert reports[second].tasks["launched"].place == launched.place
+    bench.run_id = first
+    bench.close_run()
+    bench.complete(held)
+    bench.condemn(expired.task_id)
+    (left,) = bench.call(bench.backend.runs())
+    assert left.run_id == second
+
+
 @pytest.mark.parametrize("key", [["k" * 32], []])
 def test_records_are_verified(bench: Bench, key: list[str]) -> None:
     """By who has a key."""
@@ -730,6 +760,7 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "heartbeat": lambda: backend.heartbeat(record("w"), expires_seconds=1),
         "goodbye": lambda: backend.goodbye("w"),
         "workers": backend.workers,
+        "runs": backend.runs,
         "send_control": lambda: backend.send_control("w", "x"),
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),
     }
@@ -766,12 +797,12 @@ def test_every_call_says_when_the_server_is_gone_and_works_when_it_is_back(kind:
 @ONE_OF_EACH
 def test_a_frozen_server_is_unreachable_after_the_timeout(kind: Kind) -> None:
     """It accepts connections and answers nothing."""
-    with private_bench(kind, timeout_seconds=0.2) as (server, bench):
+    with private_bench(kind, timeout_seconds=1) as (server, bench):
         server.freeze()
         began = time.monotonic()
         with pytest.raises(UnreachableServerError):
             bench.claim(bench.new_claim())
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
         server.thaw()
 
 

@@ -91,7 +91,12 @@ class Side:
         epoch, reports = bench.call(bench.backend.inspect(bench.run_id, [claim.task_id]))
         (task,) = reports.values()
         known = (self.see(epoch), task.state, task.place, task.lease_left_seconds > 0)
-        return known, bench.read(claim.task_id), self.renew(self.claim_of(0, task="no task"))
+        listed = [
+            (run.has_loop, run.is_resumable, {key: it.state for key, it in run.tasks.items()})
+            for run in bench.call(bench.backend.runs())
+        ]
+        renewed = self.renew(self.claim_of(0, task="no task"))
+        return known, listed, bench.read(claim.task_id), renewed
 
 
 #: On each server: they take their time.

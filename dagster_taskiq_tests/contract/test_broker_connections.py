@@ -29,7 +29,7 @@ from dagster_taskiq_tests.server_sources import missing
 
 def test_a_server_that_does_not_answer_is_unreachable(broker_options: ServerOptions) -> None:
     async def test() -> None:
-        async with proxied(broker_options) as network:
+        with proxied(broker_options) as network:
             network.freeze()
             broker = network.broker()
             start = time.monotonic()
@@ -88,7 +88,7 @@ def test_tls_servers_are_verified(
     async def test() -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(*certificate)
-        async with proxied(broker_options, context) as network:
+        with proxied(broker_options, context) as network:
             for tls in (Tls(ca_file=certificate[0]), Tls(verify=False)):
                 there = harness_of(replace(network.options, tls=tls))
                 queue = there.queue()

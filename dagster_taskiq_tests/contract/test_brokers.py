@@ -16,6 +16,7 @@ from typing import TypeVar, cast
 
 import pytest
 
+from dagster_taskiq.brokers.base import MAX_PEEK_BYTES, WaitingTask
 from dagster_taskiq.errors import ConfigError, MalformedTaskError, UnreachableServerError
 from dagster_taskiq_tests.contract.broker_bench import (
     AT_ONCE_SECONDS,
@@ -547,6 +548,37 @@ def test_depth_counts_what_waits(harness: Harness) -> None:
 
 async def _is(value: Awaitable[T], expected: T) -> bool:
     return await value == expected
+
+
+def test_a_look_into_a_queue_takes_nothing(harness: Harness) -> None:
+    """Where queues are searchable, the next tasks are shown in their order with their messages."""
+
+    async def test() -> None:
+        queue, empty = harness.queue(), harness.queue("empty")
+        async with opened(harness) as broker:
+            long = "long" * MAX_PEEK_BYTES
+            for text, priority in (("low", 1), ("high", 9), (long, 5), ("later", 1)):
+                message = task(queue, text, priority=priority)
+                message.task_id = text[:5]
+                await broker.kick(message)
+            queues, found = await broker.queues_with_tasks(), await broker.peek(queue, 3)
+            if not harness.is_searchable:
+                assert queues is found is None
+                return
+            assert queues == {queue}
+            assert found == [
+                WaitingTask("high", 9, b"high"),
+                WaitingTask("longl", 5, b""),
+                WaitingTask("low", 1, b"low"),
+            ]
+            assert await broker.peek(empty, 3) == []
+            assert await broker.depth(queue) == 4
+        async with consuming(harness, queue) as consumer:
+            delivery = await consumer.take()
+            assert delivery.data == b"high"
+            await delivery.ack()
+
+    run(test())
 
 
 def test_absent_is_what_is_certainly_gone(harness: Harness) -> None:

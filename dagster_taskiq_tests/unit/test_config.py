@@ -13,6 +13,7 @@ import pytest
 from dagster_taskiq import defaults
 from dagster_taskiq.config.celery_names import CELERY_SETTINGS
 from dagster_taskiq.config.config_source import ConfigSource
+from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
 from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings, check_config
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
@@ -250,11 +251,10 @@ def test_a_redis_broker_is_its_own_backend(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["amqp://h", "amqps://h", "pyamqp://guest@localhost//"])
-def test_rabbitmq_alone_says_what_to_set(url: str) -> None:
-    """RabbitMQ without a backend is an error that names both ways out."""
-    text = refusal(broker=url)
-    assert "'backend'" in text
-    assert defaults.BACKEND_URL_VARIABLE in text
+@pytest.mark.parametrize("backend", [None, "rpc://"])
+def test_rabbitmq_alone_leaves_the_state_to_the_instance(url: str, backend: str | None) -> None:
+    """As dagster-celery's users have it, with and without its default backend."""
+    assert settings(broker=url, backend=backend).backend_url == WITH_THE_INSTANCE
 
 
 def test_rabbitmq_is_no_backend() -> None:
@@ -263,26 +263,27 @@ def test_rabbitmq_is_no_backend() -> None:
 
 
 def test_rpc_warns_and_uses_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """dagster-celery's default backend warns and is replaced by the variable's."""
+    """A server that is named goes before one that is not, and that is said."""
     monkeypatch.setenv(defaults.BACKEND_URL_VARIABLE, "redis://h")
-    with pytest.warns(UserWarning, match=r"rpc.*DAGSTER_TASKIQ_BACKEND_URL"):
+    with pytest.warns(UserWarning, match=r"DAGSTER_TASKIQ_BACKEND_URL.*rpc"):
         given = settings(broker="pyamqp://guest@localhost//", backend="rpc://")
     assert given.backend_url == "redis://h"
 
 
-@pytest.mark.parametrize("broker", ["amqp://h", "redis://h", None])
-def test_rpc_without_the_variable_says_what_to_set(broker: str | None) -> None:
-    """The error alone says it, whatever the broker: a warning beside it would contradict it."""
+@pytest.mark.parametrize("broker", ["redis://h", None])
+def test_rpc_is_for_rabbitmq(broker: str | None) -> None:
+    """Beside a broker that keeps the state itself it is a mistake."""
     text = refusal(broker=broker, backend="rpc://")
     assert "rpc://" in text
-    assert defaults.BACKEND_URL_VARIABLE in text
+    assert "leave 'backend' out" in text
 
 
 @pytest.mark.parametrize("variable", defaults.BROKER_HOST_VARIABLES)
 def test_the_host_of_the_default_broker(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It makes dagster-celery's default URL, which needs a backend; a whole URL goes before it."""
+    """It makes dagster-celery's default URL; a whole URL goes before it."""
     monkeypatch.setenv(variable, "rabbit.example.org")
-    assert "RabbitMQ alone (pyamqp://guest@rabbit.example.org:5672//)" in refusal()
+    assert settings().broker_url == "pyamqp://guest@rabbit.example.org:5672//"
+    assert settings().backend_url == WITH_THE_INSTANCE
     given = settings(backend="redis://h")
     assert given.broker_url == "pyamqp://guest@rabbit.example.org:5672//"
     assert settings(broker="redis://h").broker_url == "redis://h"

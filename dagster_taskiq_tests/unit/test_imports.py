@@ -23,7 +23,7 @@ STOREYS = [
     "_dagster messages",
     "tags config brokers backend execution",
     "connections",
-    "loop launch worker",
+    "loop launch worker overview",
     "executor launcher",
     "demo",
     "cli",

@@ -80,12 +80,15 @@ def test_the_log_of_a_task(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_counters_of_the_listing() -> None:
-    """Busy is what is claimed and not released, by kind."""
+    """Busy and running is what is claimed and not released."""
     counts = CountingObserver()
     counts.claimed(STEP_TASK)
     counts.refused("redis://host", "a message", ValueError())
     assert (counts.busy[QueueKind.STEPS], counts.busy[QueueKind.RUNS]) == (1, 0)
+    (running,) = counts.running.values()
+    assert (running.task_id, running.step_key) == (STEP_TASK.task_id, STEP_TASK.step_key)
     counts.released(STEP_TASK)
+    assert not counts.running
     assert (counts.busy[QueueKind.STEPS], counts.refused_count) == (0, 1)
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.worker_records import (
     MAX_RECORD_AGE_SECONDS,
+    MAX_RUNNING,
+    RunningTask,
     WorkerRecord,
     read_record,
     write_record,
@@ -83,6 +85,17 @@ def test_texts_of_a_record_can_be_shown() -> None:
     assert len(read_record(KEY, "id", changed(queues=["q"] * 9999), NOW).queues) <= 1000
 
 
+def test_what_a_worker_executes_is_told() -> None:
+    """At most so much of it as a record may hold, and none of it where its names are very long."""
+    tasks = [RunningTask(f"t{n}", "run", "step", 1, "a", 1.5) for n in range(MAX_RUNNING + 1)]
+    told = replace(RECORD, running=tuple(tasks[:-1]))
+    assert read_record(KEY, "id", write_record(KEY, told), NOW) == told
+    more = read_record(NONE, "id", changed(running=[asdict(it) for it in tasks]), NOW)
+    assert more == told
+    long = replace(told, running=tuple(replace(it, step_key="\N{SNOWMAN}" * 255) for it in tasks))
+    assert read_record(KEY, "id", write_record(KEY, long), NOW) == RECORD
+
+
 def test_another_version_may_have_other_fields() -> None:
     """More of them, or fewer of those with a default."""
     values = {key: value for key, value in asdict(RECORD).items() if key != "protocol"}
@@ -102,6 +115,7 @@ def test_another_version_may_have_other_fields() -> None:
         *(changed(**{field: bad}) for field in ("name", "host", "state") for bad in (None, 5, [])),
         *(changed(**{field: bad}) for field in ("pid", "slots") for bad in ("1", None, -1, True)),
         *(changed(queues=bad) for bad in ("q", None, [1], {})),
+        *(changed(running=bad) for bad in ("q", None, [1], {}, [{}], [{"task_id": "t"}])),
         *(
             changed(**{field: bad})
             for field in ("started_at", "sent_at")
