@@ -118,7 +118,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def dispose(self) -> None:
         """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
-        self._background.close()
+        self._background.close()  # the end of all that belongs to it
         with self._opening:
             if self._opened is not None:
                 self._opened[0].close()
@@ -140,7 +140,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         run = context.dagster_run
         is_sending = False
         try:
-            self._client.reach(self._physical_queue(run))
+            self._client.reach(self._queue(run))
             is_sending = True
             self._launch(run)
         except ServerError as error:
@@ -177,7 +177,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._send(run, TaskName.RESUME_JOB, resume_number)
 
         try:
-            self._client.reach(self._physical_queue(run))
+            self._client.reach(self._queue(run))
             send(run)
         except ServerError as error:
             # it has been launched with these settings
@@ -251,7 +251,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             client=self._client,
             run_id=run_id,
             task_id=self._task_id(run),
-            physical=self._physical_queue(run),
+            queue=self._queue(run),
             patience_seconds=self._settings.lease_seconds + self._settings.cancel_grace_seconds,
         )
         return termination.carry_out(run, self._background)
@@ -280,7 +280,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _health_of_waiting(self, run: DagsterRun, task_id: str) -> tuple[WorkerStatus, str | None]:
         """Of a run that no worker has claimed: it waits, or was lost with its server's memory."""
         why = self._why_it_waits(run)
-        if not self._watch.is_lost(self._physical_queue(run), run.run_id, task_id):
+        if not self._watch.is_lost(self._queue(run), run.run_id, task_id):
             return WorkerStatus.RUNNING, f"The run waits in its queue. {why}".rstrip()
         reason = "Neither a worker nor a queue has the run's task any more."
         return WorkerStatus.NOT_FOUND, f"{reason} {why}".rstrip()
@@ -318,9 +318,6 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         if known is not None:
             return known
         return run_task_id(run.run_id, self._instance.count_resume_run_attempts(run.run_id))
-
-    def _physical_queue(self, run: DagsterRun) -> str:
-        return self._client.physical_queue(self._queue(run))
 
     def _queue(self, run: DagsterRun) -> str:
         return run_queue(run.tags, self._settings.default_queue)

@@ -152,15 +152,15 @@ class SimulatedSlot(Slot):
         self,
         order: Order,
         on_child: Callable[[int], None],
-        on_started: Callable[[], None] = lambda: None,
-        on_begun: Callable[[], None] = lambda: None,
+        on_order_taken: Callable[[], None] = lambda: None,
+        on_run_start_logged: Callable[[], None] = lambda: None,
     ) -> Answer:
         """Sleep for the step's time, or until interrupted."""
         if not isinstance(order, Execute):
             return RunAnswer()
         self._is_interrupted.clear()
         on_child(self.pid)
-        on_started()
+        on_order_taken()
         if self._step_seconds is None:
             await asyncio.Event().wait()
         else:

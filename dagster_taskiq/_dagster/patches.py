@@ -177,7 +177,7 @@ def execute_or_resume_run(
     run_id: str,
     *,
     is_resumed: bool,
-    on_begun: Callable[[], None] = lambda: None,
+    on_run_start_logged: Callable[[], None] = lambda: None,
 ) -> int:
     """Execute a run in this process, as Dagster's own run workers do; its exit code.
 
@@ -185,12 +185,12 @@ def execute_or_resume_run(
     Dagster it is in a wrong state then, which makes it a FAILURE.
 
     Args:
-        on_begun: called when the log says that the run has started.
+        on_run_start_logged: called when the log says that the run has started.
     """
 
     def look(event: DagsterEvent) -> None:
         if event.event_type is DagsterEventType.RUN_START:
-            on_begun()
+            on_run_start_logged()
 
     body = _resume_run_command_body if is_resumed else _execute_run_command_body
     grpc_impl: Any = import_module("dagster._grpc.impl")  # Any, as it does not export the name

@@ -200,21 +200,27 @@ _ATTEMPT_EVENTS = {
 }
 
 
-def read_step_log(instance: DagsterInstance, run_id: str, step_key: str) -> list[EventLogEntry]:
+def read_step_log(
+    instance: DagsterInstance, run_id: str, step_key: str, *, with_outputs: bool = False
+) -> list[EventLogEntry]:
     """What the log says of when a step's attempts have begun and ended, in its order.
 
     Dagster can read the events of one step only as their sums (``get_run_step_stats``), which do
     not tell one attempt from another; and the events of a run, of which there may be thousands.
+
+    Args:
+        with_outputs: whether the outputs are read too, of which a dynamic step may have thousands.
     """
+    kinds = _ATTEMPT_EVENTS | ({DagsterEventType.STEP_OUTPUT} if with_outputs else set())
     storage: Any = instance.event_log_storage
     if not isinstance(storage, SqlEventLogStorage):
-        entries = instance.all_logs(run_id, of_type=_ATTEMPT_EVENTS)
+        entries = instance.all_logs(run_id, of_type=kinds)
         return [entry for entry in entries if entry.step_key == step_key]
     columns = SqlEventLogStorageTable.c
     query = (
         select(columns.event)
         .where(columns.run_id == run_id, columns.step_key == step_key)
-        .where(columns.dagster_event_type.in_([kind.value for kind in _ATTEMPT_EVENTS]))
+        .where(columns.dagster_event_type.in_([kind.value for kind in kinds]))
         .order_by(columns.id)
     )
     with storage.run_connection(run_id) as connection:

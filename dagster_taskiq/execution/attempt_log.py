@@ -55,9 +55,26 @@ def already_begun(
     Returns:
         None if the attempt is still to begin; ``NOWHERE`` if it was only ended.
     """
-    entries = without_late_events(read_step_log(instance, run_id, step_key))
-    events = of_attempt(attempt, (entry.get_dagster_event() for entry in entries))
+    events = _of_one_attempt(read_step_log(instance, run_id, step_key), attempt)
     return last_place(events) if has_started(events) else None
+
+
+def outcome(
+    instance: DagsterInstance, run_id: str, step_key: str, attempt: int
+) -> list[DagsterEvent]:
+    """What an attempt has come to, by Dagster's log: its outputs, and its end where it has one.
+
+    Args:
+        attempt: of the step in this run, from 1.
+    """
+    entries = read_step_log(instance, run_id, step_key, with_outputs=True)
+    events = _of_one_attempt(entries, attempt)
+    return [it for it in events if is_end_of_attempt(it) or it.is_successful_output]
+
+
+def _of_one_attempt(entries: Iterable[EventLogEntry], attempt: int) -> list[DagsterEvent]:
+    known = without_late_events(entries)
+    return of_attempt(attempt, (entry.get_dagster_event() for entry in known))
 
 
 def read_steps_log(instance: DagsterInstance, run_id: str) -> Iterator[EventLogEntry]:

@@ -93,7 +93,7 @@ class TaskRunner:
         payload: Mapping[str, Any],
         place: Place,
         queue: str,
-        on_begun: Callable[[], None],
+        on_run_start_logged: Callable[[], None],
     ) -> TaskResult:
         """Execute or resume a whole run; this process is its process.
 
@@ -102,7 +102,7 @@ class TaskRunner:
             payload: ``ExecuteRunArgs``, packed.
             place: where this is, for the run's events.
             queue: that the run was taken from.
-            on_begun: called when the log says that the run has started.
+            on_run_start_logged: called when the log says that the run has started.
 
         Returns:
             the exit code: 0 where the run has come to an end, whichever. Like Dagster's own run
@@ -116,7 +116,7 @@ class TaskRunner:
                 run = _startable_run(instance, args.run_id, name)
                 _report_run_start(instance, run, place, queue)
                 self._events.flush()
-                return _execute_run(instance, run, name, place, on_begun)
+                return _execute_run(instance, run, name, place, on_run_start_logged)
             except WrongInstanceError as refusal:
                 # Dagster itself looks after a run that is resumed
                 is_new = name is TaskName.EXECUTE_JOB
@@ -279,10 +279,13 @@ def _execute_run(
     run: DagsterRun,
     name: TaskName,
     place: Place,
-    on_begun: Callable[[], None],
+    on_run_start_logged: Callable[[], None],
 ) -> TaskResult:
     exit_code = execute_or_resume_run(
-        instance, run.run_id, is_resumed=name is TaskName.RESUME_JOB, on_begun=on_begun
+        instance,
+        run.run_id,
+        is_resumed=name is TaskName.RESUME_JOB,
+        on_run_start_logged=on_run_start_logged,
     )
     run = instance.get_run_by_id(run.run_id) or run
     if not run.is_finished:

@@ -1,4 +1,4 @@
-"""The launcher's background threads, which all end with it."""
+"""The launcher's background threads, whose end is the launcher's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """The threads of one launcher, a thread for each job that is not done yet."""
+    """The threads of one launcher, a thread for each job that is not done yet.
+
+    Its end is the launcher's: ``RunClient`` reaches no server any more when this is closed.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,6 +23,11 @@ class Background:
     def close(self) -> None:
         """Do nothing any more; a call that is under way ends by itself."""
         self._closed.set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the launcher has ended."""
+        return self._closed.is_set()
 
     def repeat(
         self, name: str, look: Callable[[], bool], every_seconds: float, complaint: str
@@ -52,7 +60,7 @@ class Background:
             try:
                 is_done = look()
             except Exception as error:
-                if self._closed.is_set():  # in the midst of it
+                if self.is_closed:  # in the midst of it
                     return
                 logger.warning("%s: %s: %s", complaint, type(error).__name__, error)
                 continue

@@ -13,24 +13,28 @@ sent twice by mistake is still executed once: the task is the same one, so one w
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq._dagster.names import EngineEventData
+from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
+from dagster_taskiq.errors import LauncherClosedError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitHistory, WaitKind
 
+logger = logging.getLogger(__name__)
+
 #: How often to look after runs that wait to be started.
 LOOK_SECONDS = 5.0
-
 
 #: States of a run's task that no worker holds. A claim that has ended before the run began is as
 #: good as none: its message is delivered again, unless the server has lost that too.
@@ -51,14 +55,6 @@ class _Launched:
     waits: WaitHistory
     refusals: dict[str, str] = field(default_factory=dict)
     refused_since: float | None = None
-
-
-@dataclass(frozen=True)
-class _Absence:
-    """Since when, in which epoch, no server has known a task."""
-
-    epoch: str
-    since: float
 
 
 class LaunchWatch:
@@ -82,35 +78,36 @@ class LaunchWatch:
         self._client = client
         self._background = background
         self._patience_seconds = max(lease_seconds, IN_HAND_SECONDS)
-        self._absences: dict[str, _Absence] = {}
+        #: By task id, of those that no server has known at the last look.
+        self._absences: dict[str, AbsenceWatch] = {}
         self._waiting: dict[str, _Launched] = {}
         self._lock = threading.Lock()
 
-    def is_lost(self, physical: str, run_id: str, task_id: str) -> bool:
+    def is_lost(self, queue: str, run_id: str, task_id: str) -> bool:
         """Whether no server has known a run's task for as long as a worker could be silent of it.
 
         As far as these calls have seen: nothing is lost at the first one. The time is counted anew
         in a new epoch, in which workers must have had the time to claim again what they execute.
 
         Args:
-            physical: the queue it was sent to, by its name on the server.
+            queue: that it was sent to.
 
         Raises:
             ServerError: a server is away.
         """
-        return self._is_lost(physical, run_id, task_id, self._now())
+        return self._is_lost(queue, run_id, task_id, self._now())
 
-    def _is_lost(self, physical: str, run_id: str, task_id: str, now: float) -> bool:
-        known = self._absences.pop(task_id, None)
-        if not self._client.is_absent(physical, task_id):
+    def _is_lost(self, queue: str, run_id: str, task_id: str, now: float) -> bool:
+        # an outage during this look ends the absence, as every sign of the run does
+        absence = self._absences.pop(task_id, None) or AbsenceWatch()
+        if not self._client.is_absent(queue, task_id):
             return False
         epoch, state = self._client.state_of(run_id, task_id)
         if state not in _NOT_HELD:
             return False
-        if known is None or known.epoch != epoch:
-            known = _Absence(epoch, now)
-        self._absences[task_id] = known
-        return now - known.since >= self._patience_seconds
+        absence.miss(now, epoch)
+        self._absences[task_id] = absence
+        return absence.seconds(now) >= self._patience_seconds
 
     def look_after(
         self, instance: DagsterInstance, envelope: Envelope, told: QueueWait | None = None
@@ -141,30 +138,34 @@ class LaunchWatch:
             for run_id in launched:
                 if run_id not in runs:
                     self._absences.pop(self._waiting.pop(run_id).envelope.task_id, None)
-            waiting = [self._waiting[run_id] for run_id in runs]
+            # in the order in which they were launched, which is their queues' too
+            waiting = [it for run_id, it in self._waiting.items() if run_id in runs]
         if not waiting:
             return True
         # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
         # was lost together must be found lost together, before any of it is sent
         now = self._now()
-        lost = [
-            it.envelope
-            for it in waiting
-            if self._is_lost(
-                self._client.physical_queue(it.envelope.queue),
-                it.envelope.run_id,
-                it.envelope.task_id,
-                now,
-            )
-        ]
+        lost: set[str] = set()
+
+        def find_lost(it: _Launched) -> None:
+            envelope = it.envelope
+            if self._is_lost(envelope.queue, envelope.run_id, envelope.task_id, now):
+                lost.add(envelope.task_id)
+
+        found = _each(waiting, find_lost)
+        if not found:
+            return False
         queues = self._client.queue_waits()
-        for it in waiting:
+
+        def act(it: _Launched) -> None:
             run, wait = runs[it.envelope.run_id], queues.of(it.envelope.queue)
             # what a worker refuses was not lost: it has said why it does not want it
-            if it.envelope in lost and not (wait and wait.kind is WaitKind.REFUSED):
+            if it.envelope.task_id in lost and not (wait and wait.kind is WaitKind.REFUSED):
                 self._send_again(instance, run, it.envelope)
             self._explain_wait(instance, run, it, wait, now)
             self._look_after_refused(instance, run, it, now)
+
+        _each(found, act)
         return False
 
     def _explain_wait(
@@ -217,8 +218,7 @@ class LaunchWatch:
         self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str
     ) -> None:
         """Fail a run that no worker has begun, unless one has by now."""
-        physical = self._client.physical_queue(envelope.queue)
-        state = self._client.cancel(run.run_id, envelope.task_id, physical, reason)
+        state = self._client.cancel(run.run_id, envelope.task_id, envelope.queue, reason)
         if state is TaskState.CANCELLED:
             instance.report_run_failed(run, f"The run was not executed. {reason}")
 
@@ -230,3 +230,33 @@ class LaunchWatch:
             run,
             EngineEventData(metadata={"queue": envelope.queue, "task id": envelope.task_id}),
         )
+
+
+def _each(launched: Sequence[_Launched], look: Callable[[_Launched], None]) -> list[_Launched]:
+    """Look at each run; those where it has succeeded.
+
+    An error of one run is logged, and the others have their turn. Where a server does not answer
+    for a queue, the other runs of that queue are left to the next look: each would only wait for
+    the same timeout.
+
+    Raises:
+        LauncherClosedError: the launcher has left its servers.
+    """
+    done: list[_Launched] = []
+    silent: set[str] = set()
+    for it in launched:
+        run_id, queue = it.envelope.run_id, it.envelope.queue
+        if queue in silent:
+            continue
+        try:
+            look(it)
+        except LauncherClosedError:
+            raise
+        except Exception as error:
+            if isinstance(error, UnreachableServerError):
+                silent.add(queue)
+            text = f"{type(error).__name__}: {error}"
+            logger.warning("Cannot look after run %s, which waits to be started: %s", run_id, text)
+        else:
+            done.append(it)
+    return done

@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
-from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWaits
-from dagster_taskiq.messages.refusals import Refusals
-from dagster_taskiq.messages.results import TaskResult, read_result
+from dagster_taskiq.messages.results import TaskResult
 
 T = TypeVar("T")
 
@@ -33,35 +32,33 @@ _LOOK_SECONDS = 1.0
 
 
 class RunClient:
-    """Used from any thread.
+    """Used from any thread. A queue is given as people name it.
 
     Args:
         servers: broker and backend.
-        background: where a server that is silent is asked again.
+        background: where a server that is silent is asked again; its end is this client's.
 
     Errors: ``ServerError`` with the address from every method that talks to a server, and
-    ``LauncherClosedError`` after ``close``.
+    ``LauncherClosedError`` once the background is closed.
     """
 
     def __init__(self, servers: Servers, background: Background) -> None:
         self._servers = servers
         self._background = background
-        self._signer = servers.signer
-        self._refusals = Refusals(servers.backend.address)
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
-        self._is_closed = False
         self._silence: UnreachableServerError | None = None
         self._broker: TaskBroker
         self._backend: Backend
+        self._carrier: Carrier
 
     @property
     def has_worked(self) -> bool:
         """Whether the servers have ever taken us."""
         return self._thread is not None
 
-    def reach(self, physical: str) -> None:
-        """Raise unless both servers answer, asked for one of the broker's queues.
+    def reach(self, queue: str) -> None:
+        """Raise unless both servers answer, asked for one queue.
 
         After a try that waited in vain, a thread asks until both answer, and meanwhile this raises
         at once: Dagster's daemon launches one run after the other, and would wait for each.
@@ -70,21 +67,21 @@ class RunClient:
             raise UnreachableServerError(silence.address, str(silence))
         began = time.monotonic()
         try:
-            self._ask(physical)
+            self._ask(queue)
         except UnreachableServerError as error:
             if time.monotonic() - began >= _SILENT_SECONDS:
                 self._silence = error
                 self._background.repeat(
                     "silent-server",
-                    lambda: self._is_answered(physical),
+                    lambda: self._is_answered(queue),
                     _LOOK_SECONDS,
                     "Cannot ask a server whether it answers again",
                 )
             raise
 
-    def _is_answered(self, physical: str) -> bool:
+    def _is_answered(self, queue: str) -> bool:
         try:
-            self._ask(physical)
+            self._ask(queue)
         except UnreachableServerError:
             return False
         except ServerError:
@@ -92,10 +89,10 @@ class RunClient:
         self._silence = None
         return True
 
-    def _ask(self, physical: str) -> None:
+    def _ask(self, queue: str) -> None:
         async def ask() -> None:
             await self._backend.inspect("", [])
-            await self._broker.depth(physical)
+            await self._carrier.depth(queue)
 
         self._call(ask)
 
@@ -107,16 +104,11 @@ class RunClient:
         epoch, _ = await self._backend.inspect("", [])
         return epoch
 
-    def physical_queue(self, queue: str) -> str:
-        """The name on the broker of a queue's part for runs."""
-        return self._servers.physical_queue(QueueKind.RUNS, queue)
-
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
-        message = envelope.to_message(self.physical_queue(envelope.queue), self._signer)
 
         async def submit() -> None:
-            await self._broker.kick(message)
+            await self._carrier.send([self._carrier.message_of(envelope)])
 
         self._call(submit)
 
@@ -129,9 +121,7 @@ class RunClient:
             if report.state not in (TaskState.DONE, TaskState.REFUSED):
                 return report, None
             data = (await self._backend.read_results(run_id, [task_id])).get(task_id)
-            if data is None:
-                return report, None
-            return report, read_result(self._signer, task_id, data, self._refusals)
+            return report, None if data is None else self._carrier.read(task_id, data)
 
         return self._call(look)
 
@@ -148,23 +138,16 @@ class RunClient:
 
         return self._call(inspect)
 
-    def is_absent(self, physical: str, task_id: str) -> bool:
-        """Whether the broker certainly does not hold the task, in its physical queue."""
+    def is_absent(self, queue: str, task_id: str) -> bool:
+        """Whether the broker certainly does not hold the task, in its queue."""
+        return bool(self._call(lambda: self._carrier.absent({task_id: queue})))
 
-        async def absent() -> bool:
-            return task_id in await self._broker.absent(physical, [task_id])
-
-        return self._call(absent)
-
-    def cancel(self, run_id: str, task_id: str, physical: str, reason: str) -> TaskState:
+    def cancel(self, run_id: str, task_id: str, queue: str, reason: str) -> TaskState:
         """Stop a run's task; its state when it was told, see ``RunBackend.cancel``."""
 
         async def cancel() -> TaskState:
             await self._backend.disown_run(run_id)
-            orders = {task_id: cancel_order(self._signer, task_id, reason)}
-            states = await self._backend.cancel(run_id, orders)
-            if states[task_id] is TaskState.CANCELLED:
-                await self._broker.withdraw(physical, [task_id])
+            states = await self._carrier.cancel(run_id, {task_id: queue}, reason)
             return states[task_id]
 
         return self._call(cancel)
@@ -173,16 +156,13 @@ class RunClient:
         """Why runs wait in their queues, as the workers are now."""
 
         async def look() -> QueueWaits:
-            workers = await self._backend.workers()
-            broker = self._servers.broker.address
-            return QueueWaits(workers, QueueKind.RUNS, broker, self._signer)
+            return await self._carrier.queue_waits()
 
         return self._call(look)
 
     def close(self) -> None:
-        """Leave the servers, for good."""
+        """Leave the servers: for good, since the background is closed before."""
         with self._lock:
-            self._is_closed = True
             if self._thread is None:
                 return
             self._thread.call(self._disconnect())
@@ -193,7 +173,7 @@ class RunClient:
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
-            if self._is_closed:
+            if self._background.is_closed:
                 raise LauncherClosedError("The launcher has left its servers.")
             if self._thread is None:
                 self._thread = self._connect()
@@ -215,7 +195,8 @@ class RunClient:
 
     async def _open(self) -> None:
         self._broker = open_broker(self._servers.broker)
-        self._backend = open_backend(self._servers.backend, self._signer)
+        self._backend = open_backend(self._servers.backend, self._servers.signer)
+        self._carrier = Carrier(self._servers, QueueKind.RUNS, self._broker, self._backend)
         try:
             await self._backend.startup()
             await self._broker.startup()

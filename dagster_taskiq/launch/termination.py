@@ -22,7 +22,7 @@ class Termination:
 
     Attributes:
         task_id: of the run's present process.
-        physical: the queue that its task was sent to, by its name on the server.
+        queue: that its task was sent to.
         patience_seconds: how long a process may live on that the backend has forgotten.
     """
 
@@ -30,7 +30,7 @@ class Termination:
     client: RunClient
     run_id: str
     task_id: str
-    physical: str
+    queue: str
     patience_seconds: float
 
     def carry_out(self, run: DagsterRun, background: Background) -> bool:
@@ -40,9 +40,8 @@ class Termination:
             ServerError: a server is away.
         """
         self.instance.report_run_canceling(run)
-        state = self.client.cancel(
-            self.run_id, self.task_id, self.physical, "The run was terminated"
-        )
+        reason = "The run was terminated"
+        state = self.client.cancel(self.run_id, self.task_id, self.queue, reason)
         # if Dagster saw it start, the server was flushed and has forgotten who executes it
         is_forgotten = state is TaskState.CANCELLED and self._has_started()
         if state is TaskState.CLAIMED or is_forgotten:

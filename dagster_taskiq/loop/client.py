@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 from dagster_taskiq.aio.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.aio.patched_library import SimpleQueue
 from dagster_taskiq.aio.renewals import keep_renewing
+from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
 from dagster_taskiq.errors import (
@@ -34,11 +36,9 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
-from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.messages.queue_waits import QueueWaits
-from dagster_taskiq.messages.refusals import Refusals
-from dagster_taskiq.messages.results import NOWHERE, TaskResult, read_result
+from dagster_taskiq.messages.queue_waits import QueueWait
+from dagster_taskiq.messages.results import NOWHERE, TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +86,12 @@ class Client(Dispatcher):
         self._cancel_grace_seconds = cancel_grace_seconds
         self._events = events
         self._servers = servers
-        self._signer = servers.signer
-        self._refusals = Refusals(servers.backend.address)
         self._token = uuid.uuid4().hex
-        self._epoch = ""
         self._inspected_epoch = ""
-        #: Since when the present epoch has been seen, in monotonic seconds.
-        self._epoch_since = 0.0
         #: By task id, the epoch that the task was first sent in.
         self._sent_in: dict[str, str] = {}
-        #: Since when the backend was reachable in one epoch: the time of the last trouble.
-        self._steady_since = 0.0
-        self._trouble = ""
+        # a loop that takes over from another has not watched the claims of its steps
+        self._watch = EpochWatch(servers.backend.address, is_complete=not generation)
         self._answered_at = 0.0
         self._is_superseded = False
         self._arrived: SimpleQueue[tuple[str, TaskResult]] = SimpleQueue()
@@ -116,9 +110,11 @@ class Client(Dispatcher):
             self._thread.stop()
             self._waker.close()
             raise
+        self._carrier = Carrier(servers, QueueKind.STEPS, self._broker, self._backend)
 
     async def _make_connections(self) -> tuple[TaskBroker, Backend]:
-        return open_broker(self._servers.broker), open_backend(self._servers.backend, self._signer)
+        servers = self._servers
+        return open_broker(servers.broker), open_backend(servers.backend, servers.signer)
 
     def open(self) -> None:
         """See ``Dispatcher``."""
@@ -137,16 +133,14 @@ class Client(Dispatcher):
 
     async def _open_run(self) -> None:
         await self._backend.startup()
-        self._epoch = await self._backend.open_run(
+        epoch = await self._backend.open_run(
             self._run_id,
             generation=self._generation,
             token=self._token,
             is_resumable=self._is_resumable,
             lease_seconds=self._lease_seconds,
         )
-        # a loop that takes over from another has not watched the claims yet
-        self._steady_since = time.monotonic() if self._generation else -self._lease_seconds
-        self._epoch_since = self._steady_since
+        self._watch.note_epoch(epoch, time.monotonic())
         self._is_open = True
         self._background = [
             asyncio.create_task(self._collect(), name="collect"),
@@ -183,7 +177,7 @@ class Client(Dispatcher):
                 self._note_outage(error)  # the reconciliation finds what is left
 
     async def _deliver(self, found: Mapping[str, bytes]) -> None:
-        results = {key: self._read(key, data) for key, data in found.items()}
+        results = {key: self._carrier.read(key, data) for key, data in found.items()}
         unverified = {key: result for key, result in results.items() if result.place == NOWHERE}
         for task_id, result in results.items():
             if task_id not in unverified:
@@ -205,9 +199,6 @@ class Client(Dispatcher):
             else:
                 await self._backend.forget_results(self._run_id, [task_id])
         self._waker.wake()
-
-    def _read(self, task_id: str, data: bytes) -> TaskResult:
-        return read_result(self._signer, task_id, data, self._refusals)
 
     async def _keep_alive(self) -> None:
         never = asyncio.Event()
@@ -246,10 +237,9 @@ class Client(Dispatcher):
 
     def _note_outage(self, error: ServerError) -> None:
         now = time.monotonic()
-        if now - self._steady_since > _QUIET_SECONDS:
+        if self._watch.steady_seconds(now) > _QUIET_SECONDS:
             logger.warning("Run %s: %s Trying again.", self._run_id, error)
-        self._steady_since = now
-        self._trouble = str(error)
+        self._watch.note_trouble(str(error), now)
 
     async def _revive(self) -> None:
         try:
@@ -258,7 +248,7 @@ class Client(Dispatcher):
             logger.warning("Run %s: %s", self._run_id, problem)
 
     def _note_epoch(self, epoch: str) -> None:
-        if epoch != self._epoch:
+        if self._watch.note_epoch(epoch, time.monotonic()):
             logger.warning(
                 "Run %s: %s was restarted or emptied; what is missing there is judged after "
                 "%g seconds.",
@@ -266,21 +256,15 @@ class Client(Dispatcher):
                 self._backend.address,
                 self._lease_seconds,
             )
-            self._epoch = epoch
-            self._trouble = f"{self._backend.address} was restarted or emptied."
-            self._steady_since = self._epoch_since = time.monotonic()
 
     # --- the loop's calls ---
 
     def submit(self, tasks: Sequence[StepTask]) -> None:
         """See ``Dispatcher``."""
         self._events.begin_writing()
-        messages = []
-        for task in tasks:
-            queue = self._physical_queue(task)
-            messages.append(self._envelope(task).to_message(queue, self._signer))
+        messages = [self._carrier.message_of(self._envelope(task)) for task in tasks]
         self._events.flush()  # a loop that takes over must find in the log what was sent
-        self._call(lambda: self._broker.kick_many(messages))
+        self._call(lambda: self._carrier.send(messages))
 
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
@@ -307,7 +291,8 @@ class Client(Dispatcher):
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
         found = self._call(lambda: self._backend.read_results(self._run_id, task_ids))
-        return [(task_id, self._read(task_id, data)) for task_id, data in found.items()]
+        # in this thread, so that hundreds of them do not hold up the renewal of the run
+        return [(task_id, self._carrier.read(task_id, data)) for task_id, data in found.items()]
 
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         """See ``Dispatcher``."""
@@ -318,47 +303,30 @@ class Client(Dispatcher):
         self._note_epoch(epoch)
         self._inspected_epoch = epoch
         waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
-        workers = await self._backend.workers() if waiting else []
-        broker = self._servers.broker.address
-        waits = QueueWaits(workers, QueueKind.STEPS, broker, self._signer)
         return Inspection(
-            is_conclusive=time.monotonic() - self._steady_since >= self._lease_seconds,
+            is_conclusive=self._watch.steady_seconds(time.monotonic()) >= self._lease_seconds,
             reports=reports,
-            trouble=self._trouble,
-            troubled_at=self._steady_since,
-            absent=frozenset(await self._absent(waiting)),
-            waits={
-                queue: wait for queue in {t.queue for t in waiting} if (wait := waits.of(queue))
-            },
+            trouble=self._watch.trouble,
+            troubled_at=self._watch.troubled_at,
+            waits=await self._waits({task.queue for task in waiting}),
+            absent=frozenset(await self._carrier.absent(_queues(waiting))),
         )
 
-    async def _absent(self, tasks: Sequence[StepTask]) -> set[str]:
-        by_queue: dict[str, list[str]] = {}
-        for task in tasks:
-            by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
-        absent: set[str] = set()
-        for name, task_ids in by_queue.items():
-            absent |= await self._broker.absent(name, task_ids)
-        return absent
+    async def _waits(self, queues: Collection[str]) -> dict[str, QueueWait]:
+        if not queues:
+            return {}
+        waits = await self._carrier.queue_waits()
+        return {queue: wait for queue in queues if (wait := waits.of(queue))}
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         """See ``Dispatcher``."""
         return self._call(lambda: self._cancel(tasks, reason))
 
     async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
-        task_ids = [task.task_id for task in tasks]
-        # first the tombstones: from then on nobody can claim what is still queued
-        orders = {task_id: cancel_order(self._signer, task_id, reason) for task_id in task_ids}
-        states = await self._backend.cancel(self._run_id, orders)
-        by_queue: dict[str, list[str]] = {}
-        for task in tasks:
-            if states[task.task_id] is TaskState.CANCELLED:
-                by_queue.setdefault(self._physical_queue(task), []).append(task.task_id)
-        for name, ids in by_queue.items():
-            await self._broker.withdraw(name, ids)
+        states = await self._carrier.cancel(self._run_id, _queues(tasks), reason)
         epoch, _ = await self._backend.inspect(self._run_id, [])
         self._note_epoch(epoch)
-        if time.monotonic() - self._epoch_since >= self._lease_seconds:
+        if self._watch.epoch_seconds(time.monotonic()) >= self._lease_seconds:
             return states
         # a worker that lives may not have said yet, to a server that has forgotten it, what it
         # holds: that a task has never started is not known before a lease has passed
@@ -412,11 +380,12 @@ class Client(Dispatcher):
             cancel_grace_seconds=self._cancel_grace_seconds,
             # the first one, where a submission is repeated that may have arrived: the server may
             # have forgotten since then that a worker has claimed it
-            epoch=self._sent_in.setdefault(task.task_id, self._epoch),
+            epoch=self._sent_in.setdefault(task.task_id, self._watch.epoch),
             payload=json.dumps(payload),
             code_location=code_location(payload),
             limits=task.limits,
         )
 
-    def _physical_queue(self, task: StepTask) -> str:
-        return self._servers.physical_queue(QueueKind.STEPS, task.queue)
+
+def _queues(tasks: Sequence[StepTask]) -> dict[str, str]:
+    return {task.task_id: task.queue for task in tasks}

@@ -1,45 +1,36 @@
-"""Attempts that were sent and have not come back, and what Dagster's log says of them."""
+"""What the parts of a loop share: the run, and its attempts that are under way."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-
-from dagster import DagsterEvent, DagsterInstance
 
 from dagster_taskiq._dagster.names import (
     ExecutionStep,
-    SerializableErrorInfo,
-    plain_error,
+    InstanceConcurrencyContext,
+    PlanOrchestrationContext,
 )
-from dagster_taskiq._dagster.replay import is_end_of_attempt
-from dagster_taskiq.execution.attempt_log import (
-    has_started,
-    last_place,
-    of_attempt,
-    read_steps_log,
-)
+from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.loop.claim_watch import ClaimWatch
-from dagster_taskiq.loop.dispatcher import Inspection, StepTask
+from dagster_taskiq.loop.dispatcher import Dispatcher, StepTask
 from dagster_taskiq.messages.queue_waits import WaitHistory
-from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
+from dagster_taskiq.messages.results import Place
 
 
 @dataclass
 class Flight:
-    """A task that was sent and has not come back.
+    """A task that was sent, or is about to be, and has not come back. Times are monotonic seconds.
 
     Attributes:
         attempt_in_run: number of the attempt in this run, from 1. ``task.attempt`` also counts the
             attempts of the run that this one executes again.
-        sent_at: monotonic seconds; of the last time it was sent.
+        sent_at: of the last time it was sent.
         claim: what was seen of the claim on it.
         place: where it was last seen running.
-        absent_since: since when neither broker nor backend know it.
+        absence: for how long neither broker nor backend know it.
         waits: what the log says of why it waits.
         refusals: why each worker that gave the task back cannot execute it, by its name.
-        refused_since: when the first of them did, in monotonic seconds.
+        refused_since: when the first of them did.
     """
 
     task: StepTask
@@ -48,90 +39,86 @@ class Flight:
     sent_at: float
     claim: ClaimWatch
     place: Place | None = None
-    absent_since: float | None = None
+    absence: AbsenceWatch = field(default_factory=AbsenceWatch)
     waits: WaitHistory = field(default_factory=WaitHistory)
     refusals: dict[str, str] = field(default_factory=dict)
     refused_since: float | None = None
 
-
-class RunLog:
-    """Dagster's log of a run's attempts: all of it is read, once, at the first question."""
-
-    def __init__(self, instance: DagsterInstance, run_id: str) -> None:
-        self._instance = instance
-        self._run_id = run_id
-
-    @cached_property
-    def _events(self) -> dict[str, list[DagsterEvent]]:
-        by_step: dict[str, list[DagsterEvent]] = defaultdict(list)
-        for entry in read_steps_log(self._instance, self._run_id):
-            event = entry.get_dagster_event()
-            by_step[event.step_key or ""].append(event)
-        return by_step
-
-    def _of(self, flight: Flight) -> list[DagsterEvent]:
-        return of_attempt(flight.attempt_in_run, self._events.get(flight.step.key, ()))
-
-    def outcome(self, flight: Flight) -> list[DagsterEvent]:
-        """The events of an attempt for ``ActiveExecution``: its outputs and its end."""
-        return [it for it in self._of(flight) if is_end_of_attempt(it) or it.is_successful_output]
-
-    def place_of(self, flight: Flight) -> Place:
-        """Where a worker has last begun with the attempt; ``NOWHERE`` if none has."""
-        return last_place(self._of(flight))
-
-    def has_ended(self, flight: Flight) -> bool:
-        """Whether the end of the attempt is there."""
-        return any(is_end_of_attempt(event) for event in self._of(flight))
-
-    def has_started(self, flight: Flight) -> bool:
-        """Whether the log says more of the attempt than that it was sent."""
-        return has_started(self._of(flight))
+    @property
+    def task_id(self) -> str:
+        """Of its task."""
+        return self.task.task_id
 
 
-def reason_of_loss(flight: Flight, inspection: Inspection, begun_at: Place) -> str:
-    """Why an attempt that a worker had begun has no result and no claim any more.
+class Flights:
+    """All flights of one run, by their task ids.
 
     Args:
-        begun_at: where Dagster's log has it; ``NOWHERE`` if it has not begun.
+        concurrency: has the pool slots that their steps hold.
+
+    Attributes:
+        unsent: the tasks of those that are still to be sent, the next one first.
+        is_stopping: whether all are to end: none is sent, sent again or retried.
     """
-    held_at = flight.place
-    if begun_at != NOWHERE and held_at is not None and _slot(held_at) != _slot(begun_at):
-        return (
-            f"Worker {held_at.worker} (slot {held_at.slot}) was given its task too, and its claim, "
-            "but has not begun: the first claim was deleted from the backend, or had expired."
-        )
-    if inspection.trouble and inspection.troubled_at > max(flight.claim.seen_at, flight.sent_at):
-        return (
-            "Its lease could not be renewed, so that it was stopped or is taken for lost: "
-            f"{inspection.trouble}"
-        )
-    if flight.claim.has_vanished:
-        return (
-            "Its claim was gone before its lease had ended, so that its worker has stopped it: the "
-            "backend's clock was set forward, or the key was deleted."
-        )
-    return "The worker is gone: its lease on this attempt ended without a result."
+
+    def __init__(self, concurrency: InstanceConcurrencyContext) -> None:
+        self._concurrency = concurrency
+        self._by_id: dict[str, Flight] = {}
+        self.unsent: list[StepTask] = []
+        self.is_stopping = False
+
+    def add(self, flight: Flight) -> None:
+        """An attempt is under way from now on."""
+        self._by_id[flight.task_id] = flight
+
+    def find(self, task_id: str) -> Flight | None:
+        """The flight of a task, unless it is over or was never one of this run."""
+        return self._by_id.get(task_id)
+
+    def sent(self) -> list[Flight]:
+        """Those whose tasks a server should know of."""
+        unsent = {task.task_id for task in self.unsent}
+        return [flight for flight in self if flight.task_id not in unsent]
+
+    def end(self, flight: Flight) -> None:
+        """It is over; the event of its end frees its pool slot."""
+        del self._by_id[flight.task_id]
+        # one that was to be sent again may have come back from a message that was thought lost
+        self.unsent = [task for task in self.unsent if task.task_id != flight.task_id]
+
+    def drop(self, flight: Flight) -> None:
+        """Forget one whose task is known not to run, without an event of its end."""
+        self.end(flight)
+        self._concurrency.free_step(flight.step.key)
+
+    def drop_unsent(self) -> None:
+        """Forget those that were not sent."""
+        unsent, self.unsent = self.unsent, []
+        for task_id in {task.task_id for task in unsent}:
+            self.drop(self._by_id[task_id])
+
+    def __contains__(self, flight: Flight) -> bool:
+        return flight.task_id in self._by_id
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(list(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
 
 
-def _slot(place: Place) -> tuple[str, int]:
-    return place.worker, place.slot
+@dataclass(frozen=True)
+class LoopRun:
+    """One run, as the parts of its loop share it.
 
-
-def error_of(
-    flight: Flight, result: TaskResult, raised: SerializableErrorInfo | None
-) -> SerializableErrorInfo:
-    """Why an attempt without an end of its own failed, for the step's page in the UI.
-
-    Args:
-        raised: what was raised on the worker, if anything; kept as the cause.
+    Attributes:
+        context: of the run, in whose name events are made.
+        dispatcher: carries its steps to workers.
+        flights: its attempts that are under way.
+        now: the clock, in monotonic seconds.
     """
-    reason = result.reason or (raised.message.strip() if raised else "")
-    reason = reason or "It ended without saying whether it had succeeded."
-    place = result.place
-    return plain_error(
-        f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
-        f"{place.slot}, pid {place.pid}): {reason}",
-        "StepLost" if result.outcome is Outcome.DIED else "StepError",
-        raised,
-    )
+
+    context: PlanOrchestrationContext
+    dispatcher: Dispatcher
+    flights: Flights
+    now: Callable[[], float]

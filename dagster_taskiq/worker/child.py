@@ -30,7 +30,6 @@ from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.worker.channel import Channel
 from dagster_taskiq.worker.child_messages import (
-    Begun,
     Execute,
     Executed,
     FailRun,
@@ -38,9 +37,10 @@ from dagster_taskiq.worker.child_messages import (
     LogOpened,
     LookAtRun,
     NotReady,
+    OrderTaken,
     Ready,
     RunAnswer,
-    Started,
+    RunStartLogged,
     Word,
 )
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
@@ -74,9 +74,9 @@ class ChildOptions:
 def child_main(connection: socket.socket, options: ChildOptions) -> None:
     """The child's whole life, in its main thread.
 
-    It says ``Ready`` or ``NotReady`` first. To each order it says ``Started`` before any code of
-    the task runs, ``LogOpened`` and ``LogClosed`` around each captured output, ``Begun`` for a run
-    whose start is in Dagster's log, and its answer.
+    It says ``Ready`` or ``NotReady`` first. To each order it says ``OrderTaken`` before any code of
+    the task runs, ``LogOpened`` and ``LogClosed`` around each captured output, ``RunStartLogged``
+    for a run whose start is in Dagster's log, and its answer.
     """
     os.setsid()
     die_with_worker()
@@ -121,9 +121,11 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     )
     channel.say(Ready())
     while (order := channel.receive()) is not None:
-        channel.say(Started())
+        channel.say(OrderTaken())
         if isinstance(order, Execute):
-            channel.say(_execute(runner, order, on_begun=lambda: mention(Begun())))
+            channel.say(
+                _execute(runner, order, on_run_start_logged=lambda: mention(RunStartLogged()))
+            )
         else:
             channel.say(_look_after_run(runner, order))
 
@@ -151,7 +153,9 @@ def _find_code_here() -> None:
     sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
 
 
-def _execute(runner: TaskRunner, order: Execute, on_begun: Callable[[], None]) -> Executed:
+def _execute(
+    runner: TaskRunner, order: Execute, on_run_start_logged: Callable[[], None]
+) -> Executed:
     leftovers = Leftovers()
     try:
         payload = _payload(order.payload)
@@ -163,7 +167,9 @@ def _execute(runner: TaskRunner, order: Execute, on_begun: Callable[[], None]) -
             with soft_time_limit(order.soft_timeout_seconds):
                 result = runner.execute_plan(payload, order.place, order.queue, leftovers.look)
         else:
-            result = runner.execute_run(order.name, payload, order.place, order.queue, on_begun)
+            result = runner.execute_run(
+                order.name, payload, order.place, order.queue, on_run_start_logged
+            )
     sys.stdout.flush()
     sys.stderr.flush()
     left_behind = ", ".join(leftovers.put_back())

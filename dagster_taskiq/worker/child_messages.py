@@ -80,7 +80,7 @@ class NotReady:
 
 
 @dataclass(frozen=True)
-class Started:
+class OrderTaken:
     """The child has an order, and has executed nothing of it yet."""
 
 
@@ -105,8 +105,8 @@ class LogClosed:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Dagster's log says that the run has started."""
+class RunStartLogged:
+    """Dagster's log has the start of the run."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,21 @@ class RunAnswer:
 
 
 Answer = Executed | RunAnswer
-Word = Ready | NotReady | Started | LogOpened | LogClosed | Begun | Answer
+Word = Ready | NotReady | OrderTaken | LogOpened | LogClosed | RunStartLogged | Answer
 
 _ORDERS: Mapping[str, type[Any]] = {it.__name__: it for it in (Execute, LookAtRun, FailRun)}
 _WORDS: Mapping[str, type[Any]] = {
     it.__name__: it
-    for it in (Ready, NotReady, Started, LogOpened, LogClosed, Begun, Executed, RunAnswer)
+    for it in (
+        Ready,
+        NotReady,
+        OrderTaken,
+        LogOpened,
+        LogClosed,
+        RunStartLogged,
+        Executed,
+        RunAnswer,
+    )
 }
 
 

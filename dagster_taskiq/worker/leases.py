@@ -18,6 +18,7 @@ from enum import Enum
 import psutil
 
 from dagster_taskiq.aio.renewals import keep_renewing
+from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.backend import Backend, Claim, Renewal
 from dagster_taskiq.defaults import (
     INTERRUPT_AFTER_LEASE_SHARE,
@@ -112,8 +113,7 @@ class LeaseKeeper:
         self._guard = guard
         self._orders = orders
         self._leases: dict[str, Lease] = {}
-        self._epoch = ""
-        self._epoch_since = 0.0
+        self._watch = EpochWatch(backend.address)
         self._outage = ""
         self._answered_at = float("-inf")
         self._added = asyncio.Event()
@@ -220,7 +220,7 @@ class LeaseKeeper:
             self._outage = ""
             self._observer.renewed(self._renewal(leases, renewals, sent_at))
             for lease, renewal in zip(leases, renewals, strict=True):
-                self._note_epoch(renewal.epoch, sent_at)
+                self._watch.note_epoch(renewal.epoch, sent_at)
                 self._apply(lease, renewal, sent_at)
         return True
 
@@ -246,10 +246,6 @@ class LeaseKeeper:
         if not self._outage:
             self._observer.outage(self._backend.address, error)
         self._outage = str(error)
-
-    def _note_epoch(self, epoch: str, now: float) -> None:
-        if epoch != self._epoch:
-            self._epoch, self._epoch_since = epoch, now
 
     def _apply(self, lease: Lease, renewal: Renewal, sent_at: float) -> None:
         if not renewal.is_held:
@@ -286,8 +282,8 @@ class LeaseKeeper:
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""
         return (
-            self._epoch == lease.claim.epoch
-            or self._now() - self._epoch_since >= lease.claim.lease_seconds
+            self._watch.epoch == lease.claim.epoch
+            or self._watch.epoch_seconds(self._now()) >= lease.claim.lease_seconds
         )
 
     def _stop_overdue(self, share: float, when: float) -> None:

@@ -23,7 +23,6 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.child_messages import (
     Answer,
-    Begun,
     Execute,
     Executed,
     LogClosed,
@@ -32,6 +31,7 @@ from dagster_taskiq.worker.child_messages import (
     Order,
     Ready,
     RunAnswer,
+    RunStartLogged,
     Word,
     pack,
     unpack_word,
@@ -195,16 +195,16 @@ class ChildSlot(Slot):
         self,
         order: Order,
         on_child: Callable[[int], None],
-        on_started: Callable[[], None] = lambda: None,
-        on_begun: Callable[[], None] = lambda: None,
+        on_order_taken: Callable[[], None] = lambda: None,
+        on_run_start_logged: Callable[[], None] = lambda: None,
     ) -> Answer | ChildDied:
         """See ``Slot``."""
         try:
             died = await self._give(order, on_child)
             if died is not None:
                 return died
-            on_started()
-            answer = await self._answer(on_begun)
+            on_order_taken()
+            answer = await self._answer(on_run_start_logged)
             self._tasks_done += 1
             if not isinstance(answer, ChildDied):
                 self._note_use(answer)
@@ -240,7 +240,7 @@ class ChildSlot(Slot):
             pass  # it is gone; reading says how
         return await self._next_message(None)
 
-    async def _answer(self, on_begun: Callable[[], None]) -> Answer | ChildDied:
+    async def _answer(self, on_run_start_logged: Callable[[], None]) -> Answer | ChildDied:
         """The child's last message of a task, or its death."""
         pid = self.pid
         while True:
@@ -249,8 +249,8 @@ class ChildSlot(Slot):
                 self._tails.begin(pid, word.path, word.target)
             elif isinstance(word, LogClosed):
                 self._tails.end(pid, word.path)
-            elif isinstance(word, Begun):
-                on_begun()
+            elif isinstance(word, RunStartLogged):
+                on_run_start_logged()
             elif isinstance(word, (Executed, RunAnswer)):
                 return word
             else:

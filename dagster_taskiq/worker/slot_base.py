@@ -76,18 +76,18 @@ class Slot(ABC):
         self,
         order: Order,
         on_child: Callable[[int], None],
-        on_started: Callable[[], None] = lambda: None,
-        on_begun: Callable[[], None] = lambda: None,
+        on_order_taken: Callable[[], None] = lambda: None,
+        on_run_start_logged: Callable[[], None] = lambda: None,
     ) -> Answer | ChildDied:
         """Give the child an order; its answer, or how it died.
 
         Args:
             on_child: called with the child's process group before it is given the order.
-            on_started: called when the child has begun with it.
-            on_begun: called when the log of a run says that it has started.
+            on_order_taken: called when the child has the order, and has executed nothing of it.
+            on_run_start_logged: called when Dagster's log has the start of a run; not for steps.
 
         Raises:
-            SlotError: the child died before it had begun, and no other one comes up.
+            SlotError: the child died before it had the order, and no other one comes up.
         """
 
     @abstractmethod

@@ -12,37 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.defaults import (
-    HEARTBEAT_SECONDS,
-    WORKER_EXPIRES_SECONDS,
-)
-from dagster_taskiq.errors import (
-    EmbeddedServerError,
-    ServerError,
-    UntrustedError,
-    WorkerFailedError,
-)
+from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
 from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.worker_records import MAX_RUNNING, WorkerRecord
 from dagster_taskiq.servers.patience import Patience
-from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.admission import StationAdmission
 from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
+from dagster_taskiq.worker.control_mailbox import ControlMailbox
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.worker.listing import Listing
 from dagster_taskiq.worker.observer import (
     CountingObserver,
     LoggingObserver,
@@ -59,9 +47,6 @@ logger = logging.getLogger(__name__)
 
 #: Pause before a server that was away is tried again.
 _RETRY_SECONDS = 0.5
-
-#: How long one wait for control messages lasts before it is begun anew.
-_CONTROL_WAIT_SECONDS = 15.0
 
 
 class Worker:
@@ -89,24 +74,34 @@ class Worker:
         self._options = options
         self._on_ready = on_ready
         self._on_waiting = on_waiting
-        self._host = socket.gethostname()
-        self.name = f"{options.name}@{self._host}"
-        self._worker_id = uuid.uuid4().hex
-        self._started_at = time.time()
-        self._counts = CountingObserver()
+        host, worker_id = socket.gethostname(), uuid.uuid4().hex
+        self.name = f"{options.name}@{host}"
+        self._place = Place(self.name, worker_id, host, pid=0, slot=0)
+        counts = CountingObserver()
         others = (observer,) if observer else ()
-        self._observer = Observers(LoggingObserver(), self._counts, *others)
+        self._observer = Observers(LoggingObserver(), counts, *others)
         self._parts = parts or usual_parts(servers)
         self._backend = self._parts.backend
         self._guard = self._parts.guard
-        self._orders = OrderReader(servers.signer, self._worker_id, self.name)
-        self._leases = LeaseKeeper(self._backend, self._guard, self._orders, self._observer)
+        orders = OrderReader(servers.signer, worker_id, self.name)
+        self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
+        self._listing = Listing(
+            self._backend, servers, options, self._place, counts, self._state, self._revive
+        )
+        self._control = ControlMailbox(
+            self._backend,
+            worker_id,
+            orders,
+            self._leases,
+            self._observer,
+            self.drain,
+            self.reload,
+        )
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()
         self._cancel_now = asyncio.Event()
         self._reload = asyncio.Event()
         self._code_watch = CodeWatch(options.watch, self.reload) if options.watch else None
-        self._is_listed = False
         self._was_cut_short = False
 
     def _make_stations(self) -> Iterator[Station]:
@@ -133,7 +128,7 @@ class Worker:
             self._backend,
             self._leases,
             RunWatch(self._parts.make_slot(slot_of_watch, self._observer)),
-            Place(self.name, self._worker_id, self._host, pid=0, slot=0),
+            self._place,
             options.result_expires_seconds,
             options.limits,
             self._servers.signer,
@@ -236,8 +231,7 @@ class Worker:
             await self._code_watch.start()
         for station in self._stations:
             await station.start()
-        self._is_listed = True
-        await self._send_heartbeat()
+        await self._listing.enter()
         logger.info(
             "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
             "tasks %s.",
@@ -258,8 +252,8 @@ class Worker:
         ]
         others = [
             asyncio.create_task(self._leases.run(), name="leases"),
-            asyncio.create_task(self._heartbeats(), name="heartbeat"),
-            asyncio.create_task(self._obey_control(), name="control"),
+            asyncio.create_task(self._listing.run(), name="heartbeat"),
+            asyncio.create_task(self._control.run(), name="control"),
             asyncio.create_task(self._guard.monitor(self._leases.stop_unguarded), name="guard"),
             asyncio.create_task(self._reload_when_told(), name="reload"),
         ]
@@ -286,7 +280,7 @@ class Worker:
         self, working: asyncio.Future[Any], others: list[asyncio.Task[None]]
     ) -> None:
         """Drain: wait for what runs, then cancel it."""
-        await self._send_heartbeat_quietly()
+        await self._listing.update()
         cancelling = asyncio.create_task(self._cancel_now.wait(), name="cancel-now")
         try:
             await asyncio.wait(
@@ -311,11 +305,7 @@ class Worker:
         for station in self._stations:
             await station.stop()
         await asyncio.to_thread(self._parts.finish_output)
-        try:
-            if self._is_listed:
-                await self._backend.goodbye(self._worker_id)
-        except ServerError as error:
-            logger.warning("Could not sign off: %s The listing will show it for a while.", error)
+        await self._listing.leave()
         await self._backend.shutdown()
         # last, since it kills whatever the lines above have left
         self._guard.close()
@@ -330,81 +320,14 @@ class Worker:
             await asyncio.gather(*(station.reload() for station in self._stations))
             logger.info("Reloaded: idle slots run the present code.")
 
-    async def _heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            await self._send_heartbeat_quietly()
-
-    async def _send_heartbeat_quietly(self) -> None:
-        try:
-            await self._send_heartbeat()
-        except ServerError as error:
-            logger.debug("No heartbeat: %s", error)  # the keeper and the broker say it aloud
-            await self._revive()
-
     async def _revive(self) -> None:
         try:
             await asyncio.to_thread(self._servers.revive)
         except (EmbeddedServerError, OSError) as error:  # the latter without descriptors
             logger.warning("%s", error)
 
-    async def _send_heartbeat(self) -> None:
-        record = WorkerRecord(
-            worker_id=self._worker_id,
-            name=self.name,
-            host=self._host,
-            pid=os.getpid(),
-            queues=self._options.queues,
-            slots=self._options.slots,
-            run_slots=self._options.run_slots,
-            busy_slots=self._counts.busy[QueueKind.STEPS],
-            busy_run_slots=self._counts.busy[QueueKind.RUNS],
-            state=self._state,
-            started_at=self._started_at,
-            version=__version__,
-            refused=self._counts.refused_count,
-            key_ids=self._servers.signer.key_ids,
-            protocol=PROTOCOL,
-            broker=self._servers.broker.address,
-            running=tuple(islice(self._counts.running.values(), MAX_RUNNING)),
-            sent_at=time.time(),
-        )
-        await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
-
-    @property
     def _state(self) -> str:
         """For the listing, see ``WorkerRecord``."""
         if self._drain.is_set():
             return "draining"
         return "no processes" if any(it.is_short for it in self._stations) else "running"
-
-    async def _obey_control(self) -> None:
-        while True:
-            try:
-                messages = await self._backend.wait_for_control(
-                    self._worker_id, _CONTROL_WAIT_SECONDS
-                )
-            except ServerError:
-                await asyncio.sleep(_RETRY_SECONDS)  # a cancel is also seen at the next renewal
-                continue
-            for message in messages:
-                try:
-                    order = self._orders.read(message)
-                except UntrustedError as error:
-                    self._observer.refused(self._backend.address, "an order", error)
-                else:
-                    self._observer.ordered(order)
-                    self._obey(order)
-
-    def _obey(self, message: Mapping[str, Any]) -> None:
-        kind = message.get("kind")
-        if kind == "cancel":
-            lease = self._leases.find(str(message.get("task_id")))
-            if lease is not None:
-                self._leases.stop(lease, StopReason.CANCELLED)
-        elif kind == "terminate":
-            self.drain()
-        elif kind == "reload":
-            self.reload()
-        else:
-            logger.warning("Ignored a control message of an unknown kind: %r.", kind)

@@ -14,7 +14,7 @@ from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
 from dagster_taskiq.messages.envelope import physical_queue
-from dagster_taskiq.worker import worker
+from dagster_taskiq.worker import listing
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq_tests.faults import FAULT_VARIABLE
 
@@ -58,8 +58,8 @@ def main() -> None:
     elif fault == "begun":
         _patch_backends("begin", is_done_first=False)
     elif fault == "other protocol":
-        worker.PROTOCOL += 1
-        connections.physical_queue = partial(physical_queue, protocol=worker.PROTOCOL)
+        listing.PROTOCOL += 1
+        connections.physical_queue = partial(physical_queue, protocol=listing.PROTOCOL)
     else:
         raise ValueError(fault)
     command_line(prog_name="dagster-taskiq")

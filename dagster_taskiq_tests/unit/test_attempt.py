@@ -145,7 +145,7 @@ def test_a_launched_run_is_acked_when_it_has_begun() -> None:
             await asyncio.sleep(0)
         assert "ack" not in scene.happened
         states.append(scene.attempt.state)
-        scene.slot.on_begun()
+        scene.slot.on_run_start_logged()
         states.append(scene.attempt.state)
         return finished()
 
@@ -161,7 +161,7 @@ def test_a_resumed_run_is_acked_once() -> None:
 
     async def act(scene: Scene) -> Executed:
         assert scene.attempt.state is State.BEGUN
-        scene.slot.on_begun()
+        scene.slot.on_run_start_logged()
         return finished()
 
     scene = play(RESUMED_TASK, acting(act))

@@ -31,16 +31,17 @@ from dagster_taskiq import executor as executor_module
 from dagster_taskiq._dagster.names import SerializableErrorInfo, pack_value
 from dagster_taskiq._dagster.patches import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
-from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS
+from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.errors import (
     RefusedByServerError,
     ServerError,
     SupersededLoopError,
     UnreachableServerError,
 )
-from dagster_taskiq.execution import tasks
+from dagster_taskiq.execution import attempt_log, tasks
 from dagster_taskiq.execution.tasks import TaskRunner
-from dagster_taskiq.loop import core_execution_loop as loop_module
+from dagster_taskiq.loop import endings
+from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.envelope import step_task_id
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
@@ -76,7 +77,7 @@ HOLD = "hold"
 
 
 class Clock:
-    """In place of the loop's ``time``."""
+    """The loop's clock."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -293,7 +294,8 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterInstan
 def fake(instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch) -> FakeDispatcher:
     clock = Clock()
     fake = FakeDispatcher(clock, instance)
-    monkeypatch.setattr(loop_module, "time", clock)
+    loop = partial(core_execution_loop, now=clock.monotonic)
+    monkeypatch.setattr(executor_module, "core_execution_loop", loop)
     monkeypatch.setattr(executor_module, "_open_dispatcher", lambda *_: fake)
     return fake
 
@@ -454,7 +456,34 @@ def test_a_vanished_task_is_sent_again(fake: FakeDispatcher, instance: DagsterIn
     assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 0
     assert ran.said("again") == 2
     # twice absent for longer than a message may be in a worker's hand
-    assert fake.clock.now - 1000 >= 2 * loop_module.IN_HAND_SECONDS
+    assert fake.clock.now - 1000 >= 2 * IN_HAND_SECONDS
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_a_result_of_a_task_that_is_to_be_sent_again_counts(
+    fake: FakeDispatcher, instance: DagsterInstance, is_interrupted: bool
+) -> None:
+    """Its message turns up while the broker is away: it is not sent a second time."""
+    fake.plan["one"], fake.failing = [VANISH], {"submit"}
+
+    def happen(_: int) -> None:
+        if fake.reopened and not fake.stored:
+            fake.finish(fake.sent[0])
+            fake.away_until = fake.clock.now + 50
+            if is_interrupted:
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif not fake.reopened and fake.sent:
+            fake.away_until = 1e12
+
+    fake.on_wait = happen
+    ran = execute(jobs.chain_job, instance)
+    assert ran.count(DagsterEventType.STEP_SUCCESS, "one") == 1
+    if is_interrupted:
+        assert "DagsterExecutionInterruptedError" in run_error(ran)
+    else:
+        assert ran.status is SUCCESS
+    steps = [task.step_key for task in fake.sent]
+    assert steps == (["one"] if is_interrupted else ["one", "add_one", "add_one_2"])
 
 
 def test_a_waiting_task_is_left_in_its_queue(
@@ -565,6 +594,35 @@ def test_dynamic_outputs_of_a_lost_result_are_known(
     assert sum("[" in task.step_key for task in fake.sent) == 4
 
 
+def test_the_log_of_a_run_is_read_once_for_all_that_are_judged(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage there may be hundreds; of what each came to only its step's events are."""
+    for step in ("left", "right"):
+        fake.plan[step] = [RUN_AND_LOSE]
+    reads: list[None] = []
+    all_logs = DagsterInstance.all_logs
+
+    def note(self: DagsterInstance, *arguments: Any, **options: Any) -> Any:
+        reads.append(None)
+        return all_logs(self, *arguments, **options)
+
+    steps: list[str] = []
+    read_step_log = attempt_log.read_step_log
+
+    def note_step(*arguments: Any, **options: Any) -> Any:
+        steps.extend([arguments[2]] if options.get("with_outputs") else [])
+        return read_step_log(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DagsterInstance, "all_logs", note)
+        patch.setattr(attempt_log, "read_step_log", note_step)
+        with execute_job(reconstructable(jobs.diamond_job), instance) as result:
+            assert result.success
+    assert len(reads) == 1
+    assert sorted(steps) == ["left", "right"]
+
+
 def test_nothing_is_judged_before_the_watch_is_conclusive(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
@@ -623,7 +681,7 @@ def test_a_claim_that_ends_before_its_time_is_judged_when_its_worker_has_stopped
     assert ran.status is SUCCESS
     assert [task.attempt for task in fake.sent if task.step_key == "patient"] == [1, 2]
     assert fake.clock.now - gone_at[0] >= LEASE_SECONDS
-    assert fake.clock.now - gone_at[0] < LEASE_SECONDS + 2 * loop_module.RECONCILE_SECONDS
+    assert fake.clock.now - gone_at[0] < LEASE_SECONDS + 2 * RECONCILE_SECONDS
     (retry,) = (event for event in ran.events if event.is_step_up_for_retry)
     assert "was gone before its lease had ended" in str(retry.step_retry_data.error)
 
@@ -1621,7 +1679,7 @@ def test_a_retry_that_loop_and_worker_ask_for_at_once_is_one(
     """The worker of a lost attempt lives and logs its retry while the loop logs its own."""
     fake.plan["patient"] = [EXPIRE_STARTED]
     other_process = os.getpid() + 1
-    ask = loop_module.retry_or_fail_step
+    ask = endings.retry_or_fail_step
 
     def ask_both(*arguments: Any) -> DagsterEvent:
         (run,) = instance.get_runs(limit=1)
@@ -1640,7 +1698,7 @@ def test_a_retry_that_loop_and_worker_ask_for_at_once_is_one(
             FakeDispatcher.start(fake, task)
 
     monkeypatch.setattr(fake, "start", begin_elsewhere)
-    monkeypatch.setattr(loop_module, "retry_or_fail_step", ask_both)
+    monkeypatch.setattr(endings, "retry_or_fail_step", ask_both)
     ran = execute(jobs.patient_job, instance)
     assert ran.status is SUCCESS
     assert ran.count(DagsterEventType.STEP_UP_FOR_RETRY) == 2

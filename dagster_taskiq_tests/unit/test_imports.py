@@ -23,6 +23,7 @@ STOREYS = [
     "_dagster messages",
     "tags config brokers backend execution",
     "connections",
+    "carrier",
     "loop launch worker overview",
     "executor launcher",
     "demo",
@@ -147,6 +148,14 @@ def test_dagsters_private_names_stand_in_one_room(module: str) -> None:
     assert private == []
 
 
+#: The execution loop, which knows no servers: all of its room but those who carry its steps.
+LOOP = sorted(
+    it
+    for it in TREES
+    if it.startswith("loop.") and it not in ("loop.client", "loop.dispatcher", "loop.eager")
+)
+
+
 def _outside(prefix: str) -> set[str]:
     """The outside packages that the modules of one part import."""
     return {
@@ -170,13 +179,14 @@ def _outside(prefix: str) -> set[str]:
         ("_dagster", {"taskiq", "redis", "aio_pika"}),
         ("config", {"taskiq", "redis", "aio_pika"}),
         ("brokers", {"dagster"}),
+        ("carrier", {"dagster", "redis", "aio_pika"}),
         ("brokers.memory", {"dagster", "redis", "aio_pika"}),
         ("backend", {"dagster", "taskiq"}),
         ("backend.life", {"dagster", "taskiq", "redis"}),
         ("backend.memory", {"dagster", "taskiq", "redis"}),
         ("servers.embedded", {"dagster", "taskiq"}),
         ("loop.client", {"dagster"}),
-        ("loop.core_execution_loop", {"taskiq", "redis", "aio_pika", "taskiq_redis"}),
+        *((part, {"taskiq", "redis", "aio_pika", "taskiq_redis"}) for part in LOOP),
         ("executor", {"taskiq", "redis", "aio_pika"}),
         ("execution", {"taskiq", "redis", "aio_pika"}),
         ("worker", {"click", "rich"}),
@@ -205,11 +215,14 @@ def test_a_face_loads_no_client_library(face: str) -> None:
 @pytest.mark.parametrize(
     ("part", "unknown"),
     [
-        (
-            "loop.core_execution_loop",
-            ("brokers", "loop.client", "backend.redis", "servers.redis_client", "worker"),
+        *(
+            (
+                part,
+                ("brokers", "carrier", "loop.client", "backend.redis", "servers.redis_client"),
+            )
+            for part in LOOP
         ),
-        ("loop.client", ("loop.core_execution_loop", "_dagster", "worker")),
+        ("loop.client", (*LOOP, "_dagster", "worker")),
         ("config", ("brokers", "backend", "servers.embedded", "connections")),
         ("backend", ("brokers", "messages.envelope", "config", "worker")),
         ("brokers", ("backend", "config", "worker", "messages.results")),

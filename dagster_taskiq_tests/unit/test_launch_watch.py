@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
+from uuid import uuid4
 
 import pytest
 from dagster import DagsterInstance, DagsterRunStatus
 
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, WAIT_REASON_SECONDS
+from dagster_taskiq.errors import LauncherClosedError, UnreachableServerError
 from dagster_taskiq.launch import launch_watch
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
@@ -330,3 +333,78 @@ def test_an_outage_does_not_end_it(
     (record, *_) = (it for it in caplog.records if "launched" in it.message or "wait" in it.message)
     assert "ConnectionError: no server on port 6379" in record.message
     assert record.exc_info is None
+
+
+class PartlyBrokenClient(FakeClient):
+    """Servers that raise for one run, and note which runs they are asked for."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.bad_run = ""
+        self.asked: list[str] = []
+
+    def state_of(self, run_id: str, _: str) -> tuple[str, TaskState]:
+        self.asked.append(run_id)
+        if run_id == self.bad_run:
+            raise self.error
+        return self.now_epoch, self.state
+
+
+def look_after(
+    instance: DagsterInstance, client: PartlyBrokenClient, clock: Clock, *queues: str
+) -> tuple[LaunchWatch, list[str]]:
+    """A watch of runs in these queues, which were lost long ago; it looks when it is told.
+
+    The servers raise for the first run.
+    """
+    background = Background()
+    background.close()
+    watch = LaunchWatch(cast("RunClient", client), background, LEASE_SECONDS, clock)
+    envelopes = [replace(launched(instance), queue=queue, task_id=str(uuid4())) for queue in queues]
+    client.bad_run = envelopes[0].run_id
+    for envelope in envelopes:
+        watch.look_after(instance, envelope)
+    return watch, [envelope.run_id for envelope in envelopes]
+
+
+def test_a_run_that_raises_does_not_hold_up_the_others(
+    clock: Clock, instance: DagsterInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its error is in the log by its id, at each look; the other run is sent again."""
+    client = PartlyBrokenClient(ValueError("nobody has thought of this"))
+    watch, (bad, good) = look_after(instance, client, clock, "long", "long")
+    assert watch._look(instance) is False
+    clock.seconds += LEASE_SECONDS
+    assert watch._look(instance) is False
+    assert [it.run_id for it in client.sent] == [good]
+    said = f"Cannot look after run {bad}, which waits to be started: ValueError: nobody has"
+    assert sum(text.startswith(said) for text in caplog.messages) == 2
+
+
+def test_a_queue_whose_server_does_not_answer_holds_up_no_other(
+    clock: Clock, instance: DagsterInstance, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its other runs are not asked for, as each would wait for the server as long."""
+    client = PartlyBrokenClient(UnreachableServerError("redis://fake", "Cannot reach it."))
+    watch, (bad, same, other) = look_after(instance, client, clock, "long", "long", "short")
+    watch._look(instance)
+    assert set(client.asked) == {bad, other}
+    clock.seconds += LEASE_SECONDS
+    watch._look(instance)
+    assert [it.run_id for it in client.sent] == [other]
+    assert not any(same in text for text in caplog.messages)
+    client.error, client.is_queued = ValueError("it answers now"), False
+    watch._look(instance)
+    clock.seconds += LEASE_SECONDS
+    watch._look(instance)
+    assert client.sent[1].run_id == same, "the first of those that were lost by now"
+
+
+def test_a_look_ends_with_the_launcher(clock: Clock, instance: DagsterInstance) -> None:
+    """No other run is asked for when the launcher has left its servers."""
+    client = PartlyBrokenClient(LauncherClosedError("The launcher has left its servers."))
+    watch, (bad, _) = look_after(instance, client, clock, "long", "short")
+    with pytest.raises(LauncherClosedError):
+        watch._look(instance)
+    assert client.asked == [bad]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.errors import ServerError, UnreachableServerError
+from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
 from dagster_taskiq.launch import run_client
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.run_client import RunClient
@@ -92,6 +92,24 @@ def test_a_server_that_refuses_connections_is_asked_each_time(
         assert server.tries == tries
     server.error = None
     client.reach("queue")
+
+
+def test_a_launcher_that_has_ended_reaches_no_server(server: FakeServer) -> None:
+    """Nor does it connect anew, whether it had ever been connected or not."""
+    server.error = None
+    server.answer.set()
+    for is_connected in (True, False):
+        options = ServerOptions("redis://fake")
+        background = Background()
+        client = RunClient(Servers(options, options, Signer([])), background)
+        if is_connected:
+            client.reach("queue")
+        background.close()
+        client.close()
+        tries = server.tries
+        with pytest.raises(LauncherClosedError):
+            client.reach("queue")
+        assert server.tries == tries
 
 
 def until_it_reaches(client: RunClient) -> None:

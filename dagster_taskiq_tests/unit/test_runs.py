@@ -67,8 +67,8 @@ def test_when_a_run_has_begun(instance: DagsterInstance) -> None:
 
     run = starting_run(instance)
     instance.report_run_canceling(run)
-    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_begun=note)
+    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_run_start_logged=note)
     assert seen == []
     run = starting_run(instance)
-    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_begun=note)
+    execute_or_resume_run(instance, run.run_id, is_resumed=False, on_run_start_logged=note)
     assert seen == [(DagsterRunStatus.STARTED, 0)]

@@ -12,7 +12,6 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.worker import child_messages
 from dagster_taskiq.worker.child_messages import (
-    Begun,
     Execute,
     Executed,
     FailRun,
@@ -20,9 +19,10 @@ from dagster_taskiq.worker.child_messages import (
     LogOpened,
     LookAtRun,
     NotReady,
+    OrderTaken,
     Ready,
     RunAnswer,
-    Started,
+    RunStartLogged,
 )
 from dagster_taskiq.worker.observer import (
     CountingObserver,
@@ -100,10 +100,10 @@ ORDERS = [
 WORDS = [
     Ready(),
     NotReady("why"),
-    Started(),
+    OrderTaken(),
     LogOpened("/log", 1),
     LogClosed("/log"),
-    Begun(),
+    RunStartLogged(),
     Executed("result", "", 1),
     RunAnswer(is_over=True),
 ]

@@ -24,7 +24,8 @@ from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 PLACE = Place("w@h", "worker-id", "h", 4711, 1)
 
-#: What a child does with an order: gets its slot and the order, and may call ``on_begun``.
+#: What a child does with an order: gets its slot and the order, and may call
+#: ``on_run_start_logged``.
 Act = Callable[["FakeSlot", Order], Any]
 
 
@@ -41,7 +42,7 @@ class FakeSlot(Slot):
         act: what its child does, a coroutine function; its return value is the answer.
         failure: raised by ``prepare``.
         happened: what was done with it, in words.
-        on_begun: to be called by ``act`` when the log says that the run has started.
+        on_run_start_logged: to be called by ``act`` when the log says that the run has started.
         told: set when its child gets a signal.
     """
 
@@ -51,7 +52,7 @@ class FakeSlot(Slot):
         self.failure: Exception | None = None
         self.happened = [] if happened is None else happened
         self.orders: list[Order] = []
-        self.on_begun: Callable[[], None] = lambda: None
+        self.on_run_start_logged: Callable[[], None] = lambda: None
         self.told = asyncio.Event()
 
     @property
@@ -68,13 +69,13 @@ class FakeSlot(Slot):
         self,
         order: Order,
         on_child: Callable[[int], None],
-        on_started: Callable[[], None] = lambda: None,
-        on_begun: Callable[[], None] = lambda: None,
+        on_order_taken: Callable[[], None] = lambda: None,
+        on_run_start_logged: Callable[[], None] = lambda: None,
     ) -> Answer | ChildDied:
         self.orders.append(order)
-        self.on_begun = on_begun
+        self.on_run_start_logged = on_run_start_logged
         on_child(self.pid)
-        on_started()
+        on_order_taken()
         if self.act is not None:
             answer: Answer | ChildDied = await self.act(self, order)
             return answer

@@ -1,0 +1,113 @@
+"""The worker's entry in the list of workers, which it keeps up to date while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from itertools import islice
+
+from dagster_taskiq.backend import Backend
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.worker_records import MAX_RUNNING, WorkerRecord
+from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.observer import CountingObserver
+from dagster_taskiq.worker.options import WorkerOptions
+
+logger = logging.getLogger(__name__)
+
+
+class Listing:
+    """Lists one worker; ``run`` is its background task.
+
+    Args:
+        backend: which has the list.
+        servers: the broker that the worker listens on, and the keys that it accepts.
+        options: its queues and slots.
+        place: its name, id and host.
+        counts: what it does just now.
+        state: for the listing, see ``WorkerRecord``.
+        on_outage: called when the backend has not answered.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        servers: Servers,
+        options: WorkerOptions,
+        place: Place,
+        counts: CountingObserver,
+        state: Callable[[], str],
+        on_outage: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._backend = backend
+        self._servers = servers
+        self._options = options
+        self._place = place
+        self._counts = counts
+        self._state = state
+        self._on_outage = on_outage
+        self._started_at = time.time()
+        self._is_entered = False
+
+    async def enter(self) -> None:
+        """Put the worker into the list.
+
+        Raises:
+            ServerError: the backend is away, or refuses.
+        """
+        self._is_entered = True
+        await self._send()
+
+    async def run(self) -> None:
+        """Send a heartbeat now and then, until cancelled."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await self.update()
+
+    async def update(self) -> None:
+        """Send the present record, if the backend answers."""
+        try:
+            await self._send()
+        except ServerError as error:
+            logger.debug("No heartbeat: %s", error)  # the keeper and the broker say it aloud
+            await self._on_outage()
+
+    async def leave(self) -> None:
+        """Take the worker out of the list; without a word of ours its entry expires."""
+        if not self._is_entered:
+            return
+        try:
+            await self._backend.goodbye(self._place.worker_id)
+        except ServerError as error:
+            logger.warning("Could not sign off: %s The listing will show it for a while.", error)
+
+    async def _send(self) -> None:
+        options, counts = self._options, self._counts
+        record = WorkerRecord(
+            worker_id=self._place.worker_id,
+            name=self._place.worker,
+            host=self._place.host,
+            pid=os.getpid(),
+            queues=options.queues,
+            slots=options.slots,
+            run_slots=options.run_slots,
+            busy_slots=counts.busy[QueueKind.STEPS],
+            busy_run_slots=counts.busy[QueueKind.RUNS],
+            state=self._state(),
+            started_at=self._started_at,
+            version=__version__,
+            refused=counts.refused_count,
+            key_ids=self._servers.signer.key_ids,
+            protocol=PROTOCOL,
+            broker=self._servers.broker.address,
+            running=tuple(islice(counts.running.values(), MAX_RUNNING)),
+            sent_at=time.time(),
+        )
+        await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)

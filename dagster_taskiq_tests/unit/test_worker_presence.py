@@ -1,0 +1,171 @@
+"""A worker's entry in the list of workers, and the orders that reach it there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
+from dagster_taskiq.connections import Servers
+from dagster_taskiq.messages.control import OrderReader, cancel_order, worker_order
+from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.worker.control_mailbox import ControlMailbox
+from dagster_taskiq.worker.leases import StopReason
+from dagster_taskiq.worker.listing import Listing
+from dagster_taskiq.worker.observer import CountingObserver
+from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq_tests.unit.worker_stand_ins import Witness
+
+PLACE = Place("w@h", "worker-id", "h", 0, 0)
+
+ME = WorkerRecord("worker-id", "w@h", "h", 1, ("q",))
+
+PATIENCE_SECONDS = 20.0
+
+
+class Scene:
+    """A worker's listing on a server in memory."""
+
+    def __init__(self) -> None:
+        self.server = MemoryServer()
+        self.backend = MemoryBackend(self.server)
+        self.counts = CountingObserver()
+        self.state = "running"
+        self.outages = 0
+        options = ServerOptions("redis://fake")
+        self.listing = Listing(
+            self.backend,
+            Servers(options, options, Signer()),
+            WorkerOptions("w", ("q",), 3),
+            PLACE,
+            self.counts,
+            lambda: self.state,
+            self._note_outage,
+        )
+
+    async def _note_outage(self) -> None:
+        self.outages += 1
+
+    async def workers(self) -> list[WorkerRecord]:
+        return await self.backend.workers()
+
+
+def test_a_worker_is_listed_as_it_is_now() -> None:
+    """From when it enters until it leaves; each heartbeat has its present state."""
+
+    async def test() -> None:
+        scene = Scene()
+        await scene.listing.enter()
+        (first,) = await scene.workers()
+        assert (first.worker_id, first.name, first.slots) == ("worker-id", "w@h", 3)
+        assert (first.state, first.busy_slots) == ("running", 0)
+        scene.state, scene.counts.busy[QueueKind.STEPS] = "draining", 2
+        await scene.listing.update()
+        (second,) = await scene.workers()
+        assert (second.state, second.busy_slots) == ("draining", 2)
+        assert second.started_at == first.started_at
+        await scene.listing.leave()
+        assert await scene.workers() == []
+
+    asyncio.run(test())
+
+
+def test_an_outage_ends_no_worker() -> None:
+    """A heartbeat that is lost is tried again; a worker that cannot sign off ends all the same."""
+
+    async def test() -> None:
+        scene = Scene()
+        await scene.listing.enter()
+        scene.server.freeze()
+        await scene.listing.update()
+        await scene.listing.leave()
+        assert scene.outages == 1
+        scene.server.thaw()
+        assert len(await scene.workers()) == 1
+
+    asyncio.run(test())
+
+
+def test_who_never_entered_does_not_leave() -> None:
+    """It asks no server, which may be what it has waited for in vain."""
+
+    async def test() -> None:
+        scene = Scene()
+        scene.server.freeze()
+        await scene.listing.leave()
+
+    asyncio.run(test())
+
+
+class FakeLeases:
+    """Holds one task."""
+
+    def __init__(self) -> None:
+        self.stopped: list[tuple[str, StopReason]] = []
+
+    def find(self, task_id: str) -> str | None:
+        return task_id if task_id == "held" else None
+
+    def stop(self, lease: str, reason: StopReason) -> None:
+        self.stopped.append((lease, reason))
+
+
+def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
+    """Have a worker find these orders in its mailbox; which calls it got."""
+
+    async def test() -> list[str]:
+        calls: list[str] = []
+        is_read = asyncio.Event()
+
+        def drain() -> None:
+            calls.append("drain")
+            is_read.set()
+
+        backend = MemoryBackend(MemoryServer())
+        for order in [*orders, worker_order(Signer(), ME, "terminate")]:
+            await backend.send_control("worker-id", order)
+        reader = OrderReader(Signer(), "worker-id", "w@h")
+        mailbox = ControlMailbox(
+            backend,
+            "worker-id",
+            reader,
+            leases,
+            observer,
+            drain,
+            lambda: calls.append("reload"),
+        )
+        task = asyncio.create_task(mailbox.run())
+        await asyncio.wait_for(is_read.wait(), PATIENCE_SECONDS)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        return calls
+
+    return asyncio.run(test())
+
+
+def test_each_order_is_obeyed() -> None:
+    """In their order; a cancel of a task that is not held is nothing to this worker."""
+    leases = FakeLeases()
+    orders = [
+        worker_order(Signer(), ME, "reload"),
+        cancel_order(Signer(), "held", "enough"),
+        cancel_order(Signer(), "elsewhere", "enough"),
+        worker_order(Signer(), ME, "dance"),
+    ]
+    assert obey(orders, leases, Witness()) == ["reload", "drain"]
+    assert leases.stopped == [("held", StopReason.CANCELLED)]
+
+
+def test_an_order_that_is_refused_is_heard_of() -> None:
+    """And those that follow it are obeyed."""
+    observer = Witness()
+    other = WorkerRecord("other-id", "other@h", "h", 1, ("q",))
+    assert obey([worker_order(Signer(), other, "reload")], FakeLeases(), observer) == ["drain"]
+    assert observer.details["refused"] == "an order"
