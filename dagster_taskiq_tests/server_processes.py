@@ -81,6 +81,11 @@ class PrivateRedis:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
 
+    def flush(self) -> None:
+        """Delete all that it keeps."""
+        with self.client() as client:
+            client.flushall()
+
     def remember(self) -> None:
         """Keep a copy of its data, as far as its append-only file has it."""
         shutil.rmtree(self._copy, ignore_errors=True)

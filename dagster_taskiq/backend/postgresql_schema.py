@@ -127,8 +127,7 @@ class Schema:
 
     def migrations(self, since: int) -> str:
         """The SQL that changes the tables, of a schema with so many changes."""
-        texts = [f"CREATE SCHEMA IF NOT EXISTS {self._quoted};"] if not since else []
-        texts += [text.replace("{s}", self._quoted) for text in MIGRATIONS[since:]]
+        texts = [text.replace("{s}", self._quoted) for text in MIGRATIONS[since:]]
         values = f"number = {len(MIGRATIONS)}, oldest = {OLDEST}"
         texts.append(f"UPDATE {self._quoted}.version SET {values};")  # noqa: S608
         return "".join(texts)
@@ -193,6 +192,10 @@ class Schema:
             await connection.execute(f"SET LOCAL lock_timeout TO '{_LOCK_TIMEOUT}'")
             # two that make the same at the same time fail, whatever IF NOT EXISTS says
             await connection.execute(f"SELECT pg_advisory_xact_lock({self._lock})")
+            found = await connection.execute("SELECT to_regnamespace(%s)", [self._quoted])
+            if await found.fetchone() == (None,):
+                # not IF NOT EXISTS, which needs the right to create in any case
+                await connection.execute(f"CREATE SCHEMA {self._quoted}")
             since = await self._version(connection)
             text = self.migrations(since) if since < len(MIGRATIONS) else ""
             await connection.execute(text + self.functions())

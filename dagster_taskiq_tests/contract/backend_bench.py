@@ -221,6 +221,7 @@ class PostgresHarness(Harness):
         self.name = schema.name
         self.connection = psycopg2.connect(options.url)
         self.connection.autocommit = True
+        self.execute("CREATE SCHEMA {s}")
         self.execute(schema.migrations(0) + schema.functions())
         self.execute("SET synchronous_commit TO off")
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -29,7 +33,8 @@ from dagster_taskiq_tests.contract.backend_bench import (
     record,
     shared_bench,
 )
-from dagster_taskiq_tests.server_nodes import execute_sql
+from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
+from dagster_taskiq_tests.server_processes import free_port
 from dagster_taskiq_tests.servers import (
     crashable_postgres,
     postgres_database,
@@ -209,6 +214,12 @@ def test_a_user_without_rights_is_told_what_to_grant() -> None:
         execute_sql(url, f'REVOKE CREATE ON DATABASE "{urlsplit(url).path[1:]}" FROM "{user}"')
         await works(mine)
 
+        execute_sql(url, f'CREATE SCHEMA "{schema_name("ready")}"')
+        error = await refused(replace(mine, key_prefix="ready"))
+        for grant in grants_of(error):
+            execute_sql(url, grant)
+        await works(replace(mine, key_prefix="ready"))
+
         others = ServerOptions(url, key_prefix="others")
         await works(others)
         mine = replace(mine, key_prefix="others")
@@ -309,6 +320,74 @@ def test_an_orderly_restart_ends_nothing() -> None:
         cast("Any", server).node.restart()
         assert bench.renew_run() == epoch
         assert bench.complete(claim)
+
+
+def test_one_killed_session_ends_the_epoch() -> None:
+    """As the OOM killer does it: the server goes on with other sessions, and may lose commits."""
+    with private_bench("postgres") as (server, bench):
+        epoch = bench.open_run()
+        claim = bench.claimed()
+        ((pid,),) = cast("PostgresHarness", server).execute("SELECT pg_backend_pid()")
+        os.kill(pid, signal.SIGKILL)
+
+        async def renew() -> str | None:
+            with suppress(UnreachableServerError):
+                return await bench.backend.renew_run(bench.run_id, token="loop", lease_seconds=60)
+            return epoch
+
+        async def new_epoch() -> None:
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            while await renew() == epoch:
+                assert time.monotonic() < deadline, "the epoch has not changed"
+
+        bench.call(new_epoch())
+        assert bench.renew(claim).is_held
+        assert bench.complete(claim)
+
+
+@contextmanager
+def standby_of(node: PostgresNode) -> Iterator[PostgresNode]:
+    """A copy of the node that follows it until it is promoted."""
+    copy, port, user = node.directory / "copy", free_port(), node._user
+    binary = Path(node._command[0]).resolve()
+    command = [binary.with_name("pg_basebackup"), "-d", node.url, "-D", copy / "data", "-R"]
+    subprocess.run([*command, "-c", "fast"], user=user, check=True, cwd="/", capture_output=True)
+    copy.mkdir(exist_ok=True)
+    standby = PostgresNode(str(binary), port, copy, user)
+    try:
+        yield standby
+    finally:
+        standby.stop()
+
+
+def test_a_promoted_standby_is_another_life() -> None:
+    """It has not all that the former primary had: live claims are asserted again."""
+
+    async def test(node: PostgresNode, standby: PostgresNode, options: ServerOptions) -> None:
+        ports = [str(urlsplit(it.url).port) for it in (node, standby)]
+        hosts = f"?host=127.0.0.1,127.0.0.1&port={','.join(ports)}"
+        url = f"postgresql://postgres@/postgres{hosts}"
+        backend = backend_of(replace(options, url=url))
+        arguments: Any = {"token": "t", "lease_seconds": LONG_LEASE}
+        epoch = await backend.open_run("run", generation=0, is_resumable=False, **arguments)
+        claims = [Claim("run", f"t{n}", "w", LONG_LEASE, epoch, NOWHERE) for n in range(2)]
+        assert await backend.claim(claims[0], needs_live_run=True) is ClaimAnswer.GRANTED
+        await asyncio.to_thread(standby.stop)  # from here on it misses what happens
+        assert await backend.claim(claims[1], needs_live_run=True) is ClaimAnswer.GRANTED
+        node.kill()
+        await asyncio.to_thread(standby.restart)
+        with pytest.raises(UnreachableServerError):
+            await backend.renew(claims)
+        await asyncio.to_thread(execute_sql, standby.url, "SELECT pg_promote()")
+        assert await backend.renew_run("run", **arguments) not in (None, epoch)
+        other = replace(claims[1], token="other")
+        assert await backend.claim(other, needs_live_run=True) is ClaimAnswer.STALE
+        assert [renewal.is_held for renewal in await backend.renew(claims)] == [True, True]
+        assert await backend.complete(claims[1], b"x", expires_seconds=60)
+        await backend.shutdown()
+
+    with crashable_postgres() as (node, options), standby_of(node) as standby:
+        run(test(node, standby, options))
 
 
 def test_a_copy_of_a_database_is_another_life() -> None:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -116,41 +116,52 @@ def test_the_backend_forgets(kind: BrokerKind, tmp_path: Path) -> None:
             check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
 
 
-def crash(node: PostgresNode, _: ServerOptions) -> None:
+def crash(node: PostgresNode) -> None:
     """Lose what was committed asynchronously, as `pg_ctl stop -m immediate` does."""
     node.process.send_signal(signal.SIGQUIT)
     node.process.wait()
     node.restart()
 
 
-def truncate(node: PostgresNode, options: ServerOptions) -> None:
-    tables = [f'"{schema_name(options.key_prefix)}".{name}' for name in ("runs", "tasks")]
+def empty(node: PostgresNode, backend: ServerOptions) -> None:
+    tables = [f'"{schema_name(backend.key_prefix)}".{name}' for name in ("runs", "tasks")]
     execute_sql(node.url, f"TRUNCATE {', '.join(tables)}")
 
 
-@pytest.mark.parametrize(
-    ("options_of", "fault"),
-    [(redis_options, crash), (amqp_options, crash), (amqp_options, truncate)],
-)
-def test_a_postgresql_forgets(
-    options_of: Callable[[], AbstractContextManager[ServerOptions]],
-    fault: Callable[[PostgresNode, ServerOptions], None],
-    tmp_path: Path,
-) -> None:
-    """It crashes, or its tables are emptied by hand: each attempt runs once."""
-    with (
-        options_of() as broker,
-        crashable_postgres(broker.key_prefix) as (node, backend),
-        open_stack("redis", tmp_path) as stack,
-    ):
-        stack.broker, stack.backend = broker, backend
-        stack.worker(slots=2).await_ready()
-        run = start(stack, "varied")
-        run.await_notes("ran", 3, LONG_SECONDS)
-        fault(node, backend)
-        until(lambda: "restarted or emptied" in run.output_of_process, "the run has noticed")
-        run.open_gate()
-        check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+def await_epochs(run: Run, count: int) -> None:
+    until(
+        lambda: run.output_of_process.count("what is missing there is judged") >= count,
+        f"the run has noticed {count} of them",
+    )
+
+
+def test_a_postgresql_forgets(tmp_path: Path) -> None:
+    """It crashes, and then its tables are emptied by hand: each attempt runs once.
+
+    Beside each broker, whose messages know nothing of it.
+    """
+    with ExitStack() as exits:
+        parts = []
+        for options_of in (redis_options, amqp_options):
+            broker = exits.enter_context(options_of())
+            node, backend = exits.enter_context(crashable_postgres(broker.key_prefix))
+            directory = tmp_path / options_of.__name__
+            directory.mkdir()
+            stack = exits.enter_context(open_stack("redis", directory))
+            stack.broker, stack.backend = broker, backend
+            stack.worker(slots=2).await_ready()
+            parts.append((backend, start(stack, "varied")))
+        for _, run in parts:
+            run.await_notes("ran", 3, LONG_SECONDS)
+        crash(node)
+        for backend, run in parts:
+            await_epochs(run, 1)
+            empty(node, backend)
+        for _, run in parts:
+            await_epochs(run, 2)
+            run.open_gate()
+        for _, run in parts:
+            check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
 
 
 def test_the_embedded_server_forgets(tmp_path: Path) -> None:

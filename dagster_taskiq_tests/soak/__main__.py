@@ -10,10 +10,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.soak.report import table
 from dagster_taskiq_tests.soak.soak import soak
+from dagster_taskiq_tests.soak.stack import Kind
 
 
 def main() -> int:
@@ -21,7 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dagster_taskiq_tests.soak", description=__doc__
     )
-    parser.add_argument("--broker", choices=("redis", "embedded", "rabbitmq"), default="redis")
+    parser.add_argument("--broker", choices=get_args(Kind), default="redis")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, help="default: a new one, which is printed")
     parser.add_argument("--json", type=Path, help="file for the figures")

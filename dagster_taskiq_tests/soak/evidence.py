@@ -19,7 +19,7 @@ from dagster_taskiq_tests.acceptance.harness import Note, until
 from dagster_taskiq_tests.soak.director import CHILDREN, WORKERS, Director, descriptors
 from dagster_taskiq_tests.soak.jobs import NUMBER_TAG, POOL
 from dagster_taskiq_tests.soak.runs import SoakRun
-from dagster_taskiq_tests.soak.stack import LEASE_SECONDS
+from dagster_taskiq_tests.soak.stack import LEASE_SECONDS, PostgresServer
 
 #: What a loaded machine may add to a time that a promise names.
 SLACK_SECONDS = 3.0
@@ -292,6 +292,11 @@ def _keys(director: Director) -> Counter[str]:
     """What servers and storage still have of runs that are over."""
     found: Counter[str] = Counter()
     prefix = director.stack.broker.key_prefix if director.stack.broker else "dagster-taskiq"
+    if isinstance(director.server, PostgresServer):
+        held = "lease_until > clock_timestamp()"
+        found["claims"] = director.server.count(f"tasks WHERE state = 'claimed' AND {held}")
+        found["run leases"] = director.server.count(f"runs WHERE {held}")
+        return found + _in_queues(director)
     with director.server.client() as client:
         for key in client.scan_iter(match=f"{prefix}*", count=1000):
             name = key.decode().removeprefix(prefix)
@@ -301,8 +306,12 @@ def _keys(director: Director) -> Counter[str]:
                 found["run leases"] += 1
             elif name.endswith((":waiting", ":payloads", ":in-hand", ":places", ":bell")):
                 found["in the queues"] += 1
-    found["pool slots"] = _count_pool_slots(director)
-    if director.kind == "rabbitmq":
+    return found + _in_queues(director)
+
+
+def _in_queues(director: Director) -> Counter[str]:
+    found = Counter({"pool slots": _count_pool_slots(director)})
+    if director.kind.startswith("rabbitmq"):
         for kind in QueueKind:
             found["in the queues"] += asyncio.run(director.stack.depth("dagster", kind=kind))
     return found

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
+import psycopg2  # type: ignore[import-untyped]
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers import open_broker
@@ -76,7 +77,7 @@ def faults_of(director: Director, seconds: float) -> dict[str, Fault]:
         found["restart the backend from an older snapshot"] = _go_back
     if isinstance(director.server, EmbeddedServer):
         found["kill the embedded server's keeper"] = _kill_keeper
-    if director.kind == "rabbitmq":
+    if director.kind.startswith("rabbitmq"):
         found["close the broker's connections"] = _close_connections
         found["RabbitMQ refuses connections"] = _refuse_connections
     return found
@@ -289,15 +290,17 @@ def _cancel_run(director: Director) -> str | None:
 
 def _kill_backend(director: Director) -> str:
     director.server.kill()
-    if isinstance(director.server, PrivateRedis):  # the embedded one has a keeper
+    if not isinstance(director.server, EmbeddedServer):  # which has a keeper
         director.server.restart()
-    return "it comes back with its data"
+    return "it comes back with its data, as far as that was written"
 
 
-def _flush(director: Director) -> str:
-    with director.server.client() as client:
-        client.flushall()
-    return "FLUSHALL"
+def _flush(director: Director) -> str | None:
+    try:
+        director.server.flush()
+    except psycopg2.Error:  # it is just starting, by another fault
+        return None
+    return "all that it has"
 
 
 def _freeze_backend(director: Director, seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -12,25 +12,29 @@ from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import psutil
+import psycopg2  # type: ignore[import-untyped]
 import redis
 import yaml
 from dagster import DagsterInstance
 
+from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
 from dagster_taskiq_tests.acceptance.launched import QUIET_SETTINGS, launching_settings
 from dagster_taskiq_tests.proxy import Proxy, proxied
+from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
 from dagster_taskiq_tests.server_sources import rabbitmqctl
 from dagster_taskiq_tests.servers import (
     PrivateRedis,
     amqp_options,
+    crashable_postgres,
     postgres_database,
     private_redis,
 )
 from dagster_taskiq_tests.soak.jobs import POOL, POOL_SLOTS
 
-Kind = Literal["redis", "embedded", "rabbitmq"]
+Kind = Literal["redis", "embedded", "rabbitmq", "rabbitmq+postgres"]
 
 #: Of claims and runs: short, so that much happens in ten minutes, and long enough for a machine
 #: on which much else runs.
@@ -84,6 +88,11 @@ class EmbeddedServer:
         for process in self._keeper:
             process.kill()
 
+    def flush(self) -> None:
+        """Delete all that it keeps."""
+        with self.client() as client:
+            client.flushall()
+
     def pause(self) -> None:
         """Freeze it: connections stay, and nothing answers."""
         for process in self._server:
@@ -99,8 +108,45 @@ class EmbeddedServer:
         release_embedded_server(self._home)
 
 
-#: The Redis that is the backend, and perhaps the broker.
-Server = PrivateRedis | EmbeddedServer
+class PostgresServer:
+    """A PostgreSQL cluster that is the backend."""
+
+    def __init__(self, node: PostgresNode, options: ServerOptions) -> None:
+        self._node = node
+        self._schema = f'"{schema_name(options.key_prefix)}"'
+
+    def kill(self) -> None:
+        """Kill it, which loses what was not on the disk yet."""
+        self._node.kill()
+
+    def restart(self) -> None:
+        """Start it again."""
+        self._node.restart()
+
+    def pause(self) -> None:
+        """Freeze it: connections stay, and nothing answers."""
+        self._node.pause()
+
+    def resume(self) -> None:
+        """Undo ``pause``."""
+        self._node.resume()
+
+    def flush(self) -> None:
+        """Delete all that it keeps."""
+        names = ("runs", "tasks", "results", "orders", "workers")
+        tables = ", ".join(f"{self._schema}.{name}" for name in names)
+        execute_sql(self._node.url, f"TRUNCATE {tables}")
+
+    def count(self, rows: str) -> int:
+        """How many rows there are of a table, perhaps with a condition."""
+        connection = psycopg2.connect(self._node.url)
+        with closing(connection), connection.cursor() as cursor:
+            cursor.execute(f"SELECT count(*) FROM {self._schema}.{rows}")
+            return int(cursor.fetchone()[0])
+
+
+#: What keeps the state: a Redis, which is perhaps the broker too, or a PostgreSQL.
+Server = PrivateRedis | EmbeddedServer | PostgresServer
 
 
 @contextmanager
@@ -152,6 +198,10 @@ def _servers(
         embedded = EmbeddedServer(home)
         resources.callback(embedded.close)
         return None, None, embedded
+    if kind == "rabbitmq+postgres":
+        broker = resources.enter_context(amqp_options())
+        node, options = resources.enter_context(crashable_postgres(broker.key_prefix))
+        return broker, options, PostgresServer(node, options)
     server = resources.enter_context(private_redis())
     if kind == "redis":
         return server.options, None, server
