@@ -12,14 +12,17 @@ import psutil
 from dagster import DagsterEventType
 
 from benchmarks.lab import Lab, Plan, seconds_of
-from benchmarks.processes import cpu_seconds, pss_mib, tree
+from benchmarks.processes import Peak, cpu_seconds, pss_mib, tree
 
 Metrics = dict[str, float]
 #: Measures a contender; its last arguments are the jobs of the case.
 Measure = Callable[..., Metrics]
 
 #: How long to let a worker come to rest before its idleness is measured.
-_SETTLE_SECONDS = 3.0
+SETTLE_SECONDS = 3.0
+
+#: Between two looks at the memory of a run: each takes some milliseconds.
+_MEMORY_LOOK_SECONDS = 0.5
 
 #: How much larger the large plan of ``growth`` is.
 GROWTH = 10
@@ -33,7 +36,8 @@ def warm_up_job(plan: Plan) -> str:
     return f"sleep_{plan.slots}_500"
 
 
-def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
+def warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
+    """Start the workers, and have each slot execute a step."""
     if lab.contender.has_worker:
         lab.start_workers(plan.slots, run_slots)
         # a launcher's contender may have runs that are not for workers of steps
@@ -43,19 +47,19 @@ def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
 
 def wall(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of one run."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     return {"seconds": seconds_of(lab.run(job, plan))}
 
 
 def launched(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of runs that are launched at once, each of them to a run slot."""
-    _warm_worker(lab, plan, run_slots=plan.runs)
+    warm_worker(lab, plan, run_slots=plan.runs)
     return {"seconds": lab.launch(job, plan)}
 
 
 def latency(lab: Lab, plan: Plan, job: str) -> Metrics:
     """From a step's success to the start of the step that waits for it, in a chain."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     record = lab.run(job, plan)
     kinds = (DagsterEventType.STEP_START, DagsterEventType.STEP_SUCCESS)
     gaps, succeeded = [], None
@@ -79,7 +83,7 @@ def sleepers(lab: Lab, plan: Plan, job: str) -> Metrics:
 
 def growth(lab: Lab, plan: Plan, small_job: str, large_job: str) -> Metrics:
     """The cost of a step in a plan ten times as large, over that in the plan itself."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     small = seconds_of(lab.run(small_job, plan)) / plan.steps
     large = seconds_of(lab.run(large_job, plan)) / (plan.steps * GROWTH)
     return {"small_step_ms": small * 1000, "large_step_ms": large * 1000, "growth": large / small}
@@ -100,11 +104,11 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
 
 def idle(lab: Lab, plan: Plan, waiting_job: str) -> Metrics:
     """What a worker and a run cost that wait, of a core and in commands to Redis."""
-    _warm_worker(lab, plan)
-    time.sleep(_SETTLE_SECONDS)
+    warm_worker(lab, plan)
+    time.sleep(SETTLE_SECONDS)
     metrics = _watch(lab, plan, "worker", lab.worker_processes)
     run = lab.start_run(waiting_job, plan)
-    time.sleep(_SETTLE_SECONDS)
+    time.sleep(SETTLE_SECONDS)
     both = _watch(lab, plan, "run", lambda: tree(run))
     if "worker_commands_per_s" in metrics:
         # the server has counted those of the worker too
@@ -140,19 +144,13 @@ def _commands_per_second(lab: Lab, seconds: float) -> float | None:
 
 def memory(lab: Lab, plan: Plan, job: str) -> Metrics:
     """Memory of a worker whose slots are warm, and the most that a run's process has."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     metrics = {}
     if lab.contender.has_worker:
         metrics["worker_mib"] = pss_mib(lab.worker_processes())
-    peak, looked = 0.0, 0.0
-
-    def watch(pid: int) -> None:
-        nonlocal peak, looked
-        if time.monotonic() - looked > 0.5:  # a look takes some milliseconds
-            peak, looked = max(peak, pss_mib([psutil.Process(pid)])), time.monotonic()
-
-    lab.run(job, plan, watch=watch)
-    metrics["run_mib"] = peak
+    peak = Peak(lambda pid: pss_mib([psutil.Process(pid)]), _MEMORY_LOOK_SECONDS)
+    lab.run(job, plan, watch=peak)
+    metrics["run_mib"] = peak.value
     if lab.contender.has_worker:
         metrics["worker_after_mib"] = pss_mib(lab.worker_processes())
     return metrics

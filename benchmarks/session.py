@@ -11,10 +11,10 @@ from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Namespace
 from benchmarks.lab import Plan, open_lab
 from benchmarks.measures import warm_up_job
-from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.namespace import own_redis
+from benchmarks.processes import FailedError
 from benchmarks.report import WORKER_START
 from benchmarks.results import Results, Sample
-from benchmarks.scale.simulation import own_redis
 
 
 def take_samples(
@@ -61,8 +61,8 @@ def _take_sample(
             metrics = case.measure(lab, plan, *jobs)
             if lab.worker_start_seconds is not None:
                 metrics[WORKER_START] = lab.worker_start_seconds
-    except (DidNotEndError, FailedError) as error:
-        limit = getattr(error, "limit_seconds", None)
+    except FailedError as error:
+        limit = error.limit_seconds
         return Sample(case.name, name, repeat, problem=str(error), limit_seconds=limit)
     except Exception as error:  # a defect of ours or a server's: the other contenders go on
         traceback.print_exc()

@@ -11,13 +11,13 @@ from typing import Any
 import click
 
 from benchmarks.machine import describe_machine
-from benchmarks.processes import DidNotEndError, FailedError, interrupt_on_signals
+from benchmarks.namespace import given_redis, own_redis
+from benchmarks.processes import interrupt_on_signals
 from benchmarks.report import number
-from benchmarks.scale.measuring import Sizes, measure
+from benchmarks.scale.measuring import measure
 from benchmarks.scale.replay import find_knee
-from benchmarks.scale.simulation import Crowd, given_redis, own_redis, simulate
+from benchmarks.scale.simulation import Crowd, simulate
 from benchmarks.scale.tables import render
-from dagster_taskiq_tests.server_sources import stop_session_servers
 
 _CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")
 _PARTS = ("measure", "simulate", "knee")
@@ -114,7 +114,7 @@ def _refresh(
     for part in parts or _PARTS:
         if part == "measure":
             for name in _CONTENDERS:
-                document.setdefault("measured", {})[name] = measure(name, Sizes())
+                document.setdefault("measured", {})[name] = measure(name)
                 _save(file, document)
         elif part == "knee":
             with own_redis() as options:
@@ -137,9 +137,4 @@ def _save(file: Path, document: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DidNotEndError, FailedError) as error:
-        raise SystemExit(str(error)) from None
-    finally:
-        stop_session_servers()
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,11 @@ class Servers:
         """All counters of the servers; what happened is the difference of two looks."""
         counts: dict[str, float] = {**self._count_postgres()}
         with redis.Redis.from_url(self.redis_url) as client:
-            # from nothing, so that what is a level becomes a difference too
-            counts |= RedisStats.look(client).since(_NOTHING)
-        counts["postgres_cpu_seconds"] = _cpu_with_past_children(self.postgres_pid)
+            seen = RedisStats.look(client).counts
+        counts |= {f"redis_{name}": count for name, count in seen.items()}
+        counts["postgres_cpu_seconds"] = cpu_seconds(tree(self.postgres_pid), with_past=True)
         if self.rabbitmq_pid is not None and self.amqp is not None:
-            counts["amqp_cpu_seconds"] = _cpu_with_past_children(self.rabbitmq_pid)
+            counts["amqp_cpu_seconds"] = cpu_seconds(tree(self.rabbitmq_pid), with_past=True)
             counts |= {f"amqp_{name}": count for name, count in self.amqp.counts.items()}
         return counts
 
@@ -77,23 +77,20 @@ class Servers:
             values = ask(_POSTGRES)
         return {name: float(value) for name, value in zip(_POSTGRES_NAMES, values, strict=True)}
 
-    def postgres_connections(self, ask: Ask | None = None) -> int:
-        """Connections to the database but for the one that asks."""
-        if ask is not None:
-            return int(ask(_CONNECTIONS)[0])
-        with session(self.postgres_url) as own:
-            return int(own(_CONNECTIONS)[0])
+    def connections(self) -> dict[str, float]:
+        """Connections now, but for those that ask."""
+        with session(self.postgres_url) as ask, redis.Redis.from_url(self.redis_url) as client:
+            return {
+                "postgres_connections": postgres_connections(ask),
+                "redis_connections": RedisStats.look(client).info["connected_clients"] - 1,
+                "amqp_connections": self.tap.connections if self.tap else 0,
+            }
 
     def record_bytes(self, run_id: str) -> int:
         """Memory that the record of a run takes, which outlives the run."""
         with redis.Redis.from_url(self.redis_url) as client:
             keys = client.scan_iter(match=f"*:run:{run_id}", count=1000)
             return sum(int(client.memory_usage(key, samples=0) or 0) for key in keys)
-
-    def redis_connections(self) -> int:
-        """Connections but for the one that asks."""
-        with redis.Redis.from_url(self.redis_url) as client:
-            return RedisStats.look(client).connections - 1
 
 
 @contextmanager
@@ -114,7 +111,9 @@ def session(url: str) -> Iterator[Ask]:
         connection.close()
 
 
-_NOTHING = RedisStats(0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0, 0.0)
+def postgres_connections(ask: Ask) -> int:
+    """Connections to the database but for the one that asks."""
+    return int(ask(_CONNECTIONS)[0])
 
 
 def difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
@@ -122,39 +121,16 @@ def difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[
     return {name: value - before.get(name, 0.0) for name, value in after.items()}
 
 
-def _cpu_with_past_children(pid: int) -> float:
-    """CPU seconds of a process and all below it, also of those that it has seen the end of."""
-    total = 0.0
-    for process in tree(pid):
-        with suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system + times.children_user + times.children_system
-    return total
+def children_of(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """The children of a worker's slots; the first of the processes is the worker itself.
 
-
-@dataclass(frozen=True)
-class WorkerUse:
-    """What a worker's processes have used and hold; the children are those of its slots."""
-
-    worker_cpu_seconds: float
-    child_cpu_seconds: float
-    worker_files: int
-    child_files: int
-    children: int
-
-    @classmethod
-    def look(cls, processes: Sequence[psutil.Process]) -> WorkerUse:
-        """The first of the processes is the worker itself."""
-        worker, *others = processes
-        own = worker.cmdline()
-        # the fork server is a fork of the worker, or the standard library has started it
-        forked = [it for it in others if it.cmdline() == own or "forkserver" in str(it.cmdline())]
-        if not forked:
-            raise FailedError("The worker has no children to be counted.")
-        return cls(
-            cpu_seconds([worker]),
-            cpu_seconds(forked),
-            worker.num_fds(),
-            max(process.num_fds() for process in forked),
-            len(forked),
-        )
+    Raises:
+        FailedError: there are none.
+    """
+    worker, *others = processes
+    own = worker.cmdline()
+    # the fork server is a fork of the worker, or the standard library has started it
+    forked = [it for it in others if it.cmdline() == own or "forkserver" in str(it.cmdline())]
+    if not forked:
+        raise FailedError("The worker has no children to be counted.")
+    return forked

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from benchmarks.scale.redis_stats import RedisStats, server_name
+from benchmarks.scale.redis_stats import RedisStats
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
@@ -202,10 +202,9 @@ async def _one_level(
     after, cpu_after = await asyncio.to_thread(RedisStats.look, client), time.process_time()
     for transport in transports:
         transport.abort()
-    name = server_name(client)
     client.close()
     return {
-        "server": name,
+        "server": after.server,
         "workers": len(recorded),
         "slots": slots,
         "lease_seconds": lease_seconds,
@@ -228,7 +227,7 @@ def _figures(
     return {
         "offered_claims_per_s": offered * slots,
         "claims_renewed_per_s": carried * slots,
-        "cpu_percent": 100 * (after.cpu_seconds - before.cpu_seconds) / seconds,
+        "cpu_percent": 100 * after.rates(before)["cpu_seconds"],
         "renewal_p50_ms": 1000 * ordered[len(ordered) // 2],
         "renewal_p99_ms": 1000 * ordered[int(0.99 * len(ordered))],
         "renewal_max_ms": 1000 * ordered[-1],

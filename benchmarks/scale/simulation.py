@@ -18,16 +18,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import pytest
 import redis
 
 from benchmarks.processes import DidNotEndError, FailedError
 from benchmarks.scale.crowd import Report, Share, crowd_main
-from benchmarks.scale.redis_stats import RedisStats, server_name
+from benchmarks.scale.redis_stats import RedisStats
 from benchmarks.scale.runs import task_id_of
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.server_processes import RedisKind
-from dagster_taskiq_tests.servers import private_redis
 
 #: How long the crowd may take to connect and to have all its slots busy, for each worker and at
 #: least.
@@ -137,34 +134,6 @@ def _divided(count: int, parts: int) -> list[int]:
     return [count // parts + (index < count % parts) for index in range(parts)]
 
 
-@contextmanager
-def own_redis(kind: RedisKind = "redis") -> Iterator[ServerOptions]:
-    """A server for the simulation alone, with an append-only file and room for connections.
-
-    Raises:
-        FailedError: there is none of that kind here.
-    """
-    settings = {"maxclients": "60000"}
-    with ExitStack() as resources:
-        try:
-            server = resources.enter_context(private_redis(kind, settings=settings))
-        except pytest.skip.Exception as reason:
-            raise FailedError(str(reason)) from None
-        yield server.options
-
-
-@contextmanager
-def given_redis(url: str) -> Iterator[ServerOptions]:
-    """A key prefix of its own on somebody's server; its keys are deleted afterwards."""
-    options = ServerOptions(url=url, key_prefix=f"scale-{uuid.uuid4().hex}")
-    try:
-        yield options
-    finally:
-        with redis.Redis.from_url(url) as client:
-            for key in client.scan_iter(match=f"{options.key_prefix}*", count=1000):
-                client.unlink(key)
-
-
 def simulate(crowd: Crowd, options: ServerOptions) -> dict[str, Any]:
     """Put a crowd on a server and watch it.
 
@@ -187,7 +156,6 @@ def simulate(crowd: Crowd, options: ServerOptions) -> dict[str, Any]:
         reports = [process.ask("report") for process in processes]
         return {
             **asdict(crowd),
-            "server": server_name(client),
             **_server_figures(before, after),
             **_crowd_figures(reports, after.at_seconds - before.at_seconds),
         }
@@ -268,20 +236,18 @@ def _started(share: Share) -> Iterator[_Process]:
 
 # --- figures ------------------------------------------------------------------------------------
 
+_RATES = ("commands", "requests", "script_calls", "input_bytes", "output_bytes")
 
-def _server_figures(before: RedisStats, after: RedisStats) -> dict[str, float]:
-    seconds = after.at_seconds - before.at_seconds
-    happened = after.since(before)
+
+def _server_figures(before: RedisStats, after: RedisStats) -> dict[str, Any]:
+    rates = after.rates(before)
     return {
-        "commands_per_s": happened["redis_commands"] / seconds,
-        "requests_per_s": happened["redis_requests"] / seconds,
-        "script_calls_per_s": happened["redis_script_calls"] / seconds,
-        "input_bytes_per_s": happened["redis_input_bytes"] / seconds,
-        "output_bytes_per_s": happened["redis_output_bytes"] / seconds,
-        "cpu_percent": 100 * happened["redis_cpu_seconds"] / seconds,
-        "connections": after.connections,
-        "memory_bytes": after.memory_bytes,
-        "client_memory_bytes": after.client_memory_bytes,
+        "server": after.server,
+        **{f"{name}_per_s": rates[name] for name in _RATES},
+        "cpu_percent": 100 * rates["cpu_seconds"],
+        "connections": after.info["connected_clients"],
+        "memory_bytes": after.info["used_memory"],
+        "client_memory_bytes": after.info.get("mem_clients_normal", 0),
     }
 
 

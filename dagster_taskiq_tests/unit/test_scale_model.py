@@ -150,10 +150,10 @@ def test_redis_counts_are_differences() -> None:
         "connected_clients": 3,
         "used_memory": 1000,
     }
-    before = RedisStats.from_info(info, 1.0)
-    after = RedisStats.from_info({**info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.0}, 2.0)
-    assert after.since(before)["redis_script_calls"] == 4
-    assert after.since(before)["redis_cpu_seconds"] == pytest.approx(0.5)
+    before = RedisStats(info, 1.0)
+    after = RedisStats({**info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.5}, 3.0)
+    assert after.rates(before)["script_calls"] == pytest.approx(2)
+    assert after.rates(before)["cpu_seconds"] == pytest.approx(0.5)
 
 
 def method_frame(number: int) -> bytes:
