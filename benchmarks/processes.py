@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import time
@@ -53,6 +54,12 @@ def interrupt_on_signals() -> None:
 
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, interrupt)
+
+
+def allow_connections() -> None:
+    """Let this process open as many files as it may, for thousands of connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Processes:

@@ -14,9 +14,10 @@ from benchmarks.machine import describe_machine
 from benchmarks.namespace import given_redis, own_redis
 from benchmarks.processes import interrupt_on_signals
 from benchmarks.report import number
+from benchmarks.scale.crowd import Crowd
 from benchmarks.scale.measuring import measure
 from benchmarks.scale.replay import find_knee
-from benchmarks.scale.simulation import Crowd, simulate
+from benchmarks.scale.simulation import simulate
 from benchmarks.scale.tables import render
 
 _CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")

@@ -19,6 +19,8 @@ _COUNTERS = {
     "file_bytes": "aof_current_size",
 }
 
+_RATES = ("commands", "requests", "script_calls", "input_bytes", "output_bytes")
+
 
 @dataclass(frozen=True)
 class RedisStats:
@@ -56,7 +58,15 @@ class RedisStats:
             "cpu_seconds": self.info["used_cpu_user"] + self.info["used_cpu_sys"],
         }
 
-    def rates(self, before: RedisStats) -> dict[str, float]:
-        """What happened in each second since an earlier look."""
+    def figures_since(self, before: RedisStats) -> dict[str, Any]:
+        """What happened in each second since an earlier look, and what holds now."""
         seconds, counts = self.at_seconds - before.at_seconds, before.counts
-        return {name: (count - counts[name]) / seconds for name, count in self.counts.items()}
+        rates = {name: (count - counts[name]) / seconds for name, count in self.counts.items()}
+        return {
+            "server": self.server,
+            **{f"{name}_per_s": rates[name] for name in _RATES},
+            "cpu_percent": 100 * rates["cpu_seconds"],
+            "connections": self.info["connected_clients"],
+            "memory_bytes": self.info["used_memory"],
+            "client_memory_bytes": self.info.get("mem_clients_normal", 0),
+        }

@@ -50,9 +50,12 @@ def _grid(head: str, columns: Mapping[str, Any], lines: Iterable[_Line]) -> str:
     for text, group, key, factor in lines:
         found = [(it[group] if group else it).get(key) for it in columns.values()]
         if any(value is not None for value in found):
-            cells = [number(None if value is None else value * factor) for value in found]
-            rows.append([text, *cells])
+            rows.append([text, *(_scaled(value, factor) for value in found)])
     return Table([head, *columns], rows).markdown()
+
+
+def _scaled(value: float | None, factor: float) -> str:
+    return number(None if value is None else value * factor)
 
 
 def _by_name(document: Document) -> dict[str, Any]:
@@ -187,7 +190,7 @@ _KNEE_COLUMNS: Sequence[tuple[str, str, float]] = (
 def _knee(document: Document) -> str:
     rows = []
     for level in document["knee"]:
-        cells = [number(level[key] * factor) for _, key, factor in _KNEE_COLUMNS]
+        cells = [_scaled(level.get(key), factor) for _, key, factor in _KNEE_COLUMNS]
         slots = level["claims_renewed_per_s"] * 5  # of a lease of 30 s, renewed every 5 s
         rows.append([f"{level['lease_seconds']:.2f}", *cells, f"{slots:,.0f}"])
     head = ["lease, s", *(text for text, _, _ in _KNEE_COLUMNS), "busy slots at a lease of 30 s"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.scale.amqp_counts import AmqpCounts
+from benchmarks.scale.counters import difference
 from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
 from benchmarks.scale.redis_stats import RedisStats
 from benchmarks.scale.tables import render
@@ -150,10 +151,13 @@ def test_redis_counts_are_differences() -> None:
         "connected_clients": 3,
         "used_memory": 1000,
     }
-    before = RedisStats(info, 1.0)
-    after = RedisStats({**info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.5}, 3.0)
-    assert after.rates(before)["script_calls"] == pytest.approx(2)
-    assert after.rates(before)["cpu_seconds"] == pytest.approx(0.5)
+    before = RedisStats({**info, "redis_version": "7"}, 1.0)
+    after = RedisStats({**before.info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.5}, 3.0)
+    figures = after.figures_since(before)
+    assert figures["script_calls_per_s"] == pytest.approx(2)
+    assert figures["cpu_percent"] == pytest.approx(50)
+    assert (figures["server"], figures["connections"]) == ("Redis 7", 3)
+    assert difference(after.counts, before.counts)["script_calls"] == 4
 
 
 def method_frame(number: int) -> bytes:
