@@ -6,9 +6,11 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import psutil
+import redis
 from dagster import DagsterEventType
 
 from benchmarks.lab import Lab, Plan, seconds_of
@@ -94,7 +96,7 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
     lab.start_workers(plan.slots)
     drivers: set[int] = set()
     seconds = [
-        seconds_of(lab.run(job, plan, module="benchmarks.assets", watch=drivers.add))
+        seconds_of(lab.run(job, plan, module="benchmarks.assets", watch=[drivers.add]))
         for job in ("head", "tail", "head", "tail")
     ]
     pids = [int(line) for line in lab.loads_file.read_text().split()]
@@ -119,27 +121,20 @@ def idle(lab: Lab, plan: Plan, waiting_job: str) -> Metrics:
 def _watch(
     lab: Lab, plan: Plan, name: str, processes: Callable[[], Sequence[psutil.Process]]
 ) -> Metrics:
-    began, used = time.monotonic(), cpu_seconds(processes())
-    commands = _commands_per_second(lab, plan.window_seconds)
-    if commands is None:
+    with lab.redis() or nullcontext() as client:
+        began, used, commands = time.monotonic(), cpu_seconds(processes()), _commands(client)
         time.sleep(plan.window_seconds)
-    used = cpu_seconds(processes()) - used
-    metrics = {f"{name}_cpu_percent": 100 * used / (time.monotonic() - began)}
-    return metrics if commands is None else {**metrics, f"{name}_commands_per_s": commands}
+        # the first look was a command of ours
+        commands = max(0.0, _commands(client) - commands - 1) / plan.window_seconds
+        used = cpu_seconds(processes()) - used
+        metrics = {f"{name}_cpu_percent": 100 * used / (time.monotonic() - began)}
+    return {**metrics, f"{name}_commands_per_s": commands} if client else metrics
 
 
-def _commands_per_second(lab: Lab, seconds: float) -> float | None:
-    """Commands that the contender's Redis gets, but for ours; None if there is none now."""
-    client = lab.redis()
-    if client is None:
-        return None
-    with client:
-        counts: list[int] = []
-        for pause in (seconds, 0.0):
-            stats = cast("Mapping[str, Any]", client.info("commandstats"))
-            counts.append(sum(it["calls"] for it in stats.values()))
-            time.sleep(pause)
-        return max(0.0, (counts[1] - counts[0] - 1) / seconds)
+def _commands(client: redis.Redis | None) -> float:
+    """Commands that a Redis has got; 0 where there is none."""
+    stats = cast("Mapping[str, Any]", client.info("commandstats")) if client else {}
+    return float(sum(it["calls"] for it in stats.values()))
 
 
 def memory(lab: Lab, plan: Plan, job: str) -> Metrics:
@@ -149,7 +144,7 @@ def memory(lab: Lab, plan: Plan, job: str) -> Metrics:
     if lab.contender.has_worker:
         metrics["worker_mib"] = pss_mib(lab.worker_processes())
     peak = Peak(lambda pid: pss_mib([psutil.Process(pid)]), _MEMORY_LOOK_SECONDS)
-    lab.run(job, plan, watch=peak)
+    lab.run(job, plan, watch=[peak])
     metrics["run_mib"] = peak.value
     if lab.contender.has_worker:
         metrics["worker_after_mib"] = pss_mib(lab.worker_processes())

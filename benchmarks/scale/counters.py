@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import psycopg2  # type: ignore[import-untyped]
@@ -21,31 +20,22 @@ from dagster_taskiq_tests.proxy import Proxy
 POSTGRES_SETTLE_SECONDS = 1.5
 
 _POSTGRES = """
-SELECT xact_commit, sessions, tup_inserted,
-       pg_current_wal_lsn() - '0/0',
-       pg_total_relation_size('event_logs'),
-       (SELECT count(*) FROM event_logs),
-       (SELECT coalesce(sum(pg_column_size(event)), 0) FROM event_logs)
+SELECT xact_commit AS commits, sessions, tup_inserted AS rows,
+       pg_current_wal_lsn() - '0/0' AS wal_bytes,
+       pg_total_relation_size('event_logs') AS table_bytes,
+       (SELECT count(*) FROM event_logs) AS event_rows,
+       (SELECT coalesce(sum(pg_column_size(event)), 0) FROM event_logs) AS event_bytes
 FROM pg_stat_database WHERE datname = current_database()
 """
-_POSTGRES_NAMES = (
-    "postgres_commits",
-    "postgres_sessions",
-    "postgres_rows",
-    "postgres_wal_bytes",
-    "postgres_table_bytes",
-    "postgres_event_rows",
-    "postgres_event_bytes",
-)
 
-_CONNECTIONS = """
-SELECT count(*) FROM pg_stat_activity
+#: Connections to the database but for the one that asks.
+CONNECTIONS = """
+SELECT count(*) AS connections FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 
-
-#: Asks for one row.
-Ask = Callable[[str], Sequence[Any]]
+#: Asks for one row; its figures by the names of their columns.
+Ask = Callable[[str], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -61,27 +51,22 @@ class Servers:
 
     def count(self) -> dict[str, float]:
         """All counters of the servers; what happened is the difference of two looks."""
-        counts: dict[str, float] = {**self._count_postgres()}
-        with redis.Redis.from_url(self.redis_url) as client:
-            seen = RedisStats.look(client).counts
-        counts |= {f"redis_{name}": count for name, count in seen.items()}
-        counts["postgres_cpu_seconds"] = cpu_seconds(tree(self.postgres_pid), with_past=True)
-        if self.rabbitmq_pid is not None and self.amqp is not None:
-            counts["amqp_cpu_seconds"] = cpu_seconds(tree(self.rabbitmq_pid), with_past=True)
-            counts |= {f"amqp_{name}": count for name, count in self.amqp.counts.items()}
-        return counts
-
-    def _count_postgres(self) -> dict[str, float]:
         time.sleep(POSTGRES_SETTLE_SECONDS)
         with session(self.postgres_url) as ask:
-            values = ask(_POSTGRES)
-        return {name: float(value) for name, value in zip(_POSTGRES_NAMES, values, strict=True)}
+            postgres = ask(_POSTGRES)
+        postgres["cpu_seconds"] = cpu_seconds(tree(self.postgres_pid), with_past=True)
+        with redis.Redis.from_url(self.redis_url) as client:
+            counts = {"postgres": postgres, "redis": RedisStats.look(client).counts}
+        if self.rabbitmq_pid is not None and self.amqp is not None:
+            used = cpu_seconds(tree(self.rabbitmq_pid), with_past=True)
+            counts["amqp"] = {"cpu_seconds": used, **self.amqp.counts}
+        return {f"{server}_{name}": it for server in counts for name, it in counts[server].items()}
 
     def connections(self) -> dict[str, float]:
         """Connections now, but for those that ask."""
         with session(self.postgres_url) as ask, redis.Redis.from_url(self.redis_url) as client:
             return {
-                "postgres_connections": postgres_connections(ask),
+                "postgres_connections": ask(CONNECTIONS)["connections"],
                 "redis_connections": RedisStats.look(client).info["connected_clients"] - 1,
                 "amqp_connections": self.tap.connections if self.tap else 0,
             }
@@ -96,24 +81,15 @@ class Servers:
 @contextmanager
 def session(url: str) -> Iterator[Ask]:
     """A connection to PostgreSQL, as a function that answers with one row."""
-    connection = psycopg2.connect(url)
-    connection.autocommit = True
-    try:
-        with connection.cursor() as cursor:
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        connection.autocommit = True
 
-            def ask(statement: str) -> Sequence[Any]:
-                cursor.execute(statement)
-                row: Sequence[Any] = cursor.fetchone()
-                return row
+        def ask(statement: str) -> dict[str, float]:
+            cursor.execute(statement)
+            names = [column.name for column in cursor.description]
+            return dict(zip(names, map(float, cursor.fetchone()), strict=True))
 
-            yield ask
-    finally:
-        connection.close()
-
-
-def postgres_connections(ask: Ask) -> int:
-    """Connections to the database but for the one that asks."""
-    return int(ask(_CONNECTIONS)[0])
+        yield ask
 
 
 def difference(after: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:

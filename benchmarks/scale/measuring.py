@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -22,13 +22,7 @@ from benchmarks.measures import SETTLE_SECONDS, warm_up_job, warm_worker
 from benchmarks.namespace import needed, own_redis
 from benchmarks.processes import Peak, cpu_seconds, pss_mib, tree
 from benchmarks.scale.amqp_counts import AmqpCounts
-from benchmarks.scale.counters import (
-    Servers,
-    children_of,
-    difference,
-    postgres_connections,
-    session,
-)
+from benchmarks.scale.counters import CONNECTIONS, Servers, children_of, difference, session
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.proxy import proxied
 from dagster_taskiq_tests.servers import private_postgres, private_rabbitmq
@@ -95,16 +89,16 @@ def measure(name: str) -> dict[str, Any]:
     return figures
 
 
+@dataclass(frozen=True)
 class _Place:
     """A lab whose worker is watched."""
 
-    def __init__(self, lab: Lab, servers: Servers) -> None:
-        self._lab = lab
-        self._servers = servers
+    lab: Lab
+    servers: Servers
 
     def measure_steps(self) -> dict[str, Any]:
         """``step``: of one step; ``run``: of the small run; ``peak``: the most while steps ran."""
-        with _result_sizes(self._servers.redis_url) as results:
+        with _result_sizes(self.servers.redis_url) as results:
             self._run(SMALL_STEPS)  # not counted: the look at results takes time
         small, _ = self._run(SMALL_STEPS)
         large, peak = self._run(PLAN.steps)
@@ -117,25 +111,20 @@ class _Place:
         """What happened in a run, and how many connections PostgreSQL had at most."""
         before = self._look()
         # one connection for all looks, since each new one would be counted
-        with session(self._servers.postgres_url) as ask:
+        with session(self.servers.postgres_url) as ask:
             cpu = Peak(lambda pid: cpu_seconds([psutil.Process(pid)]))
-            connections = Peak(lambda _: postgres_connections(ask), _CONNECTIONS_LOOK_SECONDS)
-
-            def watch(pid: int) -> None:
-                cpu(pid)
-                connections(pid)
-
-            record = self._lab.run(f"parallel_{steps}", PLAN, watch=watch)
+            connections = Peak(lambda _: ask(CONNECTIONS)["connections"], _CONNECTIONS_LOOK_SECONDS)
+            record = self.lab.run(f"parallel_{steps}", PLAN, watch=(cpu, connections))
         happened = difference(self._look(), before)
         happened["loop_cpu_seconds"] = cpu.value
-        happened["record_bytes"] = self._servers.record_bytes(record.dagster_run.run_id)
+        happened["record_bytes"] = self.servers.record_bytes(record.dagster_run.run_id)
         happened["wall_seconds"] = seconds_of(record)
         return happened, connections.value
 
     def _look(self) -> dict[str, float]:
-        processes = self._lab.worker_processes()
+        processes = self.lab.worker_processes()
         return {
-            **self._servers.count(),
+            **self.servers.count(),
             "worker_cpu_seconds": cpu_seconds(processes[:1]),
             "child_cpu_seconds": cpu_seconds(children_of(processes)),
         }
@@ -143,10 +132,10 @@ class _Place:
     def measure_idle_worker(self, slots: int) -> dict[str, float]:
         """What a worker whose slots have all had a step costs per second, and holds."""
         time.sleep(SETTLE_SECONDS)
-        processes = self._lab.worker_processes()
+        processes = self.lab.worker_processes()
         return {
             **self._watch(processes),
-            **self._servers.connections(),
+            **self.servers.connections(),
             "slots": slots,
             "worker_files": processes[0].num_fds(),
             "child_files": max(child.num_fds() for child in children_of(processes)),
@@ -155,17 +144,17 @@ class _Place:
 
     def measure_idle_run(self, job: str, worker: dict[str, float]) -> dict[str, float]:
         """What a run that waits for its one step costs per second beyond the worker's own."""
-        run = self._lab.start_run(job, PLAN)
+        run = self.lab.start_run(job, PLAN)
         time.sleep(SETTLE_SECONDS)
-        both = {**self._watch(tree(run)), **self._servers.connections()}
+        both = {**self._watch(tree(run)), **self.servers.connections()}
         more = {key: value - worker.get(key, 0.0) for key, value in both.items()}
         return {**more, "cpu_percent": both["cpu_percent"], "mib": pss_mib(tree(run))}
 
     def _watch(self, processes: Sequence[psutil.Process]) -> dict[str, float]:
-        before, used, began = self._servers.count(), cpu_seconds(processes), time.monotonic()
+        before, used, began = self.servers.count(), cpu_seconds(processes), time.monotonic()
         time.sleep(PLAN.window_seconds)
         used = cpu_seconds(processes) - used
-        happened = difference(self._servers.count(), before)
+        happened = difference(self.servers.count(), before)
         seconds = time.monotonic() - began
         rates = {f"{key}_per_s": value / seconds for key, value in happened.items()}
         return {**rates, "cpu_percent": 100 * used / PLAN.window_seconds}
