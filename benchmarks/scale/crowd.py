@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dagster_taskiq.connections import Servers
@@ -68,6 +69,19 @@ class Crowd:
         of_workers = [range(*pair) for pair in itertools.pairwise(bounds)]
         of_all = [range(0), *of_workers] if run_ids else of_workers
         return [Share(self, patient, run_ids, workers) for workers in of_all]
+
+
+#: The crowds of the page, by name.
+_HELD = Crowd(step_seconds=None)
+CROWDS: Mapping[str, Crowd] = {
+    "idle": replace(_HELD, busy_share=0.0, runs=0),
+    "busy": _HELD,
+    "listing": replace(_HELD, waiting=5),
+    "working": Crowd(waiting=5),
+}
+
+#: Of the workers, since each step costs the simulation more than all else does.
+WORKING_SHARE = 0.25
 
 
 @dataclass(frozen=True)

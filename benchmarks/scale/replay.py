@@ -156,7 +156,6 @@ class _Replayer(asyncio.Protocol):
 
 def find_knee(
     options: ServerOptions,
-    *,
     workers: int = 1000,
     slots: int = 8,
     first_lease_seconds: float = 30.0,

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.counters import difference
-from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
+from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, shares
 from benchmarks.scale.redis_stats import RedisStats
 from benchmarks.scale.tables import render
 
@@ -131,10 +131,10 @@ def test_the_costs_of_leases_are_differences_of_simulations() -> None:
 
 def test_what_is_used_most_comes_first() -> None:
     """2,020 connections where there are 97 is far more than 10 of 8 cores."""
-    first, *others = uses(Cluster(1_000, 2), FIGURES, LEASE)
-    assert first.resource is Resource.POSTGRES_CONNECTIONS
-    assert first.share == pytest.approx(2_020 / 97)
-    assert [it.share for it in others] == sorted((it.share for it in others), reverse=True)
+    (first, share), *others = shares(Cluster(1_000, 2), FIGURES, LEASE).items()
+    assert first is Resource.POSTGRES_CONNECTIONS
+    assert share == pytest.approx(2_020 / 97)
+    assert [it for _, it in others] == sorted((it for _, it in others), reverse=True)
 
 
 def test_redis_counts_are_differences() -> None:
