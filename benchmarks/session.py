@@ -49,8 +49,9 @@ def _take_sample(
     case: Case, plan: Plan, name: str, repeat: int, space: Namespace, keep: bool
 ) -> Sample:
     contender = CONTENDERS[name]
+    sample = Sample(case.name, name, repeat)
     if not space.offers(contender.broker):
-        return Sample(case.name, name, repeat, problem="its server is not there")
+        return replace(sample, problem="its server is not there")
     jobs = case.job_names(plan)
     defined = [warm_up_job(plan), *jobs]
     try:
@@ -62,9 +63,8 @@ def _take_sample(
             if lab.worker_start_seconds is not None:
                 metrics[WORKER_START] = lab.worker_start_seconds
     except FailedError as error:
-        limit = error.limit_seconds
-        return Sample(case.name, name, repeat, problem=str(error), limit_seconds=limit)
+        return replace(sample, problem=str(error), limit_seconds=error.limit_seconds)
     except Exception as error:  # a defect of ours or a server's: the other contenders go on
         traceback.print_exc()
-        return Sample(case.name, name, repeat, problem=f"{type(error).__name__}: {error}")
-    return Sample(case.name, name, repeat, metrics)
+        return replace(sample, problem=f"{type(error).__name__}: {error}")
+    return replace(sample, metrics=metrics)
