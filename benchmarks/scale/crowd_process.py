@@ -56,18 +56,12 @@ def crowd_main(pipe: Connection, share: Share) -> None:
     # Ctrl-C reaches all processes; the first one ends the others by their pipes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        asyncio.run(_live(pipe, share))
+        asyncio.run(_Crowd(pipe, share).live())
     except (EOFError, BrokenPipeError):
         pass
     except BaseException:
         traceback.print_exc()
     os._exit(1)
-
-
-async def _live(pipe: Connection, share: Share) -> None:
-    await _Crowd(pipe, share).live()
-    # at once: nothing that is left there matters to anybody, and to tidy it up takes a while
-    os._exit(0)
 
 
 class _Crowd:
@@ -87,6 +81,8 @@ class _Crowd:
         while (word := await asyncio.to_thread(self._pipe.recv)) != "stop":
             self._pipe.send(await self._answer(word))
         watch.cancel()
+        # at once: nothing that is left here matters to anybody, and to tidy it up takes a while
+        os._exit(0)
 
     async def _answer(self, word: str) -> Any:
         for worker in self._workers:

@@ -41,9 +41,8 @@ class SimulatedRun:
         self.errors = 0
         self.inspections = 0
         self.is_open = threading.Event()
-        self._servers = share.servers
+        self._share = share
         self._run_id = run_id
-        self._lease_seconds = share.crowd.lease_seconds
         self._in_flight = share.crowd.steps_by_run + share.crowd.waiting
         self._cancel_every_seconds = share.crowd.runs / _CANCELS_PER_SECOND
         self._may_cancel = False
@@ -64,11 +63,11 @@ class SimulatedRun:
 
     def _live(self) -> None:
         client = Client(
-            servers=self._servers,
+            servers=self._share.servers,
             run_id=self._run_id,
             generation=0,
             is_resumable=False,
-            lease_seconds=self._lease_seconds,
+            lease_seconds=self._share.crowd.lease_seconds,
             cancel_grace_seconds=30.0,
             events=EventWriter(),
         )

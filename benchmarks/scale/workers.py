@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.scale.crowd import Share
@@ -20,9 +21,9 @@ from dagster_taskiq.backend import Claim, Renewal
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.brokers import Admission, TaskBroker, open_broker
 from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
-from dagster_taskiq.defaults import DEFAULT_QUEUE, DEFAULT_STEP_PRIORITY
+from dagster_taskiq.defaults import DEFAULT_QUEUE
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -32,6 +33,7 @@ from dagster_taskiq.worker.observer import CountingObserver, Ending, LeaseRenewa
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import WorkerParts
 from dagster_taskiq.worker.worker import Worker
+from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import FakeGuard, FakeSlot
 
 #: Process ids from here on are no process's on any system: the lease keeper finds none.
@@ -49,16 +51,13 @@ class _Recorder(CountingObserver):
         self._record_of_now = record
 
     def ended(self, envelope: Envelope, ending: Ending) -> None:
-        """See ``WorkerObserver``."""
         self._record_of_now().steps += 1
 
     def ordered(self, order: Mapping[str, Any]) -> None:
-        """See ``WorkerObserver``."""
         if order["kind"] == "cancel":
             self._record_of_now().cancel_seconds.append(time.time() - float(order["sent_at"]))
 
     def renewed(self, renewal: LeaseRenewal) -> None:
-        """See ``WorkerObserver``."""
         self._record_of_now().renewed(renewal)
 
 
@@ -70,17 +69,14 @@ class _WatchedBackend(RedisBackend):
         self._record_of_now = record
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
-        """See ``ClaimBackend``."""
         with self._counting():
             return await super().renew(claims)
 
     async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
-        """See ``ControlBackend``."""
         with self._counting():
             await super().heartbeat(record, expires_seconds=expires_seconds)
 
     async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
-        """See ``ControlBackend``."""
         with self._counting():
             return await super().wait_for_control(worker_id, timeout_seconds)
 
@@ -199,19 +195,10 @@ class SimulatedWorker:
         await self._backend.startup()
         run_id = next(iter(self._held.values()))
         epoch, _ = await self._backend.inspect(run_id, [])
-        return [
-            Envelope(
-                task_id=task_id,
-                name=TaskName.EXECUTE_PLAN,
-                run_id=run_id,
-                step_key="held",
-                attempt=1,
-                queue=DEFAULT_QUEUE,
-                priority=DEFAULT_STEP_PRIORITY,
-                lease_seconds=self._crowd.lease_seconds,
-                cancel_grace_seconds=0.0,
-                epoch=epoch,
-                payload="{}",
-            )
-            for task_id, run_id in self._held.items()
-        ]
+        held = replace(
+            STEP_TASK,
+            lease_seconds=self._crowd.lease_seconds,
+            cancel_grace_seconds=0.0,
+            epoch=epoch,
+        )
+        return [replace(held, task_id=it, run_id=self._held[it]) for it in self._held]
