@@ -6,7 +6,6 @@ import pstats
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -17,7 +16,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.namespace import open_namespace
 from benchmarks.pages import PLOT_FILE, RESULTS_FILE, fill, tables_of_pages
 from benchmarks.processes import interrupt_on_signals
-from benchmarks.report import number, print_report, write_plots
+from benchmarks.report import number, print_report, write_plot
 from benchmarks.results import Results, Sample
 from benchmarks.session import take_samples
 
@@ -42,14 +41,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option("--keep", is_flag=True, help="Keep the logs of what fails or does not end.")
 @click.pass_context
-def main(context: click.Context, /, **options: Any) -> None:
-    """Measure dagster-taskiq beside dagster-celery and Dagster's own executors."""
-    interrupt_on_signals()
-    if context.invoked_subcommand is None:
-        _measure(**options)
-
-
-def _measure(
+def main(
+    context: click.Context,
     cases: tuple[str, ...],
     contenders: tuple[str, ...],
     repeat: int | None,
@@ -59,6 +52,10 @@ def _measure(
     output: Path,
     keep: bool,
 ) -> None:
+    """Measure dagster-taskiq beside dagster-celery and Dagster's own executors."""
+    interrupt_on_signals()
+    if context.invoked_subcommand is not None:
+        return
     results = Results(machine=describe_machine())
     is_interrupted = False
     try:
@@ -91,13 +88,13 @@ def report(files: tuple[Path, ...], plot: Path | None) -> None:
     results = Results.load(*files)
     print_report(results)
     if plot:
-        write_plots(results, plot)
+        write_plot(results, plot)
 
 
 @main.command()
 def figures() -> None:
     """Make all tables and plots of the pages again, from the files of results and figures."""
-    write_plots(Results.load(RESULTS_FILE), PLOT_FILE)
+    write_plot(Results.load(RESULTS_FILE), PLOT_FILE)
     for page, tables in tables_of_pages().items():
         page.write_text(fill(page.read_text("utf8"), tables), encoding="utf8")
 

@@ -14,23 +14,23 @@ name                 job
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 
-from dagster import (
-    Definitions,
-    ExecutorDefinition,
-    JobDefinition,
-    in_process_executor,
-    job,
-    multiprocess_executor,
-    op,
-)
+from dagster import Definitions, ExecutorDefinition, JobDefinition, job, op
 
 #: Names of the jobs to define, with spaces between.
 JOBS_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK_JOBS"
 #: Whose executor they get.
 EXECUTOR_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK_EXECUTOR"
+#: By family, its module, which is imported only for its contenders, and the name there.
+_EXECUTORS = {
+    "taskiq": ("dagster_taskiq", "taskiq_executor"),
+    "celery": ("dagster_celery", "celery_executor"),
+    "multiprocess": ("dagster", "multiprocess_executor"),
+    "in-process": ("dagster", "in_process_executor"),
+}
 
 
 @op
@@ -47,17 +47,9 @@ def following(number: int) -> int:
 
 def executor() -> ExecutorDefinition:
     """The one that the environment names."""
-    name = os.environ.get(EXECUTOR_VARIABLE, "in-process")
-    if name == "taskiq":
-        from dagster_taskiq import taskiq_executor  # noqa: PLC0415 - only its contender loads it
-
-        return taskiq_executor
-    if name == "celery":
-        from dagster_celery import celery_executor  # noqa: PLC0415
-
-        found: ExecutorDefinition = celery_executor
-        return found
-    return {"multiprocess": multiprocess_executor, "in-process": in_process_executor}[name]
+    module, name = _EXECUTORS[os.environ.get(EXECUTOR_VARIABLE, "in-process")]
+    found: ExecutorDefinition = getattr(importlib.import_module(module), name)
+    return found
 
 
 def define(name: str) -> JobDefinition:

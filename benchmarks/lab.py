@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,8 @@ from dagster import (
 from benchmarks.assets import LOADS_VARIABLE
 from benchmarks.contenders import Contender, Namespace
 from benchmarks.jobs import EXECUTOR_VARIABLE, JOBS_VARIABLE
-from benchmarks.processes import (
-    LOOK_AT_STORAGE_SECONDS,
-    FailedError,
-    Processes,
-    tree,
-    wait_for,
-)
-from dagster_taskiq.defaults import (
-    BACKEND_URL_VARIABLE,
-    BROKER_URL_VARIABLE,
-    SIGNING_KEY_VARIABLE,
-)
+from benchmarks.processes import LOOK_AT_STORAGE_SECONDS, FailedError, Processes, tree, wait_for
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE, SIGNING_KEY_VARIABLE
 from dagster_taskiq.servers.embedded.server import find_embedded_server
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +83,11 @@ class _Driver:
 
 
 class Lab:
-    """One contender's place; ``open_lab`` opens and closes it."""
+    """One contender's place; ``open_lab`` opens and closes it.
+
+    Attributes:
+        loads_file: where ``benchmarks.assets`` notes its loads.
+    """
 
     def __init__(
         self, contender: Contender, space: Namespace, directory: Path, jobs: Sequence[str]
@@ -101,6 +95,7 @@ class Lab:
         self.contender = contender
         self.directory = directory
         self.home = directory / "home"
+        self.loads_file = directory / "loads"
         self.workers: list[subprocess.Popen[bytes]] = []
         self.worker_start_seconds: float | None = None
         self._space = space
@@ -182,7 +177,7 @@ class Lab:
         plan: Plan,
         *,
         module: str = "benchmarks.jobs",
-        watch: Callable[[int], None] = lambda _: None,
+        watch: Sequence[Callable[[int], None]] = (),
         profile: Path | None = None,
         execution: Mapping[str, Any] | None = None,
     ) -> RunRecord:
@@ -191,7 +186,7 @@ class Lab:
         Args:
             job: one that the module defines.
             plan: its slots count for an executor without worker, and its time limit.
-            watch: is called with the process's id, as long as it runs.
+            watch: are called with the process's id, as long as it runs.
             profile: a file for what cProfile sees in the process.
             execution: more of the executor's config.
 
@@ -201,8 +196,8 @@ class Lab:
         driver = self._drive(job, plan, module=module, profile=profile, execution=execution)
 
         def has_ended() -> bool:
-            if not driver.has_ended:
-                watch(driver.process.pid)
+            for look in () if driver.has_ended else watch:
+                look(driver.process.pid)
             return driver.has_ended
 
         wait_for(has_ended, f"{job} did not end", plan.limit_seconds)
@@ -296,11 +291,6 @@ class Lab:
 
     # --- what there is to see ---
 
-    @property
-    def loads_file(self) -> Path:
-        """Where ``benchmarks.assets`` notes its loads."""
-        return self.directory / "loads"
-
     def redis(self) -> redis.Redis | None:
         """A connection to the contender's Redis, if it has one now."""
         if self.contender.broker == "embedded":
@@ -329,21 +319,16 @@ def open_lab(
         keep: leave the directory with the logs where the measurement fails.
     """
     directory = Path(tempfile.mkdtemp(prefix=f"benchmark-{contender.name}-"))
-    is_kept = False
-    try:
-        lab = Lab(contender, space, directory, jobs)
+    with ExitStack() as resources:
+        resources.callback(shutil.rmtree, directory, ignore_errors=True)
         try:
-            yield lab
-        finally:
-            lab.close()
-    except Exception:
-        is_kept = keep
-        raise
-    finally:
-        if is_kept:
-            print(f"Logs: {directory}", file=sys.stderr)
-        else:
-            shutil.rmtree(directory, ignore_errors=True)
+            with closing(Lab(contender, space, directory, jobs)) as lab:
+                yield lab
+        except Exception:
+            if keep:
+                resources.pop_all()
+                print(f"Logs: {directory}", file=sys.stderr)
+            raise
 
 
 def _last_line(log: Path) -> str:

@@ -6,20 +6,25 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import psutil
+import redis
 from dagster import DagsterEventType
 
 from benchmarks.lab import Lab, Plan, seconds_of
-from benchmarks.processes import cpu_seconds, pss_mib, tree
+from benchmarks.processes import Peak, cpu_seconds, pss_mib, tree
 
 Metrics = dict[str, float]
 #: Measures a contender; its last arguments are the jobs of the case.
 Measure = Callable[..., Metrics]
 
 #: How long to let a worker come to rest before its idleness is measured.
-_SETTLE_SECONDS = 3.0
+SETTLE_SECONDS = 3.0
+
+#: Between two looks at the memory of a run: each takes some milliseconds.
+_MEMORY_LOOK_SECONDS = 0.5
 
 #: How much larger the large plan of ``growth`` is.
 GROWTH = 10
@@ -33,7 +38,8 @@ def warm_up_job(plan: Plan) -> str:
     return f"sleep_{plan.slots}_500"
 
 
-def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
+def warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
+    """Start the workers, and have each slot execute a step."""
     if lab.contender.has_worker:
         lab.start_workers(plan.slots, run_slots)
         # a launcher's contender may have runs that are not for workers of steps
@@ -43,19 +49,19 @@ def _warm_worker(lab: Lab, plan: Plan, run_slots: int = 0) -> None:
 
 def wall(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of one run."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     return {"seconds": seconds_of(lab.run(job, plan))}
 
 
 def launched(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The wall time of runs that are launched at once, each of them to a run slot."""
-    _warm_worker(lab, plan, run_slots=plan.runs)
+    warm_worker(lab, plan, run_slots=plan.runs)
     return {"seconds": lab.launch(job, plan)}
 
 
 def latency(lab: Lab, plan: Plan, job: str) -> Metrics:
     """From a step's success to the start of the step that waits for it, in a chain."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     record = lab.run(job, plan)
     kinds = (DagsterEventType.STEP_START, DagsterEventType.STEP_SUCCESS)
     gaps, succeeded = [], None
@@ -79,7 +85,7 @@ def sleepers(lab: Lab, plan: Plan, job: str) -> Metrics:
 
 def growth(lab: Lab, plan: Plan, small_job: str, large_job: str) -> Metrics:
     """The cost of a step in a plan ten times as large, over that in the plan itself."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     small = seconds_of(lab.run(small_job, plan)) / plan.steps
     large = seconds_of(lab.run(large_job, plan)) / (plan.steps * GROWTH)
     return {"small_step_ms": small * 1000, "large_step_ms": large * 1000, "growth": large / small}
@@ -90,7 +96,7 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
     lab.start_workers(plan.slots)
     drivers: set[int] = set()
     seconds = [
-        seconds_of(lab.run(job, plan, module="benchmarks.assets", watch=drivers.add))
+        seconds_of(lab.run(job, plan, module="benchmarks.assets", watch=[drivers.add]))
         for job in ("head", "tail", "head", "tail")
     ]
     pids = [int(line) for line in lab.loads_file.read_text().split()]
@@ -100,11 +106,11 @@ def loads(lab: Lab, plan: Plan) -> Metrics:
 
 def idle(lab: Lab, plan: Plan, waiting_job: str) -> Metrics:
     """What a worker and a run cost that wait, of a core and in commands to Redis."""
-    _warm_worker(lab, plan)
-    time.sleep(_SETTLE_SECONDS)
+    warm_worker(lab, plan)
+    time.sleep(SETTLE_SECONDS)
     metrics = _watch(lab, plan, "worker", lab.worker_processes)
     run = lab.start_run(waiting_job, plan)
-    time.sleep(_SETTLE_SECONDS)
+    time.sleep(SETTLE_SECONDS)
     both = _watch(lab, plan, "run", lambda: tree(run))
     if "worker_commands_per_s" in metrics:
         # the server has counted those of the worker too
@@ -115,44 +121,31 @@ def idle(lab: Lab, plan: Plan, waiting_job: str) -> Metrics:
 def _watch(
     lab: Lab, plan: Plan, name: str, processes: Callable[[], Sequence[psutil.Process]]
 ) -> Metrics:
-    began, used = time.monotonic(), cpu_seconds(processes())
-    commands = _commands_per_second(lab, plan.window_seconds)
-    if commands is None:
+    with lab.redis() or nullcontext() as client:
+        began, used, commands = time.monotonic(), cpu_seconds(processes()), _commands(client)
         time.sleep(plan.window_seconds)
-    used = cpu_seconds(processes()) - used
-    metrics = {f"{name}_cpu_percent": 100 * used / (time.monotonic() - began)}
-    return metrics if commands is None else {**metrics, f"{name}_commands_per_s": commands}
+        # the first look was a command of ours
+        commands = max(0.0, _commands(client) - commands - 1) / plan.window_seconds
+        used = cpu_seconds(processes()) - used
+        metrics = {f"{name}_cpu_percent": 100 * used / (time.monotonic() - began)}
+    return {**metrics, f"{name}_commands_per_s": commands} if client else metrics
 
 
-def _commands_per_second(lab: Lab, seconds: float) -> float | None:
-    """Commands that the contender's Redis gets, but for ours; None if there is none now."""
-    client = lab.redis()
-    if client is None:
-        return None
-    with client:
-        counts: list[int] = []
-        for pause in (seconds, 0.0):
-            stats = cast("Mapping[str, Any]", client.info("commandstats"))
-            counts.append(sum(it["calls"] for it in stats.values()))
-            time.sleep(pause)
-        return max(0.0, (counts[1] - counts[0] - 1) / seconds)
+def _commands(client: redis.Redis | None) -> float:
+    """Commands that a Redis has got; 0 where there is none."""
+    stats = cast("Mapping[str, Any]", client.info("commandstats")) if client else {}
+    return float(sum(it["calls"] for it in stats.values()))
 
 
 def memory(lab: Lab, plan: Plan, job: str) -> Metrics:
     """Memory of a worker whose slots are warm, and the most that a run's process has."""
-    _warm_worker(lab, plan)
+    warm_worker(lab, plan)
     metrics = {}
     if lab.contender.has_worker:
         metrics["worker_mib"] = pss_mib(lab.worker_processes())
-    peak, looked = 0.0, 0.0
-
-    def watch(pid: int) -> None:
-        nonlocal peak, looked
-        if time.monotonic() - looked > 0.5:  # a look takes some milliseconds
-            peak, looked = max(peak, pss_mib([psutil.Process(pid)])), time.monotonic()
-
-    lab.run(job, plan, watch=watch)
-    metrics["run_mib"] = peak
+    peak = Peak(lambda pid: pss_mib([psutil.Process(pid)]), _MEMORY_LOOK_SECONDS)
+    lab.run(job, plan, watch=[peak])
+    metrics["run_mib"] = peak.value
     if lab.contender.has_worker:
         metrics["worker_after_mib"] = pss_mib(lab.worker_processes())
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
+import click
 import psutil
 
 from dagster_taskiq_tests.acceptance.harness import STACK_VARIABLE, end_marked
@@ -21,16 +23,22 @@ LOOK_SECONDS = 0.02
 LOOK_AT_STORAGE_SECONDS = 0.25
 
 
-class DidNotEndError(Exception):
+class FailedError(click.ClickException):
+    """A measurement cannot be made; the command line says why, without a traceback.
+
+    Attributes:
+        limit_seconds: the time limit that was not kept, where that was it.
+    """
+
+    limit_seconds: float | None = None
+
+
+class DidNotEndError(FailedError):
     """Something was not over within its time limit."""
 
     def __init__(self, what: str, limit_seconds: float) -> None:
         super().__init__(f"{what} within {limit_seconds:g} s")
         self.limit_seconds = limit_seconds
-
-
-class FailedError(Exception):
-    """A worker or a run has ended as it must not."""
 
 
 def interrupt_on_signals() -> None:
@@ -46,6 +54,12 @@ def interrupt_on_signals() -> None:
 
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, interrupt)
+
+
+def allow_connections() -> None:
+    """Let this process open as many files as it may, for thousands of connections."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Processes:
@@ -89,19 +103,37 @@ def wait_for(
         time.sleep(look_seconds)
 
 
+class Peak:
+    """The most that looks at a process find, one look in each pause; for ``Lab.run`` to call."""
+
+    def __init__(self, look: Callable[[int], float], pause_seconds: float = 0.0) -> None:
+        self.value = 0.0
+        self._look = look
+        self._pause_seconds = pause_seconds
+        self._looked_at = float("-inf")
+
+    def __call__(self, pid: int) -> None:
+        """Look, unless the last look was a moment ago."""
+        if time.monotonic() - self._looked_at >= self._pause_seconds:
+            self.value = max(self.value, self._look(pid))
+            self._looked_at = time.monotonic()
+
+
 def tree(pid: int) -> list[psutil.Process]:
     """The process and all below it."""
     root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]
 
 
-def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    """CPU time that they have used so far."""
+def cpu_seconds(processes: Sequence[psutil.Process], *, with_past: bool = False) -> float:
+    """CPU time that they have used so far, and perhaps their children that have ended."""
     total = 0.0
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
             total += times.user + times.system
+            if with_past:
+                total += times.children_user + times.children_system
     return total
 
 

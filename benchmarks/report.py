@@ -96,9 +96,7 @@ def _cell(values: Collection[float]) -> str:
     """The median, and the range where there is one."""
     if not values:
         return "-"
-    median, least, most = (
-        number(it) for it in (statistics.median(values), min(values), max(values))
-    )
+    median, least, most = map(number, (statistics.median(values), min(values), max(values)))
     return median if least == most else f"{median} ({least}..{most})"
 
 
@@ -186,8 +184,8 @@ def speed_table(results: Results) -> Table:
 # --- the plot -----------------------------------------------------------------------------------
 
 
-def write_plots(results: Results, *files: Path) -> None:
-    """Write plots of the cases that measure wall time, if there are any: how long each takes."""
+def write_plot(results: Results, file: Path) -> None:
+    """Plot how long the cases take that measure wall time, if there are any."""
     import matplotlib as mpl  # noqa: PLC0415 - not for those who only want tables
 
     mpl.use("Agg")
@@ -212,8 +210,7 @@ def write_plots(results: Results, *files: Path) -> None:
         axes.set_title(case.title.format(**results.plans[case.name]), loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[-1, 0].set_xlabel("seconds, the median of the repeats")
-    for file in files:
-        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+    figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
 
 

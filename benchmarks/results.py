@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -78,8 +78,6 @@ class Verdict:
         factor: how far off: 1.25 means a quarter more, or less, than allowed; 1 or less is met.
     """
 
-    target: Target
-    contender: str
     status: Status
     value: float | None = None
     is_bound: bool = False
@@ -87,6 +85,7 @@ class Verdict:
     reason: str = ""
 
 
+@dataclass
 class Results:
     """Samples, looked at by case and contender.
 
@@ -95,15 +94,9 @@ class Results:
         plans: by the case's name, the numbers that were used.
     """
 
-    def __init__(
-        self,
-        samples: Iterable[Sample] = (),
-        machine: Mapping[str, Any] | None = None,
-        plans: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> None:
-        self.samples = list(samples)
-        self.machine = dict(machine or {})
-        self.plans = dict(plans or {})
+    samples: list[Sample] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+    plans: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     # --- files ---
 
@@ -170,15 +163,14 @@ class Results:
         else:
             value = self.ratio(case, target.metric, contender, other)
         if value is None:
-            why = self._why(case, contender, other)
-            return Verdict(target, contender, Status.UNKNOWN, reason=why)
+            return Verdict(Status.UNKNOWN, reason=self._why(case, contender, other))
         factor = _factor(value, target)
         if factor <= 1:
-            return Verdict(target, contender, Status.MET, value, is_bound, factor)
+            return Verdict(Status.MET, value, is_bound, factor)
         if is_bound:
             reason = f"{other} did not end, more is not known"
-            return Verdict(target, contender, Status.UNKNOWN, value, is_bound, reason=reason)
-        return Verdict(target, contender, Status.MISSED, value, is_bound, factor)
+            return Verdict(Status.UNKNOWN, value, is_bound, reason=reason)
+        return Verdict(Status.MISSED, value, is_bound, factor)
 
     def _least_ratio(self, case: str, contender: str, other: str, target: Target) -> float | None:
         """How much longer the other one took at least, which has not kept its time limit."""

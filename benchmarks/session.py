@@ -11,10 +11,10 @@ from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Namespace
 from benchmarks.lab import Plan, open_lab
 from benchmarks.measures import warm_up_job
-from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.namespace import own_redis
+from benchmarks.processes import FailedError
 from benchmarks.report import WORKER_START
 from benchmarks.results import Results, Sample
-from benchmarks.scale.simulation import own_redis
 
 
 def take_samples(
@@ -49,8 +49,9 @@ def _take_sample(
     case: Case, plan: Plan, name: str, repeat: int, space: Namespace, keep: bool
 ) -> Sample:
     contender = CONTENDERS[name]
+    sample = Sample(case.name, name, repeat)
     if not space.offers(contender.broker):
-        return Sample(case.name, name, repeat, problem="its server is not there")
+        return replace(sample, problem="its server is not there")
     jobs = case.job_names(plan)
     defined = [warm_up_job(plan), *jobs]
     try:
@@ -61,10 +62,9 @@ def _take_sample(
             metrics = case.measure(lab, plan, *jobs)
             if lab.worker_start_seconds is not None:
                 metrics[WORKER_START] = lab.worker_start_seconds
-    except (DidNotEndError, FailedError) as error:
-        limit = getattr(error, "limit_seconds", None)
-        return Sample(case.name, name, repeat, problem=str(error), limit_seconds=limit)
+    except FailedError as error:
+        return replace(sample, problem=str(error), limit_seconds=error.limit_seconds)
     except Exception as error:  # a defect of ours or a server's: the other contenders go on
         traceback.print_exc()
-        return Sample(case.name, name, repeat, problem=f"{type(error).__name__}: {error}")
-    return Sample(case.name, name, repeat, metrics)
+        return replace(sample, problem=f"{type(error).__name__}: {error}")
+    return replace(sample, metrics=metrics)

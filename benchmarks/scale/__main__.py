@@ -11,29 +11,18 @@ from typing import Any
 import click
 
 from benchmarks.machine import describe_machine
-from benchmarks.processes import DidNotEndError, FailedError, interrupt_on_signals
+from benchmarks.namespace import given_redis, own_redis
+from benchmarks.processes import interrupt_on_signals
 from benchmarks.report import number
-from benchmarks.scale.measuring import Sizes, measure
+from benchmarks.scale.crowd import CROWDS, WORKING_SHARE, Crowd
+from benchmarks.scale.measuring import measure
 from benchmarks.scale.replay import find_knee
-from benchmarks.scale.simulation import Crowd, given_redis, own_redis, simulate
-from benchmarks.scale.tables import render
-from dagster_taskiq_tests.server_sources import stop_session_servers
+from benchmarks.scale.simulation import simulate
+from benchmarks.scale.tables import CONTENDERS, render
 
-_CONTENDERS = ("taskiq-redis", "taskiq-rabbitmq")
 _PARTS = ("measure", "simulate", "knee")
 _FILE = click.Path(path_type=Path, dir_okay=False)
-
-#: The crowds of the page, by name.
-_HELD = Crowd(step_seconds=None)
-CROWDS: Mapping[str, Crowd] = {
-    "idle": replace(_HELD, busy_share=0.0, runs=0),
-    "busy": _HELD,
-    "listing": replace(_HELD, waiting=5),
-    "working": Crowd(waiting=5),
-}
-
-#: Of the workers, since each step costs the simulation more than all else does.
-_WORKING_SHARE = 0.25
+_REDIS = click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
 
 
 @click.group()
@@ -45,38 +34,26 @@ def main() -> None:
 @main.command("simulate")
 @click.option("--workers", default=1000, show_default=True)
 @click.option("--slots", default=8, show_default=True, help="Of each worker.")
-@click.option("--busy", default=1.0, show_default=True, help="Share of the slots; 0 is no run.")
-@click.option("--lease", default=30.0, show_default=True, help="Seconds.")
-@click.option("--step", type=float, help="Seconds that a step takes; default: it never ends.")
+@click.option(
+    "--busy", "busy_share", default=1.0, show_default=True, help="Share of the slots; 0 is no run."
+)
+@click.option("--lease", "lease_seconds", default=30.0, show_default=True, help="Seconds.")
+@click.option("--step", "step_seconds", type=float, help="Seconds; default: a step never ends.")
 @click.option("--runs", default=20, show_default=True)
 @click.option("--waiting", default=0, show_default=True, help="Steps of a run without a slot.")
 @click.option("--seconds", default=60.0, show_default=True, help="To watch the server.")
 @click.option("--processes", default=2, show_default=True, help="For the workers.")
-@click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
+@_REDIS
 @click.option("--json", "file", type=_FILE, help="File for the figures.")
-def _simulate(
-    workers: int,
-    slots: int,
-    busy: float,
-    lease: float,
-    step: float | None,
-    runs: int,
-    waiting: int,
-    seconds: float,
-    processes: int,
-    url: str | None,
-    file: Path | None,
-) -> None:
+def _simulate(url: str | None, file: Path | None, **crowd: Any) -> None:
     """Put the lease and control traffic of a crowd of workers on a Redis."""
-    crowd = Crowd(
-        workers, slots, busy, runs if busy else 0, waiting, lease, step, seconds, processes
-    )
+    runs = crowd["runs"] if crowd["busy_share"] else 0
     with given_redis(url) if url else own_redis() as options:
-        figures = simulate(crowd, options)
+        figures = simulate(Crowd(**{**crowd, "runs": runs}), options)
     for name, value in figures.items():
         click.echo(f"{name:32}{number(value) if isinstance(value, (int, float)) else value}")
     if file:
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf8")
+        _save(file, figures)
 
 
 @main.command("knee")
@@ -84,13 +61,12 @@ def _simulate(
 @click.option("--slots", default=8, show_default=True, help="Of each worker.")
 @click.option("--lease", default=30.0, show_default=True, help="To begin with, in seconds.")
 @click.option("--seconds", default=8.0, show_default=True, help="Of each level.")
-@click.option("--redis", "url", help="URL of a Redis to use; default: one of its own.")
+@_REDIS
 def _knee(workers: int, slots: int, lease: float, seconds: float, url: str | None) -> None:
     """Renew leases more and more often until the server cannot follow."""
-    sizes = {"workers": workers, "slots": slots}
     levels = []
     with given_redis(url) if url else own_redis() as options:
-        for level in find_knee(options, **sizes, first_lease_seconds=lease, level_seconds=seconds):
+        for level in find_knee(options, workers, slots, lease, seconds):
             levels.append(level)
             click.echo(f"lease {level['lease_seconds']:.2f} s", err=True)
     click.echo(render({"machine": describe_machine(), "knee": levels})["knee"])
@@ -111,23 +87,20 @@ def _refresh(
     """
     document: dict[str, Any] = json.loads(file.read_text("utf8")) if file.exists() else {}
     document["machine"] = describe_machine()
+    names = {"measure": tuple(CONTENDERS), "simulate": crowds or tuple(CROWDS), "knee": ("levels",)}
     for part in parts or _PARTS:
-        if part == "measure":
-            for name in _CONTENDERS:
-                document.setdefault("measured", {})[name] = measure(name, Sizes())
-                _save(file, document)
-        elif part == "knee":
-            with own_redis() as options:
-                document["knee"] = list(find_knee(options, workers=workers))
-        else:
-            for name in crowds or CROWDS:
+        for name in names[part]:
+            if part == "measure":
+                document.setdefault("measured", {})[name] = measure(name)
+            elif part == "simulate":
+                count = max(1, round(workers * (WORKING_SHARE if name == "working" else 1.0)))
+                crowd = replace(CROWDS[name], workers=count, seconds=seconds)
                 with own_redis() as options:
-                    share = _WORKING_SHARE if name == "working" else 1.0
-                    count = max(1, round(workers * share))
-                    crowd = replace(CROWDS[name], workers=count, seconds=seconds)
                     document.setdefault("simulated", {})[name] = simulate(crowd, options)
-                _save(file, document)
-        _save(file, document)
+            else:
+                with own_redis() as options:
+                    document["knee"] = list(find_knee(options, workers))
+            _save(file, document)
     for name, table in render(document).items():
         click.echo(f"\n{name}\n\n{table}")
 
@@ -137,9 +110,4 @@ def _save(file: Path, document: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (DidNotEndError, FailedError) as error:
-        raise SystemExit(str(error)) from None
-    finally:
-        stop_session_servers()
+    main()

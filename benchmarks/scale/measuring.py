@@ -7,58 +7,37 @@ steps, so what a run costs once is not in it.
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
-import pytest
 import redis
 
 from benchmarks.contenders import CONTENDERS, Contender, Namespace
-from benchmarks.lab import Lab, Plan, open_lab
-from benchmarks.measures import warm_up_job
-from benchmarks.processes import FailedError, cpu_seconds, pss_mib, tree
+from benchmarks.lab import Lab, Plan, open_lab, seconds_of
+from benchmarks.measures import SETTLE_SECONDS, warm_up_job, warm_worker
+from benchmarks.namespace import needed, own_redis
+from benchmarks.processes import Peak, cpu_seconds, pss_mib, tree
 from benchmarks.scale.amqp_counts import AmqpCounts
-from benchmarks.scale.counters import Servers, WorkerUse, difference, session
-from benchmarks.scale.simulation import own_redis
+from benchmarks.scale.counters import CONNECTIONS, Servers, children_of, difference, session
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.proxy import proxied
 from dagster_taskiq_tests.servers import private_postgres, private_rabbitmq
 
-#: How long to let workers come to rest before they are watched.
-_SETTLE_SECONDS = 3.0
-
 #: Between two looks at the number of PostgreSQL's connections.
 _CONNECTIONS_LOOK_SECONDS = 0.2
 
+#: The worker, the larger of the two runs, and how long idle processes are watched.
+PLAN = Plan(steps=420, slots=2, limit_seconds=300.0, window_seconds=15.0)
+
+#: Steps of the smaller run.
+SMALL_STEPS = 20
+
 #: Slots of the second worker beyond those of the first, to tell what a slot needs.
 MORE_SLOTS = 4
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How large a measurement is.
-
-    Attributes:
-        slots: of the worker.
-        small, large: steps of the two runs.
-        window_seconds: how long idle processes are watched.
-    """
-
-    slots: int = 2
-    small: int = 20
-    large: int = 420
-    window_seconds: float = 15.0
-    limit_seconds: float = 300.0
-
-    @property
-    def plan(self) -> Plan:
-        """For the lab."""
-        return Plan(self.large, self.slots, 1, self.limit_seconds, self.window_seconds)
 
 
 @contextmanager
@@ -70,170 +49,115 @@ def own_servers(contender: Contender) -> Iterator[tuple[Servers, Namespace]]:
     """
     with ExitStack() as resources:
         redis_options = resources.enter_context(own_redis())
-        try:
-            postgres = resources.enter_context(private_postgres())
-            if contender.broker != "rabbitmq":
-                servers = Servers(redis_options.url, postgres.url, postgres.process.pid)
-                yield servers, Namespace(postgres.url, redis_options, None)
-                return
-            node = resources.enter_context(private_rabbitmq())
-        except pytest.skip.Exception as reason:
-            raise FailedError(str(reason)) from None
+        postgres = resources.enter_context(needed(private_postgres()))
+        servers = Servers(redis_options.url, postgres.url, postgres.process.pid)
+        if contender.broker != "rabbitmq":
+            yield servers, Namespace(postgres.url, redis_options, None)
+            return
+        node = resources.enter_context(needed(private_rabbitmq()))
         counts = AmqpCounts()
         tap = resources.enter_context(proxied(node.url, counts.make_reader))
-        servers = Servers(
-            redis_options.url,
-            postgres.url,
-            postgres.process.pid,
-            node.process.pid,
-            counts,
-            tap,
-        )
+        servers = replace(servers, rabbitmq_pid=node.process.pid, amqp=counts, tap=tap)
         yield servers, Namespace(postgres.url, redis_options, ServerOptions(tap.url))
 
 
-def measure(name: str, sizes: Sizes) -> dict[str, Any]:
+def measure(name: str) -> dict[str, Any]:
     """All figures of one contender, in groups by what they are of.
 
     Raises:
-        FailedError, DidNotEndError: a worker or run has failed.
+        FailedError: a worker or run has failed, or did not end in time.
     """
     contender = CONTENDERS[name]
-    pause_ms = round((2 * sizes.window_seconds + 60) * 1000)
-    waiting_job = f"sleep_1_{pause_ms}"
-    more = sizes.slots + MORE_SLOTS
-    jobs = [
-        warm_up_job(sizes.plan),
-        f"sleep_{more}_500",
-        f"parallel_{sizes.small}",
-        f"parallel_{sizes.large}",
-        waiting_job,
-    ]
+    larger = replace(PLAN, slots=PLAN.slots + MORE_SLOTS)
+    waiting_job = f"sleep_1_{round((2 * PLAN.window_seconds + 60) * 1000)}"
+    sizes = [f"parallel_{steps}" for steps in (SMALL_STEPS, PLAN.steps)]
+    jobs = [warm_up_job(PLAN), warm_up_job(larger), *sizes, waiting_job]
     with own_servers(contender) as (servers, space):
         with open_lab(contender, space, jobs) as lab:
-            place = _Place(lab, servers, sizes)
-            place.warm_up(sizes.slots)
+            warm_worker(lab, PLAN)
+            place = _Place(lab, servers)
             figures = place.measure_steps()
-            few = place.measure_idle_worker(sizes.slots)
+            few = place.measure_idle_worker(PLAN.slots)
             figures["idle_run"] = place.measure_idle_run(waiting_job, few)
         with open_lab(contender, space, jobs) as lab:
-            place = _Place(lab, servers, sizes)
-            place.warm_up(more)
-            many = place.measure_idle_worker(more)
+            warm_worker(lab, larger)
+            many = _Place(lab, servers).measure_idle_worker(larger.slots)
     held = ("postgres_connections", "redis_connections", "amqp_connections", "worker_files", "mib")
     figures["slot"] = {key: (many[key] - few[key]) / MORE_SLOTS for key in held}
-    figures["worker"] = {key: few[key] - sizes.slots * figures["slot"][key] for key in held}
+    figures["worker"] = {key: few[key] - PLAN.slots * figures["slot"][key] for key in held}
     figures["idle_worker"] = few
     return figures
 
 
+@dataclass(frozen=True)
 class _Place:
     """A lab whose worker is watched."""
 
-    def __init__(self, lab: Lab, servers: Servers, sizes: Sizes) -> None:
-        self._lab = lab
-        self._servers = servers
-        self._sizes = sizes
-
-    def warm_up(self, slots: int) -> None:
-        """Start the worker and have each of its slots execute a step."""
-        self._lab.start_workers(slots)
-        self._lab.run(f"sleep_{slots}_500", self._sizes.plan)
-
-    def _look(self) -> dict[str, float]:
-        use = WorkerUse.look(self._lab.worker_processes())
-        cpu = {
-            "worker_cpu_seconds": use.worker_cpu_seconds,
-            "child_cpu_seconds": use.child_cpu_seconds,
-        }
-        return {**self._servers.count(), **cpu}
+    lab: Lab
+    servers: Servers
 
     def measure_steps(self) -> dict[str, Any]:
         """``step``: of one step; ``run``: of the small run; ``peak``: the most while steps ran."""
-        with _result_sizes(self._servers.redis_url) as results:
-            self._run(self._sizes.small)  # not counted: the look at results takes time
-        small, _ = self._run(self._sizes.small)
-        large, peak = self._run(self._sizes.large)
-        steps = self._sizes.large - self._sizes.small
+        with _result_sizes(self.servers.redis_url) as results:
+            self._run(SMALL_STEPS)  # not counted: the look at results takes time
+        small, _ = self._run(SMALL_STEPS)
+        large, peak = self._run(PLAN.steps)
+        steps = PLAN.steps - SMALL_STEPS
         step = {key: (large[key] - small.get(key, 0.0)) / steps for key in large}
         step["result_bytes"] = statistics.mean(results) if results else 0.0
         return {"step": step, "run": small, "peak": {"postgres_connections": peak}}
 
-    def _run(self, steps: int) -> tuple[dict[str, float], int]:
+    def _run(self, steps: int) -> tuple[dict[str, float], float]:
         """What happened in a run, and how many connections PostgreSQL had at most."""
-        used: list[float] = [0.0]
-
-        def watch(pid: int) -> None:
-            used[0] = max(used[0], cpu_seconds([psutil.Process(pid)]))
-
         before = self._look()
-        with _peak_connections(self._servers) as peak:
-            record = self._lab.run(f"parallel_{steps}", self._sizes.plan, watch=watch)
+        # one connection for all looks, since each new one would be counted
+        with session(self.servers.postgres_url) as ask:
+            cpu = Peak(lambda pid: cpu_seconds([psutil.Process(pid)]))
+            connections = Peak(lambda _: ask(CONNECTIONS)["connections"], _CONNECTIONS_LOOK_SECONDS)
+            record = self.lab.run(f"parallel_{steps}", PLAN, watch=(cpu, connections))
         happened = difference(self._look(), before)
-        happened["loop_cpu_seconds"] = used[0]
-        happened["record_bytes"] = self._servers.record_bytes(record.dagster_run.run_id)
-        assert record.start_time is not None
-        assert record.end_time is not None
-        happened["wall_seconds"] = record.end_time - record.start_time
-        return happened, max(peak)
+        happened["loop_cpu_seconds"] = cpu.value
+        happened["record_bytes"] = self.servers.record_bytes(record.dagster_run.run_id)
+        happened["wall_seconds"] = seconds_of(record)
+        return happened, connections.value
+
+    def _look(self) -> dict[str, float]:
+        processes = self.lab.worker_processes()
+        return {
+            **self.servers.count(),
+            "worker_cpu_seconds": cpu_seconds(processes[:1]),
+            "child_cpu_seconds": cpu_seconds(children_of(processes)),
+        }
 
     def measure_idle_worker(self, slots: int) -> dict[str, float]:
         """What a worker whose slots have all had a step costs per second, and holds."""
-        time.sleep(_SETTLE_SECONDS)
-        processes = self._lab.worker_processes()
-        use = WorkerUse.look(processes)
-        tap = self._servers.tap
+        time.sleep(SETTLE_SECONDS)
+        processes = self.lab.worker_processes()
         return {
             **self._watch(processes),
+            **self.servers.connections(),
             "slots": slots,
-            "postgres_connections": self._servers.postgres_connections(),
-            "redis_connections": self._servers.redis_connections(),
-            "amqp_connections": tap.connections if tap else 0,
-            "worker_files": use.worker_files,
-            "child_files": use.child_files,
+            "worker_files": processes[0].num_fds(),
+            "child_files": max(child.num_fds() for child in children_of(processes)),
             "mib": pss_mib(processes),
         }
 
     def measure_idle_run(self, job: str, worker: dict[str, float]) -> dict[str, float]:
         """What a run that waits for its one step costs per second beyond the worker's own."""
-        run = self._lab.start_run(job, self._sizes.plan)
-        time.sleep(_SETTLE_SECONDS)
-        both = self._watch(tree(run))
-        tap = self._servers.tap
-        both["postgres_connections"] = self._servers.postgres_connections()
-        both["redis_connections"] = self._servers.redis_connections()
-        both["amqp_connections"] = tap.connections if tap else 0
-        shared = {key: both[key] - worker.get(key, 0.0) for key in both}
-        return {**shared, "cpu_percent": both["cpu_percent"], "mib": pss_mib(tree(run))}
+        run = self.lab.start_run(job, PLAN)
+        time.sleep(SETTLE_SECONDS)
+        both = {**self._watch(tree(run)), **self.servers.connections()}
+        more = {key: value - worker.get(key, 0.0) for key, value in both.items()}
+        return {**more, "cpu_percent": both["cpu_percent"], "mib": pss_mib(tree(run))}
 
     def _watch(self, processes: Sequence[psutil.Process]) -> dict[str, float]:
-        before, used, began = self._servers.count(), cpu_seconds(processes), time.monotonic()
-        time.sleep(self._sizes.window_seconds)
+        before, used, began = self.servers.count(), cpu_seconds(processes), time.monotonic()
+        time.sleep(PLAN.window_seconds)
         used = cpu_seconds(processes) - used
-        happened = difference(self._servers.count(), before)
+        happened = difference(self.servers.count(), before)
         seconds = time.monotonic() - began
         rates = {f"{key}_per_s": value / seconds for key, value in happened.items()}
-        return {**rates, "cpu_percent": 100 * used / self._sizes.window_seconds}
-
-
-@contextmanager
-def _peak_connections(servers: Servers) -> Iterator[list[int]]:
-    """The numbers of PostgreSQL's connections that a thread sees meanwhile."""
-    seen, stop = [0], threading.Event()
-
-    def look() -> None:
-        # one connection for all looks, since each new one would be counted
-        with session(servers.postgres_url) as ask:
-            while not stop.wait(_CONNECTIONS_LOOK_SECONDS):
-                seen.append(servers.postgres_connections(ask))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()
+        return {**rates, "cpu_percent": 100 * used / PLAN.window_seconds}
 
 
 @contextmanager

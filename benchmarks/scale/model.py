@@ -205,22 +205,8 @@ def lease_costs(simulations: Sequence[Figures]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Use:
-    """How much of a resource's limit a cluster needs; above 1 it is too much."""
-
-    resource: Resource
-    need: float
-    limit: float
-
-    @property
-    def share(self) -> float:
-        """Of the limit."""
-        return self.need / self.limit
-
-
-def uses(cluster: Cluster, figures: Figures, lease: Figures) -> list[Use]:
-    """The most used resource first: it is what saturates first."""
+def shares(cluster: Cluster, figures: Figures, lease: Figures) -> dict[Resource, float]:
+    """How much of each limit a cluster needs, the most first: that resource saturates first."""
     limit = limits(figures)
-    found = [Use(it, need, limit[it]) for it, need in needs(cluster, figures, lease).items()]
-    return sorted(found, key=lambda use: use.share, reverse=True)
+    found = {it: need / limit[it] for it, need in needs(cluster, figures, lease).items()}
+    return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))

@@ -1,4 +1,4 @@
-"""What a Redis or Valkey server says of itself, and what happened between two looks."""
+"""What a Redis or Valkey server says of itself."""
 
 from __future__ import annotations
 
@@ -8,78 +8,65 @@ from typing import Any, cast
 
 import redis
 
-#: Commands of ours that reach the server by themselves and not inside a script.
-_SCRIPT_CALLS = ("eval", "evalsha")
+#: Counters since the server's start, by their names in ``INFO``: commands are also those that
+#: scripts call, and requests are reads from a connection that had something, so about round trips.
+_COUNTERS = {
+    "commands": "total_commands_processed",
+    "requests": "total_reads_processed",
+    "input_bytes": "total_net_input_bytes",
+    "output_bytes": "total_net_output_bytes",
+    "memory_bytes": "used_memory",
+    "file_bytes": "aof_current_size",
+}
+
+_RATES = ("commands", "requests", "script_calls", "input_bytes", "output_bytes")
 
 
 @dataclass(frozen=True)
 class RedisStats:
-    """Counters since the server's start, and what holds at the moment of the look.
+    """One answer of a server about itself.
 
     Attributes:
-        commands: also those that scripts call.
-        requests: reads from a connection that had something: about the round trips.
-        script_calls: of all kinds.
-        connections, memory_bytes, client_memory_bytes, file_bytes: now; the last is the
-            append-only file's.
+        info: ``INFO everything``, as redis-py reads it.
         at_seconds: the server's own clock.
     """
 
-    commands: int
-    requests: int
-    script_calls: int
-    input_bytes: int
-    output_bytes: int
-    cpu_seconds: float
-    connections: int
-    memory_bytes: int
-    client_memory_bytes: int
-    file_bytes: int
+    info: Mapping[str, Any]
     at_seconds: float
 
     @classmethod
     def look(cls, client: redis.Redis) -> RedisStats:
         """Ask the server."""
         seconds, microseconds = client.time()
-        return cls.from_info(
-            cast("Mapping[str, Any]", client.info("everything")), seconds + microseconds / 1e6
-        )
+        info = cast("Mapping[str, Any]", client.info("everything"))
+        return cls(info, seconds + microseconds / 1e6)
 
-    @classmethod
-    def from_info(cls, info: Mapping[str, Any], at_seconds: float) -> RedisStats:
-        """From what redis-py makes of ``INFO everything``."""
-        calls = [info.get(f"cmdstat_{name}", {}).get("calls", 0) for name in _SCRIPT_CALLS]
-        return cls(
-            commands=info["total_commands_processed"],
-            requests=info["total_reads_processed"],
-            script_calls=sum(calls),
-            input_bytes=info["total_net_input_bytes"],
-            output_bytes=info["total_net_output_bytes"],
-            cpu_seconds=info["used_cpu_user"] + info["used_cpu_sys"],
-            connections=info["connected_clients"],
-            memory_bytes=info["used_memory"],
-            client_memory_bytes=info.get("mem_clients_normal", 0),
-            file_bytes=info.get("aof_current_size", 0),
-            at_seconds=at_seconds,
-        )
+    @property
+    def server(self) -> str:
+        """The server's kind and version."""
+        if "valkey_version" in self.info:
+            return f"Valkey {self.info['valkey_version']}"
+        return f"Redis {self.info['redis_version']}"
 
-    def since(self, before: RedisStats) -> dict[str, float]:
-        """What happened since an earlier look, as counts."""
+    @property
+    def counts(self) -> dict[str, float]:
+        """What is counted; what happened is the difference of two looks."""
+        scripts = [self.info.get(f"cmdstat_{name}", {}) for name in ("eval", "evalsha")]
         return {
-            "redis_commands": self.commands - before.commands,
-            "redis_requests": self.requests - before.requests,
-            "redis_script_calls": self.script_calls - before.script_calls,
-            "redis_input_bytes": self.input_bytes - before.input_bytes,
-            "redis_output_bytes": self.output_bytes - before.output_bytes,
-            "redis_cpu_seconds": self.cpu_seconds - before.cpu_seconds,
-            "redis_memory_bytes": self.memory_bytes - before.memory_bytes,
-            "redis_file_bytes": self.file_bytes - before.file_bytes,
+            **{name: self.info.get(key, 0) for name, key in _COUNTERS.items()},
+            "script_calls": sum(it.get("calls", 0) for it in scripts),
+            "cpu_seconds": self.info["used_cpu_user"] + self.info["used_cpu_sys"],
         }
 
-
-def server_name(client: redis.Redis) -> str:
-    """The server's kind and version."""
-    info = cast("Mapping[str, Any]", client.info("server"))
-    if "valkey_version" in info:
-        return f"Valkey {info['valkey_version']}"
-    return f"Redis {info['redis_version']}"
+    def figures_since(self, before: RedisStats) -> dict[str, Any]:
+        """What happened in each second since an earlier look, and what holds now."""
+        seconds, counts = self.at_seconds - before.at_seconds, before.counts
+        rates = {name: (count - counts[name]) / seconds for name, count in self.counts.items()}
+        return {
+            "server": self.server,
+            **{f"{name}_per_s": rates[name] for name in _RATES},
+            "cpu_percent": 100 * rates["cpu_seconds"],
+            "connections": self.info["connected_clients"],
+            "memory_bytes": self.info["used_memory"],
+            "client_memory_bytes": self.info.get("mem_clients_normal", 0),
+        }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-import resource
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,16 @@ from urllib.parse import urlsplit
 
 import redis
 
-from benchmarks.scale.redis_stats import RedisStats, server_name
+from benchmarks.processes import allow_connections
+from benchmarks.scale.records import Record, renewal_figures
+from benchmarks.scale.redis_stats import RedisStats
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.backend.redis import RedisBackend
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, RENEWALS_PER_LEASE
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.worker.observer import LeaseRenewal
 from dagster_taskiq_tests.proxy import Reader, proxied
 
 #: Of the claims while they are recorded, much longer than all of it takes.
@@ -51,7 +53,7 @@ class Recorded:
     answer_bytes: int
 
 
-async def _record(options: ServerOptions, workers: int, slots: int) -> list[Recorded]:
+async def _record_renewals(options: ServerOptions, workers: int, slots: int) -> list[Recorded]:
     """Claim a task for each slot of each worker, and record a renewal of each worker's claims."""
     sent, received = bytearray(), bytearray()
 
@@ -94,17 +96,21 @@ def _claim(run_id: str, epoch: str) -> Claim:
 
 @dataclass
 class _Level:
-    """What was seen at one rate.
+    """One rate, and what is seen at it.
 
     Attributes:
-        pause_seconds: between two renewals of a worker.
+        slots: claims that each renewal is for.
+        record: what was seen since the level began, or has ended.
     """
 
-    pause_seconds: float
-    is_counting: bool = False
-    answer_seconds: list[float] = field(default_factory=list)
-    worst_gap_seconds: float = 0.0
-    lost: int = 0
+    lease_seconds: float
+    slots: int
+    record: Record = field(default_factory=Record)
+
+    @property
+    def pause_seconds(self) -> float:
+        """Between two renewals of a worker."""
+        return self.lease_seconds / RENEWALS_PER_LEASE
 
 
 class _Replayer(asyncio.Protocol):
@@ -112,18 +118,18 @@ class _Replayer(asyncio.Protocol):
 
     def __init__(self, recorded: Recorded, level: _Level) -> None:
         self._recorded = recorded
-        self.level = level
+        self._level = level
         self._transport: asyncio.WriteTransport | None = None
         self._loop = asyncio.get_running_loop()
         self._due_at = self._loop.time()
         self._sent_at = self._previous_sent_at = 0.0
-        self._missing = 0
+        self._missing = self._lost = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin at a moment of its own."""
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
-        self._due_at += random.uniform(0, self.level.pause_seconds)
+        self._due_at += random.uniform(0, self._level.pause_seconds)
         self._loop.call_at(self._due_at, self._send)
 
     def _send(self) -> None:
@@ -131,27 +137,25 @@ class _Replayer(asyncio.Protocol):
         if self._transport.is_closing():
             return
         self._previous_sent_at, self._sent_at = self._sent_at, self._loop.time()
-        self._missing = self._recorded.answer_bytes
+        self._missing, self._lost = self._recorded.answer_bytes, 0
         self._transport.write(self._recorded.request)
 
     def data_received(self, data: bytes) -> None:
         """Note a whole answer, and plan the next renewal."""
         self._missing -= len(data)
-        self.level.lost += data.count(b"*5\r\n:0\r\n")
+        self._lost += data.count(b"*5\r\n:0\r\n")
         if self._missing > 0:
             return
-        now, level = self._loop.time(), self.level
-        if level.is_counting:
-            level.answer_seconds.append(now - self._sent_at)
-            gap = now - (self._previous_sent_at or self._sent_at)
-            level.worst_gap_seconds = max(level.worst_gap_seconds, gap)
+        now, level = self._loop.time(), self._level
+        left = 1 - (now - (self._previous_sent_at or self._sent_at)) / level.lease_seconds
+        renewal = LeaseRenewal(level.slots, self._lost, now - self._sent_at, left)
+        level.record.renewed(renewal)
         self._due_at = max(now, self._due_at + level.pause_seconds)
         self._loop.call_at(self._due_at, self._send)
 
 
 def find_knee(
     options: ServerOptions,
-    *,
     workers: int = 1000,
     slots: int = 8,
     first_lease_seconds: float = 30.0,
@@ -165,9 +169,8 @@ def find_knee(
         the figures of each level: the first is of the lease given, and the last is one at which a
         worker would stop its steps, or at which the server took less than it was offered.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    recorded = asyncio.run(_record(options, workers, slots))
+    allow_connections()
+    recorded = asyncio.run(_record_renewals(options, workers, slots))
     lease_seconds = first_lease_seconds
     while True:
         figures = asyncio.run(_one_level(options, recorded, slots, lease_seconds, level_seconds))
@@ -185,54 +188,33 @@ async def _one_level(
     lease_seconds: float,
     level_seconds: float,
 ) -> dict[str, Any]:
-    level = _Level(lease_seconds / RENEWALS_PER_LEASE)
+    level = _Level(lease_seconds, slots)
     loop = asyncio.get_running_loop()
     parts = urlsplit(options.url)
-    client = redis.Redis.from_url(options.url)
     transports = []
     for one in recorded:
         make = functools.partial(_Replayer, one, level)
         transport, _ = await loop.create_connection(make, parts.hostname or "", parts.port or 6379)
         transports.append(transport)
-    await asyncio.sleep(max(level.pause_seconds * 1.5, _SETTLE_SHARE * level_seconds))
-    before, cpu_before = await asyncio.to_thread(RedisStats.look, client), time.process_time()
-    level.is_counting = True
-    await asyncio.sleep(max(level_seconds, 2 * level.pause_seconds))
-    level.is_counting = False
-    after, cpu_after = await asyncio.to_thread(RedisStats.look, client), time.process_time()
+    with redis.Redis.from_url(options.url) as client:
+        await asyncio.sleep(max(level.pause_seconds * 1.5, _SETTLE_SHARE * level_seconds))
+        before, began = await asyncio.to_thread(RedisStats.look, client), time.process_time()
+        level.record = record = Record()
+        await asyncio.sleep(max(level_seconds, 2 * level.pause_seconds))
+        level.record = Record()
+        after = await asyncio.to_thread(RedisStats.look, client)
+        record.cpu_seconds = time.process_time() - began
     for transport in transports:
         transport.abort()
-    name = server_name(client)
-    client.close()
+    figures = renewal_figures([record], after.at_seconds - before.at_seconds)
+    offered = len(recorded) * slots / level.pause_seconds
+    carried, slack = figures["claims_renewed_per_s"] or 0.0, figures["worst_slack_share"] or 0.0
     return {
-        "server": name,
         "workers": len(recorded),
         "slots": slots,
         "lease_seconds": lease_seconds,
-        **_figures(level, before, after, len(recorded), slots),
-        "generator_cpu_percent": 100
-        * (cpu_after - cpu_before)
-        / (after.at_seconds - before.at_seconds),
-    }
-
-
-def _figures(
-    level: _Level, before: RedisStats, after: RedisStats, workers: int, slots: int
-) -> dict[str, Any]:
-    seconds = after.at_seconds - before.at_seconds
-    ordered = sorted(level.answer_seconds) or [float("inf")]
-    offered = workers / level.pause_seconds
-    carried = len(level.answer_seconds) / seconds
-    lease_seconds = level.pause_seconds * RENEWALS_PER_LEASE
-    slack_share = 1 - level.worst_gap_seconds / lease_seconds
-    return {
-        "offered_claims_per_s": offered * slots,
-        "claims_renewed_per_s": carried * slots,
-        "cpu_percent": 100 * (after.cpu_seconds - before.cpu_seconds) / seconds,
-        "renewal_p50_ms": 1000 * ordered[len(ordered) // 2],
-        "renewal_p99_ms": 1000 * ordered[int(0.99 * len(ordered))],
-        "renewal_max_ms": 1000 * ordered[-1],
-        "worst_slack_share": slack_share,
-        "lost_claims": level.lost,
-        "is_saturated": carried < 0.9 * offered or slack_share < STOPS_AT_SLACK_SHARE,
+        "offered_claims_per_s": offered,
+        **after.figures_since(before),
+        **figures,
+        "is_saturated": carried < 0.9 * offered or slack < STOPS_AT_SLACK_SHARE,
     }

@@ -8,26 +8,21 @@ large the figures are of an overloaded simulation, and latencies are its own.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import pytest
 import redis
 
 from benchmarks.processes import DidNotEndError, FailedError
-from benchmarks.scale.crowd import Report, Share, crowd_main
-from benchmarks.scale.redis_stats import RedisStats, server_name
-from benchmarks.scale.runs import task_id_of
+from benchmarks.scale.crowd import Crowd, Share
+from benchmarks.scale.crowd_process import crowd_main
+from benchmarks.scale.records import crowd_figures
+from benchmarks.scale.redis_stats import RedisStats
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.server_processes import RedisKind
-from dagster_taskiq_tests.servers import private_redis
 
 #: How long the crowd may take to connect and to have all its slots busy, for each worker and at
 #: least.
@@ -38,131 +33,11 @@ _START_SECONDS = 60.0
 _ANSWER_SECONDS = 60.0
 _END_SECONDS = 30.0
 
+_ENDED = "A process of the simulation has ended; see above."
+
 #: How often to ask how many slots are busy, and how long to let the crowd come to rest then.
 _LOOK_SECONDS = 0.25
 _SETTLE_SECONDS = 2.0
-
-#: How long the simulation's workers and runs wait for an answer: that this process has no time
-#: for them is no fault of the server.
-_PATIENCE_SECONDS = 60.0
-
-#: Orders to cancel a second, of all runs together.
-_CANCELS_PER_SECOND = 2.0
-
-
-@dataclass(frozen=True)
-class Crowd:
-    """What is simulated.
-
-    Attributes:
-        workers: each with a station of steps and one of runs.
-        slots: for steps, of each worker.
-        busy_share: of the slots; 0 is an idle crowd, without runs.
-        runs: among which the steps are divided.
-        waiting: steps of each run that no slot is free for. With one or more of them a run asks
-            for the list of workers at each reconciliation.
-        lease_seconds: of claims and runs.
-        step_seconds: how long a step takes; None is for ever: workers hold their steps from the
-            beginning, and no broker carries them.
-        seconds: how long the server is watched.
-        processes: for the workers; the runs have another one.
-    """
-
-    workers: int = 1000
-    slots: int = 8
-    busy_share: float = 1.0
-    runs: int = 20
-    waiting: int = 0
-    lease_seconds: float = 30.0
-    step_seconds: float | None = 60.0
-    seconds: float = 60.0
-    processes: int = 2
-
-    @property
-    def busy_slots(self) -> int:
-        """Of the whole crowd."""
-        return round(self.workers * self.slots * self.busy_share)
-
-    def shares(self, options: ServerOptions) -> list[Share]:
-        """What each process has to simulate; the runs' process is the first."""
-        patient = replace(options, connect_timeout_seconds=_PATIENCE_SECONDS)
-        runs = self.runs if self.busy_slots else 0
-        common = Share(
-            patient,
-            self.lease_seconds,
-            run_ids=tuple(str(uuid.uuid4()) for _ in range(runs)),
-            slots=self.slots,
-            step_seconds=self.step_seconds or 0.0,
-        )
-        held = self._held(common.run_ids)
-        counts = _divided(self.workers, min(self.processes, self.workers))
-        shares = [self._runs_share(common)] if runs else []
-        for index, count in enumerate(counts):
-            first = sum(counts[:index])
-            shares.append(
-                replace(
-                    common,
-                    workers=count,
-                    busy_slots=int(self.slots * self.busy_share) if runs else 0,
-                    held=tuple(held[first : first + count]),
-                )
-            )
-        return shares
-
-    def _runs_share(self, common: Share) -> Share:
-        by_run = -(-self.busy_slots // self.runs)
-        return replace(
-            common,
-            has_runs=True,
-            held_by_run=by_run if self.step_seconds is None else 0,
-            in_flight=by_run + self.waiting,
-            cancel_every_seconds=self.runs / _CANCELS_PER_SECOND,
-        )
-
-    def _held(self, run_ids: Sequence[str]) -> list[dict[str, str]]:
-        """By worker, by task, its run: of steps that are held from the beginning."""
-        if self.step_seconds is not None or not run_ids:
-            return []
-        busy = int(self.slots * self.busy_share)
-        held = []
-        for worker in range(self.workers):
-            numbers = range(worker * busy, (worker + 1) * busy)
-            # step by step to each run in turn
-            places = [(run_ids[it % len(run_ids)], it // len(run_ids)) for it in numbers]
-            held.append({task_id_of(run_id, number): run_id for run_id, number in places})
-        return held
-
-
-def _divided(count: int, parts: int) -> list[int]:
-    return [count // parts + (index < count % parts) for index in range(parts)]
-
-
-@contextmanager
-def own_redis(kind: RedisKind = "redis") -> Iterator[ServerOptions]:
-    """A server for the simulation alone, with an append-only file and room for connections.
-
-    Raises:
-        FailedError: there is none of that kind here.
-    """
-    settings = {"maxclients": "60000"}
-    with ExitStack() as resources:
-        try:
-            server = resources.enter_context(private_redis(kind, settings=settings))
-        except pytest.skip.Exception as reason:
-            raise FailedError(str(reason)) from None
-        yield server.options
-
-
-@contextmanager
-def given_redis(url: str) -> Iterator[ServerOptions]:
-    """A key prefix of its own on somebody's server; its keys are deleted afterwards."""
-    options = ServerOptions(url=url, key_prefix=f"scale-{uuid.uuid4().hex}")
-    try:
-        yield options
-    finally:
-        with redis.Redis.from_url(url) as client:
-            for key in client.scan_iter(match=f"{options.key_prefix}*", count=1000):
-                client.unlink(key)
 
 
 def simulate(crowd: Crowd, options: ServerOptions) -> dict[str, Any]:
@@ -184,32 +59,25 @@ def simulate(crowd: Crowd, options: ServerOptions) -> dict[str, Any]:
         before = RedisStats.look(client)
         time.sleep(crowd.seconds)
         after = RedisStats.look(client)
-        reports = [process.ask("report") for process in processes]
+        records = [process.ask("report") for process in processes]
         return {
             **asdict(crowd),
-            "server": server_name(client),
-            **_server_figures(before, after),
-            **_crowd_figures(reports, after.at_seconds - before.at_seconds),
+            **after.figures_since(before),
+            **crowd_figures(records, after.at_seconds - before.at_seconds),
         }
 
 
 def _await_work(crowd: Crowd, processes: Sequence[_Process]) -> None:
     limit = _START_SECONDS + _START_SECONDS_PER_WORKER * crowd.workers
     deadline = time.monotonic() + limit
-    for process in processes:
-        process.expect("ready", deadline)
-    if crowd.busy_slots and crowd.runs:
-        # what no run has sent or opened cannot be claimed
-        processes[0].say("start")
-        processes[0].expect("ok", deadline)
-        processes = processes[1:]
-    for process in processes:
-        process.say("start")
-    for process in processes:
-        process.expect("ok", deadline)
+    first = 1 if crowd.busy_slots else 0  # what no run has sent or opened cannot be claimed
+    for group in (processes[:first], processes[first:]):
+        for process in group:
+            process.say("start")
+        for process in group:
+            process.hear(deadline - time.monotonic())
     # the last ones of short steps are never all there at once
-    enough = 0.9 * crowd.busy_slots if crowd.runs else 0
-    while sum(process.ask("busy") for process in processes) < enough:
+    while sum(process.ask("busy") for process in processes) < 0.9 * crowd.busy_slots:
         if time.monotonic() > deadline:
             raise DidNotEndError("Not all slots of the simulation were busy", limit)
         time.sleep(_LOOK_SECONDS)
@@ -219,31 +87,29 @@ def _await_work(crowd: Crowd, processes: Sequence[_Process]) -> None:
 class _Process:
     """The simulation's end of a process of it."""
 
-    def __init__(self, pipe: Connection, process: SpawnProcess) -> None:
+    def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
-        self._process = process
-
-    def expect(self, word: str, deadline: float) -> None:
-        """Wait until it says so."""
-        answer = self._receive(max(0.0, deadline - time.monotonic()))
-        assert answer == word
 
     def say(self, word: str) -> None:
-        """Say a word, whose answer is to be expected."""
-        self._pipe.send(word)
+        """Say a word; see ``crowd_process``."""
+        try:
+            self._pipe.send(word)
+        except OSError:
+            raise FailedError(_ENDED) from None
 
     def ask(self, word: str) -> Any:
         """Say a word and wait for the answer."""
         self.say(word)
-        return self._receive(_ANSWER_SECONDS)
+        return self.hear(_ANSWER_SECONDS)
 
-    def _receive(self, limit_seconds: float) -> Any:
-        if not self._pipe.poll(limit_seconds):
+    def hear(self, limit_seconds: float) -> Any:
+        """Wait for the answer to a word."""
+        if not self._pipe.poll(max(0.0, limit_seconds)):
             raise DidNotEndError("A process of the simulation did not answer", limit_seconds)
         try:
             return self._pipe.recv()
         except EOFError:
-            raise FailedError("A process of the simulation has ended; see above.") from None
+            raise FailedError(_ENDED) from None
 
 
 @contextmanager
@@ -254,7 +120,7 @@ def _started(share: Share) -> Iterator[_Process]:
     process.start()
     theirs.close()
     try:
-        yield _Process(ours, process)
+        yield _Process(ours)
     finally:
         try:
             ours.send("stop")
@@ -264,57 +130,3 @@ def _started(share: Share) -> Iterator[_Process]:
         process.kill()
         process.join()
         ours.close()
-
-
-# --- figures ------------------------------------------------------------------------------------
-
-
-def _server_figures(before: RedisStats, after: RedisStats) -> dict[str, float]:
-    seconds = after.at_seconds - before.at_seconds
-    happened = after.since(before)
-    return {
-        "commands_per_s": happened["redis_commands"] / seconds,
-        "requests_per_s": happened["redis_requests"] / seconds,
-        "script_calls_per_s": happened["redis_script_calls"] / seconds,
-        "input_bytes_per_s": happened["redis_input_bytes"] / seconds,
-        "output_bytes_per_s": happened["redis_output_bytes"] / seconds,
-        "cpu_percent": 100 * happened["redis_cpu_seconds"] / seconds,
-        "connections": after.connections,
-        "memory_bytes": after.memory_bytes,
-        "client_memory_bytes": after.client_memory_bytes,
-    }
-
-
-def _crowd_figures(reports: Sequence[Report], seconds: float) -> dict[str, float | None]:
-    records = [report.record for report in reports]
-    renewals = [it for record in records for it in record.renewal_seconds]
-    cancels = [it for record in records for it in record.cancel_seconds]
-    lags = [it for report in reports for it in report.lag_seconds]
-    renewed = sum(record.claims_renewed for record in records)
-    return {
-        "renewals_per_s": len(renewals) / seconds,
-        "claims_renewed_per_s": renewed / seconds,
-        **_milliseconds("renewal", renewals),
-        "worst_slack_share": min(r.worst_slack_share for r in records) if renewed else None,
-        "lost_claims": sum(record.lost for record in records),
-        "errors": sum(record.errors for record in records),
-        "cancels": len(cancels),
-        **_milliseconds("cancel", cancels),
-        "steps_per_s": sum(record.steps for record in records) / seconds,
-        "inspections_per_s": sum(report.inspections for report in reports) / seconds,
-        **_milliseconds("generator_lag", lags),
-        "generator_cpu_percent": 100 * sum(r.cpu_seconds for r in reports) / seconds,
-    }
-
-
-def _milliseconds(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median, 99th percentile and maximum; None where there is nothing."""
-    if not seconds:
-        return {f"{name}_{which}_ms": None for which in ("p50", "p99", "max")}
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return {
-        f"{name}_p50_ms": 1000 * statistics.median(ordered),
-        f"{name}_p99_ms": 1000 * p99,
-        f"{name}_max_ms": 1000 * ordered[-1],
-    }

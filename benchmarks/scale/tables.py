@@ -7,15 +7,14 @@ from typing import Any
 
 from benchmarks.machine import sentence_of
 from benchmarks.report import Table, number
-from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
+from benchmarks.scale.crowd import CROWDS
+from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, shares
 
 SLOTS = (100, 1_000, 10_000)
 STEP_SECONDS = {1: "1 s", 60: "60 s", 600: "10 min"}
 
-#: Simulations of a file of figures, in the order of their rows.
-SIMULATIONS = ("idle", "busy", "listing", "working")
-
-_NAMES = {"taskiq-redis": "Redis", "taskiq-rabbitmq": "RabbitMQ and Redis"}
+#: Contenders that are measured, as the tables name them.
+CONTENDERS = {"taskiq-redis": "Redis", "taskiq-rabbitmq": "RabbitMQ and Redis"}
 
 Document = Mapping[str, Any]
 
@@ -29,7 +28,7 @@ def render(document: Document) -> dict[str, str]:
         found["simulated"] = _simulated(document)
     if document.get("knee"):
         found["knee"] = _knee(document)
-    if document.get("measured") and set(SIMULATIONS) <= set(document.get("simulated") or ()):
+    if document.get("measured") and set(CROWDS) <= set(document.get("simulated") or ()):
         found |= {
             "costs": _costs(document),
             "check": _check(document),
@@ -39,30 +38,31 @@ def render(document: Document) -> dict[str, str]:
     return found
 
 
-#: Of a line: its text, the group and the name of its figure, what the figure is multiplied by.
-#: Figures of a simulation are in no group.
-_Line = tuple[str, str, str, float]
+#: Of a line or column: its text, the name of its figure, what the figure is multiplied by.
+_Line = tuple[str, str, float]
 
 
 def _grid(head: str, columns: Mapping[str, Any], lines: Iterable[_Line]) -> str:
     """A table of figures; a line that no column has is left out."""
     rows = []
-    for text, group, key, factor in lines:
-        found = [(it[group] if group else it).get(key) for it in columns.values()]
+    for text, key, factor in lines:
+        found = [it.get(key) for it in columns.values()]
         if any(value is not None for value in found):
-            cells = [number(None if value is None else value * factor) for value in found]
-            rows.append([text, *cells])
+            rows.append([text, *(_scaled(value, factor) for value in found)])
     return Table([head, *columns], rows).markdown()
 
 
+def _scaled(value: float | None, factor: float) -> str:
+    return number(None if value is None else value * factor)
+
+
 def _by_name(document: Document) -> dict[str, Any]:
-    return {_NAMES.get(name, name): it for name, it in document["measured"].items()}
+    return {CONTENDERS.get(name, name): it for name, it in document["measured"].items()}
 
 
 # --- measured -----------------------------------------------------------------------------------
 
-#: Of a step, how it is read, and its text.
-_STEP_ROWS: Sequence[tuple[str, str, float]] = (
+_STEP_ROWS: Sequence[_Line] = (
     ("loop: CPU of the run's process, ms", "loop_cpu_seconds", 1000),
     ("worker: CPU of its own process, ms", "worker_cpu_seconds", 1000),
     ("child: CPU, ms", "child_cpu_seconds", 1000),
@@ -91,8 +91,8 @@ _STEP_ROWS: Sequence[tuple[str, str, float]] = (
 
 
 def _steps(document: Document) -> str:
-    lines = [(text, "step", key, factor) for text, key, factor in _STEP_ROWS]
-    return _grid("of one step", _by_name(document), lines)
+    steps = {name: it["step"] for name, it in _by_name(document).items()}
+    return _grid("of one step", steps, _STEP_ROWS)
 
 
 _PER_SECOND = (
@@ -101,44 +101,48 @@ _PER_SECOND = (
     ("Redis: bytes in/s", "redis_input_bytes_per_s"),
     ("RabbitMQ: frames/s", "amqp_frames_per_s"),
 )
-_IDLE_ROWS = (
-    ("worker: connections to Redis", "worker", "redis_connections"),
-    ("worker: connections to RabbitMQ", "worker", "amqp_connections"),
-    ("worker: open files, without its slots", "worker", "worker_files"),
-    ("worker: open files for each slot", "slot", "worker_files"),
-    ("child: open files", "idle_worker", "child_files"),
-    ("worker: memory without its slots, MiB", "worker", "mib"),
-    ("worker: memory for each slot, MiB", "slot", "mib"),
-    ("slot: connections to PostgreSQL held while idle", "slot", "postgres_connections"),
-    ("run: connections to Redis", "idle_run", "redis_connections"),
-    ("run: connections to RabbitMQ", "idle_run", "amqp_connections"),
-    ("run: connections to PostgreSQL held", "idle_run", "postgres_connections"),
-    ("run: memory, MiB", "idle_run", "mib"),
+#: Groups of figures that have these.
+_WAITING = {
+    "idle_worker": "idle worker",
+    "idle_run": "run that waits for its one step, the renewal of that step included",
+}
+#: With the group before the figure's name.
+_HELD_ROWS = (
+    ("worker: connections to Redis", "worker redis_connections"),
+    ("worker: connections to RabbitMQ", "worker amqp_connections"),
+    ("worker: open files, without its slots", "worker worker_files"),
+    ("worker: open files for each slot", "slot worker_files"),
+    ("child: open files", "idle_worker child_files"),
+    ("worker: memory without its slots, MiB", "worker mib"),
+    ("worker: memory for each slot, MiB", "slot mib"),
+    ("slot: connections to PostgreSQL held while idle", "slot postgres_connections"),
+    ("run: connections to Redis", "idle_run redis_connections"),
+    ("run: connections to RabbitMQ", "idle_run amqp_connections"),
+    ("run: connections to PostgreSQL held", "idle_run postgres_connections"),
+    ("run: memory, MiB", "idle_run mib"),
     (
         "connections to PostgreSQL at most, seen while two slots and a run worked",
-        "peak",
-        "postgres_connections",
+        "peak postgres_connections",
     ),
 )
 
 
 def _idle(document: Document) -> str:
-    waiting = {
-        "idle_worker": "idle worker",
-        "idle_run": "run that waits for its one step, the renewal of that step included",
+    columns = {
+        name: {f"{group} {key}": figures[group][key] for group in figures for key in figures[group]}
+        for name, figures in _by_name(document).items()
     }
-    lines: list[_Line] = [
-        (f"{what}: {text}", group, key, 1)
-        for group, what in waiting.items()
+    rows = [
+        (f"{what}: {text}", f"{group} {key}")
+        for group, what in _WAITING.items()
         for text, key in _PER_SECOND
     ]
-    lines += [(*row, 1) for row in _IDLE_ROWS]
-    return _grid("", _by_name(document), lines)
+    return _grid("", columns, [(text, key, 1) for text, key in (*rows, *_HELD_ROWS)])
 
 
 # --- simulated ----------------------------------------------------------------------------------
 
-_SIMULATION_ROWS: Sequence[tuple[str, str, float]] = (
+_SIMULATION_ROWS: Sequence[_Line] = (
     ("workers", "workers", 1),
     ("slots of each", "slots", 1),
     ("lease, s", "lease_seconds", 1),
@@ -168,12 +172,11 @@ _SIMULATION_ROWS: Sequence[tuple[str, str, float]] = (
 
 def _simulated(document: Document) -> str:
     found = document["simulated"]
-    columns = {name: found[name] for name in SIMULATIONS if name in found}
-    lines = [(text, "", key, factor) for text, key, factor in _SIMULATION_ROWS]
-    return _grid("", columns, lines)
+    columns = {name: found[name] for name in CROWDS if name in found}
+    return _grid("", columns, _SIMULATION_ROWS)
 
 
-_KNEE_COLUMNS: Sequence[tuple[str, str, float]] = (
+_KNEE_COLUMNS: Sequence[_Line] = (
     ("claims renewed/s", "claims_renewed_per_s", 1),
     ("offered", "offered_claims_per_s", 1),
     ("server: CPU, %", "cpu_percent", 1),
@@ -187,7 +190,7 @@ _KNEE_COLUMNS: Sequence[tuple[str, str, float]] = (
 def _knee(document: Document) -> str:
     rows = []
     for level in document["knee"]:
-        cells = [number(level[key] * factor) for _, key, factor in _KNEE_COLUMNS]
+        cells = [_scaled(level.get(key), factor) for _, key, factor in _KNEE_COLUMNS]
         slots = level["claims_renewed_per_s"] * 5  # of a lease of 30 s, renewed every 5 s
         rows.append([f"{level['lease_seconds']:.2f}", *cells, f"{slots:,.0f}"])
     head = ["lease, s", *(text for text, _, _ in _KNEE_COLUMNS), "busy slots at a lease of 30 s"]
@@ -281,10 +284,8 @@ def _first(document: Document) -> str:
     for cluster in _clusters():
         cells = []
         for figures in document["measured"].values():
-            said = [
-                f"{use.resource.value.partition(',')[0]} {number(100 * use.share)} %"
-                for use in uses(cluster, figures, lease)[:4]
-            ]
+            first = list(shares(cluster, figures, lease).items())[:4]
+            said = [f"{it.value.partition(',')[0]} {number(100 * share)} %" for it, share in first]
             cells.append("<br>".join(said))
         rows.append([_title(cluster), *cells])
     return Table(["", *_by_name(document)], rows).markdown("---")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.scale.crowd import Crowd
 from benchmarks.scale.replay import find_knee
-from benchmarks.scale.simulation import Crowd, simulate
+from benchmarks.scale.simulation import simulate
 from dagster_taskiq_tests.servers import private_redis
 
 

@@ -21,7 +21,10 @@ TREE = {
 OTHERS: Mapping[str, set[str]] = {
     "": {"AttributeError", "ImportError"},  # Python's own protocol of modules
     # ``amqp_errors`` makes a ServerError of these, as of all that the client library raises
-    "brokers.amqp_connection": {"exceptions.ChannelNotFoundEntity", "exceptions.ConnectionNotAllowed"},
+    "brokers.amqp_connection": {
+        "exceptions.ChannelNotFoundEntity",
+        "exceptions.ConnectionNotAllowed",
+    },
     "cli": {"click.ClickException", "click.UsageError", "argparse.ArgumentTypeError"},
     "config.parsers": {"TypeError"},  # caught in the same function
     "demo.jobs": {"ConnectionError"},  # a step of the demo fails

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks.scale.amqp_counts import AmqpCounts
-from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, uses
+from benchmarks.scale.counters import difference
+from benchmarks.scale.model import Cluster, Resource, lease_costs, limits, needs, shares
 from benchmarks.scale.redis_stats import RedisStats
 from benchmarks.scale.tables import render
 
@@ -130,10 +131,10 @@ def test_the_costs_of_leases_are_differences_of_simulations() -> None:
 
 def test_what_is_used_most_comes_first() -> None:
     """2,020 connections where there are 97 is far more than 10 of 8 cores."""
-    first, *others = uses(Cluster(1_000, 2), FIGURES, LEASE)
-    assert first.resource is Resource.POSTGRES_CONNECTIONS
-    assert first.share == pytest.approx(2_020 / 97)
-    assert [it.share for it in others] == sorted((it.share for it in others), reverse=True)
+    (first, share), *others = shares(Cluster(1_000, 2), FIGURES, LEASE).items()
+    assert first is Resource.POSTGRES_CONNECTIONS
+    assert share == pytest.approx(2_020 / 97)
+    assert [it for _, it in others] == sorted((it for _, it in others), reverse=True)
 
 
 def test_redis_counts_are_differences() -> None:
@@ -150,10 +151,13 @@ def test_redis_counts_are_differences() -> None:
         "connected_clients": 3,
         "used_memory": 1000,
     }
-    before = RedisStats.from_info(info, 1.0)
-    after = RedisStats.from_info({**info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.0}, 2.0)
-    assert after.since(before)["redis_script_calls"] == 4
-    assert after.since(before)["redis_cpu_seconds"] == pytest.approx(0.5)
+    before = RedisStats({**info, "redis_version": "7"}, 1.0)
+    after = RedisStats({**before.info, "cmdstat_eval": {"calls": 5}, "used_cpu_sys": 1.5}, 3.0)
+    figures = after.figures_since(before)
+    assert figures["script_calls_per_s"] == pytest.approx(2)
+    assert figures["cpu_percent"] == pytest.approx(50)
+    assert (figures["server"], figures["connections"]) == ("Redis 7", 3)
+    assert difference(after.counts, before.counts)["script_calls"] == 4
 
 
 def method_frame(number: int) -> bytes:
