@@ -428,6 +428,26 @@ def test_a_guard_that_answers_is_kept_and_so_is_what_it_guards(client: GuardClie
     assert not told
 
 
+def test_the_monitor_rests_until_something_is_due(
+    client: GuardClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a step runs, its deadline is looked at when it is over, not all the time."""
+    looks: list[float] = []
+    look = client._look
+    monkeypatch.setattr(client, "_look", lambda on: looks.append(clock()) or look(on))
+    told: list[int] = []
+    group = 2**22 + 1  # no process has such a number
+
+    async def main() -> None:
+        async with monitored(client, told.append):
+            client.set_deadline(group, clock() + 0.5)
+            await _until(lambda: told)
+
+    asyncio.run(main())
+    assert told == [group]
+    assert len(looks) < 20
+
+
 def test_a_stopped_guard_does_not_keep_the_worker_from_ending(
     client: GuardClient, victims: Callable[[], Victim], monkeypatch: pytest.MonkeyPatch
 ) -> None:
