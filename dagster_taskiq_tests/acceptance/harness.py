@@ -72,6 +72,9 @@ BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded")
 #: How long something may take that takes a moment on an idle machine.
 PATIENCE_SECONDS = 60.0
 
+#: Between two looks whether something has happened; most of them read a database.
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.2
+
 #: How long a process may take to end when what it served is over.
 LEFTOVER_SECONDS = 15.0
 
@@ -115,12 +118,14 @@ T = TypeVar("T")
 def until(condition: Callable[[], T], what: str, timeout_seconds: float = PATIENCE_SECONDS) -> T:
     """Wait until a condition holds, and return what it returned."""
     deadline = time.monotonic() + timeout_seconds
+    pause_seconds = _SHORTEST_PAUSE_SECONDS
     while True:
         if value := condition():
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"Within {timeout_seconds:g} s this did not happen: {what}.")
-        time.sleep(0.05)
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, _LONGEST_PAUSE_SECONDS)
 
 
 def is_running(pid: int) -> bool:

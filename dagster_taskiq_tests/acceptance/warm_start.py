@@ -24,8 +24,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-#: What the command line imports before it does anything, and what its fork server adds.
-_IMPORTS = ("dagster_taskiq.cli", "dagster_taskiq.worker.child")
+#: What a worker with children imports, whatever its servers and jobs are.
+_IMPORTS = (
+    "dagster_taskiq.cli",
+    "dagster_taskiq.worker.child",
+    "dagster_taskiq.backend.redis",
+    "dagster_taskiq.brokers.amqp",
+    "dagster_taskiq.brokers.redis",
+    "dagster_taskiq.executor",
+    "dagster._core.storage.sqlite_storage",
+    "alembic.command",
+    "upath.implementations.local",
+)
 
 #: The longest request: the arguments and the environment.
 _REQUEST_BYTES = 1 << 17
