@@ -45,6 +45,7 @@ from dagster import (
     execute_job,
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.storage.tags import BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq._dagster.storage import STORAGE_MODULES
@@ -111,6 +112,9 @@ _UNFINISHED = [
 
 #: A process of the command line.
 AnyProcess = subprocess.Popen[bytes] | WarmProcess
+
+#: What the daemon's runs have: those of backfills, schedules and sensors.
+_TAGS_OF_DAEMON = {BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG}
 
 T = TypeVar("T")
 
@@ -596,8 +600,10 @@ class Stack:
                 self.instance.run_launcher.terminate(run.run_id)
             until(lambda: not self._unfinished(), "the runs that a test has left end")
 
-    def _unfinished(self) -> Sequence[DagsterRun]:
-        return self.instance.get_runs(RunsFilter(statuses=_UNFINISHED))
+    def _unfinished(self) -> list[DagsterRun]:
+        """The runs that tests have launched; the daemon's are those of a module's fixtures."""
+        runs = self.instance.get_runs(RunsFilter(statuses=_UNFINISHED))
+        return [run for run in runs if not run.tags.keys() & _TAGS_OF_DAEMON]
 
     # --- what there is to see ---
 
