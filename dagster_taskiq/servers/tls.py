@@ -157,7 +157,7 @@ def tls_refusal(address: str, error: BaseException) -> RefusedByServerError | No
 
 def reset_hint(error: BaseException) -> str:
     """What it may mean that a connection with TLS was reset; empty for another error."""
-    if not re.search("reset|closed|EOF", _texts(error), re.IGNORECASE):
+    if not re.search("reset|closed|lost|EOF", _texts(error), re.IGNORECASE):
         return ""
     return (
         " (A server that demands a client certificate and gets none may do this too: set certfile "

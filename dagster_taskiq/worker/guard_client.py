@@ -109,8 +109,9 @@ class GuardClient:
         """
         loop = asyncio.get_running_loop()
         while not self._is_closed:
-            self._is_due.clear()
             self._look(on_unguarded)
+            # when to look again is known now; only what is new from here on is due at once
+            self._is_due.clear()
             answers = self._answers
             if answers >= 0:
                 loop.add_reader(answers, self._is_due.set)

@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import psutil
 import redis
@@ -45,6 +45,7 @@ from dagster import (
     execute_job,
 )
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.storage.tags import BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG
 
 from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq._dagster.storage import STORAGE_MODULES
@@ -59,7 +60,9 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.acceptance import jobs
+from dagster_taskiq_tests.acceptance import jobs, warm_start
+from dagster_taskiq_tests.acceptance.warm_start import Template, WarmProcess
+from dagster_taskiq_tests.server_sources import at_session_end
 from dagster_taskiq_tests.servers import (
     amqp_options,
     postgres_options,
@@ -86,6 +89,9 @@ PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
 #: How long something may take that takes a moment on an idle machine.
 PATIENCE_SECONDS = 60.0
 
+#: Between two looks whether something has happened; most of them read a database.
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.2
+
 #: How long a process may take to end when what it served is over.
 LEFTOVER_SECONDS = 15.0
 
@@ -104,6 +110,15 @@ open_logs: list[Path] = []
 #: The stacks that are open.
 open_stacks: list[Stack] = []
 
+#: Of an instance whose compute logs nobody reads: they cost four processes for each run and step.
+QUIET_SETTINGS: Mapping[str, Any] = {
+    "telemetry": {"enabled": False},
+    "compute_logs": {
+        "module": "dagster._core.storage.noop_compute_log_manager",
+        "class": "NoOpComputeLogManager",
+    },
+}
+
 #: Of a run that may hold a worker's slots.
 _UNFINISHED = [
     DagsterRunStatus.STARTING,
@@ -111,18 +126,26 @@ _UNFINISHED = [
     DagsterRunStatus.CANCELING,
 ]
 
+#: A process of the command line.
+AnyProcess = subprocess.Popen[bytes] | WarmProcess
+
+#: What the daemon's runs have: those of backfills, schedules and sensors.
+_TAGS_OF_DAEMON = {BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG}
+
 T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], what: str, timeout_seconds: float = PATIENCE_SECONDS) -> T:
     """Wait until a condition holds, and return what it returned."""
     deadline = time.monotonic() + timeout_seconds
+    pause_seconds = _SHORTEST_PAUSE_SECONDS
     while True:
         if value := condition():
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"Within {timeout_seconds:g} s this did not happen: {what}.")
-        time.sleep(0.05)
+        time.sleep(pause_seconds)
+        pause_seconds = min(1.5 * pause_seconds, _LONGEST_PAUSE_SECONDS)
 
 
 def is_running(pid: int) -> bool:
@@ -155,7 +178,7 @@ class Note:
 class WorkerProcess:
     """A worker started by ``dagster-taskiq worker start``."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, process: AnyProcess, log: Path) -> None:
         self.name = name
         self.full_name = f"{name}@{socket.gethostname()}"
         self.process = process
@@ -361,6 +384,10 @@ def story_in_process(job_name: str, **arguments: Any) -> Counter[tuple[str, str]
         return _story(result.all_events)
 
 
+def _new_mark() -> str:
+    return uuid.uuid4().hex
+
+
 @dataclass
 class Stack:
     """A DAGSTER_HOME with its servers, workers and runs.
@@ -374,7 +401,7 @@ class Stack:
     broker: ServerOptions | None
     backend: ServerOptions | None
     directory: Path
-    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    mark: str = field(default_factory=_new_mark)
 
     def __post_init__(self) -> None:
         self.exit_stack = ExitStack()
@@ -404,16 +431,9 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """Of the workers."""
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, SIGNING_KEY_VARIABLE)
-        }
         return {
-            **inherited,
+            **_environment(),
             "DAGSTER_HOME": str(self.home),
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONPATH": str(ROOT),
             STACK_VARIABLE: self.mark,
             jobs.DIRECTORY_VARIABLE: str(self.directory),
         }
@@ -434,46 +454,73 @@ class Stack:
         slots: int = 2,
         environment: Mapping[str, str] | None = None,
         settings: Path | None = None,
-        program: Sequence[str] = (sys.executable, "-m", "dagster_taskiq"),
+        program: Sequence[str] = (),
+        is_fresh: bool = False,
     ) -> WorkerProcess:
-        """Start a worker; ``await_ready`` waits until it takes tasks."""
+        """Start a worker; ``await_ready`` waits until it takes tasks.
+
+        Args:
+            environment: more variables of the worker.
+            program: what is called instead of ``python -m dagster_taskiq``.
+            is_fresh: start it as a user does, in a new interpreter; see ``warm_start``.
+        """
         name = name or f"worker-{uuid.uuid4().hex[:6]}"
         options = ["-n", name, "-c", str(slots), *[x for queue in queues for x in ("-q", queue)]]
         settings = settings or self.settings_file()
         command = ["worker", "start", "-y", str(settings), *options, *arguments]
         log = self.new_log(name)
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*program, *command],
-                stdout=output,
-                stderr=output,
-                stdin=subprocess.DEVNULL,
-                env={**self.environment, **(environment or {})},
-                cwd=self.directory,
-            )
+            process = self._popen(command, output, output, environment, program, is_fresh)
         worker = WorkerProcess(name, process, log)
         self.exit_stack.callback(worker.close)
         return worker
 
-    def cli(self, *arguments: str, timeout_seconds: float = PATIENCE_SECONDS) -> str:
+    def cli(self, *arguments: str, is_fresh: bool = False) -> str:
         """Call ``dagster-taskiq``; what it wrote. Its exit code must be 0."""
-        done = self.try_cli(*arguments, timeout_seconds=timeout_seconds)
+        done = self.try_cli(*arguments, is_fresh=is_fresh)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def try_cli(
-        self, *arguments: str, timeout_seconds: float = PATIENCE_SECONDS
-    ) -> subprocess.CompletedProcess[str]:
-        """Call ``dagster-taskiq``, whatever comes of it."""
-        return subprocess.run(
-            [sys.executable, "-m", "dagster_taskiq", *arguments],
-            env={**self.environment, "COLUMNS": "200"},
-            cwd=self.directory,
+    def try_cli(self, *arguments: str, is_fresh: bool = False) -> subprocess.CompletedProcess[str]:
+        """Call ``dagster-taskiq``, whatever comes of it; ``is_fresh`` as with ``worker``."""
+        wide = {"COLUMNS": "200"}
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            process = self._popen(arguments, output, errors, wide, is_fresh=is_fresh)
+            try:
+                exit_code = process.wait(PATIENCE_SECONDS)
+            finally:
+                process.kill()
+            output.seek(0)
+            errors.seek(0)
+            return subprocess.CompletedProcess(arguments, exit_code, output.read(), errors.read())
+
+    def _popen(
+        self,
+        arguments: Sequence[str],
+        stdout: IO[Any],
+        stderr: IO[Any],
+        environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = (),
+        is_fresh: bool = False,
+    ) -> AnyProcess:
+        """Start ``dagster-taskiq``, or a program that takes the same arguments."""
+        variables = {**self.environment, **(environment or {})}
+        if warm_start.IS_POSSIBLE and not program and not is_fresh:
+            return _template().start(
+                "dagster_taskiq",
+                arguments,
+                stdout=stdout,
+                stderr=stderr,
+                environment=variables,
+                directory=self.directory,
+            )
+        return subprocess.Popen(
+            [*(program or (sys.executable, "-m", "dagster_taskiq")), *arguments],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout_seconds,
-            check=False,
+            stdout=stdout,
+            stderr=stderr,
+            env=variables,
+            cwd=self.directory,
         )
 
     def empty_file(self) -> Path:
@@ -569,8 +616,10 @@ class Stack:
                 self.instance.run_launcher.terminate(run.run_id)
             until(lambda: not self._unfinished(), "the runs that a test has left end")
 
-    def _unfinished(self) -> Sequence[DagsterRun]:
-        return self.instance.get_runs(RunsFilter(statuses=_UNFINISHED))
+    def _unfinished(self) -> list[DagsterRun]:
+        """The runs that tests have launched; the daemon's are those of a module's fixtures."""
+        runs = self.instance.get_runs(RunsFilter(statuses=_UNFINISHED))
+        return [run for run in runs if not run.tags.keys() & _TAGS_OF_DAEMON]
 
     # --- what there is to see ---
 
@@ -644,7 +693,11 @@ def end_marked(marks: Collection[str]) -> list[str]:
 
 @contextmanager
 def open_stack(
-    kind: BrokerKind, directory: Path, *, dagster_yaml: Mapping[str, Any] | None = None
+    kind: BrokerKind,
+    directory: Path,
+    *,
+    dagster_yaml: Mapping[str, Any] | None = None,
+    has_compute_logs: bool = False,
 ) -> Iterator[Stack]:
     """A stack on a namespace of its own.
 
@@ -653,10 +706,13 @@ def open_stack(
             behind a plus sign, or where the instance is.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
+        has_compute_logs: keep what steps and runs write, as Dagster does by default.
     """
     home = directory / "home"
     shutil.copytree(_new_home(), home)
-    settings = {"telemetry": {"enabled": False}, **(dagster_yaml or {})}
+    settings = {**QUIET_SETTINGS, **(dagster_yaml or {})}
+    if has_compute_logs:
+        del settings["compute_logs"]
     (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with ExitStack() as servers:
         broker = backend = None
@@ -690,6 +746,23 @@ def _new_home() -> Path:
     with DagsterInstance.from_config(str(home)) as instance:
         instance.get_runs(limit=1)
     return home
+
+
+def _environment() -> dict[str, str]:
+    """Of any process that is started for tests."""
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, SIGNING_KEY_VARIABLE)
+    }
+    return {**inherited, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+
+
+@functools.cache
+def _template() -> Template:
+    template = Template(_environment(), STACK_VARIABLE, len(_new_mark()))
+    at_session_end.callback(template.close)
+    return template
 
 
 @functools.cache

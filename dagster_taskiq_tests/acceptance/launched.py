@@ -25,6 +25,7 @@ from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 from dagster_taskiq_tests.acceptance import launcher_jobs
 from dagster_taskiq_tests.acceptance.harness import (
     PATIENCE_SECONDS,
+    QUIET_SETTINGS,
     BrokerKind,
     Run,
     Stack,
@@ -151,16 +152,6 @@ def create(
         tags=tags,
         job_code_origin=reconstructable.get_python_origin(),
     ).run_id
-
-
-#: Of an instance whose compute logs nobody reads: they cost four processes for each run and step.
-QUIET_SETTINGS: Mapping[str, Any] = {
-    "telemetry": {"enabled": False},
-    "compute_logs": {
-        "module": "dagster._core.storage.noop_compute_log_manager",
-        "class": "NoOpComputeLogManager",
-    },
-}
 
 
 def launching_settings(

@@ -100,7 +100,7 @@ def test_reload(stack: Stack, ask: object) -> None:
 def test_reload_of_included_modules_for_runs_and_steps(stack: Stack) -> None:
     """``--reload`` notices a changed file; modules that children import first are fresh too."""
     write(stack, "one")
-    worker = stack.worker("--reload", "-i", "changing", slots=1).await_ready()
+    worker = stack.worker("--reload", "-i", "changing", slots=1, is_fresh=True).await_ready()
     assert said(stack) == "one"
     write(stack, "number two")
     worker.await_log("Reloaded")
@@ -110,7 +110,7 @@ def test_reload_of_included_modules_for_runs_and_steps(stack: Stack) -> None:
 def test_a_broken_file_breaks_only_until_it_is_mended(stack: Stack) -> None:
     """The steps fail with the reason while it is; the worker lives on."""
     write(stack, "one")
-    worker = stack.worker("--reload", "-i", "changing", slots=1).await_ready()
+    worker = stack.worker("--reload", "-i", "changing", slots=1, is_fresh=True).await_ready()
     (stack.directory / "changing.py").write_text("syntax error here")
     worker.await_log("No child")
     failed = stack.run("simple")

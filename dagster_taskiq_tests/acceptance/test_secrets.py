@@ -133,10 +133,11 @@ def test_no_password_or_key_gets_anywhere(secret_stack: SecretStack) -> None:
     stack = secret_stack
     file = stack.directory / "settings.yaml"
     file.write_text(yaml.safe_dump({"execution": {"config": stack.config}}))
-    worker = stack.worker("-l", "DEBUG", settings=file)
+    worker = stack.worker("-l", "DEBUG", settings=file, is_fresh=True)
     said = stack.cli(
         "worker", "start", "-d", "-n", "background", "-c", "1", "-q", "background", "-l", "DEBUG",
         "-y", str(file),
+        is_fresh=True,
     )  # fmt: skip
     background = int(re.findall(r"pid (\d+)", said)[0])
     try:
@@ -152,7 +153,7 @@ def test_no_password_or_key_gets_anywhere(secret_stack: SecretStack) -> None:
         held = stack.start("one_gated", environment=stack.secrets)
         held.await_notes("started")
         lost = stack.start("one_gated", environment=stack.secrets, tags=UNSERVED)
-        said += stack.cli("worker", "list", "-y", str(file))
+        said += stack.cli("worker", "list", "-y", str(file), is_fresh=True)
         lost.await_message("No worker listens")
         assert "background@" in said
         _search_processes(stack)
@@ -183,7 +184,10 @@ def _failures(stack: SecretStack) -> Iterator[str]:
     impatient = {"server_patience_seconds": 0}
     file = stack.settings_file(**impatient)
     wrong_urls = list(_wrong_urls(stack))
-    workers = [stack.worker("-l", "DEBUG", settings=file, environment=it) for it in wrong_urls]
+    workers = [
+        stack.worker("-l", "DEBUG", settings=file, environment=it, is_fresh=True)
+        for it in wrong_urls
+    ]
     runs = [
         stack.start("simple", environment={**stack.secrets, **it}, **impatient) for it in wrong_urls
     ]
@@ -313,7 +317,7 @@ def test_what_is_stored_is_json_or_plain_text(kind: BrokerKind, tmp_path: Path) 
     and after them.
     """
     with open_stack(kind, tmp_path) as stack:
-        stack.worker(name="w").await_ready()
+        stack.worker(name="w", is_fresh=True).await_ready()
         assert stack.run("diamond").is_success
         held, lost = stack.start("one_gated"), stack.start("one_gated", tags=UNSERVED)
         held.await_notes("started")
@@ -358,11 +362,13 @@ def test_a_job_over_tls(tmp_path: Path) -> None:
         }
         config = {"broker": broker.url, "backend": backend.url, "config_source": source}
         unknown = {**source, "broker_use_ssl": {**ssl_options, "ca_certs": files.other_ca}}
-        denied = stack.worker(settings=stack.settings_file(**{**config, "config_source": unknown}))
+        denied = stack.worker(
+            settings=stack.settings_file(**{**config, "config_source": unknown}), is_fresh=True
+        )
         file = stack.settings_file(**config)
-        stack.worker(settings=file).await_ready()
+        stack.worker(settings=file, is_fresh=True).await_ready()
         assert stack.run("diamond", **config).is_success
-        assert "amqps://" not in stack.cli("worker", "list", "-y", str(file))
+        assert "amqps://" not in stack.cli("worker", "list", "-y", str(file), is_fresh=True)
         assert denied.wait() == 1
         assert "its certificate cannot be trusted" in denied.log
         assert "Traceback" not in denied.log

@@ -26,6 +26,7 @@ from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import (
     PATIENCE_SECONDS,
+    QUIET_SETTINGS,
     BrokerKind,
     Run,
     Stack,
@@ -51,7 +52,7 @@ def open_signed_stack(kind: BrokerKind, directory: Path) -> Iterator[Stack]:
             "class": "TaskiqRunLauncher",
             "config": {**stack.config, "signing_key": {"env": SIGNING_KEY_VARIABLE}},
         }
-        settings = {"telemetry": {"enabled": False}, "run_launcher": launcher}
+        settings = {**QUIET_SETTINGS, "run_launcher": launcher}
         (stack.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
         stack.instance = DagsterInstance.from_config(str(stack.home))
         stack.exit_stack.callback(stack.instance.dispose)
@@ -88,7 +89,7 @@ def test_everything_works_with_a_key(kind: BrokerKind, tmp_path: Path) -> None:
     The key is in no message or key on the servers either.
     """
     with open_signed_stack(kind, tmp_path) as stack:
-        worker = stack.worker(name="signing", environment=WITH_KEY).await_ready()
+        worker = stack.worker(name="signing", environment=WITH_KEY, is_fresh=True).await_ready()
         assert stack.run("diamond", environment=WITH_KEY).is_success
         told = stack.run("telling", environment=WITH_KEY)
         (can_read,) = told.await_notes("can read")

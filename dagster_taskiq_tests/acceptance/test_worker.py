@@ -46,7 +46,7 @@ def test_dagster_is_imported_once(stack: Stack) -> None:
     """By the worker; the one fork server is a copy of it, and the children are copies of that."""
     (stack.directory / "sitecustomize.py").write_text(COUNTER)
     path = os.pathsep.join([str(stack.directory), stack.environment["PYTHONPATH"]])
-    worker = stack.worker(slots=3, environment={"PYTHONPATH": path}).await_ready()
+    worker = stack.worker(slots=3, environment={"PYTHONPATH": path}, is_fresh=True).await_ready()
     run = stack.run("serial")
     assert run.is_success
     (server,) = {psutil.Process(note.pid).ppid() for note in run.notes("ran")}
@@ -66,7 +66,7 @@ def test_list_and_terminate(stack: Stack) -> None:
     beta = stack.worker(name="beta", slots=1)
     alpha.await_ready()
     beta.await_ready()
-    listed = stack.cli("worker", "list", "-y", settings)
+    listed = stack.cli("worker", "list", "-y", settings, is_fresh=True)
     assert re.search(rf"{alpha.full_name} +a, b +0/2 .* running +{alpha.pid}", listed)
     assert re.search(rf"{beta.full_name} +dagster +0/1 .* running +{beta.pid}", listed)
     said = stack.cli("worker", "terminate", "alpha", "-y", settings)
@@ -82,7 +82,9 @@ def test_list_and_terminate(stack: Stack) -> None:
 def test_background(stack: Stack) -> None:
     """``-d`` leaves a worker running; it says the name, a unique one, the pid and the log."""
     settings = str(stack.settings_file())
-    said = [stack.cli("worker", "start", "-dc", "1", "-y", settings) for _ in range(2)]
+    said = [
+        stack.cli("worker", "start", "-dc", "1", "-y", settings, is_fresh=True) for _ in range(2)
+    ]
     matches = [re.search(r"Started worker (\S+), pid (\d+), log (.+)", text) for text in said]
     names, pids, logs = zip(*(match.groups() for match in matches if match), strict=True)
     try:
@@ -104,7 +106,7 @@ def test_a_signal_before_it_listens_to_any(stack: Stack, tmp_path: Path) -> None
     files.mkdir()
     settings = tmp_path / "settings.yaml"
     os.mkfifo(settings)  # it reads them for ever
-    worker = stack.worker(environment={"TMPDIR": str(files)}, settings=settings)
+    worker = stack.worker(environment={"TMPDIR": str(files)}, settings=settings, is_fresh=True)
     until(lambda: list(files.iterdir()), "it has made a directory")
     worker.terminate()
     assert worker.wait() == 0
@@ -126,7 +128,8 @@ def test_yaml(stack: Stack, key: str) -> None:
         },
     }
     path.write_text(yaml.safe_dump({"execution": {key: config}}))
-    worker = stack.worker(environment={"ACCEPTANCE_BROKER": stack.broker.url}, settings=path)
+    environment = {"ACCEPTANCE_BROKER": stack.broker.url}
+    worker = stack.worker(environment=environment, settings=path, is_fresh=True)
     worker.await_ready()
     assert "queues of-the-file" in worker.log
     assert "worker_prefetch_multiplier is a setting of Celery" in worker.log
@@ -137,7 +140,9 @@ def test_servers_from_the_environment(tmp_path: Path) -> None:
     """Without a YAML the environment names the server, for workers and runs alike."""
     with private_redis() as server, open_stack("embedded", tmp_path) as stack:
         environment = {"DAGSTER_TASKIQ_BROKER_URL": server.url}
-        stack.worker(environment=environment, settings=stack.empty_file()).await_ready()
+        stack.worker(
+            environment=environment, settings=stack.empty_file(), is_fresh=True
+        ).await_ready()
         run = stack.run("diamond", environment=environment)
         assert run.is_success
         assert not (stack.home / "dagster_taskiq").exists()
@@ -164,7 +169,7 @@ def test_a_module_that_the_worker_has_not(shared: Stack, tmp_path: Path) -> None
 
 def test_an_include_that_is_missing(stack: Stack) -> None:
     """A worker that cannot import a module it was told to does not start, and says which."""
-    worker = stack.worker("-i", "no_such_module", slots=1)
+    worker = stack.worker("-i", "no_such_module", slots=1, is_fresh=True)
     assert worker.wait() not in (0, 3)
     (line,) = [line for line in worker.log.splitlines() if line.startswith("Error: ")]
     assert "no_such_module" in line
@@ -179,7 +184,8 @@ def test_includes_are_imported_by_each_child_and_the_app_by_the_worker_too(stack
             "directory = os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY']\n"
             "pathlib.Path(directory, f'{__name__}-{os.getpid()}').touch()\n"
         )
-    worker = stack.worker("-i", "included", "-A", "team_app:any", slots=1).await_ready()
+    options = ("-i", "included", "-A", "team_app:any")
+    worker = stack.worker(*options, slots=1, is_fresh=True).await_ready()
     run = stack.run("serial")
     (pid,) = {note.pid for note in run.notes("ran")}
     for process in (f"included-{pid}", f"team_app-{pid}", f"team_app-{worker.pid}"):

@@ -201,9 +201,16 @@ def _start(stack: Stack) -> Web:
     stack.instance.get_runs(limit=1)  # makes the tables, which processes at once would fight over
     settings = _environment(stack)
     workers = [
-        stack.worker("--run-slots", str(RUN_SLOTS), slots=0, name="runs", environment=settings),
         stack.worker(
-            "--run-slots", "0", slots=user_jobs.RUN_LIMIT, name="steps", environment=settings
+            "--run-slots", str(RUN_SLOTS), slots=0, name="runs", environment=settings, is_fresh=True
+        ),
+        stack.worker(
+            "--run-slots",
+            "0",
+            slots=user_jobs.RUN_LIMIT,
+            name="steps",
+            environment=settings,
+            is_fresh=True,
         ),
     ]
     socket = str(stack.exit_stack.enter_context(temporary_directory()) / "s")

@@ -105,9 +105,15 @@ def sleeps(context: OpExecutionContext) -> None:
 
 @op(tags=_FIRST)
 def holds_the_gil(context: OpExecutionContext) -> None:
-    """One call of C that takes months: until then no other thread runs, nor a signal handler."""
+    """One call of C that never returns: no other thread runs, nor a signal handler.
+
+    It waits for a lock that it has itself, as one that calculates would take a core from the tests.
+    """
     if _begin(context):
-        sum(range(10**15))
+        libc, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(256)
+        libc.pthread_mutex_init(lock, None)
+        for _ in range(2):
+            libc.pthread_mutex_lock(lock)
 
 
 CROWD_RUNNING = ("sleeps", "holds_the_gil", "unlucky")

@@ -192,7 +192,7 @@ class Director:
     def start_worker(self) -> SoakWorker:
         """One more worker."""
         name = f"worker-{len(self.workers) + 1}"
-        process = self.stack.worker(name=name, slots=SLOTS, settings=self._settings)
+        process = self.stack.worker(name=name, slots=SLOTS, settings=self._settings, is_fresh=True)
         worker = SoakWorker(process)
         self.workers.append(worker)
         return worker

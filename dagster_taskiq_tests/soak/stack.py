@@ -20,8 +20,8 @@ from dagster import DagsterInstance
 from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.acceptance.harness import Stack, closed_stacks
-from dagster_taskiq_tests.acceptance.launched import QUIET_SETTINGS, launching_settings
+from dagster_taskiq_tests.acceptance.harness import QUIET_SETTINGS, Stack, closed_stacks
+from dagster_taskiq_tests.acceptance.launched import launching_settings
 from dagster_taskiq_tests.proxy import Proxy, proxied
 from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
 from dagster_taskiq_tests.server_sources import rabbitmqctl

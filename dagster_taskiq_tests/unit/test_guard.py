@@ -29,14 +29,17 @@ from dagster_taskiq.worker.guard_client import GuardClient
 SECONDS = 20.0
 
 #: Ignores what can be ignored, starts a grandchild that does too, and never lets go of the GIL:
-#: backtracking in one regular expression runs for ever.
+#: it waits in C for a lock that it has itself, which takes no core from the tests.
 VICTIM = """
-import re, signal, subprocess, sys
+import ctypes, signal, subprocess
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 child = subprocess.Popen(["sleep", "1000"])
 print(child.pid, flush=True)
-re.match("(a*)*b", "a" * 100)
+libc, lock = ctypes.PyDLL(None), ctypes.create_string_buffer(256)
+libc.pthread_mutex_init(lock, None)
+for _ in range(2):
+    libc.pthread_mutex_lock(lock)
 """
 
 
@@ -426,6 +429,26 @@ def test_a_guard_that_answers_is_kept_and_so_is_what_it_guards(client: GuardClie
 
     asyncio.run(scenario())
     assert not told
+
+
+def test_the_monitor_rests_until_something_is_due(
+    client: GuardClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a step runs, its deadline is looked at when it is over, not all the time."""
+    looks: list[float] = []
+    look = client._look
+    monkeypatch.setattr(client, "_look", lambda on: looks.append(clock()) or look(on))
+    told: list[int] = []
+    group = 2**22 + 1  # no process has such a number
+
+    async def main() -> None:
+        async with monitored(client, told.append):
+            client.set_deadline(group, clock() + 0.5)
+            await _until(lambda: told)
+
+    asyncio.run(main())
+    assert told == [group]
+    assert len(looks) < 20
 
 
 def test_a_stopped_guard_does_not_keep_the_worker_from_ending(

@@ -19,7 +19,7 @@ from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.config import server_urls
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers import kinds
 from dagster_taskiq.servers.kinds import (
@@ -34,6 +34,7 @@ from dagster_taskiq.servers.kinds import (
     kind_of,
     uses_tls,
 )
+from dagster_taskiq.servers.redis_client import server_errors
 from dagster_taskiq.servers.tls import Tls
 from dagster_taskiq.servers.urls import normalize_amqp, redact, split_url
 
@@ -313,6 +314,24 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="TLS files") as caught:
                 tls.context()
             assert path in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_explained"),
+    [
+        ("Error while reading from host:6379 : (104, 'Connection reset by peer')", True),
+        ("Connection closed by server.", True),
+        ("Error UNKNOWN while writing to socket. Connection lost.", True),
+        ("Error 111 connecting to host:6379. Connect call failed.", False),
+    ],
+)
+def test_a_tls_connection_that_is_lost_may_lack_a_client_certificate(
+    text: str, is_explained: bool
+) -> None:
+    """A server may close before it has said what it wants; redis-py's texts for that differ."""
+    with pytest.raises(UnreachableServerError) as caught, server_errors("rediss://host"):
+        raise ConnectionError(text)
+    assert ("set certfile and keyfile" in str(caught.value)) is is_explained
 
 
 @pytest.mark.parametrize(
