@@ -16,6 +16,7 @@ from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.defaults import DEFAULT_QUEUE
 from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
@@ -33,6 +34,10 @@ _LOOK_SECONDS = 1.0
 
 class RunClient:
     """Used from any thread. A queue is given as people name it.
+
+    After a call that waited in vain, a thread asks until both servers answer, and meanwhile each
+    call raises at once: Dagster's daemon launches runs and asks for their health one after the
+    other, and would wait for each.
 
     Args:
         servers: broker and backend.
@@ -58,43 +63,12 @@ class RunClient:
         return self._thread is not None
 
     def reach(self, queue: str) -> None:
-        """Raise unless both servers answer, asked for one queue.
+        """Raise unless both servers answer, asked for one queue."""
+        self._call(lambda: self._ask(queue))
 
-        After a try that waited in vain, a thread asks until both answer, and meanwhile this raises
-        at once: Dagster's daemon launches one run after the other, and would wait for each.
-        """
-        if silence := self._silence:
-            raise UnreachableServerError(silence.address, str(silence))
-        began = time.monotonic()
-        try:
-            self._ask(queue)
-        except UnreachableServerError as error:
-            if time.monotonic() - began >= _SILENT_SECONDS:
-                self._silence = error
-                self._background.repeat(
-                    "silent-server",
-                    lambda: self._is_answered(queue),
-                    _LOOK_SECONDS,
-                    "Cannot ask a server whether it answers again",
-                )
-            raise
-
-    def _is_answered(self, queue: str) -> bool:
-        try:
-            self._ask(queue)
-        except UnreachableServerError:
-            return False
-        except ServerError:
-            pass  # it answers with an error, which the next launch gets too
-        self._silence = None
-        return True
-
-    def _ask(self, queue: str) -> None:
-        async def ask() -> None:
-            await self._backend.inspect("", [])
-            await self._carrier.depth(queue)
-
-        self._call(ask)
+    async def _ask(self, queue: str) -> None:
+        await self._backend.inspect("", [])
+        await self._carrier.depth(queue)
 
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
@@ -169,9 +143,38 @@ class RunClient:
             self._thread.stop()
             self._thread = None
 
-    # --- the thread ---
+    # --- silence ---
 
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if silence := self._silence:
+            raise UnreachableServerError(silence.address, str(silence))
+        began = time.monotonic()
+        try:
+            return self._call_anyway(make)
+        except UnreachableServerError as error:
+            if time.monotonic() - began >= _SILENT_SECONDS:
+                self._silence = error
+                self._background.repeat(
+                    "silent-server",
+                    self._is_answered,
+                    _LOOK_SECONDS,
+                    "Cannot ask a server whether it answers again",
+                )
+            raise
+
+    def _is_answered(self) -> bool:
+        try:
+            self._call_anyway(lambda: self._ask(DEFAULT_QUEUE))
+        except UnreachableServerError:
+            return False
+        except ServerError:
+            pass  # it answers with an error, which the next call gets too
+        self._silence = None
+        return True
+
+    # --- the thread ---
+
+    def _call_anyway(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             if self._background.is_closed:
                 raise LauncherClosedError("The launcher has left its servers.")

@@ -81,6 +81,23 @@ def test_launches_wait_for_a_silent_server_once(
     until_it_reaches(client)
 
 
+def test_questions_and_cancels_do_not_wait_for_a_silent_server_either(
+    client: RunClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run monitoring asks for the health of one run after the other."""
+    monkeypatch.setattr(run_client, "_SILENT_SECONDS", 0.0)
+    calls = (
+        lambda: client.look("run", "task"),
+        lambda: client.state_of("run", "task"),
+        lambda: client.cancel("run", "task", "queue", "why"),
+        client.queue_waits,
+    )
+    for call in calls:
+        with pytest.raises(UnreachableServerError, match="Cannot reach redis://fake"):
+            call()
+    assert server.tries <= 2
+
+
 def test_a_server_that_refuses_connections_is_asked_each_time(
     client: RunClient, server: FakeServer
 ) -> None:
