@@ -697,7 +697,7 @@ def open_stack(
     directory: Path,
     *,
     dagster_yaml: Mapping[str, Any] | None = None,
-    has_compute_logs: bool = False,
+    has_compute_logs: bool = True,
 ) -> Iterator[Stack]:
     """A stack on a namespace of its own.
 
@@ -706,7 +706,8 @@ def open_stack(
             behind a plus sign, or where the instance is.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
-        has_compute_logs: keep what steps and runs write, as Dagster does by default.
+        has_compute_logs: keep what steps and runs write, as Dagster does by default; not where very
+            many steps run.
     """
     home = directory / "home"
     shutil.copytree(_new_home(), home)

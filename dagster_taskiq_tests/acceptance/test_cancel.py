@@ -35,7 +35,7 @@ def check_worker_is_free(stack: Stack) -> None:
 @pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
 def test_queued_steps_never_run(kind: BrokerKind, tmp_path: Path) -> None:
     """A terminated run is CANCELED; of six steps the two that ran clean up, and no other starts."""
-    with open_stack(kind, tmp_path, has_compute_logs=True) as stack:
+    with open_stack(kind, tmp_path) as stack:
         stack.worker(slots=2).await_ready()
         run = stack.start("many_to_cancel")
         run.await_notes("started", 2)

@@ -47,15 +47,6 @@ def test_dynamic_and_retry_on_postgres(on_postgres: Stack) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack with a worker that keeps what steps write, as Dagster does by default."""
-    directory = tmp_path_factory.mktemp("stack")
-    with open_stack("redis", directory, has_compute_logs=True) as stack:
-        stack.worker().await_ready()
-        yield stack
-
-
-@pytest.fixture(scope="module")
 def talk(shared: Stack) -> Run:
     """A run whose op has written to all its outputs."""
     run = shared.run("talkative")
