@@ -186,7 +186,7 @@ class Lab:
         Args:
             job: one that the module defines.
             plan: its slots count for an executor without worker, and its time limit.
-            watch: are called with the process's id, as long as it runs.
+            watch: functions that are called with the process's id while it runs.
             profile: a file for what cProfile sees in the process.
             execution: more of the executor's config.
 

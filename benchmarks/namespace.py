@@ -1,6 +1,6 @@
-"""The servers of a program run: a place of its own on those that there are, or servers of its own.
+"""The servers of a program run: a place of its own on shared servers, or servers of its own.
 
-Those that there are, are those of the tests: the environment variables, the standard ports, a local
+The shared servers are those of the tests: the environment variables, the standard ports, a local
 binary or Docker, in this order (``dagster_taskiq_tests/server_sources.py``).
 """
 
@@ -31,10 +31,10 @@ _Server = TypeVar("_Server")
 
 @contextmanager
 def needed(server: AbstractContextManager[_Server]) -> Iterator[_Server]:
-    """A server of the tests, without which nothing can be measured.
+    """A server of the tests without which a measurement cannot be made.
 
     Raises:
-        FailedError: it is not there, which would skip a test.
+        FailedError: the server is not there; a test would be skipped.
     """
     with ExitStack() as resources:
         try:

@@ -28,10 +28,11 @@ SELECT xact_commit AS commits, sessions, tup_inserted AS rows,
 FROM pg_stat_database WHERE datname = current_database()
 """
 
-#: Connections to the database but for the one that asks.
+#: Connections of clients to the database but for the one that asks; autovacuum has some too.
 CONNECTIONS = """
 SELECT count(*) AS connections FROM pg_stat_activity
 WHERE datname = current_database() AND pid <> pg_backend_pid()
+      AND backend_type = 'client backend'
 """
 
 #: Asks for one row; its figures by the names of their columns.

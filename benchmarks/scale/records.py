@@ -62,7 +62,7 @@ def crowd_figures(records: Sequence[Record], seconds: float) -> dict[str, float 
 
 
 def renewal_figures(records: Sequence[Record], seconds: float) -> dict[str, float | None]:
-    """The part of it that a replay of renewals has too."""
+    """Figures of the renewals, which a simulation and a replay share."""
     renewals = [it for record in records for it in record.renewal_seconds]
     renewed = sum(record.claims_renewed for record in records)
     cpu_seconds = sum(record.cpu_seconds for record in records)
