@@ -118,7 +118,7 @@ POSTGRESQL = ServerKind(
     },
     default_path="",
     refusals=POSTGRESQL_SERVER_REFUSALS,
-    broker=None,
+    broker="postgresql:PostgresqlTaskBroker",
     backend="postgresql:PostgresqlBackend",
     extra="postgres",
     client_url=normalize_postgresql,

@@ -73,12 +73,13 @@ BrokerKind = Literal[
     "rabbitmq",
     "rabbitmq alone",
     "embedded",
+    "postgres",
     "redis+postgres",
     "rabbitmq+postgres",
 ]
 
 #: Every broker that a stack can have.
-BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded")
+BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded", "postgres")
 
 #: Every broker beside a PostgreSQL as the backend: they are not all of a kind for each other.
 PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
@@ -664,6 +665,8 @@ def open_stack(
             options_of = redis_options if kind.startswith("redis") else amqp_options
             broker = servers.enter_context(options_of())
             backend = servers.enter_context(postgres_options(broker.key_prefix))
+        elif kind == "postgres":
+            broker = servers.enter_context(postgres_options())
         elif kind == "rabbitmq alone":
             broker = servers.enter_context(amqp_options())
         elif kind == "redis":
