@@ -202,7 +202,7 @@ class Schema:
             since = await self._version(connection)
             # not "if not exists", which asks for the right to make one where it is there too
             found = await connection.execute(
-                "SELECT FROM pg_namespace WHERE nspname = %s", [self.name]
+                "SELECT true FROM pg_namespace WHERE nspname = %s", [self.name]
             )
             text = "" if await found.fetchone() else self.creation()
             if since < len(self._part.migrations):

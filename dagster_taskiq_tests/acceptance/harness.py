@@ -73,6 +73,7 @@ BrokerKind = Literal[
     "rabbitmq",
     "rabbitmq alone",
     "embedded",
+    "nothing",
     "postgres",
     "redis+postgres",
     "rabbitmq+postgres",
@@ -651,7 +652,8 @@ def open_stack(
 
     Args:
         kind: of the broker; the backend is its own server, or Redis beside RabbitMQ, or the one
-            behind a plus sign, or where the instance is.
+            behind a plus sign, or where the instance is. With ``nothing`` no server is named, and
+            the broker is where the instance is, or embedded.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
     """

@@ -329,9 +329,14 @@ class PostgresHarness(ServerHarness):
 
     is_searchable = True
 
+    @property
+    def schema(self) -> str:
+        """Its name."""
+        return schema_name(self.options.key_prefix)
+
     def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:
         """The rows of a statement, in which ``{s}`` stands for the schema."""
-        statement = statement.replace("{s}", f'"{schema_name(self.options.key_prefix)}"')
+        statement = statement.replace("{s}", f'"{self.schema}"')
         with (
             closing(psycopg2.connect(self.options.url)) as connection,
             connection,
