@@ -12,6 +12,7 @@ taken a message looks sooner, since where one was there are often more.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import uuid
 from collections.abc import Collection, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 from taskiq import BrokerMessage
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers.base import (
     MAX_PEEK_BYTES,
     Admission,
@@ -32,9 +34,16 @@ from dagster_taskiq.brokers.base import (
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
 from dagster_taskiq.servers.postgresql_schema import Part, Schema, read_sql
+
+logger = logging.getLogger(__name__)
+
+#: After how many acks a worker has the queue vacuumed. Autovacuum looks once a minute, and until
+#: then each look walks over what is gone.
+_VACUUM_ACKS = 5000
 
 #: How often the idle listeners of the same queues look, all together and each by itself.
 _LOOKS_PER_SECOND = 50.0
@@ -92,6 +101,8 @@ class PostgresqlTaskBroker(TaskBroker):
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
         self._in_hand = InHand(self._hold, self.hold_every_seconds)
+        self._acks = 0
+        self._vacuuming: asyncio.Task[None] | None = None
 
     async def startup(self) -> None:
         """Reach the server and find the tables there, or make them."""
@@ -105,6 +116,8 @@ class PostgresqlTaskBroker(TaskBroker):
         await self._in_hand.close()
         await super().shutdown()
         self.closing.set()
+        if self._vacuuming is not None:
+            await end_tasks([self._vacuuming])
         self._connections.close()
 
     async def kick(self, message: BrokerMessage) -> None:
@@ -179,6 +192,9 @@ class PostgresqlTaskBroker(TaskBroker):
         async def ack() -> None:
             self._in_hand.discard(held)  # whatever comes of it: who acks has claimed the task
             await self._call("ack", queue, task_id)
+            self._acks += 1
+            if self._acks % _VACUUM_ACKS == 0:
+                self._vacuuming = asyncio.create_task(self._vacuum(), name="vacuum")
 
         async def release() -> None:
             self._in_hand.discard(held)
@@ -191,6 +207,16 @@ class PostgresqlTaskBroker(TaskBroker):
         values = (queue, [it.task_id for it in held], holders, float(self.in_hand_seconds))
         await self._call("hold", *values, is_urgent=True)
         return holders
+
+    async def _vacuum(self) -> None:
+        statement = f"VACUUM (SKIP_LOCKED, TRUNCATE off) {self._schema.table('messages')}"
+        try:
+            with server_errors(self.address):
+                # a user who does not own the table is only warned
+                await self._connections.call(statement, is_urgent=True)
+        except ServerError as error:
+            # autovacuum will, later
+            logger.debug("The queue at %s was not vacuumed: %s", self.address, error)
 
     # --- calls ---
 

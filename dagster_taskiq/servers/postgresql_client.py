@@ -208,7 +208,7 @@ async def _fetch(
 ) -> list[tuple[Any, ...]]:
     cursor = connection.cursor(binary=True)
     await cursor.execute(statement, values)
-    return await cursor.fetchall()
+    return await cursor.fetchall() if cursor.description else []
 
 
 def _hang_up(connection: Connection) -> None:

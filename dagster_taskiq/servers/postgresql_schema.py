@@ -128,6 +128,10 @@ class Schema:
         name = f'{self._quoted}."{function}{self._suffix}"'.replace("%", "%%")
         return f"SELECT * FROM {name}({places})"  # noqa: S608
 
+    def table(self, name: str) -> str:
+        """The name of a table in SQL."""
+        return f"{self._quoted}.{name}"
+
     def creation(self) -> str:
         """The SQL that makes the schema without anything in it."""
         return f"CREATE SCHEMA IF NOT EXISTS {self._quoted};"
@@ -137,7 +141,7 @@ class Schema:
         part = self._part
         texts = [text.replace("{s}", self._quoted) for text in part.migrations[since:]]
         values = f"number = {len(part.migrations)}, oldest = {part.oldest}"
-        texts.append(f"UPDATE {self._quoted}.{part.version_table} SET {values};")  # noqa: S608
+        texts.append(f"UPDATE {self.table(part.version_table)} SET {values};")  # noqa: S608
         return "".join(texts)
 
     def functions(self) -> str:
@@ -210,7 +214,7 @@ class Schema:
             await connection.execute(text + self.functions())
 
     async def _version(self, connection: psycopg.AsyncConnection[Any]) -> int:
-        table = f"{self._quoted}.{self._part.version_table}"
+        table = self.table(self._part.version_table)
         found = await connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table])
         if not (await found.fetchone() or (False,))[0]:
             return 0

@@ -221,6 +221,30 @@ def test_a_table_that_was_never_analyzed_is_read_by_its_indexes(harness: Postgre
     run(test())
 
 
+def test_a_busy_worker_has_the_queue_vacuumed(
+    harness: PostgresHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each look would walk over all that has passed through since autovacuum was there."""
+    monkeypatch.setattr("dagster_taskiq.brokers.postgresql._VACUUM_ACKS", 10)
+
+    async def is_vacuumed() -> bool:
+        rows = harness.execute(
+            "SELECT vacuum_count FROM pg_stat_user_tables WHERE relname = 'messages' "
+            "AND schemaname = %s",
+            [harness.schema],
+        )
+        return rows == [(1,)]
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with consuming(harness, queue) as consumer:
+            await consumer.broker.kick_many([task(queue) for _ in range(15)])
+            await consumer.finish_many(15, 20)
+            await eventually(is_vacuumed)
+
+    run(test())
+
+
 # --- connections ---
 
 
