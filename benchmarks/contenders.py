@@ -14,7 +14,7 @@ from typing import Any, Literal
 from dagster_taskiq.servers.kinds import ServerOptions
 
 Family = Literal["taskiq", "celery", "multiprocess", "in-process"]
-BrokerKind = Literal["rabbitmq", "redis", "embedded"]
+BrokerKind = Literal["rabbitmq", "redis", "embedded", "database"]
 
 #: Queue of the steps, and that of the runs which a launcher sends. dagster-celery's runs need a
 #: queue and worker of their own, or they take all slots and wait for steps that never start.
@@ -44,7 +44,7 @@ class Contender:
     Attributes:
         name: as on the command line.
         family: whose executor it is.
-        broker: None where there is none.
+        broker: None where there is none; ``database`` is Dagster's.
         peer: the contender of dagster-celery that this one is compared with.
         executor: of the jobs; the family's own if not given.
         is_on_database: whether its backend is Dagster's database.
@@ -76,6 +76,8 @@ class Contender:
         """The settings of executor, worker and launcher that say where the servers are."""
         if self.broker == "embedded" or self.broker is None:
             return {}
+        if self.broker == "database":
+            return {"broker": space.postgres_url}
         assert space.redis is not None
         if self.family == "taskiq":
             settings: dict[str, Any] = {"config_source": {"key_prefix": space.redis.key_prefix}}
@@ -156,6 +158,7 @@ CONTENDERS: Mapping[str, Contender] = {
         Contender(
             "taskiq-rabbitmq-database", "taskiq", "rabbitmq", "celery-rabbitmq", is_on_database=True
         ),
+        Contender("taskiq-database", "taskiq", "database", "celery-redis", is_on_database=True),
         Contender("celery-rabbitmq", "celery", "rabbitmq"),
         Contender("celery-redis", "celery", "redis"),
         # what is left under CeleryRunLauncher, where celery_executor fails (README.md)

@@ -296,7 +296,7 @@ class Lab:
         if self.contender.broker == "embedded":
             url = find_embedded_server(self.home)
             return redis.Redis.from_url(url) if url else None
-        if self.contender.broker is None or self._space.redis is None:
+        if self.contender.broker in (None, "database") or self._space.redis is None:
             return None
         is_rpc = self.contender.name == "celery-rabbitmq"
         return None if is_rpc else redis.Redis.from_url(self._space.redis.url)

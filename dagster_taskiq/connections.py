@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dagster_taskiq._dagster.storage import has_database_server, postgresql_of
-from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
+from dagster_taskiq.config.server_urls import DATABASE_OF_THE_INSTANCE, WITH_THE_INSTANCE
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
@@ -17,7 +18,7 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import (
     BACKEND_KINDS,
-    BROKER_KINDS,
+    KINDS,
     ServerOptions,
     one_of,
     schemes_of,
@@ -31,12 +32,19 @@ class Servers:
     Attributes:
         signer: of what is written there.
         embedded_home: the DAGSTER_HOME whose embedded server it is; None for others.
+        notice: what to say in a log of servers that nobody has named; often nothing.
     """
 
     broker: ServerOptions
     backend: ServerOptions
     signer: Signer
     embedded_home: Path | None = None
+    notice: str = ""
+
+    @property
+    def notice_level(self) -> int:
+        """Of the log: a warning where other hosts may be left out."""
+        return logging.INFO if self.embedded_home is None else logging.WARNING
 
     def physical_queue(self, kind: QueueKind, queue: str) -> str:
         """The name on the broker of this deployment's queue for tasks of one kind.
@@ -67,32 +75,83 @@ class Servers:
 
 
 def find_servers(settings: Settings) -> Servers:
-    """The servers of the settings; starts the embedded one where they name none.
+    """The servers of the settings; starts the embedded one where it is meant.
+
+    Where nothing is named, the PostgreSQL of Dagster's instance is broker and backend, so that
+    workers on several hosts meet there; and the embedded server where the instance is on none.
 
     Raises:
-        ConfigError: no broker is configured and there is no DAGSTER_HOME to keep one in.
+        ConfigError: what is named cannot be used, or nothing is and there is no DAGSTER_HOME.
         EmbeddedServerError: the embedded server cannot be started.
     """
-    source = settings.source
-    home = None if settings.broker_url else _dagster_home()
-    if home is not None:
-        broker = settings.server_options(use_embedded_server(home), None)
+    if settings.broker_url is None:
+        return _unnamed(settings)
+    if settings.broker_url == DATABASE_OF_THE_INSTANCE:
+        broker = _named_database(settings)
     else:
-        broker = settings.server_options(str(settings.broker_url), source.broker_use_ssl)
+        broker = settings.server_options(settings.broker_url, settings.source.broker_use_ssl)
     if settings.backend_url is None:
-        return Servers(broker, broker, settings.signer(), home)
+        return Servers(broker, broker, settings.signer())
     if settings.backend_url == WITH_THE_INSTANCE:
         return _with_the_instance(settings, broker)
-    backend = settings.server_options(settings.backend_url, source.redis_backend_use_ssl)
-    return Servers(broker, backend, settings.signer(), home)
+    return Servers(broker, _named_backend(settings), settings.signer())
+
+
+def _unnamed(settings: Settings) -> Servers:
+    """The servers of settings without a broker."""
+    home = _dagster_home()
+    if settings.backend_url is None and (database := _database_of(settings, home)):
+        notice = (
+            f"No broker is set: queues, claims and results are in the PostgreSQL of Dagster's "
+            f"instance, {database.address}, as with 'broker: {DATABASE_OF_THE_INSTANCE}'."
+        )
+        return Servers(database, database, settings.signer(), notice=notice)
+    broker = settings.server_options(use_embedded_server(home), None)
+    if settings.backend_url is not None:
+        return Servers(broker, _named_backend(settings), settings.signer(), home)
+    notice = ""
+    if has_database_server(home):
+        notice = (
+            f"No broker is set, so the embedded server of this host, {socket.gethostname()}, is "
+            "used, which other hosts cannot reach, though dagster.yaml names a database server. "
+            f"For workers on other hosts set 'broker' or {BROKER_URL_VARIABLE}."
+        )
+    return Servers(broker, broker, settings.signer(), home, notice)
+
+
+def _named_backend(settings: Settings) -> ServerOptions:
+    url = str(settings.backend_url)
+    return settings.server_options(url, settings.source.redis_backend_use_ssl)
+
+
+def _named_database(settings: Settings) -> ServerOptions:
+    """The database that ``broker: dagster`` stands for."""
+    name = f"The broker {DATABASE_OF_THE_INSTANCE!r} is the PostgreSQL of Dagster's instance"
+    home = _home_of_instance(f"{name}.", f"set 'broker' to {_a_broker()}.")
+    database = _database_of(settings, home)
+    if database is None:
+        where = "another server" if has_database_server(home) else "files"
+        raise ConfigError(
+            f"{name}, and the event log of the one in {home} is in {where}: set 'storage: "
+            f"postgres:' in {home / 'dagster.yaml'}, or set 'broker' or {BROKER_URL_VARIABLE} to "
+            f"{_a_broker()}."
+        )
+    return database
+
+
+def _database_of(settings: Settings, home: Path) -> ServerOptions | None:
+    """The database of the instance of a DAGSTER_HOME, if that is a PostgreSQL."""
+    database = postgresql_of(home)
+    if database is None:
+        return None
+    options = settings.server_options(database.url, None)
+    return replace(options, fresh_password=database.fresh_password)
 
 
 def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
     """The servers of a broker that cannot keep the state: it is where Dagster's instance is."""
-    home = _home_of_instance()
-    if database := postgresql_of(home):
-        backend = settings.server_options(database.url, None)
-        backend = replace(backend, fresh_password=database.fresh_password)
+    home = _home_of_state()
+    if backend := _database_of(settings, home):
         return Servers(broker, backend, settings.signer())
     if has_database_server(home):
         raise ConfigError(
@@ -103,12 +162,17 @@ def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
     return Servers(broker, backend, settings.signer(), home)
 
 
-def _home_of_instance() -> Path:
+def _home_of_state() -> Path:
+    why = "RabbitMQ alone cannot keep results and claims. They are kept where Dagster's instance is"
+    return _home_of_instance(f"{why}.", _set_backend())
+
+
+def _home_of_instance(why: str, otherwise: str) -> Path:
     home = os.getenv("DAGSTER_HOME")
     if not home:
         raise ConfigError(
-            "RabbitMQ alone cannot keep results and claims. They are kept where Dagster's instance "
-            f"is, and there is no DAGSTER_HOME to find it by: set DAGSTER_HOME, or {_set_backend()}"
+            f"{why} There is no DAGSTER_HOME to find the instance by: set DAGSTER_HOME, or "
+            f"{otherwise}"
         )
     return Path(home).expanduser().resolve()
 
@@ -118,23 +182,8 @@ def _set_backend() -> str:
     return f"set 'backend' or {BACKEND_URL_VARIABLE} to {one_of(ways)}."
 
 
-def embedded_notice(servers: Servers) -> str:
-    """What to say where several hosts may share an instance and each has a broker of its own.
-
-    Returns:
-        empty where the broker is not embedded, or the instance is in files of this host.
-
-    Raises:
-        ConfigError: Dagster cannot use its dagster.yaml.
-    """
-    home = servers.embedded_home
-    if home is None or servers.broker != servers.backend or not has_database_server(home):
-        return ""
-    return (
-        f"No broker is set, so the embedded server of this host, {socket.gethostname()}, is used, "
-        "which other hosts cannot reach, though dagster.yaml names a database server. For workers "
-        f"on other hosts set 'broker' or {BROKER_URL_VARIABLE}."
-    )
+def _a_broker() -> str:
+    return f"the URL of a {one_of([kind.names[0] for kind in KINDS])}"
 
 
 def find_running_backend(settings: Settings) -> ServerOptions | None:
@@ -143,24 +192,23 @@ def find_running_backend(settings: Settings) -> ServerOptions | None:
     Raises:
         ConfigError: see ``find_servers``.
     """
+    home = None
     if settings.backend_url == WITH_THE_INSTANCE:
-        home = _home_of_instance()
+        home = _home_of_state()
         is_embedded = not has_database_server(home)
+    elif settings.broker_url is None and settings.backend_url is None:
+        home = _dagster_home()
+        is_embedded = postgresql_of(home) is None
     else:
-        is_embedded = settings.broker_url is None and settings.backend_url is None
-        home = _dagster_home() if is_embedded else Path()
-    if not is_embedded:
+        is_embedded = False
+    if home is None or not is_embedded:
         return find_servers(settings).backend
     url = find_embedded_server(home)
     return settings.server_options(url, None) if url else None
 
 
 def _dagster_home() -> Path:
-    home = os.getenv("DAGSTER_HOME")
-    if not home:
-        raise ConfigError(
-            "No broker is configured, and the embedded server needs a DAGSTER_HOME to live in: "
-            f"set DAGSTER_HOME, or set 'broker' or {BROKER_URL_VARIABLE} to the URL of a "
-            f"{one_of([kind.names[0] for kind in BROKER_KINDS])}."
-        )
-    return Path(home).expanduser().resolve()
+    otherwise = f"set 'broker' or {BROKER_URL_VARIABLE} to {_a_broker()}."
+    return _home_of_instance(
+        "No broker is configured, and what stands in for it is found by DAGSTER_HOME.", otherwise
+    )

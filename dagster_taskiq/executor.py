@@ -21,7 +21,7 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings
-from dagster_taskiq.connections import embedded_notice, find_servers
+from dagster_taskiq.connections import find_servers
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
@@ -128,8 +128,8 @@ def _open_dispatcher(
         )
     instance, run_id = context.instance, context.run_id
     servers = find_servers(settings)
-    if notice := embedded_notice(servers):
-        context.log.warning(notice)
+    if servers.notice:
+        context.log.log(servers.notice_level, servers.notice)
     return Client(
         servers=servers,
         run_id=run_id,

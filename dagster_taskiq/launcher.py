@@ -26,7 +26,7 @@ from dagster_taskiq._dagster.names import (
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
-from dagster_taskiq.connections import embedded_notice, find_servers
+from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError, UnloadableCodeError
 from dagster_taskiq.execution.tasks import RUN_ARGS_KEY
@@ -109,8 +109,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         with self._opening:
             if self._opened is None:
                 servers = find_servers(self._settings)
-                if notice := embedded_notice(servers):
-                    logger.warning(notice)
+                if servers.notice:
+                    logger.log(servers.notice_level, servers.notice)
                 client = RunClient(servers, self._background)
                 watch = LaunchWatch(client, self._background, self._settings.lease_seconds)
                 self._opened = client, watch

@@ -19,7 +19,12 @@ import dagster_taskiq_tests
 from dagster_taskiq.aio import private_files
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.server_sources import stop_session_servers
-from dagster_taskiq_tests.servers import amqp_options, redis_options, valkey_options
+from dagster_taskiq_tests.servers import (
+    amqp_options,
+    postgres_options,
+    redis_options,
+    valkey_options,
+)
 
 #: Marks the processes of this session, also those that have left its process tree.
 SESSION_VARIABLE = "DAGSTER_TASKIQ_TEST_SESSION"
@@ -27,7 +32,12 @@ SESSION_VARIABLE = "DAGSTER_TASKIQ_TEST_SESSION"
 #: How long a process may take to see that its session is over: an embedded server, a guard.
 LEFTOVER_SECONDS = 15.0
 
-_OPTIONS = {"redis": redis_options, "valkey": valkey_options, "rabbitmq": amqp_options}
+_OPTIONS = {
+    "redis": redis_options,
+    "valkey": valkey_options,
+    "rabbitmq": amqp_options,
+    "postgres": postgres_options,
+}
 
 
 # how long an example takes says nothing on a machine with other things to do
@@ -56,7 +66,7 @@ def pytest_collection() -> Generator[None, object, object]:
         sys.dont_write_bytecode = is_kept_from_it
 
 
-@pytest.fixture(params=["redis", "valkey", "rabbitmq"])
+@pytest.fixture(params=_OPTIONS)
 def broker_options(request: pytest.FixtureRequest) -> Iterator[ServerOptions]:
     """A namespace of the test's own on each broker in turn."""
     with _OPTIONS[request.param]() as options:

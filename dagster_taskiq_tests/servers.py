@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import redis
 
-from dagster_taskiq.backend.postgresql_schema import schema_name
-from dagster_taskiq.servers.kinds import REDIS, ServerOptions, kind_of
+from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_schema import schema_name
 from dagster_taskiq.servers.urls import normalize_amqp
 from dagster_taskiq_tests.server_nodes import (
     PostgresNode,
@@ -183,11 +183,6 @@ def _or_missing(start: AbstractContextManager[_Server]) -> Iterator[_Server]:
         except UnavailableError as error:
             missing(str(error))
         yield server
-
-
-def is_redis(url: str) -> bool:
-    """Whether a URL names a Redis or Valkey, and not a RabbitMQ."""
-    return kind_of(url) is REDIS
 
 
 def unique_prefix() -> str:

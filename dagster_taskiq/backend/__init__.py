@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pkgutil import resolve_name
-
 from dagster_taskiq.backend.base import (
     Backend,
     Claim,
@@ -40,15 +38,6 @@ def open_backend(options: ServerOptions, signer: Signer) -> Backend:
     kind = options.kind
     if kind.backend is None:
         raise ConfigError(f"{options.address} cannot be the backend: it is a {kind.name}.")
-    try:
-        # by name, so that no run or worker loads the client library of a server it does not use
-        make = resolve_name(f"{__name__}.{kind.backend}")
-    except ImportError as error:
-        if not kind.extra:
-            raise
-        raise ConfigError(
-            f"The backend {options.address} needs a package that is not here ({error}): "
-            f"pip install 'dagster-taskiq[{kind.extra}]'."
-        ) from error
+    make = options.load(f"{__name__}.{kind.backend}", "backend")
     backend: Backend = make(options, signer)
     return backend

@@ -30,7 +30,7 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, Push, channel_of
-from dagster_taskiq.backend.postgresql_schema import Schema
+from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import MalformedResultError, ServerError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
@@ -38,6 +38,7 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+from dagster_taskiq.servers.postgresql_schema import Schema
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class PostgresqlBackend(Backend):
         self.address = options.address
         self._signer = signer
         self._said: set[str] = set()
-        self._schema = Schema(options.key_prefix)
+        self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
         self._push = Push(self.address, self._connections.connect, self._notify)
         self._runs: dict[str, tuple[int, bool]] = {}

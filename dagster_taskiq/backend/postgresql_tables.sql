@@ -31,8 +31,7 @@ CREATE UNLOGGED TABLE {s}.results (
   run_id text COLLATE "C", task_id text COLLATE "C",
   result bytea NOT NULL, expires_at timestamptz NOT NULL,
   PRIMARY KEY (run_id, task_id)
-) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000,
-  autovacuum_vacuum_cost_delay = 0, vacuum_truncate = off);
+) WITH ({many_deletes});
 ALTER TABLE {s}.results ALTER COLUMN result SET STORAGE EXTERNAL;
 CREATE UNLOGGED TABLE {s}.orders (
   worker_id text COLLATE "C", number bigint GENERATED ALWAYS AS IDENTITY,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pkgutil import resolve_name
 
 from dagster_taskiq.brokers.base import Admission, Delivery, TaskBroker
-from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers.kinds import ServerOptions
 
 __all__ = ["Admission", "Delivery", "TaskBroker", "open_broker"]
@@ -23,11 +21,8 @@ def open_broker(
         admission: decides which messages are handed on; None for all.
 
     Raises:
-        ConfigError: no broker speaks the URL's scheme.
+        ConfigError: no broker speaks the URL's scheme, or its client library is not installed.
     """
-    kind = options.kind
-    if kind.broker is None:
-        raise ConfigError(f"{options.address} cannot be the broker: it is a {kind.name}.")
-    # by name, so that no run or worker loads the client library of a server that it does not use
-    broker: TaskBroker = resolve_name(f"{__name__}.{kind.broker}")(options, queues, admission)
+    make = options.load(f"{__name__}.{options.kind.broker}", "broker")
+    broker: TaskBroker = make(options, queues, admission)
     return broker

@@ -135,12 +135,12 @@ class TaskBroker(AsyncBroker):
 
     Where servers differ, so that callers rely on neither:
 
-    * A searchable queue, on Redis or Valkey, finds tasks by their ids. A queue of RabbitMQ is not
-      searchable: see ``withdraw`` and ``absent``.
+    * A searchable queue, on Redis, Valkey or PostgreSQL, finds tasks by their ids. A queue of
+      RabbitMQ is not searchable: see ``withdraw`` and ``absent``.
     * A task that is sent again while it waits or is in hand keeps its place in a searchable queue;
       otherwise it comes twice. A task's claim is what lets only one of the two execute.
     * What a dead worker had in hand goes back when the server sees that the connection is gone,
-      or, on Redis, after ``IN_HAND_SECONDS``; the same holds for ``shutdown``.
+      or, on Redis and PostgreSQL, after ``IN_HAND_SECONDS``; the same holds for ``shutdown``.
     * An ``ack`` may come when the delivery went back already. A searchable queue then forgets the
       task wherever it is, since its worker has claimed it. Otherwise the ``ack`` raises
       ``UnreachableServerError`` and the task comes again. A late ``release`` changes nothing.
@@ -168,7 +168,7 @@ class TaskBroker(AsyncBroker):
     async def shutdown(self) -> None:
         """Close the connections; listeners end, and unsettled messages go back to their queues.
 
-        On Redis they go back only after ``IN_HAND_SECONDS``.
+        On Redis and PostgreSQL they go back only after ``IN_HAND_SECONDS``.
         """
         self._is_shut_down = True
         await super().shutdown()

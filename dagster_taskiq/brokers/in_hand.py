@@ -1,4 +1,6 @@
-"""Messages that a worker has taken from Redis and not settled: it keeps them while it lives.
+"""Messages that a worker has taken and not settled: it says that it has them while it lives.
+
+For servers that do not see by the connection whether a worker lives.
 
 Most deliveries are settled within milliseconds, so one timer serves all of them.
 """
@@ -9,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import ServerError
@@ -18,11 +21,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Held:
-    """One delivery; its token changes each time that it is put off."""
+    """One delivery; its token may change each time that it is put off.
+
+    Id and token are of the types that the server's client has.
+    """
 
     queue: str
-    task_id: bytes
-    token: bytes
+    task_id: Any
+    token: Any
 
 
 class InHand:
@@ -36,7 +42,7 @@ class InHand:
 
     def __init__(
         self,
-        put_off: Callable[[str, Sequence[Held]], Awaitable[Sequence[bytes]]],
+        put_off: Callable[[str, Sequence[Held]], Awaitable[Sequence[Any]]],
         every_seconds: float,
     ) -> None:
         self._put_off = put_off

@@ -30,7 +30,7 @@ from dagster_taskiq.cli.options import (
     say_errors,
 )
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import Servers, embedded_notice, find_servers
+from dagster_taskiq.connections import Servers, find_servers
 from dagster_taskiq.defaults import (
     DEFAULT_QUEUE,
     DRAIN_TIMEOUT_SECONDS,
@@ -181,8 +181,8 @@ def _start_worker(
         if module := app_module(given["app"]):
             import_app(module)
         servers = find_servers(settings)
-        if notice := embedded_notice(servers):
-            logger.warning(notice)
+        if servers.notice:
+            logger.log(servers.notice_level, servers.notice)
         exit_code = asyncio.run(_run_worker(servers, options, ready_fd))
     sys.exit(exit_code)
 

@@ -12,12 +12,15 @@ import warnings
 
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_HOST_VARIABLES, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.kinds import BACKEND_KINDS, BROKER_KINDS, kind_of, one_of, schemes_of
+from dagster_taskiq.servers.kinds import BACKEND_KINDS, kind_of, one_of, schemes_of
 from dagster_taskiq.servers.urls import redact_url
 
 #: The backend where Dagster's instance is, under dagster-celery's name of the backend that needs
 #: no server: PostgreSQL where the instance has one, else the embedded server of its host.
 WITH_THE_INSTANCE = "rpc://"
+
+#: The broker that is the PostgreSQL of Dagster's instance, and the backend too.
+DATABASE_OF_THE_INSTANCE = "dagster"
 
 #: Kombu's sign between the servers of one URL, where another URL follows.
 _NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
@@ -27,7 +30,7 @@ def find_broker_url(configured: str | None) -> str | None:
     """The broker's URL: the configured one, that of its variable, or the host of one.
 
     Returns:
-        None where nothing names a broker.
+        None where nothing names a broker; ``DATABASE_OF_THE_INSTANCE`` as it is.
 
     Raises:
         ConfigError: it is no URL of a broker.
@@ -35,14 +38,7 @@ def find_broker_url(configured: str | None) -> str | None:
     url = configured or os.getenv(BROKER_URL_VARIABLE)
     if not url:
         return _url_of_host()
-    url = _first_of("broker", url)
-    kind = kind_of(url)
-    if kind.broker is None:
-        ways = [f"a {it.name} ({one_of(schemes_of([it]))})" for it in BROKER_KINDS]
-        raise ConfigError(
-            f"broker must be {one_of(ways)}: {kind.name} can be the backend only, today."
-        )
-    return url
+    return url if url == DATABASE_OF_THE_INSTANCE else _first_of("broker", url)
 
 
 def find_backend_url(configured: str | None, broker_url: str | None) -> str | None:
@@ -57,7 +53,9 @@ def find_backend_url(configured: str | None, broker_url: str | None) -> str | No
     """
     is_rpc = configured is not None and configured.startswith("rpc")
     url = (None if is_rpc else configured) or os.getenv(BACKEND_URL_VARIABLE)
-    has_own = broker_url is None or kind_of(broker_url) in BACKEND_KINDS
+    has_own = (
+        broker_url in (None, DATABASE_OF_THE_INSTANCE) or kind_of(str(broker_url)) in BACKEND_KINDS
+    )
     if not url:
         if is_rpc and has_own:
             raise ConfigError(

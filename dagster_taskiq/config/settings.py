@@ -26,13 +26,17 @@ from dagster_taskiq import defaults
 from dagster_taskiq._dagster.names import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.config import parsers
 from dagster_taskiq.config.config_source import ConfigSource
-from dagster_taskiq.config.server_urls import find_backend_url, find_broker_url
+from dagster_taskiq.config.server_urls import (
+    DATABASE_OF_THE_INSTANCE,
+    find_backend_url,
+    find_broker_url,
+)
 from dagster_taskiq.config.setting import nearest_hint, setting, settings_of
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer, parse_keys
 from dagster_taskiq.servers.kinds import (
     BACKEND_KINDS,
-    BROKER_KINDS,
+    KINDS,
     ServerKind,
     ServerOptions,
     one_of,
@@ -51,26 +55,29 @@ def _urls(kinds: tuple[ServerKind, ...]) -> str:
 
 def _both() -> str:
     """The servers that can be broker and backend at once."""
-    return one_of([kind.name for kind in BROKER_KINDS if kind in BACKEND_KINDS])
+    return one_of([kind.name for kind in BACKEND_KINDS])
 
 
 @dataclass(frozen=True)
 class Settings:
     """The whole configuration of an executor, a launcher or a worker.
 
-    ``broker_url`` None means the embedded server, ``backend_url`` None the broker's own server
-    and ``WITH_THE_INSTANCE`` the one where Dagster's instance is.
+    ``broker_url`` None means that nothing names one, ``DATABASE_OF_THE_INSTANCE`` the PostgreSQL of
+    Dagster's instance. ``backend_url`` None means the broker's own server, ``WITH_THE_INSTANCE``
+    the one where Dagster's instance is.
     ``signing_variables`` are the environment variables that may hold signing keys.
     """
 
     broker_url: str | None = setting(
         None,
         None,
-        f"URL of the broker: {_urls(BROKER_KINDS)}.",
+        f"URL of the broker: {_urls(KINDS)}; or `{DATABASE_OF_THE_INSTANCE}`, the PostgreSQL of "
+        "Dagster's instance.",
         name="broker",
         schema=Noneable(StringSource),
         variable=defaults.BROKER_URL_VARIABLE,
-        default_text="the embedded server of `$DAGSTER_HOME`",
+        default_text="`dagster` where the instance is on PostgreSQL, else the embedded server of "
+        "`$DAGSTER_HOME`",
         is_secret=True,
     )
     backend_url: str | None = setting(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS, KEY_PREFIX
@@ -55,8 +57,7 @@ class ServerKind:
         default_path: the path, without slashes, of a URL that has none: the virtual host or the
             number of the database.
         refusals: what the server's errors mean.
-        broker: module and class in ``brokers/``, as ``module:Class``; None for a server that cannot
-            be the broker.
+        broker: module and class in ``brokers/``, as ``module:Class``.
         backend: the same in ``backend/``; None for a server that cannot be the backend.
         extra: of our package, which brings the client library; empty where that is always there.
         has_ssl_parameters: whether TLS may be set in the URL, by kombu's ``ssl_`` parameters.
@@ -67,7 +68,7 @@ class ServerKind:
     schemes: Mapping[str, Scheme]
     default_path: str
     refusals: Sequence[Refusal]
-    broker: str | None
+    broker: str
     backend: str | None
     extra: str = ""
     has_ssl_parameters: bool = False
@@ -118,7 +119,7 @@ POSTGRESQL = ServerKind(
     },
     default_path="",
     refusals=POSTGRESQL_SERVER_REFUSALS,
-    broker=None,
+    broker="postgresql:PostgresqlTaskBroker",
     backend="postgresql:PostgresqlBackend",
     extra="postgres",
     client_url=normalize_postgresql,
@@ -126,10 +127,7 @@ POSTGRESQL = ServerKind(
 
 KINDS = (RABBITMQ, REDIS, POSTGRESQL)
 
-#: The kinds that can be the broker.
-BROKER_KINDS = tuple(kind for kind in KINDS if kind.broker is not None)
-
-#: The kinds that can be the backend.
+#: The kinds that can be the backend; each can be the broker.
 BACKEND_KINDS = tuple(kind for kind in KINDS if kind.backend is not None)
 
 
@@ -261,6 +259,26 @@ class ServerOptions:
     def address(self) -> str:
         """The URL without its password."""
         return redact_url(self.url)
+
+    def load(self, name: str, role: str) -> Any:
+        """What speaks with the server, by name, so that nobody loads what it does not use.
+
+        Args:
+            name: ``module:Class``.
+            role: of the server, for the error.
+
+        Raises:
+            ConfigError: its client library is not installed.
+        """
+        try:
+            return resolve_name(name)
+        except ImportError as error:
+            if not self.kind.extra:
+                raise
+            raise ConfigError(
+                f"The {role} {self.address} needs a package that is not here ({error}): "
+                f"pip install 'dagster-taskiq[{self.kind.extra}]'."
+            ) from error
 
     def __repr__(self) -> str:
         return f"ServerOptions({self.address!r}, key_prefix={self.key_prefix!r})"

@@ -68,12 +68,24 @@ class Connections:
         self._is_open = True
 
     async def call(
-        self, statement: str, values: Sequence[Any] = (), *, is_urgent: bool = False
+        self,
+        statement: str,
+        values: Sequence[Any] = (),
+        *,
+        is_urgent: bool = False,
+        is_repeatable: bool = True,
     ) -> list[tuple[Any, ...]]:
         """The rows that a statement answers with.
 
         It is sent a second time where the first connection was one that the server had closed
-        meanwhile, or where it lost against another transaction: it must bear that.
+        meanwhile, or where it lost against another transaction.
+
+        Args:
+            statement: with its places as psycopg has them.
+            values: of the places.
+            is_urgent: whether it waits for no other call.
+            is_repeatable: whether it bears to be executed twice, where the server may have got it
+                before the connection broke.
 
         Raises:
             UnreachableServerError: it did not answer in time.
@@ -84,7 +96,9 @@ class Connections:
             try:
                 return await self._call_once(statement, values)
             except psycopg.Error as error:
-                is_stale = is_used and (_is_lost(error) or error.sqlstate in _OTHER_CONNECTION)
+                is_stale = is_used and (
+                    error.sqlstate in _OTHER_CONNECTION or (is_repeatable and _is_lost(error))
+                )
                 if not is_stale and error.sqlstate not in _REPEATED:
                     raise
             return await self._call_once(statement, values)
@@ -194,7 +208,7 @@ async def _fetch(
 ) -> list[tuple[Any, ...]]:
     cursor = connection.cursor(binary=True)
     await cursor.execute(statement, values)
-    return await cursor.fetchall()
+    return await cursor.fetchall() if cursor.description else []
 
 
 def _hang_up(connection: Connection) -> None:

@@ -52,9 +52,9 @@ def with_scheme(url: str, scheme: str) -> str:
 
 
 def normalize_postgresql(url: str) -> str:
-    """The URL as libpq reads it: without the driver that SQLAlchemy's may name in their scheme."""
+    """The URL as libpq reads it: the scheme in lower case, without the driver of SQLAlchemy's."""
     scheme, separator, rest = url.partition("://")
-    return f"{scheme.partition('+')[0]}{separator}{rest}"
+    return f"{scheme.partition('+')[0].lower()}{separator}{rest}"
 
 
 def normalize_amqp(url: str) -> str:

@@ -76,12 +76,14 @@ BrokerKind = Literal[
     "rabbitmq",
     "rabbitmq alone",
     "embedded",
+    "nothing",
+    "postgres",
     "redis+postgres",
     "rabbitmq+postgres",
 ]
 
 #: Every broker that a stack can have.
-BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded")
+BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded", "postgres")
 
 #: Every broker beside a PostgreSQL as the backend: they are not all of a kind for each other.
 PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
@@ -703,7 +705,8 @@ def open_stack(
 
     Args:
         kind: of the broker; the backend is its own server, or Redis beside RabbitMQ, or the one
-            behind a plus sign, or where the instance is.
+            behind a plus sign, or where the instance is. With ``nothing`` no server is named, and
+            the broker is where the instance is, or embedded.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
         has_compute_logs: keep what steps and runs write, as Dagster does by default; not where very
@@ -721,6 +724,8 @@ def open_stack(
             options_of = redis_options if kind.startswith("redis") else amqp_options
             broker = servers.enter_context(options_of())
             backend = servers.enter_context(postgres_options(broker.key_prefix))
+        elif kind == "postgres":
+            broker = servers.enter_context(postgres_options())
         elif kind == "rabbitmq alone":
             broker = servers.enter_context(amqp_options())
         elif kind == "redis":

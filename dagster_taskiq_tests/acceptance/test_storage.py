@@ -14,13 +14,14 @@ from dagster_taskiq_tests.acceptance.harness import Run, Stack, open_stack, stor
 from dagster_taskiq_tests.servers import postgres_database
 
 
-@pytest.fixture(scope="module", params=["redis", "rabbitmq alone"])
+@pytest.fixture(scope="module", params=["redis", "rabbitmq alone", "nothing"])
 def on_postgres(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stack]:
     """A stack whose instance is in a PostgreSQL database, with a worker.
 
-    RabbitMQ alone leaves the state of tasks to that database.
+    RabbitMQ alone leaves the state of tasks to that database, and where there is nothing else
+    the database is the broker too.
     """
     with postgres_database() as url:
         storage = {"storage": {"postgres": {"postgres_url": url}}}

@@ -28,11 +28,12 @@ from dagster_taskiq.backend import (
     open_backend,
 )
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer, MemorySnapshot
-from dagster_taskiq.backend.postgresql_schema import Schema
+from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_schema import Schema
 from dagster_taskiq_tests.servers import (
     PostgresNode,
     PrivateRedis,
@@ -217,12 +218,11 @@ class PostgresHarness(Harness):
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
-        schema = Schema(options.key_prefix)
+        schema = Schema(options.key_prefix, PART)
         self.name = schema.name
         self.connection = psycopg2.connect(options.url)
         self.connection.autocommit = True
-        self.execute("CREATE SCHEMA {s}")
-        self.execute(schema.migrations(0) + schema.functions())
+        self.execute(schema.creation() + schema.migrations(0) + schema.functions())
         self.execute("SET synchronous_commit TO off")
 
     def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:

@@ -12,7 +12,15 @@ import ssl
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -21,10 +29,11 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 from urllib.parse import urlsplit
 
 import aio_pika
+import psycopg2
 import pytest
 import redis
 from taskiq import BrokerMessage
@@ -32,22 +41,29 @@ from taskiq import BrokerMessage
 from dagster_taskiq.brokers import Admission, Delivery, TaskBroker, open_broker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
+from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
-from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.urls import normalize_amqp
+from dagster_taskiq.servers.kinds import RABBITMQ, REDIS, ServerOptions
+from dagster_taskiq.servers.postgresql_schema import schema_name
 from dagster_taskiq_tests.proxy import Mode, Proxy
-from dagster_taskiq_tests.servers import amqp_options, is_redis, redis_options, valkey_options
+from dagster_taskiq_tests.servers import (
+    amqp_options,
+    postgres_options,
+    redis_options,
+    valkey_options,
+)
 
-Kind = Literal["memory", "unsearchable memory", "redis", "valkey", "rabbitmq"]
+Kind = Literal["memory", "unsearchable memory", "redis", "valkey", "rabbitmq", "postgres"]
 
 #: Of every kind of server, the quickest first.
-KINDS: tuple[Kind, ...] = ("memory", "unsearchable memory", "redis", "valkey", "rabbitmq")
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _OPTIONS: Mapping[str, Callable[[], AbstractContextManager[ServerOptions]]] = {
     "redis": redis_options,
     "valkey": valkey_options,
     "rabbitmq": amqp_options,
+    "postgres": postgres_options,
 }
 
 #: For what must happen, on a loaded machine.
@@ -308,9 +324,49 @@ class AmqpHarness(ServerHarness):
         return True
 
 
+class PostgresHarness(ServerHarness):
+    """A schema on a PostgreSQL."""
+
+    is_searchable = True
+
+    @property
+    def schema(self) -> str:
+        """Its name."""
+        return schema_name(self.options.key_prefix)
+
+    def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:
+        """The rows of a statement, in which ``{s}`` stands for the schema."""
+        statement = statement.replace("{s}", f'"{self.schema}"')
+        with (
+            closing(psycopg2.connect(self.options.url)) as connection,
+            connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(statement, values)
+            return cursor.fetchall() if cursor.description else []
+
+    async def forget(self) -> None:
+        self.execute("TRUNCATE {s}.messages")
+
+    def hasten(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        in_hand_seconds: float,
+        hold_every_seconds: float | None = None,
+        slow_look_seconds: float | None = None,
+    ) -> None:
+        """No look is slow."""
+        monkeypatch.setattr(PostgresqlTaskBroker, "in_hand_seconds", in_hand_seconds)
+        if hold_every_seconds is not None:
+            monkeypatch.setattr(PostgresqlTaskBroker, "hold_every_seconds", hold_every_seconds)
+
+
 def harness_of(options: ServerOptions) -> ServerHarness:
     """A prefix of names on the server that a URL names."""
-    return (RedisHarness if is_redis(options.url) else AmqpHarness)(options)
+    if options.kind is REDIS:
+        return RedisHarness(options)
+    return AmqpHarness(options) if options.kind is RABBITMQ else PostgresHarness(options)
 
 
 @contextmanager
@@ -486,6 +542,5 @@ class ProxyNetwork(Network):
 @contextmanager
 def proxied(options: ServerOptions, tls: ssl.SSLContext | None = None) -> Iterator[ProxyNetwork]:
     """The same server through a proxy, which speaks TLS where it has a context for it."""
-    url = options.url if is_redis(options.url) else normalize_amqp(options.url)
-    with closing(Proxy(url, tls=tls)) as proxy:
+    with closing(Proxy(options.client_url, tls=tls)) as proxy:
         yield ProxyNetwork(options, proxy)

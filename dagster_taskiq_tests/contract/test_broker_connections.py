@@ -80,10 +80,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return files
 
 
+@pytest.mark.parametrize("broker_options", ["redis", "valkey", "rabbitmq"], indirect=True)
 def test_tls_servers_are_verified(
     broker_options: ServerOptions, certificate: tuple[str, str]
 ) -> None:
-    """By the given authority; not at all where that is asked for; otherwise refused."""
+    """By the given authority; not at all where that is asked for; otherwise refused.
+
+    PostgreSQL's TLS begins with words of its own, and is libpq's; see ``test_postgresql_broker``.
+    """
 
     async def test() -> None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

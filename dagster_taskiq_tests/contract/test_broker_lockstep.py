@@ -159,7 +159,7 @@ class Lockstep(RuleBasedStateMachine):
             side.end()
 
 
-@pytest.mark.parametrize("kind", ["redis", "valkey", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["redis", "valkey", "rabbitmq", "postgres"])
 def test_a_queue_does_the_same_as_one_in_memory(kind: Kind) -> None:
     """Order, who gets what, what is sent again, released, withdrawn and missing."""
     loop = asyncio.new_event_loop()

@@ -19,11 +19,12 @@ import pytest
 from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState, open_backend
 from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.postgresql_hints import channel_of
-from dagster_taskiq.backend.postgresql_schema import MIGRATIONS, Schema, schema_name
+from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import ConfigError, RefusedByServerError, UnreachableServerError
 from dagster_taskiq.messages.results import NOWHERE
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_schema import Schema, schema_name
 from dagster_taskiq_tests.contract.backend_bench import (
     LONG_LEASE,
     PATIENCE_SECONDS,
@@ -139,7 +140,7 @@ def test_versions_share_a_schema_until_one_cannot(bench: Bench, server: Postgres
     assert bench.complete(bench.claimed())
     other = bench.open()
     assert bench.call(other.inspect("run", []))[0] == bench.epoch
-    server.execute("UPDATE {s}.version SET oldest = %s", [len(MIGRATIONS) + 1])
+    server.execute("UPDATE {s}.version SET oldest = %s", [len(PART.migrations) + 1])
     with pytest.raises(RefusedByServerError, match="newer version") as caught:
         bench.open()
     assert caught.value.is_final
@@ -655,6 +656,6 @@ def test_a_clean_up_takes_a_bounded_amount_and_one_at_a_time(
         tidy(bench)
         assert count(server, "runs") == left + 1
     server.execute("INSERT INTO {s}.runs (run_id, seen_at) VALUES ('old', 'epoch')")
-    server.execute(f"SELECT pg_advisory_lock({Schema(server.options.key_prefix)._lock})")
+    server.execute(f"SELECT pg_advisory_lock({Schema(server.options.key_prefix, PART).lock})")
     tidy(bench)
     assert count(server, "runs") == 2

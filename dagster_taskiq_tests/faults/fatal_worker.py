@@ -11,6 +11,7 @@ from functools import partial
 from dagster_taskiq import connections
 from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.redis import RedisBackend
+from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.brokers.redis import RedisTaskBroker
 from dagster_taskiq.cli import main as command_line
 from dagster_taskiq.messages.envelope import physical_queue
@@ -43,7 +44,7 @@ def _patch_backends(name: str, *, is_done_first: bool) -> None:
 
 def main() -> None:
     # how long a task that it has taken stays out of reach; no test need wait for the usual time
-    RedisTaskBroker.in_hand_seconds = 2.0
+    RedisTaskBroker.in_hand_seconds = PostgresqlTaskBroker.in_hand_seconds = 2.0
     fault = os.environ[FAULT_VARIABLE]
     if fault == "taken":
         _patch_backends("claim", is_done_first=False)

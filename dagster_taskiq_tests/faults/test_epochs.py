@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import pytest
 
-from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.defaults import RECONCILE_SECONDS
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_schema import schema_name
 from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Run, Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.test_launcher import launch, open_launching_stack

@@ -55,7 +55,7 @@ def test_a_worker_is_killed(kind: BrokerKind, tmp_path: Path) -> None:
             assert waited <= LEASE_SECONDS + 5 + SLACK_SECONDS
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "rabbitmq+postgres"])
+@pytest.mark.parametrize("kind", [*KINDS, "rabbitmq+postgres", "postgres"])
 def test_a_worker_is_killed_at_a_certain_point(kind: BrokerKind, tmp_path: Path) -> None:
     """Before the step has begun, it runs elsewhere; after its end, that counts. Once, either way.
 

@@ -17,9 +17,9 @@ import redis
 import yaml
 from dagster import DagsterInstance
 
-from dagster_taskiq.backend.postgresql_schema import schema_name
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_schema import schema_name
 from dagster_taskiq_tests.acceptance.harness import QUIET_SETTINGS, Stack, closed_stacks
 from dagster_taskiq_tests.acceptance.launched import launching_settings
 from dagster_taskiq_tests.proxy import Proxy, proxied

@@ -250,6 +250,16 @@ def test_a_redis_broker_is_its_own_backend(url: str) -> None:
     assert settings(broker=url).backend_url is None
 
 
+@pytest.mark.parametrize("url", ["postgresql://h/d", "postgres:///d?host=/run", "dagster"])
+def test_a_postgresql_broker_is_its_own_backend(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of Dagster's instance, by its name; another backend is possible beside it."""
+    given = settings(broker=url)
+    assert (given.broker_url, given.backend_url) == (url, None)
+    assert settings(broker=url, backend="redis://h").backend_url == "redis://h"
+    monkeypatch.setenv(defaults.BROKER_URL_VARIABLE, url)
+    assert settings().broker_url == url
+
+
 @pytest.mark.parametrize("url", ["amqp://h", "amqps://h", "pyamqp://guest@localhost//"])
 @pytest.mark.parametrize("backend", [None, "rpc://"])
 def test_rabbitmq_alone_leaves_the_state_to_the_instance(url: str, backend: str | None) -> None:
@@ -270,7 +280,7 @@ def test_rpc_warns_and_uses_the_variable(monkeypatch: pytest.MonkeyPatch) -> Non
     assert given.backend_url == "redis://h"
 
 
-@pytest.mark.parametrize("broker", ["redis://h", None])
+@pytest.mark.parametrize("broker", ["redis://h", "postgresql://h/d", "dagster", None])
 def test_rpc_is_for_rabbitmq(broker: str | None) -> None:
     """Beside a broker that keeps the state itself it is a mistake."""
     text = refusal(broker=broker, backend="rpc://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,104 +14,142 @@ import pytest
 from dagster_taskiq import connections, executor, launcher
 from dagster_taskiq.cli import main, worker_start
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import (
-    Servers,
-    embedded_notice,
-    find_running_backend,
-    find_servers,
-)
+from dagster_taskiq.connections import Servers, find_running_backend, find_servers
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.kinds import ServerOptions
 
-POSTGRES = "storage: {postgres: {postgres_url: {env: NOT_SET_HERE}}}"
+POSTGRES = "storage: {postgres: {postgres_url: 'postgresql://u:s3cr3t@db/d'}}"
+MYSQL = "storage: {mysql: {mysql_url: mysql://u:s3cr3t@h/d}}"
 
 
-def embedded(home: Path, dagster_yaml: str | None) -> Servers:
-    """The servers of a DAGSTER_HOME without a broker."""
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A DAGSTER_HOME, whose embedded server is not started."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(connections, "use_embedded_server", lambda at: f"unix://{at}/socket")
+    return tmp_path
+
+
+def found(home: Path, dagster_yaml: str | None, **config: Any) -> Servers:
+    """The servers of an instance and of settings."""
     if dagster_yaml is not None:
         (home / "dagster.yaml").write_text(dagster_yaml)
-    options = ServerOptions("unix:///s")
-    return Servers(options, options, Settings().signer(), home)
+    return find_servers(Settings.from_config(config))
 
 
-@pytest.mark.parametrize(
-    ("dagster_yaml", "is_said"),
-    [
-        (None, False),
-        ("", False),
-        ("storage: {sqlite: {base_dir: /x}}", False),
-        (POSTGRES, True),
-        ("storage: {mysql: {mysql_url: mysql://u:p@h/d}}", True),
-    ],
-)
-def test_an_instance_on_a_server_beside_an_embedded_broker(
-    dagster_yaml: str | None, is_said: bool, tmp_path: Path
-) -> None:
-    """Hosts that share a database are likely to be meant to share a broker."""
-    notice = embedded_notice(embedded(tmp_path, dagster_yaml))
-    assert ("DAGSTER_TASKIQ_BROKER_URL" in notice) is is_said
-    assert "\n" not in notice
+# --- nothing is named ---
 
 
-def test_a_broker_of_its_own_is_no_surprise(tmp_path: Path) -> None:
-    """Whatever the instance is."""
-    servers = embedded(tmp_path, POSTGRES)
-    assert embedded_notice(Servers(servers.broker, servers.backend, servers.signer)) == ""
+@pytest.mark.parametrize("dagster_yaml", [None, "", "storage: {sqlite: {base_dir: /x}}", MYSQL])
+def test_without_a_broker_it_is_the_embedded_server(home: Path, dagster_yaml: str | None) -> None:
+    """Where hosts share a database they are likely to be meant to share a broker: that is said."""
+    servers = found(home, dagster_yaml)
+    assert servers.broker.url == servers.backend.url == f"unix://{home}/socket"
+    assert servers.embedded_home == home
+    assert ("DAGSTER_TASKIQ_BROKER_URL" in servers.notice) is (dagster_yaml == MYSQL)
+    assert "\n" not in servers.notice
+    assert servers.notice_level == logging.WARNING
+    assert find_running_backend(Settings()) is None
 
 
-def test_a_dagster_yaml_that_cannot_be_used(tmp_path: Path) -> None:
+def test_without_a_broker_it_is_the_postgresql_of_the_instance(home: Path) -> None:
+    """So that workers on several hosts meet; a line says so."""
+    servers = found(home, POSTGRES)
+    assert servers.broker == servers.backend
+    assert servers.broker.url == "postgresql://u:s3cr3t@db/d"
+    assert servers.embedded_home is None
+    assert "'broker: dagster'" in servers.notice
+    assert "postgresql://u:***@db/d" in servers.notice
+    assert "\n" not in servers.notice
+    assert servers.notice_level == logging.INFO
+    assert find_running_backend(Settings()) == servers.backend
+
+
+def test_a_named_backend_alone_leaves_the_broker_embedded(home: Path) -> None:
+    servers = found(home, POSTGRES, backend="redis://h")
+    assert (servers.broker.url, servers.backend.url) == (f"unix://{home}/socket", "redis://h")
+    assert (servers.embedded_home, servers.notice) == (home, "")
+
+
+def test_a_dagster_yaml_that_cannot_be_used(home: Path) -> None:
     """The error names the file, and repeats none of it."""
     with pytest.raises(ConfigError, match=r"dagster\.yaml") as caught:
-        embedded_notice(embedded(tmp_path, "storage: {postgrs: {password: s3cr3t}}"))
+        found(home, "storage: {postgrs: {password: s3cr3t}}")
     assert "s3cr3t" not in str(caught.value)
 
 
+def test_without_anything_to_find_the_servers_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    with pytest.raises(ConfigError, match=r"No broker is.*set DAGSTER_HOME, or set 'bro"):
+        find_servers(Settings())
+
+
+@pytest.mark.parametrize("dagster_yaml", [POSTGRES, MYSQL])
 def test_the_run_and_the_launcher_say_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, dagster_yaml: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The run in its own log, the launcher in the daemon's."""
-    servers = embedded(tmp_path, POSTGRES)
-    for module in (executor, launcher):
-        monkeypatch.setattr(module, "find_servers", lambda _settings: servers)
+    servers = found(home, dagster_yaml)
     monkeypatch.setattr(executor, "Client", mock.Mock())
     context: Any = SimpleNamespace(instance=mock.Mock(), run_id="r", log=mock.Mock())
     executor._open_dispatcher(Settings(), context, mock.Mock())
-    ((said,), _) = context.log.warning.call_args
-    assert said == embedded_notice(servers)
+    context.log.log.assert_called_once_with(servers.notice_level, servers.notice)
     monkeypatch.setattr(launcher, "RunClient", mock.Mock())
     monkeypatch.setattr(launcher, "LaunchWatch", mock.Mock())
-    launcher.TaskiqRunLauncher(Settings())._open()
-    assert caplog.messages == [said]
+    with caplog.at_level(logging.INFO):
+        launcher.TaskiqRunLauncher(Settings())._open()
+    assert caplog.messages == [servers.notice]
 
 
 def test_the_worker_says_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In its log, before it is ready."""
-    servers = embedded(tmp_path, POSTGRES)
+    servers = found(home, POSTGRES)
 
     async def run(*_: object) -> int:
         return 0
 
-    monkeypatch.setattr(worker_start, "find_servers", lambda _settings: servers)
     monkeypatch.setattr(worker_start, "_run_worker", run)
     monkeypatch.setattr(worker_start, "start_early", worker_start.EarlyForkServer)
     monkeypatch.setattr(worker_start, "_logging", lambda _level: nullcontext())
-    with pytest.raises(SystemExit) as end:
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as end:
         main(["worker", "start"], standalone_mode=False)
     assert end.value.code == 0
-    assert caplog.messages == [embedded_notice(servers)]
+    assert caplog.messages == [servers.notice]
+
+
+# --- the database of Dagster's instance, by its name ---
+
+
+def test_dagster_names_the_database_of_the_instance(home: Path) -> None:
+    """For the queue and the state, or beside another backend; nothing needs to be said of it."""
+    servers = found(home, POSTGRES, broker="dagster", config_source={"key_prefix": "p"})
+    assert servers.broker == servers.backend
+    assert (servers.broker.url, servers.broker.key_prefix) == ("postgresql://u:s3cr3t@db/d", "p")
+    assert (servers.embedded_home, servers.notice) == (None, "")
+    servers = found(home, None, broker="dagster", backend="redis://h")
+    assert (servers.broker.url, servers.backend.url) == ("postgresql://u:s3cr3t@db/d", "redis://h")
+
+
+@pytest.mark.parametrize(("dagster_yaml", "where"), [(None, "files"), (MYSQL, "another server")])
+def test_dagster_where_the_instance_is_on_no_postgresql(
+    home: Path, dagster_yaml: str | None, where: str
+) -> None:
+    """The error says what to set, and repeats no password."""
+    with pytest.raises(ConfigError, match=rf"is in {where}: set 'storage: postgres:'") as caught:
+        found(home, dagster_yaml, broker="dagster")
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_dagster_without_an_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    with pytest.raises(ConfigError, match=r"'dagster'.*set DAGSTER_HOME, or set 'broker'"):
+        find_servers(Settings.from_config({"broker": "dagster"}))
 
 
 # --- the state where Dagster's instance is ---
 
 AMQP: dict[str, Any] = {"broker": "amqp://h", "config_source": {"key_prefix": "p"}}
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -135,7 +174,7 @@ def test_rabbitmq_and_an_instance_on_postgresql(
     assert servers.backend.client_url == url
     assert (servers.backend.key_prefix, servers.embedded_home) == ("p", None)
     assert find_running_backend(settings) == servers.backend
-    assert embedded_notice(servers) == ""
+    assert servers.notice == ""
 
 
 def test_a_token_is_made_anew_for_each_connection(
@@ -154,20 +193,19 @@ def test_a_token_is_made_anew_for_each_connection(
     assert [make(), make()] == ["token", "token"]
 
 
-def test_rabbitmq_and_an_instance_in_files(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rabbitmq_and_an_instance_in_files(home: Path) -> None:
     """The state is in the embedded server of the host, which a listing does not start."""
-    monkeypatch.setattr(connections, "use_embedded_server", lambda at: f"unix://{at}/socket")
     settings = Settings.from_config(AMQP)
     servers = find_servers(settings)
     assert (servers.broker.url, servers.backend.url) == ("amqp://h", f"unix://{home}/socket")
     assert servers.embedded_home == home
-    assert embedded_notice(servers) == ""
+    assert servers.notice == ""
     assert find_running_backend(settings) is None
 
 
 def test_rabbitmq_and_an_instance_elsewhere(home: Path) -> None:
     """The error says what can keep the state, and repeats no password."""
-    (home / "dagster.yaml").write_text("storage: {mysql: {mysql_url: mysql://u:s3cr3t@h/d}}")
+    (home / "dagster.yaml").write_text(MYSQL)
     settings = Settings.from_config(AMQP)
     for find in (find_servers, find_running_backend):
         with pytest.raises(ConfigError, match=r"nor can the database.*'backend'") as error:

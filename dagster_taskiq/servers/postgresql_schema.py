@@ -1,0 +1,245 @@
+"""A deployment's schema in PostgreSQL, and who makes it.
+
+Broker and backend each keep a ``Part`` of it: tables of its own, a row with their version, and
+functions. Whoever starts first makes a part, under an advisory lock; who finds it needs no right to
+create. Tables change only by additions, and functions have a digest of their text in their names,
+so that several versions of the package share a schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import psycopg
+from psycopg import errors
+
+from dagster_taskiq.defaults import KEY_PREFIX
+from dagster_taskiq.errors import RefusedByServerError
+
+#: The oldest server that has ``gen_random_uuid``, as it numbers itself.
+_OLDEST_SERVER = 130000
+
+#: How long a change of the schema waits for a reader. Whoever claims waits behind it meanwhile.
+_LOCK_TIMEOUT = "800ms"
+
+#: The longest name that PostgreSQL does not cut, in bytes.
+_LONGEST_NAME = 63
+
+#: Of a table from which rows are deleted as fast as they come.
+_MANY_DELETES = (
+    "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, "
+    "autovacuum_vacuum_cost_delay = 0, vacuum_truncate = off"
+)
+
+#: Of one transaction.
+_LIMITS = """\
+set_config('lock_timeout', '3s', true),
+    set_config('enable_seqscan', 'off', true), set_config('jit', 'off', true)"""
+
+#: What the SQL of every part may name in braces.
+_FRAGMENTS = {
+    "many_deletes": _MANY_DELETES,
+    # nothing that a renewal writes is indexed, so that each changes a row in its page
+    "many_updates": f"fillfactor = 50, {_MANY_DELETES}",
+    "begin": f"""\
+  PERFORM set_config('synchronous_commit', 'off', true), {_LIMITS};""",
+    # in the user's own kind of synchronous commit, where that is one
+    "begin_durable": f"""\
+  PERFORM set_config('synchronous_commit', 'on', true)
+    WHERE current_setting('synchronous_commit') = 'off';
+  PERFORM {_LIMITS};""",
+}
+
+
+def read_sql(package: str, name: str, fragments: Mapping[str, str] | None = None) -> str:
+    """A file of SQL without its comments, and with its fragments in place of their names.
+
+    Args:
+        package: that has the file, ``postgresql_<name>.sql``.
+        fragments: beside those that every part may name.
+    """
+    text = resources.files(package).joinpath(f"postgresql_{name}.sql").read_text("utf8")
+    text = re.sub("^--.*\n+", "", text, flags=re.MULTILINE)
+    for fragment, meaning in {**_FRAGMENTS, **(fragments or {})}.items():
+        text = text.replace(f"{{{fragment}}}", meaning)
+    return text
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the broker or the backend keeps in a schema.
+
+    Attributes:
+        version_table: has its only row from the first migration on.
+        enter: the function that each new connection calls. It returns the ``oldest`` of the
+            version's row.
+        migrations: the changes of the tables, one after the other; the first makes them. A version
+            of the package that lacks the newest ones can live with them, unless ``oldest`` is
+            raised.
+        oldest: how many of them a version of the package must know to share the schema with this
+            one.
+        functions: the SQL that makes them; their names end in ``{v}``.
+    """
+
+    version_table: str
+    enter: str
+    migrations: Sequence[str]
+    oldest: int
+    functions: str
+
+    @property
+    def suffix(self) -> str:
+        """Ends the names of the functions."""
+        digest = hashlib.sha1(self.functions.encode(), usedforsecurity=False).hexdigest()
+        return "_" + digest[:12]
+
+
+def schema_name(key_prefix: str) -> str:
+    """Of the schema of a deployment; no two prefixes share one."""
+    own = KEY_PREFIX.replace("-", "_")
+    name = own if key_prefix == KEY_PREFIX else f"{own}_{key_prefix}"
+    if len(name.encode()) > _LONGEST_NAME:
+        name = f"{own}_{hashlib.sha1(key_prefix.encode(), usedforsecurity=False).hexdigest()}"
+    return name
+
+
+class Schema:
+    """One part of a deployment's schema.
+
+    Args:
+        key_prefix: of the deployment.
+    """
+
+    def __init__(self, key_prefix: str, part: Part) -> None:
+        self.name = schema_name(key_prefix)
+        self._part = part
+        self._suffix = part.suffix
+        self._quoted = '"' + self.name.replace('"', '""') + '"'
+
+    def statement(self, function: str, arguments: int) -> str:
+        """The SQL that calls one of our functions, for psycopg."""
+        places = ", ".join(["%s"] * arguments)
+        name = f'{self._quoted}."{function}{self._suffix}"'.replace("%", "%%")
+        return f"SELECT * FROM {name}({places})"  # noqa: S608
+
+    def table(self, name: str) -> str:
+        """The name of a table in SQL."""
+        return f"{self._quoted}.{name}"
+
+    def creation(self) -> str:
+        """The SQL that makes the schema without anything in it."""
+        return f"CREATE SCHEMA IF NOT EXISTS {self._quoted};"
+
+    def migrations(self, since: int) -> str:
+        """The SQL that changes the part's tables, where so many changes were made."""
+        part = self._part
+        texts = [text.replace("{s}", self._quoted) for text in part.migrations[since:]]
+        values = f"number = {len(part.migrations)}, oldest = {part.oldest}"
+        texts.append(f"UPDATE {self.table(part.version_table)} SET {values};")  # noqa: S608
+        return "".join(texts)
+
+    def functions(self) -> str:
+        """The SQL that makes the functions."""
+        text = self._part.functions.replace("{s}", self._quoted)
+        return text.replace("{v}", self._suffix).replace("{lock}", self.lock)
+
+    @property
+    def lock(self) -> str:
+        """The schema's advisory lock: two keys, which no single key of another program meets."""
+        numbers = (zlib.crc32(text.encode()) - 2**31 for text in (KEY_PREFIX, self.name))
+        return ", ".join(map(str, numbers))
+
+    # --- a new connection ---
+
+    async def greet(self, connection: psycopg.AsyncConnection[Any], address: str) -> None:
+        """Find the part on a new connection, or make it.
+
+        A connection that is behind a pooler gets statements that need none before them.
+
+        Raises:
+            RefusedByServerError: the server or the schema is of a version that cannot be used, or
+                the schema is not there and the user may not make it; the message has the SQL.
+        """
+        try:
+            oldest = await self._enter(connection, address)
+        except errors.InsufficientPrivilege as error:
+            raise await self._lacks_rights(connection, address, error) from error
+        if oldest > len(self._part.migrations):
+            raise RefusedByServerError(
+                address,
+                f"Cannot use {address}: its schema {self.name} is of a newer version of "
+                "dagster-taskiq, which this one cannot share it with. Update this one.",
+                is_final=True,
+            )
+
+    async def _enter(self, connection: psycopg.AsyncConnection[Any], address: str) -> int:
+        """The oldest version of the tables that those who use them must know."""
+        found = await connection.execute(
+            "SELECT pg_backend_pid(), current_setting('default_transaction_isolation'), "
+            "current_setting('server_version_num')::int, to_regproc(%s) IS NOT NULL",
+            [f'{self._quoted}."{self._part.enter}{self._suffix}"'],
+        )
+        pid, isolation, version, is_there = await found.fetchone() or (0, "", 0, False)
+        if version < _OLDEST_SERVER:
+            text = f"Cannot use {address}: PostgreSQL {version // 10000} is older than 13."
+            raise RefusedByServerError(address, text, is_final=True)
+        if pid == connection.info.backend_pid:
+            connection.prepare_threshold = 1
+            if isolation != "read committed":
+                await connection.execute("SET default_transaction_isolation TO 'read committed'")
+        if not is_there:
+            await self._make(connection)
+        found = await connection.execute(self.statement(self._part.enter, 0), ())
+        return int((await found.fetchone() or (0,))[0])
+
+    async def _make(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        async with connection.transaction():
+            await connection.execute(f"SET LOCAL lock_timeout TO '{_LOCK_TIMEOUT}'")
+            # two that make the same at the same time fail, whatever IF NOT EXISTS says
+            await connection.execute(f"SELECT pg_advisory_xact_lock({self.lock})")
+            since = await self._version(connection)
+            # not "if not exists", which asks for the right to make one where it is there too
+            found = await connection.execute(
+                "SELECT true FROM pg_namespace WHERE nspname = %s", [self.name]
+            )
+            text = "" if await found.fetchone() else self.creation()
+            if since < len(self._part.migrations):
+                text += self.migrations(since)
+            await connection.execute(text + self.functions())
+
+    async def _version(self, connection: psycopg.AsyncConnection[Any]) -> int:
+        table = self.table(self._part.version_table)
+        found = await connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table])
+        if not (await found.fetchone() or (False,))[0]:
+            return 0
+        found = await connection.execute(f"SELECT number FROM {table}")  # noqa: S608
+        return int((await found.fetchone() or (0,))[0])
+
+    async def _lacks_rights(
+        self, connection: psycopg.AsyncConnection[Any], address: str, error: psycopg.Error
+    ) -> RefusedByServerError:
+        found = await connection.execute(
+            "SELECT quote_ident(current_user), quote_ident(current_database()), "
+            "EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)",
+            [self.name],
+        )
+        user, database, is_there = await found.fetchone() or ("?", "?", False)
+        grant = (
+            f"GRANT USAGE, CREATE ON SCHEMA {self._quoted} TO {user}; "
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {self._quoted} TO {user}"
+            if is_there
+            else f"GRANT CREATE ON DATABASE {database} TO {user}"
+        )
+        words = str(error.diag.message_primary or error)
+        return RefusedByServerError(
+            address,
+            f"Cannot use {address}: the schema {self.name} is not there as this version needs it, "
+            f"and {user} may not make it ({words}). Start one process as a user that may, or let a "
+            f"user that may execute: {grant};",
+        )
