@@ -1,5 +1,5 @@
 -- The PostgreSQL backend's tables, as the first version made them. Later versions add to them, by
--- files of their own (see MIGRATIONS in postgresql_schema.py); this one is never changed.
+-- files of their own (see PART in postgresql_schema.py); this one is never changed.
 
 CREATE TABLE {s}.version (one boolean PRIMARY KEY DEFAULT true CHECK (one),
   number int NOT NULL, oldest int NOT NULL);

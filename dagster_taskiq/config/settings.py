@@ -55,7 +55,7 @@ def _urls(kinds: tuple[ServerKind, ...]) -> str:
 
 def _both() -> str:
     """The servers that can be broker and backend at once."""
-    return one_of([kind.name for kind in BACKEND_KINDS])
+    return one_of([name for kind in BACKEND_KINDS for name in kind.names])
 
 
 @dataclass(frozen=True)

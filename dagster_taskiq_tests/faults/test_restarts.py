@@ -97,6 +97,25 @@ def test_postgresql_is_restarted(tmp_path: Path) -> None:
             check_each_once(second.wait(LONG_SECONDS), VARIED_STEPS)
 
 
+def test_the_only_server_crashes(tmp_path: Path) -> None:
+    """Dagster's PostgreSQL, which is queue and state too: what waits is kept and runs once.
+
+    Claims may be lost with it, so the loop waits for a lease before it goes by Dagster's log.
+    """
+    with private_postgres() as node:
+        storage = {"storage": {"postgres": {"postgres_url": node.url}}}
+        with open_stack("nothing", tmp_path, dagster_yaml=storage) as stack:
+            worker = stack.worker(slots=2).await_ready()
+            assert "No broker is set" in worker.log
+            run = start(stack, "varied")
+            run.await_notes("ran", 3)
+            until(lambda: len(run.steps(_STEP_START)) == 3, "all has been written")
+            node.kill()
+            node.restart()
+            run.open_gate()
+            check_each_once(run.wait(LONG_SECONDS), VARIED_STEPS)
+
+
 def test_postgresql_is_restarted_under_the_launcher(tmp_path: Path) -> None:
     """A launched run, its process and the launcher that is asked after it outlive the restart."""
     with private_postgres() as node:
