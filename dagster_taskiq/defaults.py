@@ -73,7 +73,8 @@ RECONCILE_SECONDS = 3.0
 WAIT_REASON_SECONDS = 5.0
 
 #: How long a task waits while the only workers of its queue execute tasks of another version,
-#: before it fails. Long enough for a rolling update, which may end the old workers first.
+#: before it fails; also how long it goes from one worker to the next that gives it back. Long
+#: enough for a rolling update, which may end the old workers first.
 FOREIGN_WORKERS_SECONDS = 300.0
 
 #: A worker that has a message in hand and was not heard of for this time is held to be dead.

@@ -1,1 +1,1 @@
-"""Small tools for event loops, threads and renewals."""
+"""Small tools of a process: its event loops and threads, renewals, its files and its copies."""

@@ -49,7 +49,7 @@ _BATCH = 500
 _TIDY_RUNS = 100
 _TIDY_SECONDS = 60.0
 
-#: How often a worker looks for orders; together the workers look at most so often a second.
+#: How often a worker looks for orders; together up to 500 workers look at most so often a second.
 _LOOK_SECONDS = 0.5
 _LOOKS_PER_SECOND = 100.0
 

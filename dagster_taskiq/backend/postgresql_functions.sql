@@ -1,4 +1,5 @@
--- The PostgreSQL backend's functions: each is one atomic step of a task's life (see life.py).
+-- The PostgreSQL backend's functions: each is one atomic step of a task's life (see life.py). The
+-- table life is the server's: its id is the epoch.
 --
 -- One call is one round trip, one transaction and one plan. In a function each statement sees what
 -- was committed before it, which the parts of one client's statement do not.

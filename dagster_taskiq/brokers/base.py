@@ -131,7 +131,8 @@ class TaskBroker(AsyncBroker):
       worker never holds one that an idle worker could run.
     * A delivery that was neither acked nor released when its worker died goes back to its place in
       the queue. One of a worker that lives stays in hand until it is settled.
-    * A lost connection is restored by the broker; ``listen`` goes on by itself.
+    * A lost connection is restored by the broker; ``listen`` goes on by itself. So each call
+      connects where need be; ``startup`` says early that the server is away or refuses.
 
     Where servers differ, so that callers rely on neither:
 

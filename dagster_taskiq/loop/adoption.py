@@ -36,7 +36,7 @@ def adopt(
         sending.note_retries(key, count)
     for key in replayed.sent:
         step = active.get_step_by_key(key)
-        flight = sending.flight_of(step)
+        flight = sending.new_flight(step)
         hold_pool_slot(concurrency, step)
         run.flights.add(flight)
     for key in replayed.ended:

@@ -1,9 +1,10 @@
 """The execution loop: it turns an execution plan into tasks, and their results into events.
 
-One round: take results, let ``ActiveExecution`` decide what became ready, send that, and sleep
-until a result, a signal, a delayed retry or the next reconciliation. Results wake the loop by
-push; the reconciliation every few seconds compares what it waits for with what broker and backend
-know, and so heals a wake-up that was lost, finds workers that died, and sends again what vanished.
+One round: let ``ActiveExecution`` decide what is ready, send that, sleep until a result, a signal,
+a delayed retry or the next reconciliation, take the results, and reconcile if it is time. Results
+wake the loop by push; the reconciliation every few seconds compares what it waits for with what
+broker and backend know, and so heals a wake-up that was lost, finds workers that died, and sends
+again what vanished.
 
 It knows Dagster, a ``Dispatcher``, and the backend's words for the state of a task, but not how
 messages travel. Its parts are objects that are handed to each other; each uses those above it:

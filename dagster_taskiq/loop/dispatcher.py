@@ -70,7 +70,7 @@ class Dispatcher(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Reach the servers. Any other call does it first if ``open`` has not succeeded.
+        """Reach the servers; the loop sends nothing before it has succeeded.
 
         Raises:
             SupersededLoopError: another loop of the run is alive, or a later one was.

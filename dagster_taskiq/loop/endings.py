@@ -84,7 +84,7 @@ class Endings:
             message = f'Step "{flight.step.key}" was not executed. {reason}'
             yield from self._fail(flight, plain_error(message, "StepError"), may_retry=False)
 
-    def withdraw(self, flight: Flight) -> Iterator[DagsterEvent]:
+    def note_withdrawn(self, flight: Flight) -> Iterator[DagsterEvent]:
         """Forget a cancelled task that never started, and say so in the log."""
         self._flights.drop(flight)
         yield DagsterEvent.engine_event(

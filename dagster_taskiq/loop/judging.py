@@ -59,7 +59,7 @@ class Judge:
         has_started = ended or log.has_started(flight)
         is_stopping = self._flights.is_stopping
         if state is TaskState.CANCELLED and is_stopping and not has_started:
-            yield from self._endings.withdraw(flight)
+            yield from self._endings.note_withdrawn(flight)
             return
         may_reopen = state in _MAY_REOPEN and not is_stopping
         if may_reopen and not has_started:

@@ -55,7 +55,7 @@ class Receiving:
             yield from self._finish(flight, failed)
             return
         if self._flights.is_stopping:
-            yield from self._endings.withdraw(flight)
+            yield from self._endings.note_withdrawn(flight)
             return
         if flight.refused_since is None:
             flight.refused_since = self._now()

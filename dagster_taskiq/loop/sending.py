@@ -69,7 +69,7 @@ class Sending:
     def take_ready_steps(self) -> Iterator[DagsterEvent]:
         """Make tasks of the steps that are ready, and send what has come together so far."""
         for step in self._active.get_steps_to_execute():
-            flight = self.flight_of(step)
+            flight = self.new_flight(step)
             task = flight.task
             yield DagsterEvent.engine_event(
                 self._context.for_step(step),
@@ -119,7 +119,7 @@ class Sending:
         attempts = self._active.retry_state.get_attempt_count(step_key)
         self._first_attempts[step_key] = attempts - count + 1
 
-    def flight_of(self, step: ExecutionStep) -> Flight:
+    def new_flight(self, step: ExecutionStep) -> Flight:
         """The next attempt of a step, which is under way only once it is added to the flights."""
         attempt = self._active.retry_state.get_attempt_count(step.key) + 1
         first_attempt = self._first_attempts.setdefault(step.key, attempt)

@@ -27,7 +27,7 @@ class Stopping:
         active: is told of an interrupt.
         endings: withdraw what never started.
         outages: hear of servers that are away.
-        patience_seconds: after which every worker has stopped its steps by itself.
+        stop_seconds: after which every worker has stopped its steps by itself.
 
     Attributes:
         leaves_steps_running: whether another loop of the run takes over.
@@ -39,7 +39,7 @@ class Stopping:
         active: ActiveExecution,
         endings: Endings,
         outages: Outages,
-        patience_seconds: float,
+        stop_seconds: float,
     ) -> None:
         self._context = run.context
         self._dispatcher = run.dispatcher
@@ -48,7 +48,7 @@ class Stopping:
         self._active = active
         self._endings = endings
         self._outages = outages
-        self._patience_seconds = patience_seconds
+        self._stop_seconds = stop_seconds
         self._to_cancel: list[StepTask] = []
         self._deadline = float("inf")
         self.leaves_steps_running = False
@@ -86,7 +86,7 @@ class Stopping:
         self._flights.is_stopping = True
         self._flights.drop_unsent()
         self._to_cancel = [flight.task for flight in self._flights]
-        self._deadline = self._now() + self._patience_seconds
+        self._deadline = self._now() + self._stop_seconds
 
     def send_cancels(self) -> Iterator[DagsterEvent]:
         """Tell the servers to stop the steps, until they have heard it."""
@@ -100,7 +100,7 @@ class Stopping:
         for task in self._to_cancel:
             flight = self._flights.find(task.task_id)
             if flight is not None and states[task.task_id] is TaskState.CANCELLED:
-                yield from self._endings.withdraw(flight)
+                yield from self._endings.note_withdrawn(flight)
         self._to_cancel = []
         self._outages.over("cancel")
 

@@ -170,6 +170,13 @@ class Schema:
             oldest = await self._enter(connection, address)
         except errors.InsufficientPrivilege as error:
             raise await self._lacks_rights(connection, address, error) from error
+        if oldest is None:
+            raise RefusedByServerError(
+                address,
+                f"Cannot use {address}: {self.table(self._part.version_table)} was emptied. Stop "
+                f"workers and runs, and drop the schema {self.name}: it is made again.",
+                is_final=True,
+            )
         if oldest > len(self._part.migrations):
             raise RefusedByServerError(
                 address,
@@ -178,8 +185,8 @@ class Schema:
                 is_final=True,
             )
 
-    async def _enter(self, connection: psycopg.AsyncConnection[Any], address: str) -> int:
-        """The oldest version of the tables that those who use them must know."""
+    async def _enter(self, connection: psycopg.AsyncConnection[Any], address: str) -> int | None:
+        """The oldest version that those who use the tables must know; None if none is said."""
         found = await connection.execute(
             "SELECT pg_backend_pid(), current_setting('default_transaction_isolation'), "
             "current_setting('server_version_num')::int, to_regproc(%s) IS NOT NULL",
@@ -196,7 +203,8 @@ class Schema:
         if not is_there:
             await self._make(connection)
         found = await connection.execute(self.statement(self._part.enter, 0), ())
-        return int((await found.fetchone() or (0,))[0])
+        (oldest,) = await found.fetchone() or (None,)
+        return None if oldest is None else int(oldest)
 
     async def _make(self, connection: psycopg.AsyncConnection[Any]) -> None:
         async with connection.transaction():

@@ -3,12 +3,13 @@
     TAKEN --claim--> CLAIMED --begin--> BEGUN --its end--> EXECUTED --store--> OVER
                         '------------its end------------> UNBEGUN --store, ack--> OVER
 
-TAKEN ends as OVER when the task is not granted, UNBEGUN without store and ack when another worker
-is to start the run. A step, or a run that is resumed, has begun once it is claimed: its message is
-acked then, since its run's loop looks after the
-claim. A launched run has begun when its start is in Dagster's log: until then nobody but its
-message's broker would notice that it died with its worker, since Dagster does not look after a run
-that is STARTING.
+An attempt also ends as OVER from TAKEN, when the task is not granted; from EXECUTED without store,
+when it is a copy; and from UNBEGUN without store and ack, when another worker is to start the run.
+
+A step, or a run that is resumed, has begun once it is claimed: its message is acked then, since its
+run's loop looks after the claim. A launched run has begun when its start is in Dagster's log: until
+then nobody but its message's broker would notice that it died with its worker, since Dagster does
+not look after a run that is STARTING.
 """
 
 from __future__ import annotations

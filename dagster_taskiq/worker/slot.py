@@ -40,8 +40,8 @@ from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
-from dagster_taskiq.worker.memory import count_oom_kills
 from dagster_taskiq.worker.observer import WorkerObserver
+from dagster_taskiq.worker.out_of_memory import count_oom_kills
 from dagster_taskiq.worker.slot_base import ChildDied, Slot
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 

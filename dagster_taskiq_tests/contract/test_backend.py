@@ -674,10 +674,10 @@ def test_runs_that_are_not_over_are_listed(empty: Bench) -> None:
     held, expired, done = (bench.claimed() for _ in range(3))
     bench.expire(expired)
     bench.complete(done)
-    bench.run_id = second = "0" + first[1:]  # before the other one in the listing
+    bench.run_id = second = str(uuid.uuid4())
     launched = bench.new_claim("launched")
     assert bench.claim(launched, needs_live_run=False, until_begun=True) is ClaimAnswer.GRANTED
-    bench.run_id = "1" + first[1:]
+    bench.run_id = str(uuid.uuid4())
     bench.open_run()
     bench.close_run()
     found = bench.call(bench.backend.runs())

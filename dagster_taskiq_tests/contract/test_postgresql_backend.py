@@ -146,6 +146,14 @@ def test_versions_share_a_schema_until_one_cannot(bench: Bench, server: Postgres
     assert caught.value.is_final
 
 
+def test_a_schema_without_a_version_says_what_to_do(bench: Bench, server: PostgresHarness) -> None:
+    """Somebody has emptied all tables of it."""
+    server.execute("TRUNCATE {s}.version")
+    with pytest.raises(RefusedByServerError, match=r"was emptied.*drop the schema") as caught:
+        bench.open()
+    assert caught.value.is_final
+
+
 def test_another_version_adds_its_functions(bench: Bench, server: PostgresHarness) -> None:
     """Where the tables are there, and the functions of the former version too."""
     rows = server.execute(

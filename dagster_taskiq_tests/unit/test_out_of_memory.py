@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from dagster_taskiq.worker import memory
+from dagster_taskiq.worker import out_of_memory
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Writes the files of a host."""
-    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
-    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "_OF_HOST", tmp_path / "vmstat")
-    memory._counter.cache_clear()
+    monkeypatch.setattr(out_of_memory, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(out_of_memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(out_of_memory, "_OF_HOST", tmp_path / "vmstat")
+    out_of_memory._counter.cache_clear()
 
     def write(**files: str) -> None:
         for name, text in files.items():
@@ -25,7 +25,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
             path.write_text(text)
 
     yield write
-    memory._counter.cache_clear()
+    out_of_memory._counter.cache_clear()
 
 
 EVENTS = "low 0\nhigh 0\nmax 9\noom 8\noom_kill {}\noom_group_kill 0\n"
@@ -47,14 +47,14 @@ def test_the_narrowest_counter_is_read(host: Callable[..., None], own: str, plac
     """Of the worker's own control group, else the container's, else the host's; as it is now."""
     host(vmstat=EVENTS.format(70))
     host(own=own, **{place: EVENTS.format(3)})
-    assert memory.count_oom_kills() == 3
+    assert out_of_memory.count_oom_kills() == 3
     host(**{place: EVENTS.format(4)})
-    assert memory.count_oom_kills() == 4
+    assert out_of_memory.count_oom_kills() == 4
 
 
 def test_where_nobody_counts(host: Callable[..., None]) -> None:
     """As on macOS, or in an old kernel."""
-    assert memory.count_oom_kills() == 0
-    memory._counter.cache_clear()
+    assert out_of_memory.count_oom_kills() == 0
+    out_of_memory._counter.cache_clear()
     host(vmstat="pgfault 1\n")
-    assert memory.count_oom_kills() == 0
+    assert out_of_memory.count_oom_kills() == 0
