@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
@@ -95,12 +96,15 @@ class LaunchWatch:
         Raises:
             ServerError: a server is away.
         """
-        return self._is_lost(queue, run_id, task_id, self._now())
+        absent = partial(self._client.absent, queue, [task_id])
+        return self._is_lost(run_id, task_id, absent, self._now())
 
-    def _is_lost(self, queue: str, run_id: str, task_id: str, now: float) -> bool:
+    def _is_lost(
+        self, run_id: str, task_id: str, absent: Callable[[], set[str]], now: float
+    ) -> bool:
         # an outage during this look ends the absence, as every sign of the run does
         absence = self._absences.pop(task_id, None) or AbsenceWatch()
-        if not self._client.is_absent(queue, task_id):
+        if task_id not in absent():
             return False
         epoch, state = self._client.state_of(run_id, task_id)
         if state not in _NOT_HELD:
@@ -142,17 +146,8 @@ class LaunchWatch:
             waiting = [it for run_id, it in self._waiting.items() if run_id in runs]
         if not waiting:
             return True
-        # RabbitMQ cannot tell that a run is missing from a queue in which another one waits: what
-        # was lost together must be found lost together, before any of it is sent
         now = self._now()
-        lost: set[str] = set()
-
-        def find_lost(it: _Launched) -> None:
-            envelope = it.envelope
-            if self._is_lost(envelope.queue, envelope.run_id, envelope.task_id, now):
-                lost.add(envelope.task_id)
-
-        found = _each(waiting, find_lost)
+        found, lost = self._find_lost(waiting, now)
         if not found:
             return False
         queues = self._client.queue_waits()
@@ -167,6 +162,31 @@ class LaunchWatch:
 
         _each(found, act)
         return False
+
+    def _find_lost(
+        self, waiting: Sequence[_Launched], now: float
+    ) -> tuple[list[_Launched], set[str]]:
+        """The runs that could be looked at, and the ids of the lost tasks among theirs.
+
+        RabbitMQ cannot tell that a run is missing from a queue in which another one waits. What was
+        lost together must be found lost together, at one moment and before any of it is sent.
+        """
+        lost: set[str] = set()
+        by_queue: dict[str, list[str]] = {}
+        for it in waiting:
+            by_queue.setdefault(it.envelope.queue, []).append(it.envelope.task_id)
+
+        @cache
+        def absent(queue: str) -> set[str]:
+            return self._client.absent(queue, by_queue[queue])
+
+        def look(it: _Launched) -> None:
+            envelope = it.envelope
+            absent_there = partial(absent, envelope.queue)
+            if self._is_lost(envelope.run_id, envelope.task_id, absent_there, now):
+                lost.add(envelope.task_id)
+
+        return _each(waiting, look), lost
 
     def _explain_wait(
         self,

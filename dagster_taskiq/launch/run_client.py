@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from dagster_taskiq.aio.loop_thread import LoopThread
@@ -112,9 +112,9 @@ class RunClient:
 
         return self._call(inspect)
 
-    def is_absent(self, queue: str, task_id: str) -> bool:
-        """Whether the broker certainly does not hold the task, in its queue."""
-        return bool(self._call(lambda: self._carrier.absent({task_id: queue})))
+    def absent(self, queue: str, task_ids: Sequence[str]) -> set[str]:
+        """Which of a queue's tasks the broker certainly does not hold, all at one moment."""
+        return self._call(lambda: self._carrier.absent(dict.fromkeys(task_ids, queue)))
 
     def cancel(self, run_id: str, task_id: str, queue: str, reason: str) -> TaskState:
         """Stop a run's task; its state when it was told, see ``RunBackend.cancel``."""

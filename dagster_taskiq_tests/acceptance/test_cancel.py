@@ -125,6 +125,9 @@ def test_queued_steps_of_a_killed_run_never_start(stack: Stack) -> None:
     until(lambda: asyncio.run(stack.depth("dagster", "ours", "theirs")) == 4, "the steps wait")
     run.signal(signal.SIGKILL)
     run.wait()
+    loop = f"*{run.run_id}:loop"
+    with stack.redis() as redis:
+        until(lambda: not list(redis.scan_iter(loop, count=1000)), "the run's lease is over")
     worker = stack.worker(queues=["dagster", "ours", "theirs"]).await_ready()
     until(lambda: worker.log.count("it is run-gone") == 4, "the worker drops them")
     check_worker_is_free(stack)

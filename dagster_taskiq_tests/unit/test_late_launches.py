@@ -91,8 +91,8 @@ class FakeClient:
     def physical_queue(self, _: str) -> str:
         return "queue"
 
-    def is_absent(self, *_: str) -> bool:
-        return False
+    def absent(self, *_: object) -> set[str]:
+        return set()
 
     def state_of(self, *_: str) -> tuple[str, TaskState]:
         return "epoch", TaskState.UNKNOWN

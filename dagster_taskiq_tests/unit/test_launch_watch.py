@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -47,13 +47,15 @@ class FakeClient:
         self.cancelled: list[str] = []
         self.sent: list[Envelope] = []
         self.is_looked_at = threading.Semaphore(0)
+        self.looks: list[str] = []
 
     def physical_queue(self, queue: str) -> str:
         return f"physical {queue}"
 
-    def is_absent(self, *_: str) -> bool:
+    def absent(self, queue: str, task_ids: Sequence[str]) -> set[str]:
         self.is_looked_at.release()
-        return not self.is_queued
+        self.looks.append(queue)
+        return set() if self.is_queued else set(task_ids)
 
     def state_of(self, *_: str) -> tuple[str, TaskState]:
         return self.now_epoch, self.state
@@ -399,6 +401,20 @@ def test_a_queue_whose_server_does_not_answer_holds_up_no_other(
     clock.seconds += LEASE_SECONDS
     watch._look(instance)
     assert client.sent[1].run_id == same, "the first of those that were lost by now"
+
+
+def test_a_queue_is_looked_into_once_for_all_its_runs(
+    clock: Clock, instance: DagsterInstance
+) -> None:
+    """What was lost together is found lost together, also where that happens during a look."""
+    client = PartlyBrokenClient(ValueError("never raised"))
+    watch, _ = look_after(instance, client, clock, "long", "long", "short")
+    client.bad_run = ""
+    watch._look(instance)
+    assert client.looks == ["long", "short"]
+    clock.seconds += LEASE_SECONDS
+    watch._look(instance)
+    assert len(client.sent) == 3
 
 
 def test_a_look_ends_with_the_launcher(clock: Clock, instance: DagsterInstance) -> None:
