@@ -1,8 +1,8 @@
 """What workers, queues and runs do now: one read model, for everything that shows it.
 
 It is read from the contracts of backend and broker, so it is the same for every kind of server. The
-backend is the truth about who executes what; the workers' own records add what people want to know
-of it, and may be some seconds old. Nothing here changes anything on a server.
+backend is the truth about who executes what; the workers' own words add what people want to know of
+it, and may be some seconds old. Nothing here changes anything on a server.
 
 A dash in a listing is a ``None`` here: the server cannot tell.
 """
@@ -133,7 +133,7 @@ async def read_overview(
     return Overview(
         workers,
         await _read_queues(servers, broker, workers, queues),
-        await _read_runs(backend, workers),
+        await _read_runs(backend),
     )
 
 
@@ -199,8 +199,8 @@ def _waiting_task(servers: Servers, data: bytes, priority: int, position: int) -
 # --- runs ---
 
 
-async def _read_runs(backend: Backend, workers: Iterable[WorkerRecord]) -> list[RunView]:
-    told = {task.task_id: task for worker in workers for task in worker.running}
+async def _read_runs(backend: Backend) -> list[RunView]:
+    told = {task.task_id: task for task in await backend.running()}
     return [
         RunView(
             report.run_id,

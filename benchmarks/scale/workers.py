@@ -26,7 +26,7 @@ from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Order, RunAnswer
 from dagster_taskiq.worker.observer import CountingObserver, Ending, LeaseRenewal
@@ -72,9 +72,15 @@ class _WatchedBackend(RedisBackend):
         with self._counting():
             return await super().renew(claims)
 
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+    async def heartbeat(
+        self,
+        record: WorkerRecord,
+        *,
+        expires_seconds: float,
+        running: Sequence[RunningTask] = (),
+    ) -> None:
         with self._counting():
-            await super().heartbeat(record, expires_seconds=expires_seconds)
+            await super().heartbeat(record, expires_seconds=expires_seconds, running=running)
 
     async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
         with self._counting():

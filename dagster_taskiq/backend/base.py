@@ -20,7 +20,7 @@ from enum import Enum
 
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 
 #: How long an order waits for its worker: one that has not taken it by then is gone.
 CONTROL_EXPIRES_SECONDS = 600
@@ -266,8 +266,14 @@ class ControlBackend(ABC):
     """The list of workers, messages to them, and the list of runs."""
 
     @abstractmethod
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
-        """Say that the worker lives."""
+    async def heartbeat(
+        self,
+        record: WorkerRecord,
+        *,
+        expires_seconds: float,
+        running: Sequence[RunningTask] = (),
+    ) -> None:
+        """Say that the worker lives, and for ``running`` what it executes."""
 
     @abstractmethod
     async def goodbye(self, worker_id: str) -> None:
@@ -278,6 +284,13 @@ class ControlBackend(ABC):
         """The live workers, by name.
 
         Records that cannot be read are left out; what is not ``is_trusted`` is for people only.
+        """
+
+    @abstractmethod
+    async def running(self) -> list[RunningTask]:
+        """What the live workers said last that they execute, which may be over by now.
+
+        It is for people; what is not signed as it must be, or cannot be read, is left out.
         """
 
     @abstractmethod

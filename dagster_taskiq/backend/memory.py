@@ -37,7 +37,14 @@ from dagster_taskiq.backend.memory_server import (
 )
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.messages.worker_records import (
+    RunningTask,
+    WorkerRecord,
+    read_record,
+    readable_running,
+    write_record,
+    write_running,
+)
 
 __all__ = ["MemoryBackend", "MemoryServer", "MemorySnapshot"]
 
@@ -237,11 +244,18 @@ class MemoryBackend(Backend):
 
     # --- the list of workers, and messages to them ---
 
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+    async def heartbeat(
+        self,
+        record: WorkerRecord,
+        *,
+        expires_seconds: float,
+        running: Sequence[RunningTask] = (),
+    ) -> None:
         """See ``ControlBackend``."""
         data = write_record(self._signer, record)
+        tasks = write_running(self._signer, record.worker_id, running)
         with self._server.reached() as session:
-            session.put_worker(record.worker_id, data, expires_seconds)
+            session.put_worker(record.worker_id, data, tasks, expires_seconds)
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
@@ -257,6 +271,12 @@ class MemoryBackend(Backend):
             with suppress(ValueError):
                 records.append(read_record(self._signer, worker_id, data, time.time()))
         return sorted(records, key=lambda record: record.name)
+
+    async def running(self) -> list[RunningTask]:
+        """See ``ControlBackend``."""
+        with self._server.reached() as session:
+            found = session.running()
+        return readable_running(self._signer, found)
 
     async def runs(self) -> list[RunReport]:
         """See ``ControlBackend``."""

@@ -25,9 +25,10 @@ class _Mailbox:
 
 @dataclass(frozen=True)
 class _StoredWorker:
-    """A worker's record as it was signed; ``ends_at`` is by the server's clock."""
+    """A worker's record, and what it executes, as signed; ``ends_at`` is by the server's clock."""
 
     data: bytes
+    running: bytes
     ends_at: float
 
 
@@ -149,10 +150,12 @@ class Session:
         found = self._tables.mailboxes.pop(mailbox, None)
         return found.messages if found and found.ends_at > self.moment.seconds else ()
 
-    def put_worker(self, worker_id: str, data: bytes, expires_seconds: float) -> None:
-        """Store a worker's record as it was signed."""
+    def put_worker(
+        self, worker_id: str, data: bytes, running: bytes, expires_seconds: float
+    ) -> None:
+        """Store a worker's record, and what it executes, as they were signed."""
         ends_at = self.moment.seconds + expires_seconds
-        self._tables.workers[worker_id] = _StoredWorker(data, ends_at)
+        self._tables.workers[worker_id] = _StoredWorker(data, running, ends_at)
 
     def remove_worker(self, worker_id: str) -> None:
         """Drop a worker's record and its orders."""
@@ -161,8 +164,15 @@ class Session:
 
     def workers(self) -> dict[str, bytes]:
         """The records of those that live, as they were signed."""
+        return {key: it.data for key, it in self._live_workers().items()}
+
+    def running(self) -> dict[str, bytes]:
+        """What those that live execute, as it was signed."""
+        return {key: it.running for key, it in self._live_workers().items()}
+
+    def _live_workers(self) -> dict[str, _StoredWorker]:
         workers = self._tables.workers.items()
-        return {key: it.data for key, it in workers if it.ends_at > self.moment.seconds}
+        return {key: it for key, it in workers if it.ends_at > self.moment.seconds}
 
 
 class MemoryServer:

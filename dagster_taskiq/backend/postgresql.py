@@ -35,7 +35,14 @@ from dagster_taskiq.errors import MalformedResultError, ServerError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.messages.worker_records import (
+    RunningTask,
+    WorkerRecord,
+    read_record,
+    readable_running,
+    write_record,
+    write_running,
+)
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
 from dagster_taskiq.servers.postgresql_schema import Schema
@@ -275,10 +282,17 @@ class PostgresqlBackend(Backend):
 
     # --- the list of workers, and messages to them ---
 
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+    async def heartbeat(
+        self,
+        record: WorkerRecord,
+        *,
+        expires_seconds: float,
+        running: Sequence[RunningTask] = (),
+    ) -> None:
         """See ``ControlBackend``."""
         data = write_record(self._signer, record)
-        values = (record.worker_id, data, float(expires_seconds))
+        tasks = write_running(self._signer, record.worker_id, running) if running else None
+        values = (record.worker_id, data, tasks, float(expires_seconds))
         ((self._workers_count,),) = await self._call("heartbeat", *values, is_urgent=True)
         if time.monotonic() >= self._tidies_at:
             self._tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
@@ -315,6 +329,10 @@ class PostgresqlBackend(Backend):
                     plain_name(str(error)),
                 )
             return None
+
+    async def running(self) -> list[RunningTask]:
+        """See ``ControlBackend``."""
+        return readable_running(self._signer, dict(await self._call("list_running")))
 
     async def runs(self) -> list[RunReport]:
         """See ``ControlBackend``."""

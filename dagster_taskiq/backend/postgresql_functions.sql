@@ -386,8 +386,6 @@ RETURNS TABLE (number int, is_held boolean, told text, is_alive boolean, may_fol
   epoch text)
 LANGUAGE plpgsql AS $$
 DECLARE
-  v_until interval;
-  v_was_epoch text;
   v_epoch text;
   i int;
 BEGIN
@@ -453,13 +451,13 @@ END $$;
 -- ---------------------------------------------------------- the list of workers, and their orders
 
 -- Returns how many workers there are.
-CREATE OR REPLACE FUNCTION {s}.heartbeat{v}(p_worker text, p_record bytea, p_expires float8)
-RETURNS bigint LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION {s}.heartbeat{v}(p_worker text, p_record bytea, p_running bytea,
+  p_expires float8) RETURNS bigint LANGUAGE plpgsql AS $$
 BEGIN
 {begin}
-  INSERT INTO {s}.workers (worker_id, record, expires_at)
-    VALUES (p_worker, p_record, clock_timestamp() + p_expires * interval '1 s')
-    ON CONFLICT (worker_id) DO UPDATE SET record = excluded.record,
+  INSERT INTO {s}.workers (worker_id, record, running, expires_at)
+    VALUES (p_worker, p_record, p_running, clock_timestamp() + p_expires * interval '1 s')
+    ON CONFLICT (worker_id) DO UPDATE SET record = excluded.record, running = excluded.running,
       expires_at = excluded.expires_at;
   RETURN (SELECT count(*) FROM {s}.workers WHERE expires_at > clock_timestamp());
 END $$;
@@ -475,6 +473,13 @@ CREATE OR REPLACE FUNCTION {s}.list_workers{v}()
 RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
 BEGIN
   RETURN QUERY SELECT worker_id, record FROM {s}.workers WHERE expires_at > clock_timestamp();
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.list_running{v}()
+RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN QUERY SELECT worker_id, running FROM {s}.workers
+    WHERE running IS NOT NULL AND expires_at > clock_timestamp();
 END $$;
 
 CREATE OR REPLACE FUNCTION {s}.send_order{v}(p_worker text, p_body text, p_expires float8)

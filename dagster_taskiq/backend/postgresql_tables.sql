@@ -38,7 +38,8 @@ CREATE UNLOGGED TABLE {s}.orders (
   body text NOT NULL, expires_at timestamptz NOT NULL,
   PRIMARY KEY (worker_id, number));
 CREATE UNLOGGED TABLE {s}.workers (
-  worker_id text COLLATE "C" PRIMARY KEY, record bytea NOT NULL, expires_at timestamptz NOT NULL
+  worker_id text COLLATE "C" PRIMARY KEY, record bytea NOT NULL, expires_at timestamptz NOT NULL,
+  running bytea
 ) WITH ({many_updates});
 CREATE FUNCTION {s}.end_life() RETURNS trigger LANGUAGE plpgsql AS
   $$ BEGIN DELETE FROM {s}.life; RETURN NULL; END $$;

@@ -31,7 +31,14 @@ from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord, read_record, write_record
+from dagster_taskiq.messages.worker_records import (
+    RunningTask,
+    WorkerRecord,
+    read_record,
+    readable_running,
+    write_record,
+    write_running,
+)
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import Command, Script
 from dagster_taskiq.servers.redis_rights import commands_of
@@ -65,6 +72,7 @@ class RedisBackend(Backend):
         self._store = RedisStore(options)
         self.address = self._store.address
         self._runs: dict[str, tuple[int, bool]] = {}
+        self._has_told_running = False
 
     async def startup(self) -> None:
         """Reach the server, as a user that may do what is done there."""
@@ -274,12 +282,25 @@ class RedisBackend(Backend):
 
     # --- the list of workers, and messages to them ---
 
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+    async def heartbeat(
+        self,
+        record: WorkerRecord,
+        *,
+        expires_seconds: float,
+        running: Sequence[RunningTask] = (),
+    ) -> None:
         """See ``ControlBackend``."""
         expires_ms = _milliseconds(expires_seconds)
         async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
             key = self._store.key("worker:", record.worker_id)
             pipeline.set(key, write_record(self._signer, record), px=expires_ms)
+            key = self._store.key("running:", record.worker_id)
+            if running:
+                tasks = write_running(self._signer, record.worker_id, running)
+                pipeline.set(key, tasks, px=expires_ms)
+            elif self._has_told_running:
+                pipeline.unlink(key)
+            self._has_told_running = bool(running)
             pipeline.zadd(self._store.workers, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
         await self._store.close_idle_connections()
@@ -288,13 +309,18 @@ class RedisBackend(Backend):
         """See ``ControlBackend``."""
         async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
             pipeline.zrem(self._store.workers, worker_id)
-            pipeline.unlink(
-                self._store.key("worker:", worker_id), self._store.key("control:", worker_id)
-            )
+            parts = ("worker:", "running:", "control:")
+            pipeline.unlink(*(self._store.key(part, worker_id) for part in parts))
             await pipeline.execute()
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
+        stored = await self._of_workers("worker:")
+        records = [self._record_of(worker_id, data) for worker_id, data in stored.items()]
+        return sorted((it for it in records if it), key=lambda record: record.name)
+
+    async def _of_workers(self, part: str) -> dict[str, bytes]:
+        """What the workers have stored under their ids, in keys that begin so."""
         async with self._store.reached() as redis:
             # records expire by themselves; the set only says which to look for, so hosts whose
             # clocks differ do no harm if what is old is dropped late
@@ -302,11 +328,9 @@ class RedisBackend(Backend):
             members: Any = await redis.zrange(self._store.workers, 0, -1)
             ids = [text_of(item) for item in members]
             if not ids:
-                return []
-            values: Any = await redis.mget([self._store.key("worker:", item) for item in ids])
-        pairs = zip(ids, values, strict=True)
-        records = [self._record_of(worker_id, value) for worker_id, value in pairs if value]
-        return sorted((it for it in records if it), key=lambda record: record.name)
+                return {}
+            values: Any = await redis.mget([self._store.key(part, item) for item in ids])
+        return {worker_id: data for worker_id, data in zip(ids, values, strict=True) if data}
 
     def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
         try:
@@ -314,6 +338,10 @@ class RedisBackend(Backend):
         except ValueError as error:
             self._store.say_unreadable(self._store.key("worker:", worker_id), str(error))
             return None
+
+    async def running(self) -> list[RunningTask]:
+        """See ``ControlBackend``."""
+        return readable_running(self._signer, await self._of_workers("running:"))
 
     async def runs(self) -> list[RunReport]:
         """See ``ControlBackend``."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any
 
@@ -21,9 +22,6 @@ from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.signing import Purpose, Signer, without_signature
 
-#: The longest record that is written, but for one with very many queues.
-_MAX_WRITTEN_BYTES = MAX_CONTROL_BYTES // 2
-
 #: The most queues that a record is believed to name.
 _MAX_QUEUES = 1000
 
@@ -34,13 +32,16 @@ MAX_RECORD_AGE_SECONDS = WORKER_EXPIRES_SECONDS + CONTROL_AGE_SECONDS
 _OF_THE_READER = ("is_trusted", "is_outdated")
 
 
-#: How many tasks a record names at most, so that it stays below ``MAX_CONTROL_BYTES``.
+#: How many tasks a worker tells at most, and the most bytes that these are believed to take.
 MAX_RUNNING = 100
+_MAX_RUNNING_BYTES = 512 * 2**10
 
 
 @dataclass(frozen=True)
 class RunningTask:
-    """A task that a worker has claimed, as it says it in its heartbeat.
+    """A task that a worker has claimed, as it says it beside its record.
+
+    Not in the record, which every run with a waiting step reads every few seconds.
 
     Attributes:
         step_key: empty for a whole run.
@@ -72,7 +73,6 @@ class WorkerRecord:
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
         broker: address of the broker that it listens to, without a password; empty if not told.
-        running: what it executes, the longest first, at most ``MAX_RUNNING`` of them.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
             has no key.
@@ -96,19 +96,15 @@ class WorkerRecord:
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
     broker: str = ""
-    running: tuple[RunningTask, ...] = ()
     sent_at: float = 0.0
     is_trusted: bool = True
     is_outdated: bool = False
 
 
 def write_record(signer: Signer, record: WorkerRecord) -> bytes:
-    """The record as its worker stores it; without what it executes where it would be too long."""
+    """The record as its worker stores it."""
     values = {key: value for key, value in asdict(record).items() if key not in _OF_THE_READER}
-    data = json.dumps(values).encode()
-    if len(data) > _MAX_WRITTEN_BYTES:
-        data = json.dumps({**values, "running": []}).encode()
-    return signer.seal(Purpose.WORKER, record.worker_id, data)
+    return signer.seal(Purpose.WORKER, record.worker_id, json.dumps(values).encode())
 
 
 def read_record(signer: Signer, worker_id: str, data: bytes, now: float) -> WorkerRecord:
@@ -137,6 +133,42 @@ def read_record(signer: Signer, worker_id: str, data: bytes, now: float) -> Work
     return WorkerRecord(**known, is_trusted=is_trusted and not is_outdated, is_outdated=is_outdated)
 
 
+def write_running(signer: Signer, worker_id: str, tasks: Sequence[RunningTask]) -> bytes:
+    """What a worker executes as it stores it, of its ``tasks`` the first ``MAX_RUNNING``."""
+    text = json.dumps({"running": [asdict(task) for task in tasks[:MAX_RUNNING]]})
+    return signer.seal(Purpose.WORKER, _running_subject(worker_id), text.encode())
+
+
+def readable_running(signer: Signer, stored: Mapping[str, bytes]) -> list[RunningTask]:
+    """What is stored of what workers execute, by their ids; texts in it are safe to show.
+
+    What is not signed as it must be, or is nothing of the kind, is left out.
+    """
+    found: list[RunningTask] = []
+    for worker_id, data in stored.items():
+        with suppress(UntrustedError, ValueError):
+            found += _read_running(signer, worker_id, data)
+    return found
+
+
+def _read_running(signer: Signer, worker_id: str, data: bytes) -> list[RunningTask]:
+    text = signer.unseal(Purpose.WORKER, _running_subject(worker_id), data)
+    values = parse_object(text, _MAX_RUNNING_BYTES).get("running")
+    if not isinstance(values, list):
+        raise ValueError("it names no tasks")  # noqa: TRY004 - for one kind of error
+    return [_running_task(value) for value in values[:MAX_RUNNING]]
+
+
+def _running_task(values: Any) -> RunningTask:
+    if not isinstance(values, dict):
+        raise ValueError("what it names is no task")  # noqa: TRY004 - for one kind of error
+    return RunningTask(**{item.name: _value(item, values) for item in fields(RunningTask)})
+
+
+def _running_subject(worker_id: str) -> str:
+    return f"running {worker_id}"
+
+
 def _value(item: Field[Any], values: Mapping[str, Any]) -> Any:
     if item.name not in values and item.default is not MISSING:
         return item.default
@@ -158,16 +190,6 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_name(item) for item in value[:_MAX_QUEUES])
 
 
-def _running(value: Any) -> tuple[RunningTask, ...]:
-    if not isinstance(value, list):
-        raise TypeError
-    own = fields(RunningTask)
-    return tuple(
-        RunningTask(**{item.name: _READERS[str(item.type)](one[item.name]) for item in own})
-        for one in value[:MAX_RUNNING]
-    )
-
-
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
         raise TypeError
@@ -184,7 +206,6 @@ def _seconds(value: Any) -> float:
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "str": _name,
     "tuple[str, ...]": _names,
-    "tuple[RunningTask, ...]": _running,
     "int": _count,
     "float": _seconds,
 }

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
-from itertools import islice
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.connections import Servers
@@ -15,7 +14,7 @@ from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.worker_records import MAX_RUNNING, WorkerRecord
+from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.observer import CountingObserver
 from dagster_taskiq.worker.options import WorkerOptions
@@ -107,7 +106,9 @@ class Listing:
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
             broker=self._servers.broker.address,
-            running=tuple(islice(counts.running.values(), MAX_RUNNING)),
             sent_at=time.time(),
         )
-        await self._backend.heartbeat(record, expires_seconds=WORKER_EXPIRES_SECONDS)
+        running = list(counts.running.values())
+        await self._backend.heartbeat(
+            record, expires_seconds=WORKER_EXPIRES_SECONDS, running=running
+        )

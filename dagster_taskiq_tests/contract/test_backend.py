@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskReport, TaskState
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq_tests.contract.backend_bench import (
     KINDS,
     LONG_LEASE,
@@ -667,6 +668,32 @@ def test_no_workers(empty: Bench) -> None:
     assert empty.call(empty.backend.workers()) == []
 
 
+def test_workers_say_what_they_execute(empty: Bench) -> None:
+    """What each said last, until it signs off or is silent for too long."""
+    first, second = (RunningTask(f"t{n}", "run", "step", 1, "a", 1.5) for n in range(2))
+
+    def beat(worker_id: str, *tasks: RunningTask, expires_seconds: float = LONG_LEASE) -> None:
+        beating = empty.backend.heartbeat(
+            record(worker_id), expires_seconds=expires_seconds, running=tasks
+        )
+        empty.call(beating)
+
+    def told() -> list[RunningTask]:
+        return sorted(empty.call(empty.backend.running()), key=lambda task: task.task_id)
+
+    beat("a", first)
+    assert told() == [first]
+    beat("a")
+    assert told() == []
+    beat("a", first)
+    beat("b", second)
+    assert told() == [first, second]
+    empty.call(empty.backend.goodbye("a"))
+    assert told() == [second]
+    beat("b", second, expires_seconds=SHORT_LEASE)
+    wait_until(lambda: told() == [])
+
+
 def test_runs_that_are_not_over_are_listed(empty: Bench) -> None:
     """With their loops, and those of their tasks that somebody has or that wait for a judgement."""
     bench, first = empty, empty.run_id
@@ -761,6 +788,7 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "goodbye": lambda: backend.goodbye("w"),
         "workers": backend.workers,
         "runs": backend.runs,
+        "running": backend.running,
         "send_control": lambda: backend.send_control("w", "x"),
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),
     }

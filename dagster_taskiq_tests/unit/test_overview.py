@@ -59,20 +59,21 @@ class Scene:
         assert answer is ClaimAnswer.GRANTED
         return place
 
-    async def beat(self, worker: WorkerRecord) -> None:
-        await self.backend.heartbeat(worker, expires_seconds=600)
+    async def beat(self, worker: WorkerRecord, *running: Envelope) -> None:
+        """A worker says that it lives, and what it executes."""
+        tasks = [
+            RunningTask(it.task_id, it.run_id, it.step_key or "", it.attempt, it.queue, 17.0)
+            for it in running
+        ]
+        await self.backend.heartbeat(worker, expires_seconds=600, running=tasks)
 
     async def read(self, *queues: str) -> Overview:
         return await read_overview(self.servers, self.backend, self.broker, queues)
 
 
-def worker(name: str = "w@h", *running: Envelope, **values: Any) -> WorkerRecord:
-    tasks = tuple(
-        RunningTask(it.task_id, it.run_id, it.step_key or "", it.attempt, it.queue, 17.0)
-        for it in running
-    )
+def worker(name: str = "w@h", **values: Any) -> WorkerRecord:
     values = {"slots": 2, "run_slots": 1, "protocol": PROTOCOL, **values}
-    return WorkerRecord(name, name, "h", 7, ("dagster",), running=tasks, **values)
+    return WorkerRecord(name, name, "h", 7, ("dagster",), **values)
 
 
 def step(key: str, **values: Any) -> Envelope:
@@ -94,7 +95,7 @@ def test_what_is_executed_is_known_with_its_worker() -> None:
     async def test() -> None:
         scene, task = Scene(), step("one")
         await scene.open()
-        await scene.beat(worker("w@h", task))
+        await scene.beat(worker(), task)
         place = await scene.claim(task, worker())
         unnamed = step("two")
         await scene.claim(unnamed, worker("new@h"))
@@ -117,7 +118,7 @@ def test_a_worker_that_died_leaves_its_task_to_be_judged() -> None:
     async def test() -> None:
         scene, task, ended = Scene(), step("one"), step("ended")
         await scene.open()
-        await scene.beat(worker("w@h", task, ended))
+        await scene.beat(worker(), task, ended)
         await scene.claim(task, worker())
         scene.state.expire_claim("run", task.task_id)
         (run,) = (await scene.read()).runs
@@ -131,7 +132,7 @@ def test_a_task_is_named_by_a_worker_of_its_run_only() -> None:
     async def test() -> None:
         scene, task = Scene(), step("one")
         await scene.open()
-        await scene.beat(worker("w@h", replace(task, run_id="another")))
+        await scene.beat(worker(), replace(task, run_id="another"))
         await scene.claim(task, worker())
         (run,) = (await scene.read()).runs
         assert [it.step_key for it in run.tasks] == [None]

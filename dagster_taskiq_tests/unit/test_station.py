@@ -291,7 +291,7 @@ def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
         assert await asyncio.wait_for(running, SECONDS)
         assert (backend.records[0].busy_slots, backend.records[0].refused) == (0, 0)
         assert (backend.records[-1].busy_slots, backend.records[-1].refused) == (1, 2)
-        assert [it.task_id for it in backend.records[-1].running] == [STEP_TASK.task_id]
+        assert [it.task_id for it in backend.told] == [STEP_TASK.task_id]
         assert TaskResult.from_bytes(backend.results[STEP_TASK.task_id])
         assert witness.heard[-2:] == ["ended", "released"]
         assert backend.happened[-1] == "goodbye"

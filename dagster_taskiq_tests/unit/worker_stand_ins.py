@@ -16,7 +16,7 @@ from dagster_taskiq.brokers import Admission, Delivery, TaskBroker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Order, RunAnswer
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.observer import WorkerObserver
@@ -116,6 +116,7 @@ class FakeBackend:
         self.is_held = True
         self.results: dict[str, bytes] = {}
         self.records: list[WorkerRecord] = []
+        self.told: Sequence[RunningTask] = ()
         self.claims: list[Claim] = []
         self.orders: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -152,8 +153,11 @@ class FakeBackend:
     async def workers(self) -> list[WorkerRecord]:
         return []
 
-    async def heartbeat(self, record: WorkerRecord, *, expires_seconds: float) -> None:
+    async def heartbeat(
+        self, record: WorkerRecord, *, expires_seconds: float, running: Sequence[RunningTask]
+    ) -> None:
         self.records.append(record)
+        self.told = running
 
     async def goodbye(self, worker_id: str) -> None:
         self.happened.append("goodbye")
