@@ -192,19 +192,22 @@ def find_running_backend(settings: Settings) -> ServerOptions | None:
     Raises:
         ConfigError: see ``find_servers``.
     """
-    home = None
-    if settings.backend_url == WITH_THE_INSTANCE:
-        home = _home_of_state()
-        is_embedded = not has_database_server(home)
-    elif settings.broker_url is None and settings.backend_url is None:
-        home = _dagster_home()
-        is_embedded = postgresql_of(home) is None
-    else:
-        is_embedded = False
-    if home is None or not is_embedded:
+    home = _home_of_embedded_backend(settings)
+    if home is None:
         return find_servers(settings).backend
     url = find_embedded_server(home)
     return settings.server_options(url, None) if url else None
+
+
+def _home_of_embedded_backend(settings: Settings) -> Path | None:
+    """The DAGSTER_HOME whose embedded server is the backend; None for another backend."""
+    if settings.backend_url == WITH_THE_INSTANCE:
+        home = _home_of_state()
+        return None if has_database_server(home) else home
+    if settings.broker_url is None and settings.backend_url is None:
+        home = _dagster_home()
+        return None if postgresql_of(home) else home
+    return None
 
 
 def _dagster_home() -> Path:

@@ -118,8 +118,8 @@ POSTGRESQL_REFUSALS: tuple[Refusal, ...] = (
     Refusal(r"^ ", Outlook.PASSES),
 )
 
-#: The same for a server that is the backend: its errors about our own tables, and what keeps runs
-#: waiting rather than failing. ``client`` stands for the SQLSTATE where psycopg itself objects.
+#: The same for a server that is broker or backend: its errors about our own tables, and what keeps
+#: runs waiting rather than failing. ``client`` stands for an SQLSTATE where psycopg itself objects.
 POSTGRESQL_SERVER_REFUSALS: tuple[Refusal, ...] = (
     Refusal(r"^53100\b", Outlook.PASSES, "Make room on its disk."),
     Refusal(
