@@ -112,14 +112,8 @@ open_logs: list[Path] = []
 #: The stacks that are open.
 open_stacks: list[Stack] = []
 
-#: Of an instance whose compute logs nobody reads: they cost four processes for each run and step.
-QUIET_SETTINGS: Mapping[str, Any] = {
-    "telemetry": {"enabled": False},
-    "compute_logs": {
-        "module": "dagster._core.storage.noop_compute_log_manager",
-        "class": "NoOpComputeLogManager",
-    },
-}
+#: Of every instance.
+DAGSTER_YAML: Mapping[str, Any] = {"telemetry": {"enabled": False}}
 
 #: Of a run that may hold a worker's slots.
 _UNFINISHED = [
@@ -699,7 +693,6 @@ def open_stack(
     directory: Path,
     *,
     dagster_yaml: Mapping[str, Any] | None = None,
-    has_compute_logs: bool = True,
 ) -> Iterator[Stack]:
     """A stack on a namespace of its own.
 
@@ -709,14 +702,10 @@ def open_stack(
             the broker is where the instance is, or embedded.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
-        has_compute_logs: keep what steps and runs write, as Dagster does by default; not where very
-            many steps run.
     """
     home = directory / "home"
     shutil.copytree(_new_home(), home)
-    settings = {**QUIET_SETTINGS, **(dagster_yaml or {})}
-    if has_compute_logs:
-        del settings["compute_logs"]
+    settings = {**DAGSTER_YAML, **(dagster_yaml or {})}
     (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with ExitStack() as servers:
         broker = backend = None

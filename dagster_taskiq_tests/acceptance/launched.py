@@ -24,8 +24,8 @@ from dagster._daemon.monitoring.run_monitoring import monitor_started_run
 
 from dagster_taskiq_tests.acceptance import launcher_jobs
 from dagster_taskiq_tests.acceptance.harness import (
+    DAGSTER_YAML,
     PATIENCE_SECONDS,
-    QUIET_SETTINGS,
     BrokerKind,
     Run,
     Stack,
@@ -159,7 +159,7 @@ def launching_settings(
 ) -> dict[str, Any]:
     """Of an instance that launches runs on the stack's workers; see ``open_launching_stack``."""
     return {
-        **QUIET_SETTINGS,
+        **DAGSTER_YAML,
         "run_launcher": {
             "module": "dagster_taskiq.launcher",
             "class": "TaskiqRunLauncher",

@@ -25,8 +25,8 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue, step_tas
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.acceptance.harness import (
+    DAGSTER_YAML,
     PATIENCE_SECONDS,
-    QUIET_SETTINGS,
     BrokerKind,
     Run,
     Stack,
@@ -52,7 +52,7 @@ def open_signed_stack(kind: BrokerKind, directory: Path) -> Iterator[Stack]:
             "class": "TaskiqRunLauncher",
             "config": {**stack.config, "signing_key": {"env": SIGNING_KEY_VARIABLE}},
         }
-        settings = {**QUIET_SETTINGS, "run_launcher": launcher}
+        settings = {**DAGSTER_YAML, "run_launcher": launcher}
         (stack.home / "dagster.yaml").write_text(yaml.safe_dump(settings))
         stack.instance = DagsterInstance.from_config(str(stack.home))
         stack.exit_stack.callback(stack.instance.dispose)

@@ -46,7 +46,7 @@ def check_many(run: Run) -> None:
 
 def test_redis_is_restarted(tmp_path: Path) -> None:
     """Killed and started again with its append-only file: 200 queued and 4 running run once."""
-    with private_redis() as server, open_stack("redis", tmp_path, has_compute_logs=False) as stack:
+    with private_redis() as server, open_stack("redis", tmp_path) as stack:
         stack.broker = server.options
         run = begin_many(stack)
         server.kill()
@@ -58,7 +58,7 @@ def test_rabbitmq_is_restarted(tmp_path: Path) -> None:
     """Stopped in order and started again with its disk: 200 queued and 4 running run once."""
     with (
         private_rabbitmq() as node,
-        open_stack("rabbitmq", tmp_path, has_compute_logs=False) as stack,
+        open_stack("rabbitmq", tmp_path) as stack,
     ):
         stack.broker = ServerOptions(url=node.url, key_prefix=stack.prefix)
         run = begin_many(stack)
@@ -68,7 +68,7 @@ def test_rabbitmq_is_restarted(tmp_path: Path) -> None:
 
 def test_the_embedded_server_is_restarted(tmp_path: Path) -> None:
     """Killed, and started again by its keeper: 200 queued and 4 running run once."""
-    with open_stack("embedded", tmp_path, has_compute_logs=False) as stack:
+    with open_stack("embedded", tmp_path) as stack:
         run = begin_many(stack)
         with embedded_client(stack) as client:
             server = psutil.Process(client.info("server")["process_id"])

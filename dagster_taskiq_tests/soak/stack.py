@@ -20,7 +20,7 @@ from dagster import DagsterInstance
 from dagster_taskiq.servers.embedded.server import release_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_schema import schema_name
-from dagster_taskiq_tests.acceptance.harness import QUIET_SETTINGS, Stack, closed_stacks
+from dagster_taskiq_tests.acceptance.harness import DAGSTER_YAML, Stack, closed_stacks
 from dagster_taskiq_tests.acceptance.launched import launching_settings
 from dagster_taskiq_tests.proxy import Proxy, proxied
 from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
@@ -187,7 +187,7 @@ def open_watchers_instance(home: Path) -> DagsterInstance:
 def _write_settings(
     path: Path, database: str, more: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    settings = {"storage": {"postgres": {"postgres_url": database}}, **QUIET_SETTINGS, **more}
+    settings = {"storage": {"postgres": {"postgres_url": database}}, **DAGSTER_YAML, **more}
     path.write_text(yaml.safe_dump(settings))
 
 
