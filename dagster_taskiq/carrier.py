@@ -57,7 +57,7 @@ class Carrier:
 
     async def cancel(
         self, run_id: str, tasks: Mapping[str, str], reason: str
-    ) -> dict[str, TaskState]:
+    ) -> tuple[str, dict[str, TaskState]]:
         """Stop tasks of a run, and take those that nobody had claimed out of their queues.
 
         Args:
@@ -69,7 +69,7 @@ class Carrier:
         signer = self._servers.signer
         orders = {task_id: cancel_order(signer, task_id, reason) for task_id in tasks}
         # first the tombstones: from then on nobody can claim what is still queued
-        states = await self._backend.cancel(run_id, orders)
+        epoch, states = await self._backend.cancel(run_id, orders)
         unclaimed = {
             task_id: queue
             for task_id, queue in tasks.items()
@@ -77,7 +77,7 @@ class Carrier:
         }
         for physical, task_ids in self._by_physical_queue(unclaimed).items():
             await self._broker.withdraw(physical, task_ids)
-        return states
+        return epoch, states
 
     async def absent(self, tasks: Mapping[str, str]) -> set[str]:
         """Which of the tasks the broker certainly does not hold; see ``TaskBroker.absent``.

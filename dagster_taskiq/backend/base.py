@@ -163,8 +163,12 @@ class RunBackend(ABC):
         """
 
     @abstractmethod
-    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
-        """Say that the loop lives.
+    async def renew_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str | None:
+        """Say that the loop lives, with all that it said when it opened the run.
+
+        The server may have forgotten it meanwhile, and has it written again then.
 
         Returns:
             the epoch, or None when another loop has taken over or this one has closed the run.
@@ -199,17 +203,24 @@ class RunBackend(ABC):
     ) -> tuple[str, dict[str, TaskReport]]:
         """The epoch, and what is known of each task, in one round trip."""
 
+    async def epoch(self) -> str:
+        """The epoch."""
+        epoch, _ = await self.inspect("", [])
+        return epoch
+
     @abstractmethod
-    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
+    async def cancel(
+        self, run_id: str, orders: Mapping[str, str]
+    ) -> tuple[str, dict[str, TaskState]]:
         """Stop tasks: unclaimed ones become cancelled, holders of claimed ones are told.
 
         Args:
             orders: by task id, what the holder is told, ready to be sent.
 
         Returns:
-            the state of each when it was told. CANCELLED: nobody executes it and nobody will.
-            CLAIMED: its worker will report. EXPIRED: its claim has ended, the loop judges. DONE,
-            LOST: it was over.
+            the epoch, and the state of each when it was told. CANCELLED: nobody executes it and
+            nobody will. CLAIMED: its worker will report. EXPIRED: its claim has ended, the loop
+            judges. DONE, LOST: it was over.
         """
 
     @abstractmethod
@@ -243,6 +254,10 @@ class ClaimBackend(ABC):
     @abstractmethod
     async def begin(self, claim: Claim) -> None:
         """A task that was claimed ``until_begun`` has begun: nobody else may claim it any more."""
+
+    @abstractmethod
+    async def release(self, claim: Claim) -> None:
+        """End the lease of a claim now, if it is held; whoever holds it has stopped for good."""
 
     @abstractmethod
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
@@ -299,6 +314,13 @@ class ControlBackend(ABC):
 
         It is a listing for people, not one atomic step: of runs that change meanwhile it may show
         one moment or another.
+        """
+
+    @abstractmethod
+    async def tidy(self) -> None:
+        """Remove what has expired, a bounded amount of it, and close what is of no more use.
+
+        Workers call it now and then, each at times of its own.
         """
 
     @abstractmethod

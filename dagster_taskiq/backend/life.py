@@ -269,6 +269,11 @@ def begin_task(life: TaskLife, claim: Claim) -> TaskLife:
     return replace(life, has_begun=True) if life.is_held_by(claim) else life
 
 
+def release_task(life: TaskLife, claim: Claim) -> TaskLife:
+    """See ``ClaimBackend.release``."""
+    return life.without_hold() if life.is_held_by(claim) else life
+
+
 def renew_claim(
     life: TaskLife, run: RunLife, moment: Moment, claim: Claim
 ) -> tuple[TaskLife, Renewal]:

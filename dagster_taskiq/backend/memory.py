@@ -61,7 +61,6 @@ class MemoryBackend(Backend):
         self.address = server.address
         self._server = server
         self._signer = signer or Signer()
-        self._runs: dict[str, tuple[int, bool]] = {}
 
     async def startup(self) -> None:
         """See ``Backend``."""
@@ -77,7 +76,6 @@ class MemoryBackend(Backend):
         self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
     ) -> str:
         """See ``RunBackend``."""
-        self._runs[run_id] = (generation, is_resumable)
         with self._server.reached() as session:
             session.sweep()
             run, is_open = life.open_run(
@@ -93,9 +91,10 @@ class MemoryBackend(Backend):
             raise superseded_error(run_id, run.generation)
         return session.moment.epoch
 
-    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+    async def renew_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str | None:
         """See ``RunBackend``."""
-        generation, is_resumable = self._runs[run_id]
         with self._server.reached() as session:
             run, is_renewed = life.renew_run(
                 session.run(run_id),
@@ -115,7 +114,6 @@ class MemoryBackend(Backend):
             if is_closed:
                 session.put_run(run_id, run)
                 session.take(results_of(run_id))
-        self._runs.pop(run_id, None)
 
     async def disown_run(self, run_id: str) -> None:
         """See ``RunBackend``."""
@@ -151,7 +149,9 @@ class MemoryBackend(Backend):
             }
         return session.moment.epoch, reports
 
-    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
+    async def cancel(
+        self, run_id: str, orders: Mapping[str, str]
+    ) -> tuple[str, dict[str, TaskState]]:
         """See ``RunBackend``."""
         states: dict[str, TaskState] = {}
         with self._server.reached() as session:
@@ -162,7 +162,7 @@ class MemoryBackend(Backend):
                 if changed.hold and states[task_id] is TaskState.CLAIMED:
                     mailbox = orders_of(changed.hold.place.worker_id)
                     session.post(mailbox, order, CONTROL_EXPIRES_SECONDS)
-        return states
+        return session.moment.epoch, states
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
@@ -207,6 +207,12 @@ class MemoryBackend(Backend):
             changed = life.begin_task(before, claim)
             if changed is not before:
                 session.change_task(claim.run_id, claim.task_id, changed)
+
+    async def release(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        with self._server.reached() as session:
+            before = session.task(claim.run_id, claim.task_id)
+            session.put_task(claim.run_id, claim.task_id, life.release_task(before, claim))
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
@@ -293,6 +299,11 @@ class MemoryBackend(Backend):
         }
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
         return RunReport(run_id, run.loop is not None, bool(run.is_resumable), tasks)
+
+    async def tidy(self) -> None:
+        """See ``ControlBackend``."""
+        with self._server.reached() as session:
+            session.sweep()
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

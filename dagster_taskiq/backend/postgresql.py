@@ -31,7 +31,7 @@ from dagster_taskiq.backend.base import (
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, Push, channel_of
 from dagster_taskiq.backend.postgresql_schema import PART
-from dagster_taskiq.errors import MalformedResultError, ServerError
+from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
@@ -52,9 +52,8 @@ logger = logging.getLogger(__name__)
 #: How many tasks, results or orders one call is about.
 _BATCH = 500
 
-#: How many runs are removed at a time, and how often a worker tries to, on average.
+#: How many runs are removed at a time.
 _TIDY_RUNS = 100
-_TIDY_SECONDS = 60.0
 
 #: How often a worker looks for orders; together up to 500 workers look at most so often a second.
 _LOOK_SECONDS = 0.5
@@ -85,10 +84,8 @@ class PostgresqlBackend(Backend):
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
         self._push = Push(self.address, self._connections.connect, self._notify)
-        self._runs: dict[str, tuple[int, bool]] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._workers_count = 1
-        self._tidies_at = time.monotonic() + _TIDY_SECONDS * random.random()
 
     async def startup(self) -> None:
         """Reach the server and find the schema there, or make it."""
@@ -107,17 +104,16 @@ class PostgresqlBackend(Backend):
         self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
     ) -> str:
         """See ``RunBackend``."""
-        self._runs[run_id] = (generation, is_resumable)
-        ((epoch, live),) = await self._call(
-            "open_run", run_id, generation, token, is_resumable, float(lease_seconds)
-        )
+        values = (run_id, generation, token, is_resumable, float(lease_seconds))
+        ((epoch, live),) = await self._call("open_run", *values)
         if epoch is None:
             raise superseded_error(run_id, live)
         return str(epoch)
 
-    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+    async def renew_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str | None:
         """See ``RunBackend``."""
-        generation, is_resumable = self._runs[run_id]
         values = (run_id, generation, token, is_resumable, float(lease_seconds))
         ((epoch,),) = await self._call("renew_run", *values, is_urgent=True)
         return None if epoch is None else str(epoch)
@@ -125,7 +121,6 @@ class PostgresqlBackend(Backend):
     async def close_run(self, run_id: str, *, token: str) -> None:
         """See ``RunBackend``."""
         await self._call("close_run", run_id, token)
-        self._runs.pop(run_id, None)
         if mailbox := self._mailboxes.pop(run_id, None):
             mailbox.close()
 
@@ -196,15 +191,19 @@ class PostgresqlBackend(Backend):
                     epoch = word
         return epoch, reports
 
-    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
+    async def cancel(
+        self, run_id: str, orders: Mapping[str, str]
+    ) -> tuple[str, dict[str, TaskState]]:
         """See ``RunBackend``."""
+        epoch = ""
         states: dict[str, TaskState] = {}
         for batch in _batches(list(orders)) or [[]]:
             texts = [orders[task_id] for task_id in batch]
             values = (run_id, list(batch), texts, float(CONTROL_EXPIRES_SECONDS))
             words: dict[int, str] = dict(await self._call("cancel", *values))
             states |= {task: TaskState(words[n]) for n, task in enumerate(batch, start=1)}
-        return states
+            epoch = words[0]
+        return epoch, states
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
@@ -239,6 +238,10 @@ class PostgresqlBackend(Backend):
     async def begin(self, claim: Claim) -> None:
         """See ``ClaimBackend``."""
         await self._call("begin", claim.run_id, claim.task_id, claim.token)
+
+    async def release(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        await self._call("release", claim.run_id, claim.task_id, claim.token)
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
@@ -294,16 +297,6 @@ class PostgresqlBackend(Backend):
         tasks = write_running(self._signer, record.worker_id, running) if running else None
         values = (record.worker_id, data, tasks, float(expires_seconds))
         ((self._workers_count,),) = await self._call("heartbeat", *values, is_urgent=True)
-        if time.monotonic() >= self._tidies_at:
-            self._tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
-            await self._tidy()
-
-    async def _tidy(self) -> None:
-        try:
-            await self._call("tidy", _TIDY_RUNS)
-        except ServerError as error:
-            # another worker will, later; a heartbeat does not fail for it
-            logger.debug("Expired rows at %s were not removed: %s", self.address, error)
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
@@ -343,6 +336,10 @@ class PostgresqlBackend(Backend):
             if has_loop or tasks:
                 reports.append(RunReport(run_id, has_loop, is_resumable, tasks))
         return reports
+
+    async def tidy(self) -> None:
+        """See ``ControlBackend``."""
+        await self._call("tidy", _TIDY_RUNS)
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

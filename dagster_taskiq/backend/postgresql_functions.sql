@@ -240,6 +240,12 @@ BEGIN
     END LOOP;
     RETURN NEXT;
   END LOOP;
+  -- what this locks keeps a TRUNCATE away, also where there was no task
+  PERFORM FROM {s}.tasks WHERE run_id = p_run AND task_id = '';
+{epoch}
+  number := 0;
+  word := v_epoch;
+  RETURN NEXT;
 END $$;
 
 CREATE OR REPLACE FUNCTION {s}.condemn{v}(p_run text, p_task text) RETURNS boolean
@@ -354,6 +360,15 @@ BEGIN
   UPDATE {s}.tasks SET has_begun = true
     WHERE run_id = p_run AND task_id = p_task AND token = p_token AND state = 'claimed'
       AND lease_until > clock_timestamp();
+END $$;
+
+
+CREATE OR REPLACE FUNCTION {s}.release{v}(p_run text, p_task text, p_token text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  UPDATE {s}.tasks SET lease_until = 'epoch'
+    WHERE run_id = p_run AND task_id = p_task AND token = p_token AND state = 'claimed';
 END $$;
 
 

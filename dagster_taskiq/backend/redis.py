@@ -71,7 +71,6 @@ class RedisBackend(Backend):
         self._signer = signer
         self._store = RedisStore(options)
         self.address = self._store.address
-        self._runs: dict[str, tuple[int, bool]] = {}
         self._has_told_running = False
 
     async def startup(self) -> None:
@@ -88,21 +87,29 @@ class RedisBackend(Backend):
         self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
     ) -> str:
         """See ``RunBackend``."""
-        self._runs[run_id] = (generation, is_resumable)
-        answer = await self._run_script(scripts.OPEN_RUN, run_id, token, lease_seconds)
+        words = (run_id, generation, token, is_resumable, lease_seconds)
+        answer = await self._run_script(scripts.OPEN_RUN, *words)
         if answer[0] is None:
             raise superseded_error(run_id, answer[1])
         return text_of(answer[0])
 
-    async def renew_run(self, run_id: str, *, token: str, lease_seconds: float) -> str | None:
+    async def renew_run(
+        self, run_id: str, *, generation: int, token: str, is_resumable: bool, lease_seconds: float
+    ) -> str | None:
         """See ``RunBackend``."""
-        answer = await self._run_script(scripts.RENEW_RUN, run_id, token, lease_seconds)
+        words = (run_id, generation, token, is_resumable, lease_seconds)
+        answer = await self._run_script(scripts.RENEW_RUN, *words)
         return None if answer is None else text_of(answer)
 
     async def _run_script(
-        self, script: Script, run_id: str, token: str, lease_seconds: float
+        self,
+        script: Script,
+        run_id: str,
+        generation: int,
+        token: str,
+        is_resumable: bool,
+        lease_seconds: float,
     ) -> Any:
-        generation, is_resumable = self._runs[run_id]
         return await self._store.run(
             script,
             [self._store.epoch, self._store.record(run_id), self._store.loop(run_id)],
@@ -120,7 +127,6 @@ class RedisBackend(Backend):
         """See ``RunBackend``."""
         keys = [self._store.record(run_id), self._store.loop(run_id), self._store.mailbox(run_id)]
         await self._store.run(scripts.CLOSE_RUN, keys, [token])
-        self._runs.pop(run_id, None)
 
     async def disown_run(self, run_id: str) -> None:
         """See ``RunBackend``."""
@@ -173,20 +179,25 @@ class RedisBackend(Backend):
                 )
         return epoch, reports
 
-    async def cancel(self, run_id: str, orders: Mapping[str, str]) -> dict[str, TaskState]:
+    async def cancel(
+        self, run_id: str, orders: Mapping[str, str]
+    ) -> tuple[str, dict[str, TaskState]]:
         """See ``RunBackend``."""
+        keys = [self._store.epoch, self._store.record(run_id)]
+        epoch = ""
         states: dict[str, TaskState] = {}
-        for batch in _batches(list(orders)):
+        for batch in _batches(list(orders)) or [[]]:
             prefixes = [self._store.key(name) for name in ("claim:", "result:", "control:")]
             expiries = [CONTROL_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS]
             pairs = [part for task in batch for part in (task, orders[task])]
-            arguments = [*prefixes, *expiries, *pairs]
-            answer = await self._store.run(scripts.CANCEL, [self._store.record(run_id)], arguments)
+            arguments = [_fresh(), *prefixes, *expiries, *pairs]
+            first, *rest = await self._store.run(scripts.CANCEL, keys, arguments)
+            epoch = text_of(first)
             states |= {
                 task: self._state(run_id, task, state)
-                for task, state in zip(batch, answer, strict=True)
+                for task, state in zip(batch, rest, strict=True)
             }
-        return states
+        return epoch, states
 
     async def condemn(self, run_id: str, task_id: str) -> bool:
         """See ``RunBackend``."""
@@ -229,6 +240,11 @@ class RedisBackend(Backend):
             [self._store.record(claim.run_id), self._store.key("claim:", claim.task_id)],
             [claim.task_id, claim.token, RUN_RECORD_EXPIRES_SECONDS],
         )
+
+    async def release(self, claim: Claim) -> None:
+        """See ``ClaimBackend``."""
+        keys = [self._store.key("claim:", claim.task_id)]
+        await self._store.run(scripts.RELEASE, keys, [claim.token])
 
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         """See ``ClaimBackend``."""
@@ -303,7 +319,6 @@ class RedisBackend(Backend):
             self._has_told_running = bool(running)
             pipeline.zadd(self._store.workers, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
-        await self._store.close_idle_connections()
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
@@ -322,9 +337,6 @@ class RedisBackend(Backend):
     async def _of_workers(self, part: str) -> dict[str, bytes]:
         """What the workers have stored under their ids, in keys that begin so."""
         async with self._store.reached() as redis:
-            # records expire by themselves; the set only says which to look for, so hosts whose
-            # clocks differ do no harm if what is old is dropped late
-            await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
             members: Any = await redis.zrange(self._store.workers, 0, -1)
             ids = [text_of(item) for item in members]
             if not ids:
@@ -358,6 +370,13 @@ class RedisBackend(Backend):
         reports = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
         return RunReport(run_id, bool(loop), fields.get("resumable") == "1", tasks)
+
+    async def tidy(self) -> None:
+        """See ``ControlBackend``: keys expire by themselves, but for a name in a set."""
+        async with self._store.reached() as redis:
+            # hosts whose clocks differ do no harm if what is old is dropped late
+            await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
+        await self._store.close_idle_connections()
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

@@ -1,6 +1,7 @@
 """The Redis backend's Lua scripts: each is one atomic step of a task's life (see ``life``).
 
-The scripts that open or renew a run, claim, renew, complete or inspect call ``epoch`` first. It
+The scripts that open or renew a run, claim, renew, complete, inspect or cancel call ``epoch``
+first. It
 notices in the same atomic step whether the server is still in the life that the caller knows: the
 key vanishes with a flush, and the server's own run id changes with a restart (perhaps from an older
 snapshot) or a fail-over to a replica.
@@ -238,6 +239,14 @@ return 1
 """
 )
 
+#: KEYS claim. ARGV token.
+RELEASE = Script(
+    """
+if redis.call('HGET', KEYS[1], 'token') == ARGV[1] then redis.call('DEL', KEYS[1]) end
+return 1
+"""
+)
+
 #: KEYS mailbox. ARGV most, prefix of the results' keys, a task that was in the mailbox. Returns
 #: {task, result, ...} for that one and for what is in the mailbox.
 COLLECT = Script(
@@ -283,43 +292,45 @@ return answer
 """
 )
 
-#: KEYS record. ARGV prefix of the claims' keys, of the results' keys, of the control mailboxes'
-#: keys, mailbox expiry s, record expiry s, then each task and the order for its worker, which may
-#: be signed. Returns the state of each.
+#: KEYS epoch, record. ARGV fresh epoch, prefix of the claims' keys, of the results' keys, of the
+#: control mailboxes' keys, mailbox expiry s, record expiry s, then each task and the order for its
+#: worker, which may be signed. Returns {epoch, state, ...}.
 CANCEL = Script(
-    _KEEP
+    _PRELUDE
+    + _KEEP
     + _IS_OPEN
     + _STATE
     + """
-local answer = {}
-for index = 6, #ARGV, 2 do
+local answer = {epoch(KEYS[1], ARGV[1])}
+local record = KEYS[2]
+for index = 7, #ARGV, 2 do
   local task, order = ARGV[index], ARGV[index + 1]
-  local state = task_state(KEYS[1], task)
-  local place = redis.call('HGET', ARGV[1] .. task, 'place')
-  local has_result = not place and is_open(state) and redis.call('EXISTS', ARGV[2] .. task) == 1
+  local state = task_state(record, task)
+  local place = redis.call('HGET', ARGV[2] .. task, 'place')
+  local has_result = not place and is_open(state) and redis.call('EXISTS', ARGV[3] .. task) == 1
   if has_result or (state and string.match(state, '^done')) then
     answer[#answer + 1] = 'done'
   elseif place then
-    redis.call('HSET', KEYS[1], 'c:' .. task, order)
+    redis.call('HSET', record, 'c:' .. task, order)
     local is_json, where = pcall(cjson.decode, place)
     if is_json and type(where) == 'table' and type(where.worker_id) == 'string' then
-      local mailbox = ARGV[3] .. where.worker_id
+      local mailbox = ARGV[4] .. where.worker_id
       redis.pcall('RPUSH', mailbox, order)
-      redis.pcall('EXPIRE', mailbox, ARGV[4])
+      redis.pcall('EXPIRE', mailbox, ARGV[5])
     end
     answer[#answer + 1] = 'claimed'
   elseif state == 'claimed' then
     -- it may have started, so it is for the loop to judge; a worker that lives is told
-    redis.call('HSET', KEYS[1], 'c:' .. task, order)
+    redis.call('HSET', record, 'c:' .. task, order)
     answer[#answer + 1] = 'expired'
   elseif state == 'lost' then
     answer[#answer + 1] = 'lost'
   else
-    redis.call('HSET', KEYS[1], 't:' .. task, 'cancelled')
+    redis.call('HSET', record, 't:' .. task, 'cancelled')
     answer[#answer + 1] = 'cancelled'
   end
 end
-keep(KEYS[1], ARGV[5])
+keep(record, ARGV[6])
 return answer
 """
 )
@@ -366,6 +377,7 @@ ALL = (
     RENEW,
     COMPLETE,
     BEGIN,
+    RELEASE,
     COLLECT,
     INSPECT,
     CANCEL,

@@ -67,16 +67,16 @@ class RunClient:
         self._call(lambda: self._ask(queue))
 
     async def _ask(self, queue: str) -> None:
-        await self._backend.inspect("", [])
+        await self._backend.epoch()
         await self._carrier.depth(queue)
 
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
-        return self._call(self._epoch)
 
-    async def _epoch(self) -> str:
-        epoch, _ = await self._backend.inspect("", [])
-        return epoch
+        async def ask() -> str:
+            return await self._backend.epoch()
+
+        return self._call(ask)
 
     def submit(self, envelope: Envelope) -> None:
         """Send a run."""
@@ -121,7 +121,7 @@ class RunClient:
 
         async def cancel() -> TaskState:
             await self._backend.disown_run(run_id)
-            states = await self._carrier.cancel(run_id, {task_id: queue}, reason)
+            _, states = await self._carrier.cancel(run_id, {task_id: queue}, reason)
             return states[task_id]
 
         return self._call(cancel)

@@ -213,7 +213,11 @@ class Client(Dispatcher):
         sent_at = time.monotonic()
         try:
             epoch = await self._backend.renew_run(
-                self._run_id, token=self._token, lease_seconds=self._lease_seconds
+                self._run_id,
+                generation=self._generation,
+                token=self._token,
+                is_resumable=self._is_resumable,
+                lease_seconds=self._lease_seconds,
             )
         except ServerError as error:
             if sent_at > self._answered_at:
@@ -323,8 +327,7 @@ class Client(Dispatcher):
         return self._call(lambda: self._cancel(tasks, reason))
 
     async def _cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
-        states = await self._carrier.cancel(self._run_id, _queues(tasks), reason)
-        epoch, _ = await self._backend.inspect(self._run_id, [])
+        epoch, states = await self._carrier.cancel(self._run_id, _queues(tasks), reason)
         self._note_epoch(epoch)
         if self._watch.epoch_seconds(time.monotonic()) >= self._lease_seconds:
             return states

@@ -319,10 +319,18 @@ class Attempt:
             raise CopyOfStepError(result.reason.removesuffix("."))
         is_stopped = lease.stop_reason not in (None, StopReason.CANCELLED)
         if not has_begun and (is_stopped or self._shortage is not None):
+            await self._let_go(lease.claim)
             return  # as it is neither acked nor completed, another worker starts it
         if await self._store(lease, result) and not has_begun:
             await self._end_unbegun(lease, result)
             await self._ack()
+
+    async def _let_go(self, claim: Claim) -> None:
+        """Let another worker have a run at once whose process is gone and had not begun."""
+        try:
+            await self._tools.backend.release(claim)
+        except ServerError as error:
+            logger.debug("The claim on run %s ends by itself: %s", claim.run_id, error)
 
     def _sealed(self, result: TaskResult) -> bytes:
         """The result as it is stored; of one that is too large only the reason why it is not sent.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -20,6 +21,9 @@ from dagster_taskiq.worker.observer import CountingObserver
 from dagster_taskiq.worker.options import WorkerOptions
 
 logger = logging.getLogger(__name__)
+
+#: How often a worker has the backend tidy up, on average.
+_TIDY_SECONDS = 60.0
 
 
 class Listing:
@@ -65,10 +69,21 @@ class Listing:
         await self._send()
 
     async def run(self) -> None:
-        """Send a heartbeat now and then, until cancelled."""
+        """Send a heartbeat now and then, and have the backend tidied, until cancelled."""
+        tidies_at = time.monotonic() + _TIDY_SECONDS * random.random()
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             await self.update()
+            if time.monotonic() >= tidies_at:
+                tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
+                await self._tidy()
+
+    async def _tidy(self) -> None:
+        try:
+            await self._backend.tidy()
+        except ServerError as error:
+            # another worker will, or this one later
+            logger.debug("What has expired was not removed: %s", error)
 
     async def update(self) -> None:
         """Send the present record, if the backend answers."""

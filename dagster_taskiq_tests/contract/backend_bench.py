@@ -373,6 +373,8 @@ class Bench:
             raise
         self.run_id = uuid.uuid4().hex
         self.epoch = ""
+        #: What the loops of each token said when they opened the run.
+        self.loops: dict[str, dict[str, Any]] = {}
 
     def open(self, signer: Signer | None = None) -> Backend:
         """Another process' view of the same server."""
@@ -401,21 +403,15 @@ class Bench:
         is_resumable: bool = False,
         lease_seconds: float = LONG_LEASE,
     ) -> str:
-        self.epoch = self.call(
-            self.backend.open_run(
-                self.run_id,
-                generation=generation,
-                token=token,
-                is_resumable=is_resumable,
-                lease_seconds=lease_seconds,
-            )
-        )
+        loop = {"generation": generation, "token": token, "is_resumable": is_resumable}
+        self.loops[token] = loop
+        opening = self.backend.open_run(self.run_id, **loop, lease_seconds=lease_seconds)
+        self.epoch = self.call(opening)
         return self.epoch
 
     def renew_run(self, token: str = "loop", lease_seconds: float = LONG_LEASE) -> str | None:
-        return self.call(
-            self.backend.renew_run(self.run_id, token=token, lease_seconds=lease_seconds)
-        )
+        loop = self.loops[token]
+        return self.call(self.backend.renew_run(self.run_id, **loop, lease_seconds=lease_seconds))
 
     def close_run(self, token: str = "loop") -> None:
         self.call(self.backend.close_run(self.run_id, token=token))
@@ -430,7 +426,9 @@ class Bench:
         return self.report(task_id).state
 
     def cancel(self, *task_ids: str) -> list[TaskState]:
-        answer = self.call(self.backend.cancel(self.run_id, dict.fromkeys(task_ids, "enough")))
+        orders = dict.fromkeys(task_ids, "enough")
+        epoch, answer = self.call(self.backend.cancel(self.run_id, orders))
+        assert epoch == self.call(self.backend.epoch())
         assert list(answer) == list(task_ids)
         return list(answer.values())
 
@@ -476,6 +474,9 @@ class Bench:
 
     def begin(self, claim: Claim) -> None:
         self.call(self.backend.begin(claim))
+
+    def release(self, claim: Claim) -> None:
+        self.call(self.backend.release(claim))
 
     def complete(self, claim: Claim, result: bytes = b"result", expires: float = 600) -> bool:
         return self.call(self.backend.complete(claim, result, expires_seconds=expires))

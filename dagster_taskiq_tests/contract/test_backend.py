@@ -285,6 +285,24 @@ def test_a_launched_run_that_ended_before_it_began(empty: Bench) -> None:
     assert claim_until_begun(empty, cancelled) is ClaimAnswer.CANCELLED
 
 
+def test_a_claim_that_is_released_is_over(empty: Bench) -> None:
+    """A launched run is free at once, a step for its loop to judge; nobody ends another's."""
+    first, second = (empty.new_claim("run") for _ in range(2))
+    assert claim_until_begun(empty, first) is ClaimAnswer.GRANTED
+    empty.release(second)
+    assert claim_until_begun(empty, second) is ClaimAnswer.PENDING
+    empty.release(first)
+    assert claim_until_begun(empty, second) is ClaimAnswer.GRANTED
+    empty.release(first)
+    assert empty.state("run") is TaskState.CLAIMED
+    empty.open_run()
+    step = empty.claimed()
+    empty.release(step)
+    assert empty.state(step.task_id) is TaskState.EXPIRED
+    assert not empty.renew(step).is_held
+    assert not empty.complete(step)
+
+
 def claim_until_begun(bench: Bench, claim: Claim) -> ClaimAnswer:
     return bench.claim(claim, needs_live_run=False, until_begun=True)
 
@@ -770,7 +788,9 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "open_run": lambda: backend.open_run(
             "run", generation=0, token="t", is_resumable=False, lease_seconds=1
         ),
-        "renew_run": lambda: backend.renew_run("run", token="t", lease_seconds=1),
+        "renew_run": lambda: backend.renew_run(
+            "run", generation=0, token="t", is_resumable=False, lease_seconds=1
+        ),
         "close_run": lambda: backend.close_run("run", token="t"),
         "disown_run": lambda: backend.disown_run("run"),
         "wait_for_results": lambda: backend.wait_for_results("run", 0.01),
@@ -784,12 +804,14 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "renew": lambda: backend.renew([claim]),
         "complete": lambda: backend.complete(claim, b"", expires_seconds=1),
         "begin": lambda: backend.begin(claim),
+        "release": lambda: backend.release(claim),
         "heartbeat": lambda: backend.heartbeat(record("w"), expires_seconds=1),
         "goodbye": lambda: backend.goodbye("w"),
         "workers": backend.workers,
         "runs": backend.runs,
         "running": backend.running,
         "send_control": lambda: backend.send_control("w", "x"),
+        "tidy": backend.tidy,
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),
     }
 

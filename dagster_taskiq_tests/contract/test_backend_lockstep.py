@@ -46,7 +46,7 @@ class Side:
 
     def see(self, epoch: str | None = None) -> int:
         """How many epochs there have been, with the present one."""
-        found = epoch or self.bench.call(self.bench.backend.inspect("", []))[0]
+        found = epoch or self.bench.call(self.bench.backend.epoch())
         if found not in self.epochs:
             self.epochs.append(found)
         return self.epochs.index(found)
@@ -56,19 +56,13 @@ class Side:
         run_id = self.bench.run_id
         if what == "close":
             return self.bench.call(backend.close_run(run_id, token=token))
+        words: dict[str, Any] = {"generation": generation, "token": token}
+        words |= {"is_resumable": is_resumable, "lease_seconds": LONG_LEASE}
         if what == "renew":
-            renew = backend.renew_run(run_id, token=token, lease_seconds=LONG_LEASE)
-            epoch = self.bench.call(renew)
+            epoch = self.bench.call(backend.renew_run(run_id, **words))
             return epoch and self.see(epoch)
-        opened = backend.open_run(
-            run_id,
-            generation=generation,
-            token=token,
-            is_resumable=is_resumable,
-            lease_seconds=LONG_LEASE,
-        )
         try:
-            return self.see(self.bench.call(opened))
+            return self.see(self.bench.call(backend.open_run(run_id, **words)))
         except SupersededLoopError as error:
             return str(error)
 
@@ -158,7 +152,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(
         worker=WORKERS,
         epochs_ago=st.integers(0, 1),
-        what=st.sampled_from(["renew", "complete", "refuse", "begin", "expire"]),
+        what=st.sampled_from(["renew", "complete", "refuse", "begin", "release", "expire"]),
     )
     def work(self, worker: int, epochs_ago: int, what: str) -> None:
         self.both(lambda side: side.work(what, side.claim_of(worker, epochs_ago)))

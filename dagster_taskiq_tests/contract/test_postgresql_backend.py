@@ -46,6 +46,14 @@ from dagster_taskiq_tests.tls_servers import certificates
 
 SECRET = "opensesame"
 
+#: What a run's loop says of itself.
+LOOP: dict[str, Any] = {
+    "generation": 0,
+    "token": "t",
+    "is_resumable": False,
+    "lease_seconds": LONG_LEASE,
+}
+
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
@@ -341,7 +349,8 @@ def test_one_killed_session_ends_the_epoch() -> None:
 
         async def renew() -> str | None:
             with suppress(UnreachableServerError):
-                return await bench.backend.renew_run(bench.run_id, token="loop", lease_seconds=60)
+                loop = bench.loops["loop"]
+                return await bench.backend.renew_run(bench.run_id, **loop, lease_seconds=60)
             return epoch
 
         async def new_epoch() -> None:
@@ -377,8 +386,7 @@ def test_a_promoted_standby_is_another_life() -> None:
         hosts = f"?host=127.0.0.1,127.0.0.1&port={','.join(ports)}"
         url = f"postgresql://postgres@/postgres{hosts}"
         backend = backend_of(replace(options, url=url))
-        arguments: Any = {"token": "t", "lease_seconds": LONG_LEASE}
-        epoch = await backend.open_run("run", generation=0, is_resumable=False, **arguments)
+        epoch = await backend.open_run("run", **LOOP)
         claims = [Claim("run", f"t{n}", "w", LONG_LEASE, epoch, NOWHERE) for n in range(2)]
         assert await backend.claim(claims[0], needs_live_run=True) is ClaimAnswer.GRANTED
         await asyncio.to_thread(standby.stop)  # from here on it misses what happens
@@ -388,7 +396,7 @@ def test_a_promoted_standby_is_another_life() -> None:
         with pytest.raises(UnreachableServerError):
             await backend.renew(claims)
         await asyncio.to_thread(execute_sql, standby.url, "SELECT pg_promote()")
-        assert await backend.renew_run("run", **arguments) not in (None, epoch)
+        assert await backend.renew_run("run", **LOOP) not in (None, epoch)
         other = replace(claims[1], token="other")
         assert await backend.claim(other, needs_live_run=True) is ClaimAnswer.STALE
         assert [renewal.is_held for renewal in await backend.renew(claims)] == [True, True]
@@ -501,12 +509,8 @@ def test_a_strict_isolation_level_by_default_changes_nothing() -> None:
             url, f"ALTER DATABASE \"{name}\" SET default_transaction_isolation TO 'serializable'"
         )
         backend = backend_of(ServerOptions(url))
-        await backend.open_run(
-            "run", generation=0, token="t", is_resumable=False, lease_seconds=LONG_LEASE
-        )
-        await asyncio.gather(
-            *(backend.renew_run("run", token="t", lease_seconds=LONG_LEASE) for _ in range(50))
-        )
+        await backend.open_run("run", **LOOP)
+        await asyncio.gather(*(backend.renew_run("run", **LOOP) for _ in range(50)))
         await backend.shutdown()
 
     with postgres_database() as url:
@@ -604,13 +608,6 @@ def test_a_foreign_notification_does_no_harm(bench: Bench, server: PostgresHarne
 # --- what has expired ---
 
 
-def tidy(bench: Bench) -> None:
-    """As a worker does, now and then."""
-    backend = cast("PostgresqlBackend", bench.backend)
-    backend._tidies_at = 0.0
-    bench.call(backend.heartbeat(record("w"), expires_seconds=30))
-
-
 def count(server: PostgresHarness, table: str) -> int:
     return int(server.execute(f"SELECT count(*) FROM {{s}}.{table}")[0][0])
 
@@ -620,18 +617,19 @@ def test_what_has_expired_is_removed_by_workers(bench: Bench, server: PostgresHa
     done = bench.claimed()
     bench.complete(done)
     bench.call(bench.backend.send_control("w", "x"))
-    tidy(bench)
+    bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30))
+    bench.call(bench.backend.tidy())
     assert [count(server, table) for table in ("runs", "tasks", "results", "orders")] == [1] * 4
     bench.close_run()
-    tidy(bench)
+    bench.call(bench.backend.tidy())
     assert count(server, "tasks") == 1
     server.execute("UPDATE {s}.runs SET seen_at = clock_timestamp() - interval '2 h'")
     server.execute("UPDATE {s}.orders SET expires_at = 'epoch'")
     server.execute("INSERT INTO {s}.workers VALUES ('gone', '', 'epoch')")
-    tidy(bench)
+    bench.call(bench.backend.tidy())
     assert count(server, "tasks") == 1, "its last lease has ended only now"
     server.execute("UPDATE {s}.tasks SET lease_until = clock_timestamp() - interval '2 h'")
-    tidy(bench)
+    bench.call(bench.backend.tidy())
     assert [count(server, table) for table in ("runs", "tasks", "results", "orders")] == [0] * 4
     assert count(server, "workers") == 1
 
@@ -649,7 +647,7 @@ def test_a_task_of_a_run_without_a_loop_is_removed_too(
                 f"UPDATE {{s}}.{change} = clock_timestamp() - interval '{age}' "
                 "WHERE run_id = 'launched'"
             )
-        tidy(bench)
+        bench.call(bench.backend.tidy())
         assert count(server, "tasks") == left
 
 
@@ -661,9 +659,9 @@ def test_a_clean_up_takes_a_bounded_amount_and_one_at_a_time(
         "SELECT 'old ' || n, 'epoch' FROM generate_series(1, 250) AS n"
     )
     for left in (150, 50, 0):
-        tidy(bench)
+        bench.call(bench.backend.tidy())
         assert count(server, "runs") == left + 1
     server.execute("INSERT INTO {s}.runs (run_id, seen_at) VALUES ('old', 'epoch')")
     server.execute(f"SELECT pg_advisory_lock({Schema(server.options.key_prefix, PART).lock})")
-    tidy(bench)
+    bench.call(bench.backend.tidy())
     assert count(server, "runs") == 2

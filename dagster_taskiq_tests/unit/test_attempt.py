@@ -207,7 +207,7 @@ def stopping(reason: StopReason) -> Callable[[Scene], Awaitable[ChildDied]]:
 def test_a_run_that_is_stopped_before_it_began_goes_to_another_worker() -> None:
     """Its process is killed at once, since at a SIGTERM Dagster would fail the run."""
     scene = play(RUN_TASK, acting(stopping(StopReason.LEASE_LOST)))
-    assert scene.happened == ["claim granted", "killed"]
+    assert scene.happened == ["claim granted", "killed", "release"]
     assert scene.failed_runs == []
 
 

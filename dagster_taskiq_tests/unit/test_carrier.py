@@ -73,7 +73,7 @@ class Scene:
 
     async def claim(self, task_id: str) -> Claim:
         """Have a worker hold a task."""
-        epoch, _ = await self.backend.inspect("run", [])
+        epoch = await self.backend.epoch()
         claim = Claim("run", task_id, f"token-{task_id}", 30.0, epoch, PLACE)
         await self.backend.claim(claim, needs_live_run=False)
         return claim
@@ -97,7 +97,7 @@ def test_tombstones_come_before_the_withdrawal(scene: Scene) -> None:
         tasks = {"a": "q", "b": "q", "c": "other", "held": "q"}
         await scene.send(tasks)
         await scene.claim("held")
-        states = await scene.carrier.cancel("run", tasks, "enough")
+        _, states = await scene.carrier.cancel("run", tasks, "enough")
         assert states == dict.fromkeys("abc", TaskState.CANCELLED) | {"held": TaskState.CLAIMED}
         assert scene.broker.withdrawn == [
             (scene.physical, ["a", "b"]),

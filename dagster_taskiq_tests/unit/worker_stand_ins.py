@@ -133,6 +133,9 @@ class FakeBackend:
     async def begin(self, claim: Claim) -> None:
         self.happened.append("begin")
 
+    async def release(self, claim: Claim) -> None:
+        self.happened.append("release")
+
     async def renew(self, claims: Sequence[Claim]) -> list[Renewal]:
         return [Renewal(True, None, True, False, it.epoch) for it in claims]
 
@@ -158,6 +161,8 @@ class FakeBackend:
     ) -> None:
         self.records.append(record)
         self.told = running
+
+    async def tidy(self) -> None: ...
 
     async def goodbye(self, worker_id: str) -> None:
         self.happened.append("goodbye")
