@@ -1,9 +1,9 @@
 """The backend on PostgreSQL.
 
 A deployment has a schema of its own (``postgresql_schema``), in which each method is one call of
-one function (``postgresql_functions``). A run's loop is woken by NOTIFY where that works
-(``postgresql_hints``); workers look for their orders, the less often the more of them there are.
-What has expired is removed by workers, now and then, a bounded amount.
+one function (``postgresql_functions``). A run's loop is woken by the broker's bell, or else by
+NOTIFY where that works (``postgresql_hints``); workers look for their orders, the less often the
+more of them there are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dagster_taskiq.backend.base import (
     TaskState,
     superseded_error,
 )
-from dagster_taskiq.backend.postgresql_hints import Mailbox, Push, channel_of
+from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.plain_text import plain_name
@@ -43,6 +43,7 @@ from dagster_taskiq.messages.worker_records import (
     write_record,
     write_running,
 )
+from dagster_taskiq.servers.bell import Bell
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
 from dagster_taskiq.servers.postgresql_schema import Schema
@@ -72,18 +73,20 @@ class PostgresqlBackend(Backend):
     Args:
         options: how to reach the server.
         signer: of workers' records.
+        bell: that tells of results; None for NOTIFY.
 
     Raises:
         ConfigError: libpq cannot read the URL.
     """
 
-    def __init__(self, options: ServerOptions, signer: Signer) -> None:
+    def __init__(self, options: ServerOptions, signer: Signer, bell: Bell | None = None) -> None:
         self.address = options.address
         self._signer = signer
         self._said: set[str] = set()
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
-        self._push = Push(self.address, self._connections.connect, self._notify)
+        self._notifies = bell is None
+        self._bell = bell or NotifyBell(self.address, self._connections.connect, self._notify)
         self._mailboxes: dict[str, Mailbox] = {}
         self._workers_count = 1
 
@@ -96,6 +99,7 @@ class PostgresqlBackend(Backend):
         for mailbox in self._mailboxes.values():
             mailbox.close()
         self._mailboxes.clear()
+        await self._bell.close()
         self._connections.close()
 
     # --- the execution loop's side ---
@@ -134,7 +138,7 @@ class PostgresqlBackend(Backend):
         deadline = loop.time() + timeout_seconds
         mailbox = self._mailboxes.get(run_id)
         if mailbox is None:
-            mailbox = Mailbox(channel_of(self._schema.name, run_id), self._push)
+            mailbox = Mailbox(self._mailbox_name(run_id), self._bell)
             self._mailboxes[run_id] = mailbox
         is_last = False
         while True:
@@ -142,9 +146,11 @@ class PostgresqlBackend(Backend):
             left = deadline - loop.time()
             if found or is_last:
                 return found
-            with server_errors(self.address):
-                await mailbox.wait(max(0.0, left))
+            await mailbox.wait(max(0.0, left))
             is_last = loop.time() >= deadline
+
+    def _mailbox_name(self, run_id: str) -> str:
+        return channel_of(self._schema.name, run_id) if self._notifies else run_id
 
     async def _collect(self, run_id: str, mailbox: Mailbox, *, is_last: bool) -> dict[str, bytes]:
         """The results that were not handed out yet."""
@@ -153,6 +159,7 @@ class PostgresqlBackend(Backend):
             stored = dict(await self._call("list_results", run_id))
             mailbox.seen = {key: it for key, it in mailbox.seen.items() if key in stored}
             task_ids = [key for key, version in stored.items() if mailbox.seen.get(key) != version]
+            mailbox.unheard = set(task_ids)
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
             for task_id, version, data in await self._call("read_results", run_id, list(batch)):
@@ -270,6 +277,7 @@ class PostgresqlBackend(Backend):
         self, claim: Claim, result: bytes, *, expires_seconds: float, is_refused: bool = False
     ) -> bool:
         """See ``ClaimBackend``."""
+        mailbox = self._mailbox_name(claim.run_id)
         ((is_stored,),) = await self._call(
             "complete",
             claim.run_id,
@@ -279,8 +287,10 @@ class PostgresqlBackend(Backend):
             result,
             float(expires_seconds),
             "refused" if is_refused else "done",
-            channel_of(self._schema.name, claim.run_id),
+            mailbox if self._notifies else None,
         )
+        if is_stored:
+            self._bell.ring(mailbox, claim.task_id)
         return bool(is_stored)
 
     # --- the list of workers, and messages to them ---

@@ -458,7 +458,9 @@ BEGIN
     VALUES (p_run, p_task, p_result, clock_timestamp() + p_expires * interval '1 s')
     ON CONFLICT (run_id, task_id) DO UPDATE SET result = excluded.result,
       expires_at = excluded.expires_at;
-  PERFORM pg_notify(p_channel, CASE WHEN length(p_task) < 1000 THEN p_task ELSE '' END);
+  IF p_channel IS NOT NULL THEN
+    PERFORM pg_notify(p_channel, CASE WHEN length(p_task) < 1000 THEN p_task ELSE '' END);
+  END IF;
   RETURN true;
 END $$;
 

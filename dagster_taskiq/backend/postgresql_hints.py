@@ -1,9 +1,8 @@
-"""How a run's loop learns that results have come, from PostgreSQL: by NOTIFY, or by looking.
+"""How a run's loop learns that results have come, from PostgreSQL: by hints, and by looking.
 
 Each NOTIFY wakes every session that listens in the database, whatever it listens to, so only runs'
-loops do. A hint may be lost and never is the truth: behind it the loop looks all the same, seldom.
-Where hints do not arrive, as behind a pooler that gives each transaction another session, it looks
-often.
+loops do, and only where the broker has no bell. Where hints do not arrive, as behind a pooler that
+gives each transaction another session, the loop looks often.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from collections.abc import Awaitable, Callable
 import psycopg
 from psycopg import pq
 
-from dagster_taskiq.servers.postgresql_client import Connection
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.servers.bell import Bell, Hearing
+from dagster_taskiq.servers.postgresql_client import Connection, server_errors
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ _TEST_SECONDS = 1.0
 #: A wait that is shorter is no reason to listen.
 _SHORT_SECONDS = 0.2
 
+#: Pause before a bell is tried again that could not be heard.
+_LISTEN_AGAIN_SECONDS = 2.0
+
 
 def channel_of(schema: str, run_id: str) -> str:
     """The channel of a run's hints: a short name, whatever they are."""
@@ -38,17 +42,13 @@ def channel_of(schema: str, run_id: str) -> str:
     return f"dagster_taskiq_{digest}"
 
 
-class Listener:
+class _Listener(Hearing):
     """A connection that hears the hints of one channel."""
 
     def __init__(self, connection: Connection, arrived: asyncio.Event) -> None:
-        self.hints: set[str] = set()
-        #: Of the connection's end.
-        self.is_lost = False
-        self.has_heard = False
+        super().__init__(arrived)
         self._pgconn = connection.pgconn
         self._connection = connection
-        self._arrived = arrived
         self._loop = asyncio.get_running_loop()
         self._descriptor = self._pgconn.socket
         self._loop.add_reader(self._descriptor, self._read)
@@ -57,25 +57,25 @@ class Listener:
         try:
             self._pgconn.consume_input()
             while notification := self._pgconn.notifies():
-                self.has_heard = True
-                self.hints.add(notification.extra.decode())
+                self.hear(notification.extra.decode())
             is_lost = self._pgconn.status != pq.ConnStatus.OK
         except psycopg.Error:
             is_lost = True
         if is_lost:
             self.close()
-        self._arrived.set()
 
     def close(self) -> None:
-        """Hear no more."""
+        """See ``Hearing``."""
         if not self.is_lost:
-            self.is_lost = True
             self._loop.remove_reader(self._descriptor)
             self._pgconn.finish()
+            self.lose()
 
 
-class Push:
-    """Whether hints arrive from this server, which is found out once, and said once.
+class NotifyBell(Bell):
+    """NOTIFY and LISTEN; whether hints arrive is found out once, and said once.
+
+    A mailbox is a channel. The backend rings in the step that stores a result.
 
     Args:
         address: of the server.
@@ -89,20 +89,19 @@ class Push:
         connect: Callable[[], Awaitable[Connection]],
         notify: Callable[[str], Awaitable[object]],
     ) -> None:
-        self.works = True
         self._address = address
         self._connect = connect
         self._notify = notify
 
-    async def listen(self, channel: str, arrived: asyncio.Event) -> Listener | None:
-        """A listener that has heard its first hint; None where hints do not arrive.
+    def ring(self, mailbox: str, hint: str) -> None:
+        """See ``Bell``: there is nothing left to do."""
 
-        Raises:
-            UnreachableServerError: it did not answer in time.
-            psycopg.Error, OSError: see ``server_errors``.
-        """
-        if not self.works:
-            return None
+    async def listen(self, mailbox: str, arrived: asyncio.Event) -> Hearing | None:
+        """See ``Bell``: a listener that has heard its first hint."""
+        with server_errors(self._address):
+            return await self._listen(mailbox, arrived)
+
+    async def _listen(self, channel: str, arrived: asyncio.Event) -> _Listener | None:
         connection = await self._connect()
         if connection.prepare_threshold is None:
             connection.pgconn.finish()
@@ -110,7 +109,7 @@ class Push:
             return None
         try:
             await connection.execute(f'LISTEN "{channel}"')
-            listener = Listener(connection, arrived)
+            listener = _Listener(connection, arrived)
         except BaseException:
             connection.pgconn.finish()
             raise
@@ -137,8 +136,11 @@ class Push:
             _LOOK_WITHOUT_HINTS_SECONDS,
         )
 
+    async def close(self) -> None:
+        """See ``Bell``: the connections are the listeners' own."""
 
-async def _heard(listener: Listener, arrived: asyncio.Event) -> None:
+
+async def _heard(listener: _Listener, arrived: asyncio.Event) -> None:
     deadline = asyncio.get_running_loop().time() + _TEST_SECONDS
     while not listener.has_heard and not listener.is_lost:
         left = deadline - asyncio.get_running_loop().time()
@@ -152,48 +154,52 @@ async def _heard(listener: Listener, arrived: asyncio.Event) -> None:
 class Mailbox:
     """What a loop knows of the results of one run.
 
+    Args:
+        name: that the bell rings for.
+        bell: which brings the hints.
+
     Attributes:
         seen: by task id, the version of the result that was handed out. A task that was refused
             and sent again has another one.
+        unheard: the tasks whose results the last look has found, and of which no hint has come.
     """
 
-    def __init__(self, channel: str, push: Push) -> None:
+    def __init__(self, name: str, bell: Bell) -> None:
         self.seen: dict[str, str] = {}
-        self._channel = channel
-        self._push = push
-        self._listener: Listener | None = None
+        self.unheard: set[str] = set()
+        self._name = name
+        self._bell = bell
+        self._hearing: Hearing | None = None
+        self._listening: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
         self._looks_at = 0.0
+        self._listens_at = 0.0
         self._is_closed = False
 
     def take_hints(self) -> list[str] | None:
         """The tasks that are said to have results; None when it is time to look for all."""
         now = asyncio.get_running_loop().time()
-        if now >= self._looks_at:
-            pause = _LOOK_SECONDS if self._is_listening else _LOOK_WITHOUT_HINTS_SECONDS
-            self._looks_at = now + pause * random.uniform(0.7, 1.3)
-            if self._listener:
-                self._listener.hints.clear()
-            return None
         hints: set[str] = set()
-        if self._listener:
-            hints, self._listener.hints = self._listener.hints, hints
-        return [hint for hint in hints if hint]
+        if self._hearing:
+            hints, self._hearing.hints = self._hearing.hints, hints
+            self.unheard -= hints
+        if now < self._looks_at:
+            return list(hints)
+        if self.unheard and self._hearing:
+            # its connection may be dead without a word: another one is made
+            self._hearing.close()
+            self._hearing = None
+        pause = _LOOK_SECONDS if self._is_listening else _LOOK_WITHOUT_HINTS_SECONDS
+        self._looks_at = now + pause * random.uniform(0.7, 1.3)
+        return None
 
     async def wait(self, seconds: float) -> None:
-        """Until there is a hint, or it is time to look, or the time is over.
-
-        Raises:
-            UnreachableServerError: it did not answer in time.
-            psycopg.Error, OSError: see ``server_errors``.
-        """
+        """Until there is a hint, or it is time to look, or the time is over."""
         loop = asyncio.get_running_loop()
-        if self._may_listen and seconds > _SHORT_SECONDS:
-            self._listener = await self._push.listen(self._channel, self._arrived)
-            # what came before it listened has no hint
-            self._looks_at = 0.0
-            return
-        if self._is_listening and self._listener and self._listener.hints:
+        if self._may_listen(loop.time()) and seconds > _SHORT_SECONDS:
+            # beside the looks, which a bell that is away must not hold up
+            self._listening = asyncio.create_task(self._listen(), name="listen")
+        if self._is_listening and self._hearing and self._hearing.hints:
             return
         self._arrived.clear()
         left = min(seconds, self._looks_at - loop.time())
@@ -201,21 +207,36 @@ class Mailbox:
             await asyncio.wait_for(self._arrived.wait(), max(0.0, left))
         except asyncio.TimeoutError:
             pass
-        if self._listener and self._listener.is_lost:
-            self._listener = None
+        if self._hearing and self._hearing.is_lost:
+            self._hearing = None
             self._looks_at = 0.0
+
+    async def _listen(self) -> None:
+        try:
+            self._hearing = await self._bell.listen(self._name, self._arrived)
+        except ServerError as error:
+            logger.debug("No hints are heard for now: %s", error)  # the looks say it aloud
+        if self._hearing is None:
+            self._listens_at = asyncio.get_running_loop().time() + _LISTEN_AGAIN_SECONDS
+            return
+        # what came before it listened has no hint
+        self._looks_at = 0.0
+        self._arrived.set()
 
     @property
     def _is_listening(self) -> bool:
-        return self._listener is not None and not self._listener.is_lost
+        return self._hearing is not None and not self._hearing.is_lost
 
-    @property
-    def _may_listen(self) -> bool:
-        return self._push.works and not self._is_listening and not self._is_closed
+    def _may_listen(self, now: float) -> bool:
+        is_busy = self._listening is not None and not self._listening.done()
+        is_idle = not self._is_listening and not is_busy and not self._is_closed
+        return self._bell.works and is_idle and now >= self._listens_at
 
     def close(self) -> None:
-        """Close the listener's connection, and make no other one."""
+        """End the hearing, and begin no other one."""
         self._is_closed = True
-        if self._listener:
-            self._listener.close()
-            self._listener = None
+        if self._listening:
+            self._listening.cancel()
+        if self._hearing:
+            self._hearing.close()
+            self._hearing = None

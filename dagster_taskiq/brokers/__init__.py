@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dagster_taskiq.brokers.base import Admission, Delivery, TaskBroker
+from dagster_taskiq.servers.bell import Bell
 from dagster_taskiq.servers.kinds import ServerOptions
 
-__all__ = ["Admission", "Delivery", "TaskBroker", "open_broker"]
+__all__ = ["Admission", "Delivery", "TaskBroker", "open_bell", "open_broker"]
 
 
 def open_broker(
@@ -26,3 +27,16 @@ def open_broker(
     make = options.load(f"{__name__}.{options.kind.broker}", "broker")
     broker: TaskBroker = make(options, queues, admission)
     return broker
+
+
+def open_bell(broker: ServerOptions, backend: ServerOptions) -> Bell | None:
+    """The bell of a broker, for a backend that had better be woken by it; not yet connected.
+
+    Returns:
+        None where the broker has no bell, or the backend's own serves as well.
+    """
+    bell = broker.kind.bell
+    if bell is None or not backend.kind.is_woken_by_broker:
+        return None
+    opened: Bell = broker.load(f"{__name__}.{bell}", "broker")(broker)
+    return opened

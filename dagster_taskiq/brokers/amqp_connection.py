@@ -68,10 +68,14 @@ class AmqpConnection:
         with suppress(*CONNECTION_EXCEPTIONS):
             await self._connection.close()
 
-    async def channel(self) -> AbstractChannel:
-        """A new channel."""
+    async def channel(self, *, confirms: bool = True) -> AbstractChannel:
+        """A new channel.
+
+        Args:
+            confirms: whether RabbitMQ confirms what is sent there.
+        """
         # aio-pika's default would take a message that no queue took for sent
-        channel = self._connection.channel(on_return_raises=True)
+        channel = self._connection.channel(publisher_confirms=confirms, on_return_raises=confirms)
         await channel.initialize()
         return channel
 

@@ -23,7 +23,7 @@ from dagster_taskiq.aio.renewals import keep_renewing
 from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend import Backend, TaskState, open_backend
-from dagster_taskiq.brokers import TaskBroker, open_broker
+from dagster_taskiq.brokers import TaskBroker, open_bell, open_broker
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import RENEWALS_PER_LEASE
@@ -114,7 +114,8 @@ class Client(Dispatcher):
 
     async def _make_connections(self) -> tuple[TaskBroker, Backend]:
         servers = self._servers
-        return open_broker(servers.broker), open_backend(servers.backend, servers.signer)
+        bell = open_bell(servers.broker, servers.backend)
+        return open_broker(servers.broker), open_backend(servers.backend, servers.signer, bell)
 
     def open(self) -> None:
         """See ``Dispatcher``."""

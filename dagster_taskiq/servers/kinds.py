@@ -60,6 +60,8 @@ class ServerKind:
         broker: module and class in ``brokers/``, as ``module:Class``.
         backend: the same in ``backend/``; None for a server that cannot be the backend.
         extra: of our package, which brings the client library; empty where that is always there.
+        bell: the same in ``brokers/``, of what tells runs' loops of results; None without.
+        is_woken_by_broker: whether, as the backend, it had better leave that to the broker's bell.
         has_ssl_parameters: whether TLS may be set in the URL, by kombu's ``ssl_`` parameters.
         client_url: the URL as the client library reads it.
     """
@@ -71,6 +73,8 @@ class ServerKind:
     broker: str
     backend: str | None
     extra: str = ""
+    bell: str | None = None
+    is_woken_by_broker: bool = False
     has_ssl_parameters: bool = False
     client_url: Callable[[str], str] = str
 
@@ -91,6 +95,7 @@ RABBITMQ = ServerKind(
     refusals=AMQP_REFUSALS,
     broker="amqp:AmqpTaskBroker",
     backend=None,
+    bell="amqp_bell:AmqpBell",
     client_url=normalize_amqp,
 )
 
@@ -122,6 +127,7 @@ POSTGRESQL = ServerKind(
     broker="postgresql:PostgresqlTaskBroker",
     backend="postgresql:PostgresqlBackend",
     extra="postgres",
+    is_woken_by_broker=True,
     client_url=normalize_postgresql,
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import Admission, TaskBroker, open_broker
+from dagster_taskiq.brokers import Admission, TaskBroker, open_bell, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.worker.child import ChildOptions
@@ -68,7 +68,9 @@ def usual_parts(servers: Servers) -> WorkerParts:
         )
 
     return WorkerParts(
-        backend=open_backend(servers.backend, servers.signer),
+        backend=open_backend(
+            servers.backend, servers.signer, open_bell(servers.broker, servers.backend)
+        ),
         guard=guard,
         open_broker=lambda _, queues, admission: open_broker(servers.broker, queues, admission),
         make_slot=make_slot,

@@ -574,11 +574,11 @@ def test_where_hints_do_not_arrive_results_are_looked_for(
         async def silence(_channel: str) -> None:
             pass
 
-        monkeypatch.setattr(waiter._push, "_notify", silence)
+        monkeypatch.setattr(waiter._bell, "_notify", silence)
 
     async def wait_and_complete(claim: Any) -> float:
         waiting = asyncio.ensure_future(waiter.wait_for_results(bench.run_id, 20))
-        await until(lambda: not waiter._push.works)
+        await until(lambda: not waiter._bell.works)
         began = time.monotonic()
         assert await bench.backend.complete(claim, b"x", expires_seconds=60)
         assert await waiting == {claim.task_id: b"x"}
