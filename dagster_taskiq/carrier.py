@@ -6,7 +6,9 @@ both, and the order in which they are asked; the loop's client and the launcher'
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from taskiq import BrokerMessage
 
@@ -15,7 +17,8 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
-from dagster_taskiq.messages.queue_waits import QueueWaits
+from dagster_taskiq.messages.notes import read_note
+from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits, WaitKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result
 
@@ -49,7 +52,13 @@ class Carrier:
         Raises:
             TooLargeError: it is longer than the settings allow.
         """
-        return envelope.to_message(self._physical_queue(envelope.queue), self._servers.signer)
+        known = replace(
+            envelope,
+            state=self._backend.identity,
+            backend=self._backend.address,
+            sent_at=time.time(),
+        )
+        return known.to_message(self._physical_queue(envelope.queue), self._servers.signer)
 
     async def send(self, messages: Sequence[BrokerMessage]) -> None:
         """Send tasks in their order; all are on the broker on return."""
@@ -99,6 +108,18 @@ class Carrier:
         workers = await self._backend.workers()
         broker, signer = self._servers.broker.address, self._servers.signer
         return QueueWaits(workers, self._kind, broker, signer)
+
+    async def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
+        """The same reason, or what a worker says that gives a run's tasks back.
+
+        Args:
+            wait: why the run or its tasks wait, by what the workers in the list say.
+        """
+        if wait is None or wait.kind is not WaitKind.UNSERVED:
+            return wait
+        data = await self._broker.take_note(run_id)
+        said = None if data is None else read_note(self._servers.signer, run_id, data)
+        return QueueWait(WaitKind.BACKEND, f"{wait.reason} {said}") if said else wait
 
     def read(self, task_id: str, data: bytes) -> TaskResult:
         """The result of a task as the backend has it; see ``read_result``."""

@@ -15,6 +15,7 @@ from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.servers.embedded.identity import embedded_identity
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
 from dagster_taskiq.servers.kinds import (
     BACKEND_KINDS,
@@ -106,7 +107,7 @@ def _unnamed(settings: Settings) -> Servers:
             f"instance, {database.address}, as with 'broker: {DATABASE_OF_THE_INSTANCE}'."
         )
         return Servers(database, database, settings.signer(), notice=notice)
-    broker = settings.server_options(use_embedded_server(home), None)
+    broker = _embedded(settings, home)
     if settings.backend_url is not None:
         return Servers(broker, _named_backend(settings), settings.signer(), home)
     notice = ""
@@ -158,8 +159,13 @@ def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
             f"{broker.kind.name} alone ({broker.address}) cannot keep results and claims, nor can "
             f"the database that {home / 'dagster.yaml'} names: {_set_backend()}"
         )
-    backend = settings.server_options(use_embedded_server(home), None)
-    return Servers(broker, backend, settings.signer(), home)
+    return Servers(broker, _embedded(settings, home), settings.signer(), home)
+
+
+def _embedded(settings: Settings, home: Path) -> ServerOptions:
+    """The embedded server of a DAGSTER_HOME, which runs from now on."""
+    options = settings.server_options(use_embedded_server(home), None)
+    return replace(options, identity=embedded_identity(home))
 
 
 def _home_of_state() -> Path:

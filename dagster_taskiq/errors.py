@@ -13,6 +13,7 @@
     ├── SoftTimeLimitError       raised in a step's code when its soft time limit is over
     ├── EventsNotWrittenError    Dagster's event log did not take what was to be written
     ├── DatabaseAwayError        Dagster's database did not come back in time
+    ├── OtherBackendError        a task of a run that has another backend than the worker
     ├── UntrustedError           not signed with a key of ours, or a replay
     │   └── TooLargeError            longer than max_message_bytes
     ├── TaskRefusedError         a task that a worker has claimed, and must not or cannot execute
@@ -111,6 +112,20 @@ class DatabaseAwayError(DagsterTaskiqError):
 
 class UntrustedError(DagsterTaskiqError):
     """What was read is not signed with a key of ours, is for somebody else, or a replay."""
+
+
+class OtherBackendError(DagsterTaskiqError):
+    """A task is of a run whose claims and results are in another backend than this worker's.
+
+    Args:
+        run_id: of the run.
+        note: for the run, ready to be sent.
+    """
+
+    def __init__(self, text: str, run_id: str, note: bytes) -> None:
+        super().__init__(text)
+        self.run_id = run_id
+        self.note = note
 
 
 class TooLargeError(UntrustedError):

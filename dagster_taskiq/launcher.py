@@ -288,7 +288,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _why_it_waits(self, run: DagsterRun) -> str:
         """Why a run that no worker has claimed waits; empty where there is no reason to be seen."""
         wait = self._client.queue_waits().of(self._queue(run))
-        return wait.reason if wait else ""
+        explained = self._client.explained(run.run_id, wait)
+        return explained.reason if explained else ""
 
     def get_run_worker_debug_info(
         self, run: DagsterRun, include_container_logs: bool | None = True

@@ -346,6 +346,15 @@ class Backend(RunBackend, ClaimBackend, ControlBackend):
     #: URL without its password, for messages and logs.
     address: str
 
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """Which state this is: the same for all who share it, whatever becomes of its data.
+
+        It is known once the server was reached. Empty where nothing that lasts tells one server
+        from another of its kind, as on Redis, where a flush takes everything with it.
+        """
+
     @abstractmethod
     async def startup(self) -> None:
         """Reach the server, or raise within the connect timeout."""

@@ -62,6 +62,11 @@ class MemoryBackend(Backend):
         self._server = server
         self._signer = signer or Signer()
 
+    @property
+    def identity(self) -> str:
+        """See ``Backend``."""
+        return self._server.identity
+
     async def startup(self) -> None:
         """See ``Backend``."""
         with self._server.reached():

@@ -186,6 +186,8 @@ class MemoryServer:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, name: str = "test") -> None:
         self.address = f"memory://{name}"
+        #: See ``Backend.identity``.
+        self.identity = uuid.uuid4().hex
         self._clock = clock
         self._lock = threading.RLock()
         self._tables = _Tables()

@@ -85,10 +85,16 @@ class PostgresqlBackend(Backend):
         self._said: set[str] = set()
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
+        self._identity = ""
         self._notifies = bell is None
         self._bell = bell or NotifyBell(self.address, self._connections.connect, self._notify)
         self._mailboxes: dict[str, Mailbox] = {}
         self._workers_count = 1
+
+    @property
+    def identity(self) -> str:
+        """See ``Backend``: of the last connection, which may lead to another server by now."""
+        return self._identity
 
     async def startup(self) -> None:
         """Reach the server and find the schema there, or make it."""
@@ -382,6 +388,9 @@ class PostgresqlBackend(Backend):
 
     async def _greet(self, connection: Connection) -> None:
         await self._schema.greet(connection, self.address)
+        found = await connection.execute(self._schema.statement("identity", 0), ())
+        (database,) = await found.fetchone() or ("",)
+        self._identity = f"postgresql {database} {self._schema.name}"
 
     async def _notify(self, channel: str) -> None:
         await self._connections.call("SELECT pg_notify(%s, '')", [channel])

@@ -20,7 +20,8 @@
 -- fragments are in postgresql_schema.py.
 
 
--- What the epoch is bound to beside its row, which a dump of the database would keep.
+-- Which database this is. A standby that is promoted is the same one, and a dump that was loaded
+-- elsewhere is not.
 CREATE OR REPLACE FUNCTION {s}.identity{v}() RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
   v_text text;
@@ -31,6 +32,14 @@ BEGIN
     v_text := '';
   END;
   SELECT v_text || ' ' || oid INTO v_text FROM pg_database WHERE datname = current_database();
+  RETURN v_text;
+END $$;
+
+-- What the epoch is bound to beside its row, which a dump of the database would keep.
+CREATE OR REPLACE FUNCTION {s}.life_of{v}() RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+  v_text text := {s}.identity{v}();
+BEGIN
   -- there unlogged tables survive a crash
   IF to_regproc('aurora_version') IS NOT NULL THEN
     v_text := v_text || ' ' || extract(epoch FROM pg_postmaster_start_time());
@@ -43,7 +52,7 @@ DECLARE
   v_epoch text;
 BEGIN
   INSERT INTO {s}.life (id, database)
-    VALUES (replace(gen_random_uuid()::text, '-', ''), {s}.identity{v}())
+    VALUES (replace(gen_random_uuid()::text, '-', ''), {s}.life_of{v}())
     ON CONFLICT DO NOTHING;
   SELECT id INTO STRICT v_epoch FROM {s}.life;
   RETURN v_epoch;
@@ -53,11 +62,11 @@ END $$;
 -- On each new connection. Returns the oldest version of the tables that must be known.
 CREATE OR REPLACE FUNCTION {s}.enter{v}() RETURNS int LANGUAGE plpgsql AS $$
 DECLARE
-  v_identity text := {s}.identity{v}();
+  v_life text := {s}.life_of{v}();
 BEGIN
 {begin}
-  IF EXISTS (SELECT FROM {s}.life WHERE database <> v_identity) THEN
-    DELETE FROM {s}.life WHERE database <> v_identity;
+  IF EXISTS (SELECT FROM {s}.life WHERE database <> v_life) THEN
+    DELETE FROM {s}.life WHERE database <> v_life;
   END IF;
   RETURN (SELECT oldest FROM {s}.version);
 END $$;

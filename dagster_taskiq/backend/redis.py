@@ -70,8 +70,14 @@ class RedisBackend(Backend):
     def __init__(self, options: ServerOptions, signer: Signer) -> None:
         self._signer = signer
         self._store = RedisStore(options)
+        self._identity = options.identity
         self.address = self._store.address
         self._has_told_running = False
+
+    @property
+    def identity(self) -> str:
+        """See ``Backend``: an embedded server's own; no other's is known."""
+        return self._identity
 
     async def startup(self) -> None:
         """Reach the server, as a user that may do what is done there."""

@@ -133,6 +133,19 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         """How many tasks wait in a queue; 0 for one that does not exist."""
         return await self.run(lambda connection: connection.depth(queue))
 
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """See ``TaskBroker``: a note for which nobody has asked is gone."""
+        queue = self._notes_of(run_id)
+        await self.run(lambda connection: connection.leave(queue, note))
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """See ``TaskBroker``."""
+        queue = self._notes_of(run_id)
+        return await self.run(lambda connection: connection.take_left(queue))
+
+    def _notes_of(self, run_id: str) -> str:
+        return f"{self.options.key_prefix}.notes.{run_id}"
+
     def listener(self) -> Listener:
         """See ``TaskBroker``."""
         return _AmqpListener(self)

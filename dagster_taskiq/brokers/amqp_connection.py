@@ -22,6 +22,13 @@ from dagster_taskiq.servers.kinds import ServerOptions
 #: Arguments of every queue of ours. RabbitMQ refuses them for a queue that has others already.
 _QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
 
+#: Arguments of a queue for one note, which is kept for a minute, as is the queue.
+_NOTE_ARGUMENTS: dict[str, Any] = {
+    "x-max-length": 1,
+    "x-expires": 60_000,
+    "x-message-ttl": 60_000,
+}
+
 
 async def connect(options: ServerOptions) -> AmqpConnection:
     """A new connection; errors are those of the library, for ``amqp_errors``."""
@@ -129,6 +136,22 @@ class AmqpConnection:
             elif isinstance(result, BaseException):
                 raise result
         return unroutable
+
+    async def leave(self, queue: str, note: bytes) -> None:
+        """Put a note in place of an older one into a queue that ``take_left`` has made."""
+        async with self._turn:
+            if self._sending is None or self._sending.is_closed:
+                self._sending = await self.channel()
+        exchange = self._sending.default_exchange
+        await exchange.publish(aio_pika.Message(note), queue, mandatory=False)
+
+    async def take_left(self, queue: str) -> bytes | None:
+        """The note in a queue that goes when nobody has asked for a while."""
+        async with self._turn:
+            channel = await self._asking_channel()
+            made = await channel.declare_queue(queue, arguments=_NOTE_ARGUMENTS)
+            message = await made.get(no_ack=True, fail=False)
+        return None if message is None else message.body
 
     async def _asking_channel(self) -> AbstractChannel:
         """The channel for declarations; a refused one closes it, so nothing else is done there."""

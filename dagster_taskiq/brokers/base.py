@@ -17,8 +17,15 @@ from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
+from dagster_taskiq.brokers.parking import Parking
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
-from dagster_taskiq.errors import ConfigError, MalformedTaskError, ServerError, UntrustedError
+from dagster_taskiq.errors import (
+    ConfigError,
+    MalformedTaskError,
+    OtherBackendError,
+    ServerError,
+    UntrustedError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +114,8 @@ class Admission(ABC):
         Raises:
             MalformedTaskError, UntrustedError: it is no task of ours. The broker acks, counts and
                 drops it, since Taskiq's receiver would neither ack it nor give its place free.
+            OtherBackendError: it is for another worker. The broker gives it back when it has seen
+                what waits behind it, and leaves the error's note for its run.
         """
 
     @abstractmethod
@@ -176,13 +185,18 @@ class TaskBroker(AsyncBroker):
 
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """A ``Delivery`` of one of the queues, each time the consumer asks."""
-        # aclosing, since a generator that is closed does not close the one it iterates over
-        async with aclosing(self.deliveries()) as deliveries:
-            async for delivery in deliveries:
-                if await self._is_admitted(delivery):
-                    yield delivery
+        parking = Parking()
+        try:
+            # aclosing, since a generator that is closed does not close the one it iterates over
+            async with aclosing(self.deliveries(parking)) as deliveries:
+                async for delivery in deliveries:
+                    if await self._is_admitted(delivery, parking):
+                        await parking.give_back()
+                        yield delivery
+        finally:
+            await parking.give_back()
 
-    async def _is_admitted(self, delivery: Delivery) -> bool:
+    async def _is_admitted(self, delivery: Delivery, parking: Parking) -> bool:
         if self.admission is None:
             return True
         try:
@@ -194,21 +208,31 @@ class TaskBroker(AsyncBroker):
             with suppress(ServerError):  # it comes again, and is refused again
                 await delivery.ack()
             return False
+        except OtherBackendError as error:
+            with suppress(ServerError):  # its worker says it, too
+                await self.leave_note(error.run_id, error.note)
+            parking.put(delivery.release)
+            return False
         return True
 
-    async def deliveries(self) -> AsyncGenerator[Delivery, None]:
+    async def deliveries(self, parking: Parking | None = None) -> AsyncGenerator[Delivery, None]:
         """Every message of the queues, one at a time, through outages; see ``listen``.
+
+        Args:
+            parking: of those that are for other workers, where there are any.
 
         Raises:
             ConfigError: the broker has no queues to listen on.
         """
         if not self.queues:
             raise ConfigError(f"The broker at {self.address} was opened without queues, to send.")
-        listener, outage = self.listener(), Outage(self.address)
+        listener, outage, parking = self.listener(), Outage(self.address), parking or Parking()
         while not self._is_shut_down:
             try:
-                delivery = await _uninterrupted(listener.look())
-                if delivery is None:
+                delivery = None if parking.is_full else await _uninterrupted(listener.look())
+                if delivery is None and not parking.is_empty:
+                    await parking.look_away()
+                elif delivery is None:
                     await listener.wait()
                 outage.over()  # not after the look alone: the wait may be what is refused
             except ServerError as error:
@@ -266,6 +290,19 @@ class TaskBroker(AsyncBroker):
             None from a broker that cannot look into its queue.
         """
         del queue, limit
+        return None
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """Leave a note where a run's loop may find it, which cannot be reached otherwise.
+
+        The newest note of a run counts, and no note is kept for long. A broker that has no place
+        for notes does nothing.
+        """
+        del run_id, note
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """The note that was left for a run; the first question may only make the place for it."""
+        del run_id
         return None
 
 

@@ -166,6 +166,8 @@ class MemoryQueues:
         self.is_searchable = is_searchable
         self._lock = threading.RLock()
         self._queues: dict[str, _Queue] = {}
+        #: By run.
+        self.notes: dict[str, bytes] = {}
         self._numbers = itertools.count()
         self._is_frozen = False
         self._listeners: dict[RemoteEvent, Collection[str]] = {}
@@ -317,6 +319,16 @@ class MemoryBroker(TaskBroker):
         """End the listeners; what is in hand goes back at once."""
         await super().shutdown()
         self._server.lose(self)
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """See ``TaskBroker``: here it stays."""
+        with self._server.reached(self):
+            self._server.notes[run_id] = note
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """See ``TaskBroker``."""
+        with self._server.reached(self):
+            return self._server.notes.get(run_id)
 
     async def kick(self, message: BrokerMessage) -> None:
         """Send one message; see ``TaskBroker``."""

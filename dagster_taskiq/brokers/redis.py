@@ -47,7 +47,13 @@ SLOW_LOOK_SECONDS = 5.0
 _CONNECTIONS = 50
 
 #: The rights that the user of the server needs.
-_COMMANDS = commands_of(script.text for script in scripts.ALL) | {"BLPOP", "EVALSHA", "SCRIPT"}
+_COMMANDS = {
+    *commands_of(script.text for script in scripts.ALL),
+    *"BLPOP EVALSHA GET SCRIPT SET".split(),
+}
+
+#: How long a note for a run is kept.
+_NOTE_EXPIRES_SECONDS = 60
 
 
 class RedisTaskBroker(TaskBroker, BaseRedisBroker):
@@ -181,6 +187,18 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
             return {}
         replies = await self._execute(*((command, key, field) for field in fields))
         return dict(zip(fields, replies, strict=True))
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """See ``TaskBroker``."""
+        await self._execute(("SET", self._notes_of(run_id), note, "EX", _NOTE_EXPIRES_SECONDS))
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """See ``TaskBroker``."""
+        (note,) = await self._execute(("GET", self._notes_of(run_id)))
+        return None if note is None else bytes(note)
+
+    def _notes_of(self, run_id: str) -> str:
+        return f"{self.options.key_prefix}.notes.{run_id}"
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""

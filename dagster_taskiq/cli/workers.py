@@ -126,6 +126,11 @@ def _doubt(record: WorkerRecord) -> str:
     return "" if record.is_trusted else " (not signed)"
 
 
+def _given_back(record: WorkerRecord) -> str:
+    other = record.other_backend
+    return f" (gives back tasks whose backend is {other})" if other else ""
+
+
 def _table(records: Sequence[WorkerRecord]) -> str:
     """The records in columns, each as wide as its longest text: nothing is ever cut."""
     rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
@@ -135,7 +140,7 @@ def _table(records: Sequence[WorkerRecord]) -> str:
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
             f"{record.busy_run_slots}/{record.run_slots}",
-            record.state + _doubt(record),
+            record.state + _given_back(record) + _doubt(record),
             str(record.pid),
             record.version + _other_protocol(record),
             str(record.refused),

@@ -153,7 +153,8 @@ class LaunchWatch:
         queues = self._client.queue_waits()
 
         def act(it: _Launched) -> None:
-            run, wait = runs[it.envelope.run_id], queues.of(it.envelope.queue)
+            run = runs[it.envelope.run_id]
+            wait = self._client.explained(run.run_id, queues.of(it.envelope.queue))
             # what a worker refuses was not lost: it has said why it does not want it
             if it.envelope.task_id in lost and not (wait and wait.kind is WaitKind.REFUSED):
                 self._send_again(instance, run, it.envelope)

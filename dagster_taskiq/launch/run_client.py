@@ -20,7 +20,7 @@ from dagster_taskiq.defaults import DEFAULT_QUEUE
 from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
-from dagster_taskiq.messages.queue_waits import QueueWaits
+from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
 from dagster_taskiq.messages.results import TaskResult
 
 T = TypeVar("T")
@@ -133,6 +133,14 @@ class RunClient:
             return await self._carrier.queue_waits()
 
         return self._call(look)
+
+    def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
+        """Why a run waits, with what a worker says of it; see ``Carrier.explained``."""
+
+        async def explain() -> QueueWait | None:
+            return await self._carrier.explained(run_id, wait)
+
+        return self._call(explain)
 
     def close(self) -> None:
         """Leave the servers: for good, since the background is closed before."""

@@ -321,7 +321,11 @@ class Client(Dispatcher):
         if not queues:
             return {}
         waits = await self._carrier.queue_waits()
-        return {queue: wait for queue in queues if (wait := waits.of(queue))}
+        found = {queue: await self._explained(waits.of(queue)) for queue in queues}
+        return {queue: wait for queue, wait in found.items() if wait}
+
+    async def _explained(self, wait: QueueWait | None) -> QueueWait | None:
+        return await self._carrier.explained(self._run_id, wait)
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         """See ``Dispatcher``."""

@@ -25,6 +25,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import MalformedTaskError, TooLargeError
 from dagster_taskiq.messages.plain_json import parse_object
+from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 
@@ -71,6 +72,10 @@ class Envelope:
         epoch: the backend's epoch at the time it was sent.
         payload: Dagster's packed arguments, a JSON object as text.
         limits: how long a step may take; the worker's own limits hold where they say nothing.
+        state: identity of the backend that has its claims and results, see ``Backend``; None from
+            a sender that does not say.
+        backend: address of that backend, for people.
+        sent_at: by the sender's clock, seconds since the epoch; 0 from one that does not say.
         code_location: which code a step is of, see ``code_locations``; empty for a run.
         protocol: of the sender.
     """
@@ -88,6 +93,9 @@ class Envelope:
     payload: str
     limits: TimeLimits = TimeLimits()
     code_location: str = ""
+    state: str | None = None
+    backend: str = ""
+    sent_at: float = 0.0
     protocol: int = PROTOCOL
 
     @property
@@ -172,6 +180,7 @@ class Envelope:
                 payload=payload,
                 limits=_limits(header["limits"]),
                 code_location=_text(header, "code_location", may_be_empty=True),
+                **_origin(header),
                 protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -230,6 +239,16 @@ def _limits(values: Any) -> TimeLimits:
             if value is not None
         }
     )
+
+
+def _origin(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a header may say of where its task comes from."""
+    found: dict[str, Any] = {}
+    if header.get("state") is not None:
+        found["state"] = _text(header, "state", may_be_empty=True)
+        found["backend"] = plain_name(_text(header, "backend", may_be_empty=True))
+        found["sent_at"] = _number(header, "sent_at", float, 0, 2**53)
+    return found
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:

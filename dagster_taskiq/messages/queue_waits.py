@@ -34,6 +34,8 @@ class WaitKind(str, Enum):
     PROTOCOL = "protocol"
     #: One that listens refuses how the task is signed, and drops it.
     REFUSED = "refused"
+    #: None that shares the run's backend listens, and one that has another gives the tasks back.
+    BACKEND = "backend"
     #: Those that listen do so on a broker of another address, and have nothing to do.
     BROKER = "broker"
     #: The same, by a record that is not signed as it must be: for people, and to decide nothing.

@@ -136,10 +136,10 @@ class TaskResult:
                 task.
         """
         text = data if signer is None else signer.unseal(Purpose.RESULT, task_id, data)
-        head, _, body = text.partition(b"\n")
+        head = text.partition(b"\n")[0]
         try:
             values = parse_object(head, _MAX_HEAD_BYTES)
-            events = tuple(_cut(body, values.pop("events")))
+            events = tuple(_cut(text[len(head) :], values.pop("events")))
             if not isinstance(values.get("error"), (dict, type(None))):
                 raise TypeError("the error is no mapping")
             if not isinstance(values.get("reason"), str):
@@ -160,20 +160,20 @@ def _head_of(result: TaskResult) -> bytes:
     return json.dumps(values).encode()
 
 
-def _cut(body: bytes, lengths: list[int]) -> Iterator[str]:
-    """The texts of these lengths in bytes, with a line break between them.
+def _cut(rest: bytes, lengths: list[int]) -> Iterator[str]:
+    """The texts of these lengths in bytes, each after a line break.
 
     Raises:
-        ValueError, TypeError: the body is not made of them.
+        ValueError, TypeError: the rest is not made of them.
     """
     start = 0
     for length in lengths:
-        end = start + length
-        if isinstance(length, bool) or not start <= end <= len(body):
+        end = start + 1 + length
+        if isinstance(length, bool) or not start < end <= len(rest):
             raise ValueError("it ends before its events do")
-        yield body[start:end].decode()
-        start = end + 1
-    if len(body) != max(0, start - 1):
+        yield rest[start + 1 : end].decode()
+        start = end
+    if len(rest) != start:
         raise ValueError("it goes on after its events")
 
 

@@ -41,6 +41,7 @@ class Purpose(str, Enum):
     RESULT = "result"
     CONTROL = "control"
     WORKER = "worker"
+    NOTE = "note"
     KEY_ID = "key-id"
 
 

@@ -72,6 +72,8 @@ class WorkerRecord:
         refused: how many messages it has refused.
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
         protocol: version of the tasks that it executes, see ``envelope.PROTOCOL``.
+        other_backend: address of the backend whose tasks it gives back, since it has another one;
+            empty without such tasks.
         broker: address of the broker that it listens to, without a password; empty if not told.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
@@ -95,6 +97,7 @@ class WorkerRecord:
     refused: int = 0
     key_ids: tuple[str, ...] = ()
     protocol: int = 1
+    other_backend: str = ""
     broker: str = ""
     sent_at: float = 0.0
     is_trusted: bool = True

@@ -231,6 +231,8 @@ class ServerOptions:
         connect_timeout_seconds: after which a server that does not answer is unreachable.
         heartbeat_seconds: of an AMQP connection; None is the server's own.
         tls: for a URL with TLS.
+        identity: what the server's state is known by, where the server itself does not tell; see
+            ``Backend.identity``.
         fresh_password: makes the password of each new connection, in place of the URL's; for
             PostgreSQL alone. It may take its time.
     """
@@ -240,6 +242,7 @@ class ServerOptions:
     connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS
     heartbeat_seconds: int | None = None
     tls: Tls = Tls()
+    identity: str = ""
     fresh_password: Callable[[], str] | None = None
 
     @property

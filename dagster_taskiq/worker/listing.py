@@ -120,6 +120,7 @@ class Listing:
             refused=counts.refused_count,
             key_ids=self._servers.signer.key_ids,
             protocol=PROTOCOL,
+            other_backend=counts.other_backend,
             broker=self._servers.broker.address,
             sent_at=time.time(),
         )

@@ -2,6 +2,7 @@
 
     admitted --> claimed --> began --> ended --> released
         '------> dropped
+    given_back
 
 ``admitted`` may be the last word, where the message goes back to its queue. ``ended`` comes without
 ``began`` where the slot had no child. ``released`` comes once for each ``claimed``, whatever
@@ -25,6 +26,12 @@ from dagster_taskiq.messages.results import Outcome, Place
 from dagster_taskiq.messages.worker_records import RunningTask
 
 logger = logging.getLogger(__name__)
+
+#: Of how many other backends the log says that their tasks are given back.
+_MOST_BACKENDS = 100
+
+#: How long the listing shows that tasks were given back.
+_SHOWN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,9 @@ class WorkerObserver:
 
     def admitted(self, envelope: Envelope) -> None:
         """A message that was taken, for which a slot is free, is a task for this worker."""
+
+    def given_back(self, envelope: Envelope) -> None:
+        """A task is of a run with another backend; its message goes back, and may come again."""
 
     def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
         """A task could not be claimed, for good; its message is acked."""
@@ -127,6 +137,20 @@ class LoggingObserver(WorkerObserver):
 
     def __init__(self) -> None:
         self._refusals: dict[str, Refusals] = {}
+        self._given_back: set[str] = set()
+
+    def given_back(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``; said once of each backend."""
+        if envelope.backend in self._given_back or len(self._given_back) >= _MOST_BACKENDS:
+            return
+        self._given_back.add(envelope.backend)
+        logger.warning(
+            "%s goes back to its queue, as will all tasks of runs whose backend is %s: this "
+            "worker's is another one. Set the same backend for both, or a key_prefix of its own "
+            "for each deployment that shares this broker.",
+            envelope.title,
+            envelope.backend,
+        )
 
     def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
         """See ``WorkerObserver``."""
@@ -172,10 +196,22 @@ class CountingObserver(WorkerObserver):
         refused_count: how many messages and orders were refused.
     """
 
+    _given_back: tuple[str, float] = "", 0.0
+
     def __init__(self) -> None:
         self.busy: Counter[QueueKind] = Counter()
         self.running: dict[str, RunningTask] = {}
         self.refused_count = 0
+
+    @property
+    def other_backend(self) -> str:
+        """Address of the backend whose tasks were given back last; empty if that is long ago."""
+        backend, at = self._given_back
+        return backend if time.monotonic() - at < _SHOWN_SECONDS else ""
+
+    def given_back(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self._given_back = envelope.backend, time.monotonic()
 
     def claimed(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
@@ -215,6 +251,10 @@ class Observers(WorkerObserver):
     def admitted(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
         self._tell("admitted", envelope)
+
+    def given_back(self, envelope: Envelope) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("given_back", envelope)
 
     def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
         """See ``WorkerObserver``."""

@@ -110,7 +110,10 @@ class Worker:
             if not count:
                 continue
             queues = [self._servers.physical_queue(kind, name) for name in options.queues]
-            admission = StationAdmission(kind, options.queues, self._servers.signer, self._observer)
+            signer, observer = self._servers.signer, self._observer
+            admission = StationAdmission(
+                kind, options.queues, signer, observer, self._backend, self.name
+            )
             yield Station(
                 kind,
                 self._parts.open_broker(kind, queues, admission),

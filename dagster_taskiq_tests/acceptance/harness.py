@@ -693,6 +693,7 @@ def open_stack(
     directory: Path,
     *,
     dagster_yaml: Mapping[str, Any] | None = None,
+    beside: Stack | None = None,
 ) -> Iterator[Stack]:
     """A stack on a namespace of its own.
 
@@ -702,6 +703,7 @@ def open_stack(
             the broker is where the instance is, or embedded.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
+        beside: another stack, whose broker this one shares, with its names there.
     """
     home = directory / "home"
     shutil.copytree(_new_home(), home)
@@ -709,7 +711,9 @@ def open_stack(
     (home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with ExitStack() as servers:
         broker = backend = None
-        if kind.endswith("+postgres"):
+        if beside is not None:
+            broker = beside.broker
+        elif kind.endswith("+postgres"):
             options_of = redis_options if kind.startswith("redis") else amqp_options
             broker = servers.enter_context(options_of())
             backend = servers.enter_context(postgres_options(broker.key_prefix))

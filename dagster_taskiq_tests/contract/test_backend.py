@@ -775,6 +775,22 @@ def test_a_waiting_worker_gets_control_messages_at_once(bench: Bench) -> None:
     assert seconds < 1
 
 
+# --- which state it is ---
+
+
+def test_who_shares_a_state_knows_it_by_one_name(kind: Kind) -> None:
+    """Whatever becomes of its data; where a name would go with the data there is none."""
+    with shared_bench(kind) as bench, shared_bench(kind) as another:
+        name = bench.backend.identity
+        bench.harness.forget()
+        bench.harness.restart()
+        assert bench.open().identity == name
+        if kind in ("redis", "valkey"):
+            assert name == another.backend.identity == ""
+        else:
+            assert len({name, another.backend.identity, ""}) == 3
+
+
 # --- errors ---
 
 SECRET = "opensesame"
@@ -821,7 +837,7 @@ ONE_OF_EACH = pytest.mark.parametrize("kind", ["memory", "valkey", "postgres"])
 
 def test_the_calls_are_all_that_there_are(bench: Bench) -> None:
     """Each method of the contract, so that the tests below forget none."""
-    assert {*calls(bench), "shutdown"} == Backend.__abstractmethods__
+    assert {*calls(bench), "shutdown", "identity"} == Backend.__abstractmethods__
 
 
 @ONE_OF_EACH

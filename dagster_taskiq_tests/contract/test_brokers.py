@@ -16,12 +16,19 @@ from typing import TypeVar, cast
 
 import pytest
 
+from dagster_taskiq.brokers import parking
 from dagster_taskiq.brokers.base import MAX_PEEK_BYTES, WaitingTask
-from dagster_taskiq.errors import ConfigError, MalformedTaskError, UnreachableServerError
+from dagster_taskiq.errors import (
+    ConfigError,
+    MalformedTaskError,
+    OtherBackendError,
+    UnreachableServerError,
+)
 from dagster_taskiq_tests.contract.broker_bench import (
     AT_ONCE_SECONDS,
     IN_HAND_SECONDS,
     KINDS,
+    PATIENCE_SECONDS,
     SECRET,
     Consumer,
     Everything,
@@ -520,6 +527,65 @@ def test_a_refused_message_is_dropped_and_the_listener_goes_on(harness: Harness)
             assert admission.refusals == ["it is bad"] * 2
             assert await consumer.broker.depth(queue) == 0
             assert await consumer.broker.absent(queue, ["bad 1"]) == {"bad 1"}
+
+    run(test())
+
+
+def test_a_message_for_another_worker_goes_back(harness: Harness, kind: Kind) -> None:
+    """When what waits behind it has been seen; it keeps its place in the queue."""
+
+    class Ours(Everything):
+        def admit(self, data: bytes) -> object:
+            if data.startswith(b"theirs"):
+                raise OtherBackendError("it is theirs", "run", b"note on " + data)
+            return data
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as sender:
+            await sender.take_note("run")
+            texts = ("theirs 1", "theirs 2", "ours 1", "theirs 3", "ours 2")
+            await sender.kick_many([task(queue, text) for text in texts])
+            async with consuming(harness, queue, admission=Ours()) as consumer:
+                assert await consumer.finish_many(2, AT_ONCE_SECONDS) == ["ours 1", "ours 2"]
+                # a worker whose slots are taken asks for nothing: it must not hold them meanwhile
+                assert await sender.depth(queue) == 3
+                # one that has nothing else to do looks at them again and again
+                await asyncio.wait({consumer.ask()}, timeout=2 * parking.PAUSE_SECONDS)
+            note = await sender.take_note("run")
+            assert note is None or note.startswith(b"note on theirs")
+            if kind != "postgres":  # which has no place for notes
+                assert note is not None
+            async with consuming(harness, queue) as consumer:
+                seen = await consumer.finish_many(3, AT_ONCE_SECONDS)
+                assert seen == ["theirs 1", "theirs 2", "theirs 3"]
+
+    run(test())
+
+
+def test_many_messages_for_another_worker_keep_no_worker_from_its_own(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as a worker may keep so many, whatever their priority."""
+
+    class Ours(Everything):
+        def admit(self, data: bytes) -> object:
+            if data.startswith(b"theirs"):
+                raise OtherBackendError("it is theirs", "run", b"note")
+            return data
+
+    monkeypatch.setattr(parking, "MOST_PARKED", 20)
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as sender:
+            theirs = [task(queue, f"theirs {number}", priority=9) for number in range(19)]
+            await sender.kick_many([*theirs, task(queue, "ours", priority=0)])
+            async with consuming(harness, queue, admission=Ours()) as consumer:
+                assert await consumer.finish() == "ours"
+            async with consuming(harness, queue) as consumer:
+                seen = await consumer.finish_many(19, PATIENCE_SECONDS)
+                assert seen == [message.task_id for message in theirs]
 
     run(test())
 

@@ -336,7 +336,7 @@ def test_a_task_that_was_claimed_before_the_shortage_is_given_back(
 
     scene = played_with_an_error(envelope, act, NoProcessError)
     if outcome is None:
-        assert scene.happened == ["claim granted"]
+        assert scene.happened == ["claim granted", "release"]
     else:
         assert scene.result().outcome is outcome
         assert "EMFILE" in scene.result().reason

@@ -26,6 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A DAGSTER_HOME, whose embedded server is not started."""
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setattr(connections, "use_embedded_server", lambda at: f"unix://{at}/socket")
+    monkeypatch.setattr(connections, "embedded_identity", lambda at: f"embedded {at}")
     return tmp_path
 
 
@@ -44,6 +45,7 @@ def test_without_a_broker_it_is_the_embedded_server(home: Path, dagster_yaml: st
     """Where hosts share a database they are likely to be meant to share a broker: that is said."""
     servers = found(home, dagster_yaml)
     assert servers.broker.url == servers.backend.url == f"unix://{home}/socket"
+    assert servers.backend.identity == f"embedded {home}"
     assert servers.embedded_home == home
     assert ("DAGSTER_TASKIQ_BROKER_URL" in servers.notice) is (dagster_yaml == MYSQL)
     assert "\n" not in servers.notice

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import redis
 from dagster_taskiq.errors import EmbeddedServerError
 from dagster_taskiq.servers.embedded import keeper as embedded_keeper
 from dagster_taskiq.servers.embedded import server as embedded
+from dagster_taskiq.servers.embedded.identity import embedded_identity
 from dagster_taskiq.servers.embedded.server import (
+    embedded_directory,
     find_embedded_server,
     find_server_binary,
     release_embedded_server,
@@ -584,3 +587,22 @@ def test_somebody_elses_directory_is_refused(home: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("os.geteuid", lambda: 4711)
     with pytest.raises(EmbeddedServerError, match="4711"):
         use_embedded_server(home)
+
+
+def test_a_server_is_known_by_its_home(home: Path, tmp_path: Path) -> None:
+    """Racing users find one name, which moves with the home; another home has another one."""
+    embedded_directory(home).mkdir(parents=True)
+    with ThreadPoolExecutor(8) as pool:
+        names = set(pool.map(lambda _: embedded_identity(home), range(32)))
+    assert len(names) == 1
+    assert [path.name for path in embedded_directory(home).iterdir()] == ["identity"]
+    moved, another = tmp_path / "moved", tmp_path / "another"
+    home.rename(moved)
+    assert embedded_identity(moved) in names
+    embedded_directory(another).mkdir(parents=True)
+    assert embedded_identity(another) not in names
+
+
+def test_a_home_that_cannot_be_read_is_said(home: Path) -> None:
+    with pytest.raises(EmbeddedServerError, match="identity"):
+        embedded_identity(home)

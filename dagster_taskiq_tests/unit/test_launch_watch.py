@@ -77,6 +77,9 @@ class FakeClient:
     def of(self, _: str) -> QueueWait | None:
         return self.wait
 
+    def explained(self, _: str, wait: QueueWait | None) -> QueueWait | None:
+        return wait
+
     def cancel(self, run_id: str, *_: str) -> TaskState:
         self.cancelled.append(run_id)
         is_free = self.state in (TaskState.UNKNOWN, TaskState.REFUSED)

@@ -33,6 +33,9 @@ class FakeServer:
 
     async def shutdown(self) -> None: ...
 
+    async def epoch(self) -> None:
+        await self.inspect()
+
     async def inspect(self, *_: Any) -> None:
         self.tries += 1
         if self.tries > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,7 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.notes import read_note
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -62,7 +64,9 @@ class Scene:
         self.slots = [FakeSlot(number) for number in (1, 2)]
         self.backend = FakeBackend()
         self.witness = Witness()
-        admission = StationAdmission(QueueKind.STEPS, ("dagster",), signer, self.witness)
+        admission = StationAdmission(
+            QueueKind.STEPS, ("dagster",), signer, self.witness, self.backend.whole(), "w@h"
+        )
         self.broker = FakeBroker(admission=admission)
         leases = LeaseKeeper(
             self.backend.whole(),
@@ -164,6 +168,62 @@ def test_a_signed_task_of_another_queue_is_refused() -> None:
     scene = play(scenario, key)
     assert scene.witness.heard == ["refused"]
     assert scene.backend.claims == []
+
+
+@pytest.mark.parametrize("signer", [UNSIGNED, Signer(["k" * 32])])
+def test_a_task_of_another_backend_goes_back(signer: Signer) -> None:
+    """Beside it the station goes on; a note tells its run which two backends there are."""
+    theirs = replace(
+        STEP_TASK,
+        task_id="5f0e7c52-51e6-4b34-8f0b-0a63a7b8a8d1",
+        run_id="theirs",
+        state="another",
+        backend="postgresql://other/dagster",
+        sent_at=time.time(),
+    )
+    ours = replace(STEP_TASK, state="fake", backend="memory://fake", sent_at=time.time())
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(message(theirs, signer))
+        scene.broker.put(message(ours, signer))
+        await scene.settled("ack", "release")
+
+    scene = play(scenario, signer)
+    assert list(scene.backend.results) == [STEP_TASK.task_id]
+    assert scene.witness.heard[0] == "given back"
+    note = read_note(signer, "theirs", scene.broker.notes["theirs"])
+    assert note is not None
+    assert "memory://fake" in note
+    assert "postgresql://other/dagster" in note
+    assert read_note(signer, "another run", scene.broker.notes["theirs"]) == (
+        None if signer.is_active else note
+    )
+
+
+def test_a_task_of_another_backend_ends_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When no backend can know its run any more it is dropped: nobody would ever take it."""
+    sent_at = time.time() - 8 * 86400
+    old = replace(STEP_TASK, state="another", backend="redis://other", sent_at=sent_at)
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(message(old))
+        await scene.settled("ack")
+
+    assert play(scenario).witness.heard == ["refused"]
+
+
+def test_a_sender_that_does_not_name_its_backend_is_believed_to_have_ours() -> None:
+    """Such as one of an older version."""
+    header = STEP_TASK.header()
+    for key in ("state", "backend", "sent_at"):
+        del header[key]
+    data = f"{json.dumps(header)}\n{{}}".encode()
+
+    async def scenario(scene: Scene) -> None:
+        scene.broker.put(data)
+        await scene.settled("ack")
+
+    assert list(play(scenario).backend.results) == [STEP_TASK.task_id]
 
 
 def test_a_draining_station_finishes_what_runs_and_gives_back_the_rest() -> None:

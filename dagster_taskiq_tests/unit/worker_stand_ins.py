@@ -108,6 +108,7 @@ class FakeBackend:
     """
 
     address = "memory://fake"
+    identity = "fake"
 
     def __init__(self, happened: list[str] | None = None) -> None:
         self.happened = [] if happened is None else happened
@@ -190,7 +191,8 @@ class FakeBroker(TaskBroker):
     """Delivers what is put into it, in that order.
 
     Attributes:
-        settled: what became of each message, "ack" or "release", in order.
+        happened: what became of each message, "ack" or "release", in order.
+        notes: the last one that was left for each run.
     """
 
     address = "memory://fake"
@@ -202,6 +204,7 @@ class FakeBroker(TaskBroker):
         super().__init__()
         self.admission = admission
         self.happened = [] if happened is None else happened
+        self.notes: dict[str, bytes] = {}
         self._waiting: list[bytes] = []
         self._changed = asyncio.Event()
 
@@ -230,6 +233,9 @@ class FakeBroker(TaskBroker):
     async def kick_many(self, messages: Sequence[BrokerMessage]) -> None:
         for message in messages:
             self.put(message.message)
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        self.notes[run_id] = note
 
     async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
         return set()
@@ -267,6 +273,9 @@ class Witness(WorkerObserver):
 
     def admitted(self, envelope: Envelope) -> None:
         self._note("admitted")
+
+    def given_back(self, envelope: Envelope) -> None:
+        self._note("given back")
 
     def dropped(self, envelope: Envelope, answer: ClaimAnswer) -> None:
         self._note("dropped", answer)

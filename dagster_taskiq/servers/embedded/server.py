@@ -119,7 +119,7 @@ def find_embedded_server(home: Path) -> str | None:
 def release_embedded_server(home: Path) -> None:
     """Say that this process no longer uses the home's server; it may stop at any moment then."""
     with _changing:
-        _release(_directory(home))
+        _release(embedded_directory(home))
 
 
 def find_server_binary() -> Path | None:
@@ -299,7 +299,8 @@ def _ask(path: Path) -> Literal["ready", "loading"] | None:
 # --- Places -------------------------------------------------------------------------------------
 
 
-def _directory(home: Path) -> Path:
+def embedded_directory(home: Path) -> Path:
+    """The directory of the home's server, without links; it need not exist."""
     return (home / _NAME).resolve()
 
 
