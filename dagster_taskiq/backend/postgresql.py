@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ from dagster_taskiq.backend.base import (
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
@@ -48,8 +47,6 @@ from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
 from dagster_taskiq.servers.postgresql_schema import Schema
 
-logger = logging.getLogger(__name__)
-
 #: How many tasks, results or orders one call is about.
 _BATCH = 500
 
@@ -62,9 +59,6 @@ _LOOKS_PER_SECOND = 100.0
 
 #: The longest pause between two looks. A cancel is also seen at the next renewal.
 _LONGEST_LOOK_SECONDS = 5.0
-
-#: How many workers' records are said to be unreadable.
-_MOST_SAID = 100
 
 
 class PostgresqlBackend(Backend):
@@ -82,7 +76,7 @@ class PostgresqlBackend(Backend):
     def __init__(self, options: ServerOptions, signer: Signer, bell: Bell | None = None) -> None:
         self.address = options.address
         self._signer = signer
-        self._said: set[str] = set()
+        self._unreadable = Unreadable(self.address)
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
         self._identity = ""
@@ -328,15 +322,8 @@ class PostgresqlBackend(Backend):
         try:
             return read_record(self._signer, worker_id, data, time.time())
         except ValueError as error:
-            # anybody who can write there can have put it there; it is said once
-            if worker_id not in self._said and len(self._said) < _MOST_SAID:
-                self._said.add(worker_id)
-                logger.warning(
-                    "The record of worker %s at %s cannot be read, and is ignored: %s.",
-                    plain_name(worker_id),
-                    self.address,
-                    plain_name(str(error)),
-                )
+            # anybody who can write there can have put it there
+            self._unreadable.note(f"The record of worker {worker_id}", str(error))
             return None
 
     async def running(self) -> list[RunningTask]:

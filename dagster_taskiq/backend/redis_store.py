@@ -8,7 +8,6 @@ its mailbox ``control:<id>``, with all of them in ``workers``.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,16 +15,11 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import ReadOnlyError
 
-from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import SCAN_COUNT, Command, Script, call, literal_pattern
 from dagster_taskiq.servers.redis_client import open_redis, server_errors
 from dagster_taskiq.servers.redis_rights import check_rights
-
-logger = logging.getLogger(__name__)
-
-#: How many keys are said to hold what cannot be read.
-_MOST_SAID = 100
 
 #: Idle connections are not closed below this number.
 _IDLE_CONNECTIONS = 4
@@ -50,7 +44,7 @@ class RedisStore:
         self._redis = open_redis(options, timeout_seconds=options.connect_timeout_seconds)
         # a connection that waits for a message must not time out before the wait is over
         self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
-        self._said: set[str] = set()
+        self._unreadable = Unreadable(self.address)
         # calls under way at the same time, each on a connection of its own: now, at most since the
         # last look at them, at most since idle connections were closed
         self._calls = self._recent_peak = self._peak = 0
@@ -153,14 +147,7 @@ class RedisStore:
 
     def say_unreadable(self, key: str, problem: str) -> None:
         """Say once of each key that it holds what none of ours has written."""
-        if key not in self._said and len(self._said) < _MOST_SAID:
-            self._said.add(key)
-            logger.warning(
-                "The key %s at %s cannot be read, and is ignored: %s.",
-                plain_name(key),
-                self.address,
-                plain_name(problem),
-            )
+        self._unreadable.note(f"The key {key}", problem)
 
 
 def text_of(value: bytes | str) -> str:

@@ -14,27 +14,16 @@ from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import UnreachableServerError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.queue_waits import WaitKind
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq_tests.messages import STEP_TASK
 
 PLACE = Place("w@h", "w", "h", 1, 1)
 
-TASK = Envelope(
-    task_id="",
-    name=TaskName.EXECUTE_PLAN,
-    run_id="run",
-    step_key="step",
-    attempt=1,
-    queue="q",
-    priority=5,
-    lease_seconds=30.0,
-    cancel_grace_seconds=1.0,
-    epoch="",
-    payload="{}",
-)
+TASK = replace(STEP_TASK, task_id="", queue="q", epoch="")
 
 
 class NotingBroker(MemoryBroker):
