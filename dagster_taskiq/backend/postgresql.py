@@ -53,9 +53,9 @@ _BATCH = 500
 #: How many runs are removed at a time.
 _TIDY_RUNS = 100
 
-#: How often a worker looks for orders; together up to 500 workers look at most so often a second.
+#: How often a worker looks for orders; together up to 250 workers look at most so often a second.
 _LOOK_SECONDS = 0.5
-_LOOKS_PER_SECOND = 100.0
+_LOOKS_PER_SECOND = 50.0
 
 #: The longest pause between two looks. A cancel is also seen at the next renewal.
 _LONGEST_LOOK_SECONDS = 5.0

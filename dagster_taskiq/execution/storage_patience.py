@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from dagster import DagsterInstance
 from sqlalchemy.engine import Connection
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.expression import SelectBase
 
@@ -140,25 +141,44 @@ class PatientConnection(Connection):
 
     def __init__(self, patience: DatabasePatience, *arguments: Any, **options: Any) -> None:
         self._patience = patience
+        #: Whether the present transaction began by itself, and has done nothing but read.
+        self._has_only_read = False
         patience.keep_trying(partial(super().__init__, *arguments, **options))
 
     def execute(self, statement: Any, *arguments: Any, **options: Any) -> Any:
         """See SQLAlchemy.
 
-        A SELECT that loses its connection is executed on another one, unless the statements
-        before it belong to the same transaction.
+        A SELECT that loses its connection is executed on another one, unless something is lost
+        with the connection that came before it in the same transaction.
         """
-        is_repeatable = isinstance(statement, SelectBase) and not self.in_transaction()
+        is_first = not self.in_transaction()
+        is_repeatable = _only_reads(statement) and (is_first or self._has_only_read)
         for is_last in (*(False,) * (STATEMENT_TRIES - 1), True):
             try:
-                return super().execute(statement, *arguments, **options)
+                done = super().execute(statement, *arguments, **options)
             except DBAPIError as error:
                 if is_read_only(error):
                     self.invalidate()  # another connection may lead to another server
                 if is_last or not is_repeatable or not is_passing(error):
                     raise
                 logger.warning("Reading again from Dagster's database: %s", words_of(error))
+            else:
+                self._has_only_read = is_repeatable
+                if is_repeatable and done.cursor is not None:
+                    # all of its rows: they must survive that a later statement is repeated
+                    done.cursor_strategy = FullyBufferedCursorFetchStrategy(done.cursor)
+                return done
             with suppress(DBAPIError):  # it is that of the connection that is lost
                 self.rollback()
             self._patience.keep_trying(lambda: self.connection)
         raise AssertionError
+
+    def begin(self) -> Any:
+        """See SQLAlchemy, which calls it, too; who asks for a transaction gets no other one."""
+        self._has_only_read = False
+        return super().begin()
+
+
+def _only_reads(statement: Any) -> bool:
+    is_locking = getattr(statement, "_for_update_arg", None) is not None
+    return isinstance(statement, SelectBase) and not is_locking

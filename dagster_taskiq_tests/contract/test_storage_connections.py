@@ -197,6 +197,41 @@ def test_what_loses_its_connection_is_read_again(storage: Storage, is_kept: bool
     assert len(ended) == 2
 
 
+def test_what_only_reads_is_read_again_in_the_middle(storage: Storage) -> None:
+    """SQLAlchemy looks at a table by several statements on one connection, as Dagster does."""
+    with patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)):
+        storage.instance.get_runs(limit=1)
+        ended: list[str] = []
+
+        def end(cursor: Any, statement: str, *_: Any) -> None:
+            if "pg_enum" in statement and not ended:
+                ended.append(statement)
+                _hang_up(cursor)
+
+        storage.listen("do_execute", end)
+        assert storage.instance.run_storage.has_run_stats_index_cols()
+        assert ended
+
+
+def test_a_transaction_that_was_asked_for_is_not_read_again(storage: Storage) -> None:
+    """Nor one that holds locks: what follows relies on them."""
+    with patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)):
+        engine = storage.engines[0]
+        with engine.connect() as connection:
+            connection.execute(select(text("1")))
+            connection.commit()
+            transaction = connection.begin()
+            _hang_up(connection.connection.cursor())
+            with pytest.raises(OperationalError):
+                connection.execute(select(text("1")))
+            transaction.rollback()
+        with engine.connect() as connection:
+            connection.execute(select(text("1")).with_for_update())
+            _hang_up(connection.connection.cursor())
+            with pytest.raises(OperationalError):
+                connection.execute(select(text("1")))
+
+
 def test_a_transaction_is_not_read_again(storage: Storage) -> None:
     """What came before the statement is lost with the connection."""
     with patient_connections(storage.instance, DatabasePatience(PATIENCE_SECONDS)):

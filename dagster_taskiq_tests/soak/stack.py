@@ -34,7 +34,7 @@ from dagster_taskiq_tests.servers import (
 )
 from dagster_taskiq_tests.soak.jobs import POOL, POOL_SLOTS
 
-Kind = Literal["redis", "embedded", "rabbitmq", "rabbitmq+postgres"]
+Kind = Literal["redis", "embedded", "rabbitmq", "rabbitmq+postgres", "postgres"]
 
 #: Of claims and runs: short, so that much happens in ten minutes, and long enough for a machine
 #: on which much else runs.
@@ -109,10 +109,13 @@ class EmbeddedServer:
 
 
 class PostgresServer:
-    """A PostgreSQL cluster that is the backend."""
+    """A PostgreSQL cluster that is the backend, and perhaps the broker."""
 
-    def __init__(self, node: PostgresNode, options: ServerOptions) -> None:
+    def __init__(self, node: PostgresNode, options: ServerOptions, *, is_broker: bool) -> None:
         self._node = node
+        self._tables = ["runs", "tasks", "results", "orders", "workers"]
+        if is_broker:
+            self._tables.append("messages")
         self._schema = f'"{schema_name(options.key_prefix)}"'
 
     def kill(self) -> None:
@@ -133,8 +136,7 @@ class PostgresServer:
 
     def flush(self) -> None:
         """Delete all that it keeps."""
-        names = ("runs", "tasks", "results", "orders", "workers")
-        tables = ", ".join(f"{self._schema}.{name}" for name in names)
+        tables = ", ".join(f"{self._schema}.{name}" for name in self._tables)
         execute_sql(self._node.url, f"TRUNCATE {tables}")
 
     def count(self, rows: str) -> int:
@@ -201,7 +203,10 @@ def _servers(
     if kind == "rabbitmq+postgres":
         broker = resources.enter_context(amqp_options())
         node, options = resources.enter_context(crashable_postgres(broker.key_prefix))
-        return broker, options, PostgresServer(node, options)
+        return broker, options, PostgresServer(node, options, is_broker=False)
+    if kind == "postgres":
+        node, options = resources.enter_context(crashable_postgres())
+        return options, None, PostgresServer(node, options, is_broker=True)
     server = resources.enter_context(private_redis())
     if kind == "redis":
         return server.options, None, server
