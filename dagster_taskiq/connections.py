@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from dagster_taskiq.servers.kinds import (
     one_of,
     schemes_of,
 )
+
+#: Finds the embedded server of a DAGSTER_HOME.
+_FindEmbedded = Callable[[Settings, Path], ServerOptions]
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,22 @@ def find_servers(settings: Settings) -> Servers:
         ConfigError: what is named cannot be used, or nothing is and there is no DAGSTER_HOME.
         EmbeddedServerError: the embedded server cannot be started.
     """
+    return _find(settings, _embedded)
+
+
+def name_servers(settings: Settings) -> Servers:
+    """The same without starting any: an embedded one has the URL of a socket that is not there.
+
+    Raises:
+        ConfigError: see ``find_servers``.
+    """
+    return _find(settings, lambda at, _home: at.server_options("unix:///embedded", None))
+
+
+def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:
+    """The servers, where ``embedded`` finds a DAGSTER_HOME's embedded one."""
     if settings.broker_url is None:
-        return _unnamed(settings)
+        return _unnamed(settings, embedded)
     if settings.broker_url == DATABASE_OF_THE_INSTANCE:
         broker = _named_database(settings)
     else:
@@ -94,11 +112,11 @@ def find_servers(settings: Settings) -> Servers:
     if settings.backend_url is None:
         return Servers(broker, broker, settings.signer())
     if settings.backend_url == WITH_THE_INSTANCE:
-        return _with_the_instance(settings, broker)
+        return _with_the_instance(settings, broker, embedded)
     return Servers(broker, _named_backend(settings), settings.signer())
 
 
-def _unnamed(settings: Settings) -> Servers:
+def _unnamed(settings: Settings, embedded: _FindEmbedded) -> Servers:
     """The servers of settings without a broker."""
     home = _dagster_home()
     if settings.backend_url is None and (database := _database_of(settings, home)):
@@ -107,7 +125,7 @@ def _unnamed(settings: Settings) -> Servers:
             f"instance, {database.address}, as with 'broker: {DATABASE_OF_THE_INSTANCE}'."
         )
         return Servers(database, database, settings.signer(), notice=notice)
-    broker = _embedded(settings, home)
+    broker = embedded(settings, home)
     if settings.backend_url is not None:
         return Servers(broker, _named_backend(settings), settings.signer(), home)
     notice = ""
@@ -149,7 +167,9 @@ def _database_of(settings: Settings, home: Path) -> ServerOptions | None:
     return replace(options, fresh_password=database.fresh_password)
 
 
-def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
+def _with_the_instance(
+    settings: Settings, broker: ServerOptions, embedded: _FindEmbedded
+) -> Servers:
     """The servers of a broker that cannot keep the state: it is where Dagster's instance is."""
     home = _home_of_state()
     if backend := _database_of(settings, home):
@@ -159,7 +179,7 @@ def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
             f"{broker.kind.name} alone ({broker.address}) cannot keep results and claims, nor can "
             f"the database that {home / 'dagster.yaml'} names: {_set_backend()}"
         )
-    return Servers(broker, _embedded(settings, home), settings.signer(), home)
+    return Servers(broker, embedded(settings, home), settings.signer(), home)
 
 
 def _embedded(settings: Settings, home: Path) -> ServerOptions:

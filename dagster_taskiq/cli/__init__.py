@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from dagster_taskiq.cli.database import database_sql
 from dagster_taskiq.cli.options import check_platform, say_errors
 from dagster_taskiq.cli.worker_start import start
 from dagster_taskiq.cli.workers import status, worker_list, worker_reload, worker_terminate
@@ -34,6 +35,12 @@ def worker() -> None:
     """Start, list and stop workers."""
 
 
+@main.group()
+def database() -> None:
+    """Prepare a PostgreSQL that is broker or backend."""
+
+
+database.add_command(database_sql)
 for _command in (start, worker_list, worker_terminate, worker_reload):
     worker.add_command(_command)
 main.add_command(status)

@@ -4,12 +4,15 @@ Broker and backend each keep a ``Part`` of it: tables of its own, a row with the
 functions. Whoever starts first makes a part, under an advisory lock; who finds it needs no right to
 create. Tables change only by additions, and functions have a digest of their text in their names,
 so that several versions of the package share a schema.
+
+What makes a part is one text of SQL (``postgresql_setup.sql``), which is also printed for a DBA.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +24,10 @@ from psycopg import errors
 
 from dagster_taskiq.defaults import KEY_PREFIX
 from dagster_taskiq.errors import RefusedByServerError
+from dagster_taskiq.version import __version__
 
 #: The oldest server that has ``gen_random_uuid``, as it numbers itself.
 _OLDEST_SERVER = 130000
-
-#: How long a change of the schema waits for a reader. Whoever claims waits behind it meanwhile.
-_LOCK_TIMEOUT = "800ms"
 
 #: The longest name that PostgreSQL does not cut, in bytes.
 _LONGEST_NAME = 63
@@ -66,9 +67,22 @@ def read_sql(package: str, name: str, fragments: Mapping[str, str] | None = None
     """
     text = resources.files(package).joinpath(f"postgresql_{name}.sql").read_text("utf8")
     text = re.sub("^--.*\n+", "", text, flags=re.MULTILINE)
-    for fragment, meaning in {**_FRAGMENTS, **(fragments or {})}.items():
-        text = text.replace(f"{{{fragment}}}", meaning)
-    return text
+    return _filled(text, {**(fragments or {}), **_FRAGMENTS})
+
+
+def _filled(text: str, fragments: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda found: fragments.get(found[1], found[0]), text)
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
+
+
+_SETUP = read_sql(str(__package__), "setup")
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class Schema:
         self.name = schema_name(key_prefix)
         self._part = part
         self._suffix = part.suffix
-        self._quoted = '"' + self.name.replace('"', '""') + '"'
+        self._quoted = _quoted(self.name)
 
     def statement(self, function: str, arguments: int) -> str:
         """The SQL that calls one of our functions, for psycopg."""
@@ -132,22 +146,25 @@ class Schema:
         """The name of a table in SQL."""
         return f"{self._quoted}.{name}"
 
-    def creation(self) -> str:
-        """The SQL that makes the schema without anything in it."""
-        return f"CREATE SCHEMA IF NOT EXISTS {self._quoted};"
-
-    def migrations(self, since: int) -> str:
-        """The SQL that changes the part's tables, where so many changes were made."""
+    def setup(self) -> str:
+        """The SQL that makes the part or brings it up to date, for one transaction."""
         part = self._part
-        texts = [text.replace("{s}", self._quoted) for text in part.migrations[since:]]
-        values = f"number = {len(part.migrations)}, oldest = {part.oldest}"
-        texts.append(f"UPDATE {self.table(part.version_table)} SET {values};")  # noqa: S608
-        return "".join(texts)
-
-    def functions(self) -> str:
-        """The SQL that makes the functions."""
-        text = self._part.functions.replace("{s}", self._quoted)
-        return text.replace("{v}", self._suffix).replace("{lock}", self.lock)
+        changes = enumerate(part.migrations, start=1)
+        text = _filled(
+            _SETUP,
+            {
+                "changes": "".join(
+                    f"  IF v_made < {n} THEN\n{sql}  END IF;\n" for n, sql in changes
+                ),
+                "count": str(len(part.migrations)),
+                "oldest": str(part.oldest),
+                "version_table": part.version_table,
+                "functions": part.functions,
+            },
+        )
+        # after all the rest, since the name of a schema may have braces
+        names = {"s": self._quoted, "name": _text(self.name), "lock": self.lock, "v": self._suffix}
+        return _filled(text, names)
 
     @property
     def lock(self) -> str:
@@ -208,46 +225,52 @@ class Schema:
 
     async def _make(self, connection: psycopg.AsyncConnection[Any]) -> None:
         async with connection.transaction():
-            await connection.execute(f"SET LOCAL lock_timeout TO '{_LOCK_TIMEOUT}'")
-            # two that make the same at the same time fail, whatever IF NOT EXISTS says
-            await connection.execute(f"SELECT pg_advisory_xact_lock({self.lock})")
-            since = await self._version(connection)
-            # not "if not exists", which asks for the right to make one where it is there too
-            found = await connection.execute(
-                "SELECT true FROM pg_namespace WHERE nspname = %s", [self.name]
-            )
-            text = "" if await found.fetchone() else self.creation()
-            if since < len(self._part.migrations):
-                text += self.migrations(since)
-            await connection.execute(text + self.functions())
-
-    async def _version(self, connection: psycopg.AsyncConnection[Any]) -> int:
-        table = self.table(self._part.version_table)
-        found = await connection.execute("SELECT to_regclass(%s) IS NOT NULL", [table])
-        if not (await found.fetchone() or (False,))[0]:
-            return 0
-        found = await connection.execute(f"SELECT number FROM {table}")  # noqa: S608
-        return int((await found.fetchone() or (0,))[0])
+            await connection.execute(self.setup())
 
     async def _lacks_rights(
         self, connection: psycopg.AsyncConnection[Any], address: str, error: psycopg.Error
     ) -> RefusedByServerError:
         found = await connection.execute(
-            "SELECT quote_ident(current_user), quote_ident(current_database()), "
-            "EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)",
-            [self.name],
+            "SELECT current_user, EXISTS (SELECT FROM pg_namespace WHERE nspname = %s), "
+            "EXISTS (SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace "
+            "WHERE n.nspname = %s AND p.proname = %s)",
+            [self.name, self.name, self._part.enter + self._suffix],
         )
-        user, database, is_there = await found.fetchone() or ("?", "?", False)
-        grant = (
-            f"GRANT USAGE, CREATE ON SCHEMA {self._quoted} TO {user}; "
-            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {self._quoted} TO {user}"
-            if is_there
-            else f"GRANT CREATE ON DATABASE {database} TO {user}"
-        )
+        user, has_schema, has_functions = await found.fetchone() or ("?", False, False)
+        if has_functions:
+            lack = f"{user} may not use its schema {self.name}"
+        elif has_schema:
+            lack = (
+                f"its schema {self.name} lacks what version {__version__} of dagster-taskiq adds, "
+                f"and {user} may not add it"
+            )
+        else:
+            lack = f"the schema {self.name} is not there, and {user} may not make it"
         words = str(error.diag.message_primary or error)
         return RefusedByServerError(
             address,
-            f"Cannot use {address}: the schema {self.name} is not there as this version needs it, "
-            f"and {user} may not make it ({words}). Start one process as a user that may, or let a "
-            f"user that may execute: {grant};",
+            f"Cannot use {address}: {lack} ({words}). Have a database administrator execute the "
+            f"SQL that is printed by: dagster-taskiq database sql --role {shlex.quote(user)} (and "
+            "-y FILE, where the settings are in a file).",
         )
+
+
+def setup_script(key_prefix: str, parts: Sequence[Part], role: str) -> str:
+    """The SQL with which a DBA makes the parts of a schema, for a role that may not.
+
+    Args:
+        key_prefix: of the deployment.
+        parts: that are needed.
+        role: that is to use them.
+    """
+    schema, user = _quoted(schema_name(key_prefix)), _quoted(role)
+    return "\n".join(
+        [
+            "BEGIN;",
+            *(Schema(key_prefix, part).setup() for part in parts),
+            f"GRANT USAGE ON SCHEMA {schema} TO {user};",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {user};",
+            f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {user};",
+            "COMMIT;\n",
+        ]
+    )

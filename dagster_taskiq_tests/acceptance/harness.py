@@ -62,6 +62,7 @@ from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.acceptance import jobs, warm_start
 from dagster_taskiq_tests.acceptance.warm_start import Template, WarmProcess
+from dagster_taskiq_tests.database_setup import prepared_postgres
 from dagster_taskiq_tests.server_sources import at_session_end
 from dagster_taskiq_tests.servers import (
     amqp_options,
@@ -78,6 +79,7 @@ BrokerKind = Literal[
     "embedded",
     "nothing",
     "postgres",
+    "postgres without rights",
     "redis+postgres",
     "rabbitmq+postgres",
 ]
@@ -700,7 +702,8 @@ def open_stack(
     Args:
         kind: of the broker; the backend is its own server, or Redis beside RabbitMQ, or the one
             behind a plus sign, or where the instance is. With ``nothing`` no server is named, and
-            the broker is where the instance is, or embedded.
+            the broker is where the instance is, or embedded. ``without rights`` is a database that
+            a DBA has prepared for a user who may create nothing.
         directory: an empty one.
         dagster_yaml: more of the instance's configuration.
         beside: another stack, whose broker this one shares, with its names there.
@@ -719,6 +722,8 @@ def open_stack(
             backend = servers.enter_context(postgres_options(broker.key_prefix))
         elif kind == "postgres":
             broker = servers.enter_context(postgres_options())
+        elif kind == "postgres without rights":
+            broker = servers.enter_context(prepared_postgres())
         elif kind == "rabbitmq alone":
             broker = servers.enter_context(amqp_options())
         elif kind == "redis":

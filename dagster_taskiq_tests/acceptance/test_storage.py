@@ -47,6 +47,15 @@ def test_dynamic_and_retry_on_postgres(on_postgres: Stack) -> None:
     assert died.output("add_one") == 2
 
 
+def test_a_database_that_a_dba_has_prepared(tmp_path: Path) -> None:
+    """A worker and a run work there whose user may create nothing."""
+    with open_stack("postgres without rights", tmp_path) as stack:
+        stack.worker().await_ready()
+        run = stack.run("parallel")
+        assert run.is_success
+        assert run.output("total") == 40
+
+
 @pytest.fixture(scope="module")
 def talk(shared: Stack) -> Run:
     """A run whose op has written to all its outputs."""

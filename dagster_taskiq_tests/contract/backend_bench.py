@@ -222,7 +222,7 @@ class PostgresHarness(Harness):
         self.name = schema.name
         self.connection = psycopg2.connect(options.url)
         self.connection.autocommit = True
-        self.execute(schema.creation() + schema.migrations(0) + schema.functions())
+        self.execute(schema.setup())
         self.execute("SET synchronous_commit TO off")
 
     def execute(self, statement: str, values: Sequence[Any] | None = None) -> list[Any]:

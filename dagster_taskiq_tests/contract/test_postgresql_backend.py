@@ -34,6 +34,7 @@ from dagster_taskiq_tests.contract.backend_bench import (
     record,
     shared_bench,
 )
+from dagster_taskiq_tests.database_setup import as_role, database_and_role
 from dagster_taskiq_tests.server_nodes import PostgresNode, execute_sql
 from dagster_taskiq_tests.server_processes import free_port
 from dagster_taskiq_tests.servers import (
@@ -174,80 +175,7 @@ def test_another_version_adds_its_functions(bench: Bench, server: PostgresHarnes
     assert bench.renew_run() == bench.epoch
 
 
-# --- rights ---
-
-
-@contextmanager
-def role(url: str) -> Iterator[str]:
-    """A user without any rights."""
-    name = unique_prefix()
-    execute_sql(url, f"CREATE ROLE \"{name}\" LOGIN PASSWORD '{SECRET}'")
-    try:
-        yield name
-    finally:
-        execute_sql(url, f'DROP OWNED BY "{name}"')
-        execute_sql(url, f'DROP ROLE "{name}"')
-
-
-def as_user(url: str, name: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=f"{name}:{SECRET}@{parts.netloc.rpartition('@')[2]}").geturl()
-
-
-def grants_of(error: RefusedByServerError) -> list[str]:
-    """The SQL that the error says a user may execute who may."""
-    text = str(error).split("execute: ", 1)[1]
-    return [f"GRANT{part}" for part in text.rstrip(";").split("GRANT") if part]
-
-
-def test_a_user_without_rights_is_told_what_to_grant() -> None:
-    """To make the schema; to use one that is there; and then needs no right to create."""
-
-    async def refused(options: ServerOptions) -> RefusedByServerError:
-        backend = backend_of(options)
-        with pytest.raises(RefusedByServerError, match="GRANT") as caught:
-            await backend.startup()
-        await backend.shutdown()
-        assert SECRET not in str(caught.value)
-        assert not caught.value.is_final
-        return caught.value
-
-    async def works(options: ServerOptions) -> None:
-        backend = backend_of(options)
-        await backend.startup()
-        await backend.heartbeat(record("w"), expires_seconds=30)
-        await backend.send_control("w", "order")
-        assert await backend.wait_for_control("w", 0) == [b"order"]
-        assert len(await backend.workers()) == 1
-        await backend.shutdown()
-
-    async def test(url: str, user: str) -> None:
-        mine = ServerOptions(as_user(url, user))
-        error = await refused(mine)
-        assert "CREATE ON DATABASE" in str(error)
-        for grant in grants_of(error):
-            execute_sql(url, grant)
-        await works(mine)
-        execute_sql(url, f'REVOKE CREATE ON DATABASE "{urlsplit(url).path[1:]}" FROM "{user}"')
-        await works(mine)
-
-        execute_sql(url, f'CREATE SCHEMA "{schema_name("ready")}"')
-        error = await refused(replace(mine, key_prefix="ready"))
-        for grant in grants_of(error):
-            execute_sql(url, grant)
-        await works(replace(mine, key_prefix="ready"))
-
-        others = ServerOptions(url, key_prefix="others")
-        await works(others)
-        mine = replace(mine, key_prefix="others")
-        error = await refused(mine)
-        for grant in grants_of(error):
-            execute_sql(url, grant.replace("USAGE, CREATE", "USAGE"))
-        await works(mine)
-
-    with postgres_database() as url, role(url) as user:
-        run(test(url, user))
-        execute_sql(url, f'DROP OWNED BY "{user}"')
+# --- URLs ---
 
 
 @pytest.mark.parametrize(
@@ -479,11 +407,11 @@ def test_a_limit_of_connections_is_an_outage() -> None:
 
     async def test(url: str, user: str) -> None:
         execute_sql(url, f'ALTER ROLE "{user}" CONNECTION LIMIT 0')
-        backend = backend_of(ServerOptions(as_user(url, user)))
+        backend = backend_of(ServerOptions(as_role(url, user)))
         with pytest.raises(UnreachableServerError, match="max_connections"):
             await backend.startup()
 
-    with postgres_database() as url, role(url) as user:
+    with database_and_role() as (url, user):
         run(test(url, user))
 
 

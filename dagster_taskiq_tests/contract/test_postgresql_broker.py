@@ -13,7 +13,6 @@ import pytest
 
 from dagster_taskiq.backend import open_backend
 from dagster_taskiq.backend.postgresql_schema import PART as BACKEND_PART
-from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.brokers.postgresql import PART, PostgresqlTaskBroker
 from dagster_taskiq.errors import RefusedByServerError
 from dagster_taskiq.messages.signing import Signer
@@ -29,7 +28,7 @@ from dagster_taskiq_tests.contract.broker_bench import (
     task,
 )
 from dagster_taskiq_tests.server_nodes import execute_sql
-from dagster_taskiq_tests.servers import crashable_postgres, postgres_database, unique_prefix
+from dagster_taskiq_tests.servers import crashable_postgres, unique_prefix
 from dagster_taskiq_tests.tls_servers import certificates
 
 
@@ -73,33 +72,6 @@ def test_a_newer_broker_is_refused_and_the_backend_goes_on(harness: PostgresHarn
         await backend.shutdown()
 
     run(test())
-
-
-def test_a_schema_that_a_dba_has_made_is_enough() -> None:
-    """Without the right to make one; the error says what else there is to grant."""
-
-    async def test(url: str, user: str) -> None:
-        mine = urlsplit(url)
-        host = mine.netloc.rpartition("@")[2]
-        options = ServerOptions(mine._replace(netloc=f"{user}@{host}").geturl())
-        with pytest.raises(RefusedByServerError, match="GRANT CREATE ON DATABASE"):
-            await open_broker(options).startup()
-        execute_sql(url, "CREATE SCHEMA dagster_taskiq")
-        with pytest.raises(RefusedByServerError, match="GRANT USAGE, CREATE ON SCHEMA") as caught:
-            await open_broker(options).startup()
-        grant = str(caught.value).split("execute: ", 1)[1].split(";", 1)[0]
-        execute_sql(url, grant)
-        broker = open_broker(options)
-        await broker.startup()
-        await broker.shutdown()
-
-    with postgres_database() as url:
-        user = unique_prefix()
-        execute_sql(url, f'CREATE ROLE "{user}" LOGIN')
-        try:
-            run(test(url, user))
-        finally:
-            execute_sql(url, f'DROP OWNED BY "{user}"; DROP ROLE "{user}"')
 
 
 # --- what is kept ---

@@ -1,0 +1,27 @@
+-- Makes one part of a deployment's schema, or brings it up to date, in one transaction. Where
+-- there is nothing to do it does no harm, so that whoever is not sure executes it.
+--
+-- - {name} is the schema's name as a text, {lock} its advisory lock; {version_table} has the part's
+--   version, {changes} are what has made it, each under its number.
+-- - A change waits 800 ms for a reader: whoever claims waits behind it meanwhile.
+-- - Two that make the same at the same time fail, whatever IF NOT EXISTS says: hence the lock.
+-- - CREATE SCHEMA IF NOT EXISTS would ask for the right to make one where it is there too.
+
+SET LOCAL lock_timeout TO '800ms';
+SELECT pg_advisory_xact_lock({lock});
+DO $setup$
+DECLARE
+  v_made int := 0;
+BEGIN
+  IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = {name}) THEN
+    CREATE SCHEMA {s};
+  END IF;
+  IF to_regclass(quote_ident({name}) || '.{version_table}') IS NOT NULL THEN
+    SELECT number INTO v_made FROM {s}.{version_table};
+  END IF;
+{changes}
+  IF v_made < {count} THEN
+    UPDATE {s}.{version_table} SET number = {count}, oldest = {oldest};
+  END IF;
+END $setup$;
+{functions}
