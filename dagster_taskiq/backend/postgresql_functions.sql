@@ -68,6 +68,7 @@ BEGIN
   IF EXISTS (SELECT FROM {s}.life WHERE database <> v_life) THEN
     DELETE FROM {s}.life WHERE database <> v_life;
   END IF;
+{note_use}
   RETURN (SELECT oldest FROM {s}.version);
 END $$;
 

@@ -14,7 +14,7 @@ empty where the message that was dropped was of an older epoch.
 from __future__ import annotations
 
 from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS
-from dagster_taskiq.servers.postgresql_schema import Part, read_sql
+from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, read_sql
 
 _FRAGMENTS = {
     "epoch": """\
@@ -44,7 +44,7 @@ DECLARE
 PART = Part(
     version_table="version",
     enter="enter",
-    migrations=(read_sql(str(__package__), "tables"),),
+    migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
     oldest=1,
     functions=read_sql(str(__package__), "functions", _FRAGMENTS),
 )

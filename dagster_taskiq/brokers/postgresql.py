@@ -37,7 +37,7 @@ from dagster_taskiq.defaults import IN_HAND_SECONDS
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
-from dagster_taskiq.servers.postgresql_schema import Part, Schema, read_sql
+from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, Schema, read_sql
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ _LISTENER_EXPIRES_SECONDS = 25.0
 PART = Part(
     version_table="broker_version",
     enter="enter_broker",
-    migrations=(read_sql(str(__package__), "tables"),),
+    migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
     oldest=1,
     functions=read_sql(str(__package__), "functions"),
 )

@@ -12,6 +12,8 @@
 -- On each new connection. Returns the oldest version of the tables that must be known.
 CREATE OR REPLACE FUNCTION {s}.enter_broker{v}() RETURNS int LANGUAGE plpgsql AS $$
 BEGIN
+{begin}
+{note_use}
   RETURN (SELECT oldest FROM {s}.broker_version);
 END $$;
 

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import conninfo, errors
@@ -35,12 +35,24 @@ _MOST_CALLS = 4
 #: A connection that nobody has used for this time is closed.
 _IDLE_SECONDS = 60.0
 
+#: A connection that is older is closed after its call, so that what a new one does is done now and
+#: then by every process: it enters the schema, and takes a fresh password.
+_OLDEST_SECONDS = 3600.0
+
 #: SQLSTATEs after which another connection may do better: the server became a standby, or our
 #: schema is gone, which a new connection makes again.
 _OTHER_CONNECTION = ("25006", "0A000", "3F000", "42P01", "42883")
 
 #: SQLSTATEs of a transaction that lost against another one, and may be repeated at once.
 _REPEATED = ("40001", "40P01")
+
+
+class _Idle(NamedTuple):
+    """A connection that is not in use; times are the event loop's."""
+
+    connection: Connection
+    opened_at: float
+    since: float
 
 
 class Connections:
@@ -63,7 +75,7 @@ class Connections:
         self._seconds = options.connect_timeout_seconds
         self._greet = greet
         self._turns = asyncio.Semaphore(_MOST_CALLS)
-        self._idle: list[tuple[Connection, float]] = []
+        self._idle: list[_Idle] = []
         self._reaper: asyncio.TimerHandle | None = None
         self._is_open = True
 
@@ -112,7 +124,10 @@ class Connections:
     @asynccontextmanager
     async def _one(self) -> Any:
         self._is_open = True
-        connection = self._idle.pop()[0] if self._idle else await self.connect()
+        if self._idle:
+            connection, opened_at, _ = self._idle.pop()
+        else:
+            connection, opened_at = await self.connect(), asyncio.get_running_loop().time()
         try:
             yield connection
         except BaseException as error:
@@ -122,9 +137,9 @@ class Connections:
                 if not isinstance(error, asyncio.CancelledError):
                     self._close_idle()
             else:
-                self._give_back(connection)
+                self._give_back(connection, opened_at)
             raise
-        self._give_back(connection)
+        self._give_back(connection, opened_at)
 
     async def _within(self, connection: Connection, work: Awaitable[Any]) -> Any:
         """Do something on a connection, and hang up where it takes too long or is cancelled."""
@@ -179,28 +194,28 @@ class Connections:
 
     def _close_idle(self) -> None:
         idle, self._idle = self._idle, []
-        for connection, _ in idle:
-            connection.pgconn.finish()
+        for one in idle:
+            one.connection.pgconn.finish()
 
-    def _give_back(self, connection: Connection) -> None:
-        if not self._is_open:
+    def _give_back(self, connection: Connection, opened_at: float) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._is_open or loop.time() > opened_at + _OLDEST_SECONDS:
             connection.pgconn.finish()
             return
-        loop = asyncio.get_running_loop()
         # the last used is used first, so that those that are not needed are the first to be closed
-        self._idle.append((connection, loop.time()))
+        self._idle.append(_Idle(connection, opened_at, loop.time()))
         if self._reaper is None:
             self._reaper = loop.call_later(_IDLE_SECONDS, self._reap, loop)
 
     def _reap(self, loop: asyncio.AbstractEventLoop) -> None:
         self._reaper = None
         old = loop.time() - _IDLE_SECONDS
-        for connection, since in self._idle:
-            if since <= old:
-                connection.pgconn.finish()
-        self._idle = [pair for pair in self._idle if pair[1] > old]
+        for one in self._idle:
+            if one.since <= old:
+                one.connection.pgconn.finish()
+        self._idle = [one for one in self._idle if one.since > old]
         if self._idle:
-            self._reaper = loop.call_at(self._idle[0][1] + _IDLE_SECONDS, self._reap, loop)
+            self._reaper = loop.call_at(self._idle[0].since + _IDLE_SECONDS, self._reap, loop)
 
 
 async def _fetch(

@@ -3,7 +3,8 @@
 Broker and backend each keep a ``Part`` of it: tables of its own, a row with their version, and
 functions. Whoever starts first makes a part, under an advisory lock; who finds it needs no right to
 create. Tables change only by additions, and functions have a digest of their text in their names,
-so that several versions of the package share a schema.
+so that several versions of the package share a schema. Each version notes once a day that its
+functions are used, and who makes functions removes those that nobody has used for a month.
 
 What makes a part is one text of SQL (``postgresql_setup.sql``), which is also printed for a DBA.
 """
@@ -15,6 +16,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -31,6 +33,13 @@ _OLDEST_SERVER = 130000
 
 #: The longest name that PostgreSQL does not cut, in bytes.
 _LONGEST_NAME = 63
+
+#: The functions of a version are removed when they have been unused for this time. Each new
+#: connection notes that they are used, and none lives for longer than an hour.
+_UNUSED_DAYS = 30
+
+#: How long what ends the names of a version's functions is, in characters.
+_SUFFIX_LENGTH = 13
 
 #: Of a table from which rows are deleted as fast as they come.
 _MANY_DELETES = (
@@ -55,6 +64,15 @@ _FRAGMENTS = {
   PERFORM set_config('synchronous_commit', 'on', true)
     WHERE current_setting('synchronous_commit') = 'off';
   PERFORM {_LIMITS};""",
+    # with each new connection, though it is written only once a day
+    "note_use": """\
+  IF NOT EXISTS (SELECT FROM {s}.function_sets
+    WHERE suffix = '{v}' AND used_at > clock_timestamp() - interval '1 day') THEN
+    INSERT INTO {s}.function_sets (suffix) VALUES ('{v}')
+      ON CONFLICT (suffix) DO UPDATE SET used_at = excluded.used_at;
+  END IF;""",
+    "unused_days": str(_UNUSED_DAYS),
+    "suffix_length": str(_SUFFIX_LENGTH),
 }
 
 
@@ -84,6 +102,9 @@ def _text(value: str) -> str:
 
 _SETUP = read_sql(str(__package__), "setup")
 
+#: The change that both parts begin with after their own tables.
+FUNCTION_SETS = read_sql(str(__package__), "function_sets")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -111,7 +132,7 @@ class Part:
     def suffix(self) -> str:
         """Ends the names of the functions."""
         digest = hashlib.sha1(self.functions.encode(), usedforsecurity=False).hexdigest()
-        return "_" + digest[:12]
+        return "_" + digest[: _SUFFIX_LENGTH - 1]
 
 
 def schema_name(key_prefix: str) -> str:
@@ -217,8 +238,14 @@ class Schema:
             connection.prepare_threshold = 1
             if isolation != "read committed":
                 await connection.execute("SET default_transaction_isolation TO 'read committed'")
-        if not is_there:
-            await self._make(connection)
+        if is_there:
+            # unless it goes just now, as a newer version removes what was unused for long
+            with suppress(errors.UndefinedFunction):
+                return await self._oldest(connection)
+        await self._make(connection)
+        return await self._oldest(connection)
+
+    async def _oldest(self, connection: psycopg.AsyncConnection[Any]) -> int | None:
         found = await connection.execute(self.statement(self._part.enter, 0), ())
         (oldest,) = await found.fetchone() or (None,)
         return None if oldest is None else int(oldest)

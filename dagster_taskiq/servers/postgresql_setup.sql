@@ -25,3 +25,31 @@ BEGIN
   END IF;
 END $setup$;
 {functions}
+
+-- The functions of versions that nobody has used for long go, if they are the user's own. A set
+-- that nobody has noted, as all are after a TRUNCATE, counts as used now.
+DO $remove$
+DECLARE
+  v_function text;
+  v_until timestamptz := clock_timestamp() - interval '{unused_days} days';
+BEGIN
+  INSERT INTO {s}.function_sets (suffix) VALUES ('{v}')
+    ON CONFLICT (suffix) DO UPDATE SET used_at = excluded.used_at;
+  INSERT INTO {s}.function_sets (suffix)
+    SELECT DISTINCT right(proname, {suffix_length}) FROM pg_proc
+    WHERE pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = {name})
+      AND proname ~ '_[0-9a-f]{12}$'
+    ON CONFLICT DO NOTHING;
+  FOR v_function IN
+    SELECT p.oid::regprocedure FROM pg_proc AS p
+    JOIN {s}.function_sets AS f ON f.suffix = right(p.proname, {suffix_length})
+    WHERE p.pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = {name})
+      AND f.used_at < v_until AND pg_has_role(p.proowner, 'USAGE')
+  LOOP
+    EXECUTE 'DROP FUNCTION ' || v_function;
+  END LOOP;
+  DELETE FROM {s}.function_sets WHERE used_at < v_until AND NOT EXISTS (
+    SELECT FROM pg_proc
+    WHERE pronamespace = (SELECT oid FROM pg_namespace WHERE nspname = {name})
+      AND right(proname, {suffix_length}) = suffix);
+END $remove$;
