@@ -33,7 +33,8 @@ from dagster_taskiq.brokers.base import (
     queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
-from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.brokers.postgresql_floors import Floors, Row
+from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
@@ -59,12 +60,22 @@ _LONGEST_LOOK_SECONDS = 5.0
 _COUNT_SECONDS = 10.0
 _LISTENER_EXPIRES_SECONDS = 25.0
 
+_FRAGMENTS = {
+    "give_back": """\
+    v_rows := ARRAY(SELECT ctid FROM {s}.messages WHERE holder IS NOT NULL AND held_until <= v_now
+      ORDER BY held_until LIMIT 100 FOR UPDATE SKIP LOCKED);
+    IF cardinality(v_rows) > 0 THEN
+      UPDATE {s}.messages SET holder = NULL, held_until = NULL WHERE ctid = ANY (v_rows);
+    END IF;""",
+    "highest": str(MAX_PRIORITY),
+}
+
 PART = Part(
     version_table="broker_version",
     enter="enter_broker",
     migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
     oldest=1,
-    functions=read_sql(str(__package__), "functions"),
+    functions=read_sql(str(__package__), "functions", _FRAGMENTS),
 )
 
 
@@ -100,6 +111,7 @@ class PostgresqlTaskBroker(TaskBroker):
         self.closing = asyncio.Event()
         self._schema = Schema(options.key_prefix, PART)
         self._connections = Connections(options, self._greet)
+        self._floors = Floors(self._find_floors)
         self._in_hand = InHand(self._hold, self.hold_every_seconds)
         self._acks = 0
         self._vacuuming: asyncio.Task[None] | None = None
@@ -170,9 +182,11 @@ class PostgresqlTaskBroker(TaskBroker):
 
         An answer that is lost leaves its task in hand until ``in_hand_seconds`` have passed.
         """
-        ((number, task_id, payload, holder),) = await self._call(
-            "take", list(queues), float(self.in_hand_seconds)
-        )
+        floors = await self._floors.of(queues)
+        values = (list(queues), float(self.in_hand_seconds), floors)
+        ((number, task_id, payload, holder, seconds),) = await self._call("take", *values)
+        if floors is None:
+            self._floors.looked(seconds)
         if not number:
             return None
         queue = queues[number - 1]
@@ -199,6 +213,7 @@ class PostgresqlTaskBroker(TaskBroker):
         async def release() -> None:
             self._in_hand.discard(held)
             await self._call("release", queue, task_id, holder)
+            self._floors.doubt()
 
         return Delivery(data=payload, ack=ack, release=release)
 
@@ -207,6 +222,12 @@ class PostgresqlTaskBroker(TaskBroker):
         values = (queue, [it.task_id for it in held], holders, float(self.in_hand_seconds))
         await self._call("hold", *values, is_urgent=True)
         return holders
+
+    async def _find_floors(
+        self, queues: Sequence[str], floors: Sequence[Row] | None
+    ) -> tuple[Sequence[Row], float]:
+        ((found, seconds),) = await self._call("floors", list(queues), floors)
+        return found, seconds
 
     async def _vacuum(self) -> None:
         statement = f"VACUUM (SKIP_LOCKED, TRUNCATE off) {self._schema.table('messages')}"

@@ -6,6 +6,7 @@
 -- - A statement of its own finds a row and locks it, and the next one changes it: that one sees the
 --   row as it is by then, also where the first had to look again.
 -- - Rows that several calls may want are locked in the order of their keys, or skipped.
+-- - {give_back} has what dead workers had in hand wait again, in its old place.
 -- - Times are by clock_timestamp(), in a variable, without which no index would be used.
 
 
@@ -32,34 +33,69 @@ BEGIN
 END $$;
 
 
--- The best message of the first of the queues that has one; queues are counted from 1.
--- Before it looks, it gives back what dead workers had in hand.
-CREATE OR REPLACE FUNCTION {s}.take{v}(p_queues text[], p_seconds float8,
-  OUT v_queue int, OUT v_task text, OUT v_payload bytea, OUT v_holder uuid)
+-- The best message of the first of the queues that has one; queues are counted from 1. It looks
+-- from the front, and says how long that took, or from the floors of each queue and priority on.
+CREATE OR REPLACE FUNCTION {s}.take{v}(p_queues text[], p_seconds float8, p_floors bigint[],
+  OUT v_queue int, OUT v_task text, OUT v_payload bytea, OUT v_holder uuid, OUT v_looked float8)
 LANGUAGE plpgsql AS $$
 DECLARE
   v_now timestamptz := clock_timestamp();
-  v_row tid;
   v_rows tid[];
+  v_row tid;
 BEGIN
 {begin}
-  v_rows := ARRAY(SELECT ctid FROM {s}.messages WHERE holder IS NOT NULL AND held_until <= v_now
-    ORDER BY held_until LIMIT 100 FOR UPDATE SKIP LOCKED);
-  IF cardinality(v_rows) > 0 THEN
-    UPDATE {s}.messages SET holder = NULL, held_until = NULL WHERE ctid = ANY (v_rows);
+  IF p_floors IS NULL THEN
+{give_back}
   END IF;
   FOR v_queue IN SELECT generate_subscripts(p_queues, 1) LOOP
-    SELECT ctid INTO v_row FROM {s}.messages WHERE queue = p_queues[v_queue] AND holder IS NULL
-      ORDER BY priority DESC, number LIMIT 1 FOR UPDATE SKIP LOCKED;
-    IF FOUND THEN
-      UPDATE {s}.messages SET holder = gen_random_uuid(),
-          held_until = clock_timestamp() + p_seconds * interval '1 s'
-        WHERE ctid = v_row
-        RETURNING task_id, payload, holder INTO v_task, v_payload, v_holder;
-      RETURN;
+    IF p_floors IS NULL THEN
+      SELECT ctid INTO v_row FROM {s}.messages WHERE queue = p_queues[v_queue] AND holder IS NULL
+        ORDER BY priority DESC, number LIMIT 1 FOR UPDATE SKIP LOCKED;
+    ELSE
+      FOR v_priority IN REVERSE {highest}..0 LOOP
+        SELECT ctid INTO v_row FROM {s}.messages
+          WHERE queue = p_queues[v_queue] AND priority = v_priority AND holder IS NULL
+            AND number >= p_floors[v_queue][v_priority + 1]
+          ORDER BY number LIMIT 1 FOR UPDATE SKIP LOCKED;
+        EXIT WHEN FOUND;
+      END LOOP;
     END IF;
+    EXIT WHEN v_row IS NOT NULL;
   END LOOP;
-  v_queue := 0;
+  v_looked := extract(epoch FROM clock_timestamp() - v_now);
+  IF v_row IS NULL THEN
+    v_queue := 0;
+  ELSE
+    UPDATE {s}.messages SET holder = gen_random_uuid(),
+        held_until = clock_timestamp() + p_seconds * interval '1 s'
+      WHERE ctid = v_row
+      RETURNING task_id, payload, holder INTO v_task, v_payload, v_holder;
+  END IF;
+END $$;
+
+-- Of each queue and priority, from 0 on, the number below which nothing waits: the lowest that
+-- waits, or else the last one that was given. It looks from the front or from earlier floors on.
+-- What is being sent meanwhile may have a lower number.
+CREATE OR REPLACE FUNCTION {s}.floors{v}(p_queues text[], p_floors bigint[],
+  OUT v_floors bigint[], OUT v_looked float8) LANGUAGE plpgsql AS $$
+DECLARE
+  v_now timestamptz := clock_timestamp();
+  v_rows tid[];
+  v_last bigint;
+BEGIN
+{begin}
+  IF p_floors IS NULL THEN
+{give_back}
+  END IF;
+  SELECT last_value INTO v_last FROM {s}.messages_number_seq;
+  SELECT array_agg(ARRAY(
+      SELECT coalesce((SELECT number FROM {s}.messages
+          WHERE queue = asked.name AND priority = p AND holder IS NULL
+            AND number >= coalesce(p_floors[asked.n][p + 1], 0)
+          ORDER BY number LIMIT 1), v_last)
+        FROM generate_series(0, {highest}) AS p ORDER BY p) ORDER BY asked.n)
+    INTO v_floors FROM unnest(p_queues) WITH ORDINALITY AS asked (name, n);
+  v_looked := extract(epoch FROM clock_timestamp() - v_now);
 END $$;
 
 

@@ -297,6 +297,7 @@ def setup_script(key_prefix: str, parts: Sequence[Part], role: str) -> str:
             *(Schema(key_prefix, part).setup() for part in parts),
             f"GRANT USAGE ON SCHEMA {schema} TO {user};",
             f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {user};",
+            f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA {schema} TO {user};",
             f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA {schema} TO {user};",
             "COMMIT;\n",
         ]

@@ -162,6 +162,19 @@ class Lockstep(RuleBasedStateMachine):
 @pytest.mark.parametrize("kind", ["redis", "valkey", "rabbitmq", "postgres"])
 def test_a_queue_does_the_same_as_one_in_memory(kind: Kind) -> None:
     """Order, who gets what, what is sent again, released, withdrawn and missing."""
+    compare_with_memory(kind)
+
+
+def test_a_queue_that_is_read_from_floors_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each look begins at floors, and those are found anew before it."""
+    module = "dagster_taskiq.brokers.postgresql_floors"
+    monkeypatch.setattr(f"{module}._SLOW_SECONDS", -1.0)
+    for seconds in ("_RAISE_SECONDS", "_SHORTEST_SECONDS", "_LONGEST_SECONDS"):
+        monkeypatch.setattr(f"{module}.{seconds}", 0.0)
+    compare_with_memory("postgres")
+
+
+def compare_with_memory(kind: Kind) -> None:
     loop = asyncio.new_event_loop()
     with opened_harness(kind) as harness:
         memory = MemoryHarness(is_searchable=harness.is_searchable)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import cast
 from urllib.parse import urlsplit
 
+import psycopg2
 import pytest
 
 from dagster_taskiq.backend import open_backend
@@ -213,6 +214,144 @@ def test_a_busy_worker_has_the_queue_vacuumed(
             await consumer.broker.kick_many([task(queue) for _ in range(15)])
             await consumer.finish_many(15, 20)
             await eventually(is_vacuumed)
+
+    run(test())
+
+
+# --- a transaction that stays open, and keeps what is gone from being vacuumed ---
+
+
+@contextmanager
+def open_snapshot(harness: PostgresHarness) -> Iterator[None]:
+    """As a dump of the database has it."""
+    with closing(psycopg2.connect(harness.options.url)) as connection:
+        connection.set_session(isolation_level="REPEATABLE READ")
+        connection.cursor().execute("SELECT 1")
+        yield
+
+
+@pytest.fixture
+def floors(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Each look counts as slow, and floors are raised by each take; the fixture changes more."""
+    module = "dagster_taskiq.brokers.postgresql_floors"
+    monkeypatch.setattr(f"{module}._SLOW_SECONDS", -1.0)
+    monkeypatch.setattr(f"{module}._RAISE_SECONDS", 0.0)
+    return monkeypatch
+
+
+async def take(broker: object, queue: str) -> str | None:
+    """Take the next task and ack it."""
+    taken = await cast("PostgresqlTaskBroker", broker).take([queue])
+    if taken is None:
+        return None
+    await taken[1].ack()
+    return taken[1].data.decode()
+
+
+@pytest.mark.usefixtures("floors")
+def test_what_is_gone_is_not_walked_over_by_each_look(harness: PostgresHarness) -> None:
+    gone, tasks = 3000, 30
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as broker:
+            harness.execute(
+                "INSERT INTO {s}.messages (queue, task_id, priority, payload) "
+                "SELECT %s, n::text, 5, '' FROM generate_series(1, %s) AS n",
+                [queue, gone],
+            )
+            with open_snapshot(harness):
+                harness.execute("DELETE FROM {s}.messages")
+                await broker.kick_many([task(queue, f"t{n}") for n in range(tasks)])
+                assert [await take(broker, queue) for _ in range(tasks)] == [
+                    f"t{n}" for n in range(tasks)
+                ]
+
+        async def is_counted() -> bool:
+            rows = harness.execute(
+                "SELECT n_tup_del FROM pg_stat_user_tables WHERE relname = 'messages' "
+                "AND schemaname = %s",
+                [harness.schema],
+            )
+            return rows == [(gone + tasks,)]
+
+        await eventually(is_counted)
+
+    run(test())
+    ((walked,),) = harness.execute(
+        "SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'messages_waiting' "
+        "AND schemaname = %s",
+        [harness.schema],
+    )
+    assert walked < gone * tasks / 4
+
+
+@pytest.mark.usefixtures("floors")
+def test_the_first_message_of_all_is_found_from_floors(harness: PostgresHarness) -> None:
+    """Nothing has a number before it."""
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as broker:
+            for _ in range(4):
+                assert await take(broker, queue) is None
+            await broker.kick(task(queue, "first"))
+            assert await take(broker, queue) == "first"
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_what_others_give_back_is_found_from_the_front(
+    harness: PostgresHarness, floors: pytest.MonkeyPatch, is_dead: bool
+) -> None:
+    """Which is looked from every few seconds; here within one. It comes in its old place."""
+    floors.setattr("dagster_taskiq.brokers.postgresql_floors._LONGEST_SECONDS", 1.0)
+    floors.setattr(PostgresqlTaskBroker, "in_hand_seconds", IN_HAND_SECONDS)
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as other, opened(harness) as broker:
+            await other.kick_many([task(queue, text) for text in "abc"])
+            given_back = await cast("PostgresqlTaskBroker", other).take([queue])
+            assert given_back is not None
+            if is_dead:
+                await other.shutdown()
+            assert [await take(broker, queue) for _ in range(3)] == ["b", "c", None]
+            if not is_dead:
+                await given_back[1].release()
+
+            async def is_found() -> bool:
+                return await take(broker, queue) == "a"
+
+            await eventually(is_found)
+
+    run(test())
+
+
+def test_what_is_being_sent_is_not_passed_over(
+    harness: PostgresHarness, floors: pytest.MonkeyPatch
+) -> None:
+    """Though what was sent after it is there before it, and nobody looks from the front."""
+    module = "dagster_taskiq.brokers.postgresql_floors"
+    floors.setattr(f"{module}._SHORTEST_SECONDS", 60.0)
+    floors.setattr(f"{module}._LONGEST_SECONDS", 60.0)
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with opened(harness) as broker:
+            for _ in range(4):
+                assert await take(broker, queue) is None
+            with closing(psycopg2.connect(harness.options.url)) as slow, slow.cursor() as cursor:
+                cursor.execute(
+                    f'INSERT INTO "{harness.schema}".messages (queue, task_id, priority, payload) '
+                    "VALUES (%s, 'slow', 5, 'slow')",
+                    [queue],
+                )
+                await broker.kick(task(queue, "quick"))
+                assert await take(broker, queue) == "quick"
+                slow.commit()
+            assert await take(broker, queue) == "slow"
 
     run(test())
 
