@@ -202,7 +202,8 @@ class Schema:
 
         Raises:
             RefusedByServerError: the server or the schema is of a version that cannot be used, or
-                the schema is not there and the user may not make it; the message has the SQL.
+                it lacks something that the user may not make; the message names the command that
+                prints the SQL for it.
         """
         try:
             oldest = await self._enter(connection, address)
