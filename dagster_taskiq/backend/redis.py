@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,25 +25,15 @@ from dagster_taskiq.backend.base import (
     TaskState,
     superseded_error,
 )
-from dagster_taskiq.backend.redis_store import RedisStore, text_of
+from dagster_taskiq.backend.redis_control import RedisControl
+from dagster_taskiq.backend.redis_store import BATCH, RedisStore, milliseconds, text_of
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import (
-    RunningTask,
-    WorkerRecord,
-    read_record,
-    readable_running,
-    write_record,
-    write_running,
-)
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import Command, Script
 from dagster_taskiq.servers.redis_rights import commands_of
-
-#: How many tasks one script looks at: it holds up every other client of the server meanwhile.
-_BATCH = 500
 
 #: The states of ``base.NOT_ENDED``, as the record of a run has them.
 _NOT_ENDED = {state.value for state in NOT_ENDED}
@@ -56,7 +45,7 @@ _COMMANDS = {
 }
 
 
-class RedisBackend(Backend):
+class RedisBackend(RedisControl, Backend):
     """See ``Backend``.
 
     What cannot be decoded counts as unknown and is said once: anybody who can write to the server
@@ -68,11 +57,9 @@ class RedisBackend(Backend):
     """
 
     def __init__(self, options: ServerOptions, signer: Signer) -> None:
-        self._signer = signer
-        self._store = RedisStore(options)
+        super().__init__(RedisStore(options), signer)
         self._identity = options.identity
         self.address = self._store.address
-        self._has_told_running = False
 
     @property
     def identity(self) -> str:
@@ -124,7 +111,7 @@ class RedisBackend(Backend):
                 generation,
                 token,
                 int(is_resumable),
-                _milliseconds(lease_seconds),
+                milliseconds(lease_seconds),
                 RUN_RECORD_EXPIRES_SECONDS,
             ],
         )
@@ -145,7 +132,7 @@ class RedisBackend(Backend):
         task_id = await self._store.wait_on(mailbox, timeout_seconds)
         if task_id is None:
             return {}
-        arguments = [_BATCH, self._store.key("result:"), task_id]
+        arguments = [BATCH, self._store.key("result:"), task_id]
         found = await self._store.run(scripts.COLLECT, [mailbox], arguments)
         return {text_of(found[i]): found[i + 1] for i in range(0, len(found), 2)}
 
@@ -302,64 +289,7 @@ class RedisBackend(Backend):
         )
         return bool(answer)
 
-    # --- the list of workers, and messages to them ---
-
-    async def heartbeat(
-        self,
-        record: WorkerRecord,
-        *,
-        expires_seconds: float,
-        running: Sequence[RunningTask] = (),
-    ) -> None:
-        """See ``ControlBackend``."""
-        expires_ms = _milliseconds(expires_seconds)
-        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
-            key = self._store.key("worker:", record.worker_id)
-            pipeline.set(key, write_record(self._signer, record), px=expires_ms)
-            key = self._store.key("running:", record.worker_id)
-            if running:
-                tasks = write_running(self._signer, record.worker_id, running)
-                pipeline.set(key, tasks, px=expires_ms)
-            elif self._has_told_running:
-                pipeline.unlink(key)
-            self._has_told_running = bool(running)
-            pipeline.zadd(self._store.workers, {record.worker_id: time.time() + expires_seconds})
-            await pipeline.execute()
-
-    async def goodbye(self, worker_id: str) -> None:
-        """See ``ControlBackend``."""
-        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
-            pipeline.zrem(self._store.workers, worker_id)
-            parts = ("worker:", "running:", "control:")
-            pipeline.unlink(*(self._store.key(part, worker_id) for part in parts))
-            await pipeline.execute()
-
-    async def workers(self) -> list[WorkerRecord]:
-        """See ``ControlBackend``."""
-        stored = await self._of_workers("worker:")
-        records = [self._record_of(worker_id, data) for worker_id, data in stored.items()]
-        return sorted((it for it in records if it), key=lambda record: record.name)
-
-    async def _of_workers(self, part: str) -> dict[str, bytes]:
-        """What the workers have stored under their ids, in keys that begin so."""
-        async with self._store.reached() as redis:
-            members: Any = await redis.zrange(self._store.workers, 0, -1)
-            ids = [text_of(item) for item in members]
-            if not ids:
-                return {}
-            values: Any = await redis.mget([self._store.key(part, item) for item in ids])
-        return {worker_id: data for worker_id, data in zip(ids, values, strict=True) if data}
-
-    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
-        try:
-            return read_record(self._signer, worker_id, data, time.time())
-        except ValueError as error:
-            self._store.say_unreadable(self._store.key("worker:", worker_id), str(error))
-            return None
-
-    async def running(self) -> list[RunningTask]:
-        """See ``ControlBackend``."""
-        return readable_running(self._signer, await self._of_workers("running:"))
+    # --- the list of runs ---
 
     async def runs(self) -> list[RunReport]:
         """See ``ControlBackend``."""
@@ -376,31 +306,6 @@ class RedisBackend(Backend):
         reports = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
         return RunReport(run_id, bool(loop), fields.get("resumable") == "1", tasks)
-
-    async def tidy(self) -> None:
-        """See ``ControlBackend``: keys expire by themselves, but for a name in a set."""
-        async with self._store.reached() as redis:
-            # hosts whose clocks differ do no harm if what is old is dropped late
-            await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
-        await self._store.close_idle_connections()
-
-    async def send_control(self, worker_id: str, order: str) -> None:
-        """See ``ControlBackend``."""
-        mailbox = self._store.key("control:", worker_id)
-        async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
-            pipeline.rpush(mailbox, order)
-            pipeline.expire(mailbox, CONTROL_EXPIRES_SECONDS)
-            await pipeline.execute()
-
-    async def wait_for_control(self, worker_id: str, timeout_seconds: float) -> list[bytes]:
-        """See ``ControlBackend``."""
-        mailbox = self._store.key("control:", worker_id)
-        first = await self._store.wait_on(mailbox, timeout_seconds)
-        if first is None:
-            return []
-        async with self._store.reached() as redis:
-            rest: Any = await redis.lpop(mailbox, _BATCH)
-        return [first, *(rest or [])]
 
     def _state(self, run_id: str, task_id: str, word: bytes) -> TaskState:
         try:
@@ -427,7 +332,7 @@ def _claim_arguments(claim: Claim) -> list[Any]:
         claim.epoch,
         claim.token,
         json.dumps(asdict(claim.place)),
-        _milliseconds(claim.lease_seconds),
+        milliseconds(claim.lease_seconds),
         RUN_RECORD_EXPIRES_SECONDS,
     ]
 
@@ -436,9 +341,5 @@ def _fresh() -> str:
     return uuid.uuid4().hex
 
 
-def _milliseconds(seconds: float) -> int:
-    return max(1, round(seconds * 1000))
-
-
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:
-    return [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]

@@ -21,6 +21,9 @@ from dagster_taskiq.servers.redis_calls import SCAN_COUNT, Command, Script, call
 from dagster_taskiq.servers.redis_client import open_redis, server_errors
 from dagster_taskiq.servers.redis_rights import check_rights
 
+#: How many tasks one script looks at: it holds up every other client of the server meanwhile.
+BATCH = 500
+
 #: Idle connections are not closed below this number.
 _IDLE_CONNECTIONS = 4
 
@@ -153,3 +156,8 @@ class RedisStore:
 def text_of(value: bytes | str) -> str:
     """A reply as text; bytes that are no UTF-8 as escapes."""
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+
+
+def milliseconds(seconds: float) -> int:
+    """The same time for the server, which takes no less than one."""
+    return max(1, round(seconds * 1000))

@@ -19,10 +19,10 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 
-from dagster_taskiq.backend import Backend, Claim, ClaimAnswer
+from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE, ORPHAN_GRACE_SECONDS
 from dagster_taskiq.errors import (
@@ -34,18 +34,16 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker.answers import cause_of, result_of
 from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.guard import clock
-from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
+from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.limit_timers import LimitTimers
-from dagster_taskiq.worker.observer import Ending, WorkerObserver
+from dagster_taskiq.worker.observer import Ending
 from dagster_taskiq.worker.receiver import RELEASE_PAUSE_SECONDS
-from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot_base import Slot
 from dagster_taskiq.worker.slot_pool import prepare
+from dagster_taskiq.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
 
@@ -58,31 +56,6 @@ _LATEST_ANSWER_SHARE = INTERRUPT_AFTER_LEASE_SHARE / 2
 
 #: Pause before a result is offered again to a backend that was away.
 _RETRY_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What all attempts of a station share.
-
-    Attributes:
-        backend: where tasks are claimed and results stored.
-        leases: keeps the claims.
-        run_watch: speaks with Dagster about runs whose process is gone.
-        place: of the worker; pid and slot are filled in for each task.
-        result_expires_seconds: how long an unread result is kept.
-        limits: of steps whose tags say nothing.
-        signer: signs results.
-        observer: hears what becomes of each task.
-    """
-
-    backend: Backend
-    leases: LeaseKeeper
-    run_watch: RunWatch
-    place: Place
-    result_expires_seconds: float
-    limits: TimeLimits
-    signer: Signer
-    observer: WorkerObserver
 
 
 class State(Enum):

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dagster_taskiq.brokers import Delivery, TaskBroker
 from dagster_taskiq.errors import CopyOfStepError, NoProcessError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.worker.attempt import Attempt, Tools
+from dagster_taskiq.worker.attempt import Attempt
 from dagster_taskiq.worker.receiver import SettlingReceiver
 from dagster_taskiq.worker.slot_base import Slot
 from dagster_taskiq.worker.slot_pool import SlotPool
+from dagster_taskiq.worker.tools import Tools
 
 _TASK_NAMES = {
     QueueKind.STEPS: (TaskName.EXECUTE_PLAN,),

@@ -25,7 +25,6 @@ from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.worker.admission import StationAdmission
-from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
 from dagster_taskiq.worker.control_mailbox import ControlMailbox
@@ -42,6 +41,7 @@ from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
+from dagster_taskiq.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
 

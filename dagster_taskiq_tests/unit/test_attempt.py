@@ -18,11 +18,12 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.worker import attempt as attempt_module
 from dagster_taskiq.worker.answers import result_of
-from dagster_taskiq.worker.attempt import Attempt, State, Tools
+from dagster_taskiq.worker.attempt import Attempt, State
 from dagster_taskiq.worker.child_messages import Execute, Executed, FailRun, Order
 from dagster_taskiq.worker.leases import Lease, LeaseKeeper, StopReason
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.slot_base import ChildDied
+from dagster_taskiq.worker.tools import Tools
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import (
     PLACE,

@@ -25,7 +25,6 @@ from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.worker import slot_pool
 from dagster_taskiq.worker.admission import StationAdmission
-from dagster_taskiq.worker.attempt import Tools
 from dagster_taskiq.worker.child_messages import Executed
 from dagster_taskiq.worker.leases import LeaseKeeper
 from dagster_taskiq.worker.options import WorkerOptions
@@ -33,6 +32,7 @@ from dagster_taskiq.worker.parts import WorkerParts
 from dagster_taskiq.worker.receiver import DeliveryFormatter, SettlingReceiver
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.station import Station
+from dagster_taskiq.worker.tools import Tools
 from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import (
