@@ -18,6 +18,7 @@ import dagster_taskiq
 import dagster_taskiq_tests
 from dagster_taskiq.aio import private_files
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq_tests import migrations
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import (
     amqp_options,
@@ -43,6 +44,9 @@ _OPTIONS = {
 # how long an example takes says nothing on a machine with other things to do
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+# tests open many instances
+migrations.read_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:
