@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import compileall
+import gc
 import os
 import re
 import sys
@@ -62,11 +63,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Let pytest keep the test modules that it has compiled in its own way, for the same reason."""
+    """Let pytest keep the test modules that it has compiled in its own way, for the same reason.
+
+    What is imported meanwhile stays, so that no collection of garbage need look at it, then or
+    later.
+    """
     is_kept_from_it, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
+        gc.enable()
         sys.dont_write_bytecode = is_kept_from_it
 
 
