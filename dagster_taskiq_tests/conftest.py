@@ -19,7 +19,7 @@ import dagster_taskiq
 import dagster_taskiq_tests
 from dagster_taskiq.aio import private_files
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests import migrations
+from dagster_taskiq_tests import quick_storage
 from dagster_taskiq_tests.server_sources import stop_session_servers
 from dagster_taskiq_tests.servers import (
     amqp_options,
@@ -46,8 +46,7 @@ _OPTIONS = {
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
-# tests open many instances
-migrations.read_once()
+quick_storage.make_quick()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -25,10 +25,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-from dagster._core.storage.sql import get_alembic_config
-
-from dagster_taskiq_tests import migrations
-
 #: What a worker with children imports, whatever its servers and jobs are, and what a run does.
 _IMPORTS = (
     "dagster_taskiq.cli",
@@ -43,13 +39,6 @@ _IMPORTS = (
     "alembic.command",
     "upath.implementations.local",
     "anyio._backends._asyncio",
-)
-
-#: The storages of an instance that is not configured otherwise.
-_STORAGES = (
-    "dagster._core.storage.event_log.sqlite.sqlite_event_log",
-    "dagster._core.storage.runs.sqlite.sqlite_run_storage",
-    "dagster._core.storage.schedules.sqlite.sqlite_schedule_storage",
 )
 
 #: The longest request: the arguments and the environment.
@@ -166,10 +155,9 @@ def _main(descriptor: int, mark: str) -> None:
     for module in _IMPORTS:
         with suppress(ImportError):  # another release of Dagster has another one, or none
             import_module(module)
-    migrations.read_once()
-    for module in _STORAGES:
-        with suppress(ImportError):
-            migrations.read_now(get_alembic_config(str(import_module(module).__file__)))
+    quick_storage: Any = import_module("dagster_taskiq_tests.quick_storage")
+    quick_storage.make_quick()
+    quick_storage.prepare()
     # else the first collection of each fork would look at all of it, and so copy it
     gc.freeze()
     # a test of slots may have blocked the one, and the other is for the tests alone
