@@ -505,7 +505,7 @@ class Stack:
         shell: str = "",
         is_fresh: bool = False,
     ) -> AnyProcess:
-        """Start a module, as a rule ``dagster-taskiq``, in the stack's directory."""
+        """Start a module, as a rule ``dagster-taskiq``; where, if not in the stack's directory."""
         variables = {**self.environment, **(environment or {})}
         if warm_start.IS_POSSIBLE and not shell and not is_fresh:
             return _template().start(
