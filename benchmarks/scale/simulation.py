@@ -18,8 +18,8 @@ from typing import Any
 import redis
 
 from benchmarks.processes import DidNotEndError, FailedError
+from benchmarks.scale import crowd_process
 from benchmarks.scale.crowd import Crowd, Share
-from benchmarks.scale.crowd_process import crowd_main
 from benchmarks.scale.records import crowd_figures
 from benchmarks.scale.redis_stats import RedisStats
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -114,9 +114,10 @@ class _Process:
 
 @contextmanager
 def _started(share: Share) -> Iterator[_Process]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([crowd_process.__name__])  # seconds of each process otherwise
     ours, theirs = context.Pipe()
-    process = context.Process(target=crowd_main, args=(theirs, share), daemon=True)
+    process = context.Process(target=crowd_process.crowd_main, args=(theirs, share), daemon=True)
     process.start()
     theirs.close()
     try:

@@ -10,7 +10,6 @@ import asyncio
 import atexit
 import functools
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -25,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -40,15 +38,11 @@ from dagster import (
     DagsterRun,
     DagsterRunStatus,
     EventLogEntry,
-    ReexecutionOptions,
     RunsFilter,
-    execute_job,
 )
-from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 from dagster._core.storage.tags import BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG
 
 from dagster_taskiq import TaskiqRunLauncher
-from dagster_taskiq._dagster.storage import STORAGE_MODULES
 from dagster_taskiq.backend import open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.defaults import (
@@ -60,7 +54,9 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.acceptance import jobs, warm_start
+from dagster_taskiq_tests.acceptance import asset_jobs, jobs, run_process, warm_start
+from dagster_taskiq_tests.acceptance.ops import DIRECTORY_VARIABLE
+from dagster_taskiq_tests.acceptance.run_process import Order
 from dagster_taskiq_tests.acceptance.warm_start import Template, WarmProcess
 from dagster_taskiq_tests.database_setup import prepared_postgres
 from dagster_taskiq_tests.server_sources import at_session_end
@@ -124,7 +120,7 @@ _UNFINISHED = [
     DagsterRunStatus.CANCELING,
 ]
 
-#: A process of the command line.
+#: A process of the command line, or of a run.
 AnyProcess = subprocess.Popen[bytes] | WarmProcess
 
 #: What the daemon's runs have: those of backfills, schedules and sensors.
@@ -156,7 +152,7 @@ def is_running(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Note:
-    """What an op has left in the trace; see ``jobs.note``."""
+    """What an op has left in the trace; see ``ops.note``."""
 
     kind: str
     run: str
@@ -226,7 +222,7 @@ class WorkerProcess:
 class Run:
     """A run of one of the jobs, in a process of its own, seen through Dagster's instance."""
 
-    def __init__(self, stack: Stack, tag: str, process: ForkServerProcess, log: Path) -> None:
+    def __init__(self, stack: Stack, tag: str, process: AnyProcess, log: Path) -> None:
         self.stack = stack
         self.process = process
         self._log = log
@@ -239,7 +235,9 @@ class Run:
 
         def look() -> list[str]:
             ids = [run.run_id for run in self.stack.instance.get_runs(found)]
-            assert ids or self.process.is_alive(), "The run's process ended before its run began."
+            assert ids or self.process.poll() is None, (
+                "The run's process ended before its run began."
+            )
             return ids
 
         return until(look, "the run exists")[0]
@@ -274,16 +272,16 @@ class Run:
 
     def wait(self, timeout_seconds: float = PATIENCE_SECONDS) -> Run:
         """Wait until its process has ended."""
-        self.process.join(timeout_seconds)
-        if self.process.exitcode is None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_seconds)
+        if self.process.poll() is None:
             self.explain()
             raise AssertionError(f"The run has not ended within {timeout_seconds:g} s.")
         return self
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         """Send a signal to its process."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        self.process.send_signal(number)
 
     def open_gate(self, name: str = "gate") -> None:
         """Let its ops go on that wait for the gate."""
@@ -376,7 +374,8 @@ def _story(events: Sequence[DagsterEvent]) -> Counter[tuple[str, str]]:
 
 def story_in_process(job_name: str, **arguments: Any) -> Counter[tuple[str, str]]:
     """The story of the same job under Dagster's own in-process executor."""
-    job = getattr(jobs, job_name, None) or jobs.defs.get_repository_def().get_job(job_name)
+    job = getattr(jobs, job_name, None)
+    job = job or asset_jobs.defs.get_repository_def().get_job(job_name)
     with DagsterInstance.ephemeral() as instance:
         result = job.execute_in_process(instance=instance, raise_on_error=False, **arguments)
         return _story(result.all_events)
@@ -406,7 +405,7 @@ class Stack:
         self.instance = DagsterInstance.from_config(str(self.home))
         self.exit_stack.callback(self.instance.dispose)
         self._logs = 0
-        self._processes: list[ForkServerProcess] = []
+        self._processes: list[AnyProcess] = []
 
     @property
     def storage(self) -> Path:
@@ -433,7 +432,7 @@ class Stack:
             **_environment(),
             "DAGSTER_HOME": str(self.home),
             STACK_VARIABLE: self.mark,
-            jobs.DIRECTORY_VARIABLE: str(self.directory),
+            DIRECTORY_VARIABLE: str(self.directory),
         }
 
     # --- workers ---
@@ -452,14 +451,16 @@ class Stack:
         slots: int = 2,
         environment: Mapping[str, str] | None = None,
         settings: Path | None = None,
-        program: Sequence[str] = (),
+        module: str = "dagster_taskiq",
+        shell: str = "",
         is_fresh: bool = False,
     ) -> WorkerProcess:
         """Start a worker; ``await_ready`` waits until it takes tasks.
 
         Args:
             environment: more variables of the worker.
-            program: what is called instead of ``python -m dagster_taskiq``.
+            module: what is called, with the arguments of ``dagster-taskiq``.
+            shell: a command of a shell that calls its arguments; the worker is always fresh then.
             is_fresh: start it as a user does, in a new interpreter; see ``warm_start``.
         """
         name = name or f"worker-{uuid.uuid4().hex[:6]}"
@@ -468,7 +469,9 @@ class Stack:
         command = ["worker", "start", "-y", str(settings), *options, *arguments]
         log = self.new_log(name)
         with log.open("wb") as output:
-            process = self._popen(command, output, output, environment, program, is_fresh)
+            process = self._popen(
+                command, output, output, environment, module=module, shell=shell, is_fresh=is_fresh
+            )
         worker = WorkerProcess(name, process, log)
         self.exit_stack.callback(worker.close)
         return worker
@@ -498,27 +501,31 @@ class Stack:
         stdout: IO[Any],
         stderr: IO[Any],
         environment: Mapping[str, str] | None = None,
-        program: Sequence[str] = (),
+        *,
+        module: str = "dagster_taskiq",
+        directory: Path | None = None,
+        shell: str = "",
         is_fresh: bool = False,
     ) -> AnyProcess:
-        """Start ``dagster-taskiq``, or a program that takes the same arguments."""
+        """Start a module, as a rule ``dagster-taskiq``; where, if not in the stack's directory."""
         variables = {**self.environment, **(environment or {})}
-        if warm_start.IS_POSSIBLE and not program and not is_fresh:
+        if warm_start.IS_POSSIBLE and not shell and not is_fresh:
             return _template().start(
-                "dagster_taskiq",
+                module,
                 arguments,
                 stdout=stdout,
                 stderr=stderr,
                 environment=variables,
-                directory=self.directory,
+                directory=directory or self.directory,
             )
+        in_shell = ["sh", "-c", shell, "sh"] if shell else []
         return subprocess.Popen(
-            [*(program or (sys.executable, "-m", "dagster_taskiq")), *arguments],
+            [*in_shell, sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
             env=variables,
-            cwd=self.directory,
+            cwd=directory or self.directory,
         )
 
     def empty_file(self) -> Path:
@@ -577,25 +584,23 @@ class Stack:
             "op_selection": op_selection,
             "asset_selection": asset_selection,
         }
-        variables = {
-            "DAGSTER_HOME": str(self.home),
-            jobs.DIRECTORY_VARIABLE: str(self.directory),
-            STACK_VARIABLE: self.mark,
-            **(environment or {}),
-        }
-        log = self.new_log(f"run-{job.replace(':', '-')}")
-        process = _forks().Process(
-            target=_execute,
-            args=(
-                job,
-                arguments,
-                retry_of.run_id if retry_of else None,
-                variables,
-                str(module_path) if module_path else None,
-                str(log),
-            ),
+        order = Order(
+            job,
+            arguments,
+            retry_of=retry_of.run_id if retry_of else None,
+            module_path=str(module_path) if module_path else None,
         )
-        process.start()
+        log = self.new_log(f"run-{job.replace(':', '-')}")
+        order.write(log.with_suffix(".order"))
+        with log.open("wb") as output:
+            process = self._popen(
+                [str(log.with_suffix(".order"))],
+                output,
+                output,
+                environment,
+                module=run_process.__name__,
+                directory=Path.cwd(),  # where the jobs' modules are found
+            )
         self._processes.append(process)
         self.exit_stack.callback(_end, process)
         return Run(self, tag, process, log)
@@ -769,57 +774,12 @@ def _template() -> Template:
     return template
 
 
-@functools.cache
-def _forks() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    modules = [jobs.__name__, __name__, *STORAGE_MODULES]  # what else each run would import
-    context.set_forkserver_preload(modules)
-    return context
-
-
-def _execute(
-    job: str,
-    arguments: dict[str, Any],
-    retry_of: str | None,
-    environment: dict[str, str],
-    module_path: str | None,
-    log: str,
-) -> None:
-    """The life of a run's process."""
-    # the fork server may have been started by a test of slots, which has it deaf
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(environment)
-    if module_path:
-        sys.path.append(module_path)  # Dagster takes the first one for the script's and skips it
-    options = ReexecutionOptions.from_failure if retry_of else None
-    with DagsterInstance.get() as instance:
-        execute_job(
-            _reconstructable(job),
-            instance=instance,
-            reexecution_options=options and options(retry_of, instance),
-            **arguments,
-        )
-
-
-def _reconstructable(job: str) -> ReconstructableJob:
-    if ":" in job:
-        return ReconstructableJob.for_module(*job.split(":"))
-    if job in jobs.ASSET_JOBS:
-        repository = ReconstructableRepository.for_module(jobs.__name__, "defs")
-        return repository.get_reconstructable_job(job)
-    return ReconstructableJob.for_module(jobs.__name__, job)
-
-
-def _end(process: ForkServerProcess) -> None:
-    if process.is_alive():
-        process.terminate()
-        process.join(5)
-    if process.is_alive():
-        process.kill()
-        process.join(5)
+def _end(process: AnyProcess) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            process.send_signal(number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
 
 
 def marked(marks: Collection[str]) -> list[psutil.Process]:

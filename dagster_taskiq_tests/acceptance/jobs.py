@@ -1,8 +1,4 @@
-"""The jobs and assets under test; what their ops see and do goes into the stack's trace.
-
-A trace is a file with a JSON object a line, which every process appends to. A gate is a file that
-an op waits for, so that a test decides how long a step runs.
-"""
+"""The jobs under test; what their ops see and do goes into the stack's trace: see ``ops``."""
 
 import ctypes
 import json
@@ -10,22 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 from dagster import (
-    AssetCheckResult,
-    AssetExecutionContext,
-    AssetKey,
-    AssetOut,
-    AssetSelection,
     Backoff,
-    Definitions,
     DynamicOut,
     DynamicOutput,
     Failure,
@@ -38,69 +26,30 @@ from dagster import (
     Output,
     RetryPolicy,
     RetryRequested,
-    StaticPartitionsDefinition,
-    asset,
-    asset_check,
-    define_asset_job,
     failure_hook,
     graph,
     job,
     mem_io_manager,
-    multi_asset,
     op,
     resource,
     success_hook,
 )
 
 from dagster_taskiq import taskiq_executor
-
-#: Directory of the stack's trace and gates.
-DIRECTORY_VARIABLE = "DAGSTER_TASKIQ_TEST_DIRECTORY"
-
-#: How long an op waits for its gate: longer than any test does.
-GATE_SECONDS = 120.0
-
-
-def note(context: Any, kind: str, **more: Any) -> None:
-    """Append a line to the trace."""
-    directory = os.getenv(DIRECTORY_VARIABLE)
-    if directory is None:
-        return
-    entry = {
-        "kind": kind,
-        "run": context.run_id,
-        "step": getattr(context, "step_key", None) or str(context.op_handle),
-        "attempt": getattr(context, "retry_number", 0) + 1,
-        "pid": os.getpid(),
-        "time": time.monotonic(),
-        **more,
-    }
-    with (Path(directory) / "trace").open("a", buffering=1) as trace:
-        trace.write(json.dumps(entry) + "\n")
-
-
-def await_gate(context: OpExecutionContext, name: str = "gate") -> None:
-    """Wait until the test opens the gate of this run."""
-    path = Path(os.environ[DIRECTORY_VARIABLE]) / f"{context.run_id}.{name}"
-    deadline = time.monotonic() + GATE_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise Failure(f"nobody has opened {path}")
-        time.sleep(0.02)
-
+from dagster_taskiq_tests.acceptance.ops import (
+    DIRECTORY_VARIABLE,
+    GATE_SECONDS,
+    add_one,
+    await_gate,
+    cleans_up,
+    gated,
+    note,
+    one,
+    ran,
+    stubborn,
+)
 
 # --- shapes -------------------------------------------------------------------------------------
-
-
-@op
-def one() -> int:
-    return 1
-
-
-@op
-def add_one(context: OpExecutionContext, x: int) -> int:
-    note(context, "ran")
-    return x + 1
 
 
 @op
@@ -334,11 +283,6 @@ def not_retried() -> None:
 
 
 @op
-def ran(context: OpExecutionContext) -> None:
-    note(context, "ran")
-
-
-@op
 def tells_what_it_can_read(context: OpExecutionContext) -> None:
     """Its environment, as Python and as the kernel has it, and what its ancestors are called."""
     texts = [f"{key}={value}" for key, value in os.environ.items()]
@@ -353,13 +297,6 @@ def tells_what_it_can_read(context: OpExecutionContext) -> None:
 @job(executor_def=taskiq_executor)
 def telling() -> None:
     tells_what_it_can_read()
-
-
-@op
-def gated(context: OpExecutionContext) -> None:
-    note(context, "started")
-    await_gate(context)
-    note(context, "ended")
 
 
 @job(executor_def=taskiq_executor)
@@ -473,15 +410,6 @@ def pool_gated() -> None:
 # --- ways to end badly --------------------------------------------------------------------------
 
 
-@op
-def cleans_up(context: OpExecutionContext) -> None:
-    note(context, "started")
-    try:
-        time.sleep(GATE_SECONDS)
-    finally:
-        note(context, "cleaned", main=threading.current_thread() is threading.main_thread())
-
-
 @job(executor_def=taskiq_executor)
 def one_to_cancel() -> None:
     cleans_up()
@@ -491,18 +419,6 @@ def one_to_cancel() -> None:
 def many_to_cancel() -> None:
     for number in range(6):
         cleans_up.alias(f"c{number}")()
-
-
-@op
-def stubborn(context: OpExecutionContext) -> None:
-    """Ignores SIGTERM, and so does the process that it starts."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    child = subprocess.Popen(["sleep", str(GATE_SECONDS)])
-    note(context, "started", child=child.pid)
-    deadline = time.monotonic() + GATE_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(BaseException):
-            time.sleep(0.05)
 
 
 @job(executor_def=taskiq_executor)
@@ -619,87 +535,3 @@ def talks_to_the_end() -> None:
 @job(executor_def=taskiq_executor)
 def talkative() -> None:
     talks()
-
-
-# --- assets -------------------------------------------------------------------------------------
-
-days = StaticPartitionsDefinition(["monday", "tuesday"])
-
-
-@asset(partitions_def=days)
-def daily(context: AssetExecutionContext) -> str:
-    return f"of {context.partition_key}"
-
-
-@asset(partitions_def=days)
-def report(context: AssetExecutionContext, daily: str) -> str:
-    return f"report {daily}"
-
-
-@asset
-def source() -> int:
-    return 1
-
-
-@asset
-def derived(source: int) -> int:
-    return source + 1
-
-
-@asset_check(asset=source, blocking=True)
-def source_is_small(source: int) -> AssetCheckResult:
-    return AssetCheckResult(passed=source < 10, metadata={"value": source})
-
-
-@asset_check(asset=derived)
-def derived_is_negative(derived: int) -> AssetCheckResult:
-    return AssetCheckResult(passed=derived < 0)
-
-
-@asset
-def wrong() -> int:
-    return 100
-
-
-@asset_check(asset=wrong, blocking=True)
-def wrong_is_small(wrong: int) -> AssetCheckResult:
-    return AssetCheckResult(passed=wrong < 10)
-
-
-@asset
-def after_wrong(wrong: int) -> int:
-    return wrong
-
-
-@multi_asset(
-    outs={"first": AssetOut(is_required=False), "second": AssetOut(is_required=False)},
-    can_subset=True,
-)
-def pair(context: AssetExecutionContext) -> Iterator[Output[int]]:
-    for number, name in enumerate(("first", "second")):
-        if name in context.op_execution_context.selected_output_names:
-            yield Output(number, name)
-
-
-@asset
-def after_second(second: int) -> int:
-    return second + 1
-
-
-defs = Definitions(
-    assets=[daily, report, source, derived, wrong, after_wrong, pair, after_second],
-    asset_checks=[source_is_small, derived_is_negative, wrong_is_small],
-    jobs=[
-        define_asset_job("partitioned", ["daily", "report"], executor_def=taskiq_executor),
-        define_asset_job("checked", ["source", "derived"], executor_def=taskiq_executor),
-        define_asset_job("blocked", ["wrong", "after_wrong"], executor_def=taskiq_executor),
-        define_asset_job(
-            "multi", AssetSelection.assets(pair, "after_second"), executor_def=taskiq_executor
-        ),
-    ],
-)
-
-#: Jobs that only the repository knows.
-ASSET_JOBS = frozenset({"partitioned", "checked", "blocked", "multi"})
-
-SECOND = AssetKey("second")

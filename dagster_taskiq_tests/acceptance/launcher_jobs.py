@@ -30,7 +30,7 @@ from dagster import (
 from dagster._core.storage.event_log import SqliteEventLogStorage
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import (
+from dagster_taskiq_tests.acceptance.ops import (
     add_one,
     await_gate,
     cleans_up,

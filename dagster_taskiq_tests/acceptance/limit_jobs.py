@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dagster import DynamicOut, DynamicOutput, OpExecutionContext, RetryPolicy, job, op
 
 from dagster_taskiq import SoftTimeLimitError, taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import GATE_SECONDS, note
+from dagster_taskiq_tests.acceptance.ops import GATE_SECONDS, note
 
 #: All long enough for a loaded machine to load the code and come to what the step is about.
 SOFT = {"dagster-taskiq/soft_timeout_seconds": "5"}

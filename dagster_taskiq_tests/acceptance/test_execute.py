@@ -152,7 +152,7 @@ def test_empty_job(stack: Stack) -> None:
 def test_in_memory_values_are_refused(stack: Stack) -> None:
     """An IO manager that keeps values in memory cannot serve steps in several processes."""
     run = stack.run("in_memory")
-    assert run.process.exitcode == 1
+    assert run.process.poll() == 1
     assert "Please use a persistent IO manager" in run.output_of_process
 
 

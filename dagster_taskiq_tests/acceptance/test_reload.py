@@ -18,7 +18,7 @@ from dagster_taskiq_tests.acceptance.harness import Run, Stack, WorkerProcess, u
 CODE = """
 from dagster import OpExecutionContext, job, op
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import await_gate, note
+from dagster_taskiq_tests.acceptance.ops import await_gate, note
 
 VERSION = {version!r}
 

@@ -97,7 +97,7 @@ def secret_stack(tmp_path: Path) -> Iterator[SecretStack]:
         netloc = f"{database.username}:postgres-{CANARY}@{database.hostname}:{database.port}"
         home = tmp_path / "home"
         home.mkdir()
-        stack = SecretStack(home, broker, backend, tmp_path, mark=f"secrets-{tmp_path.name}")
+        stack = SecretStack(home, broker, backend, tmp_path)
         settings = {
             "telemetry": {"enabled": False},
             "storage": {"postgres": {"postgres_url": database._replace(netloc=netloc).geturl()}},
@@ -184,10 +184,7 @@ def _failures(stack: SecretStack) -> Iterator[str]:
     impatient = {"server_patience_seconds": 0}
     file = stack.settings_file(**impatient)
     wrong_urls = list(_wrong_urls(stack))
-    workers = [
-        stack.worker("-l", "DEBUG", settings=file, environment=it, is_fresh=True)
-        for it in wrong_urls
-    ]
+    workers = [stack.worker("-l", "DEBUG", settings=file, environment=it) for it in wrong_urls]
     runs = [
         stack.start("simple", environment={**stack.secrets, **it}, **impatient) for it in wrong_urls
     ]
@@ -317,7 +314,7 @@ def test_what_is_stored_is_json_or_plain_text(kind: BrokerKind, tmp_path: Path) 
     and after them.
     """
     with open_stack(kind, tmp_path) as stack:
-        stack.worker(name="w", is_fresh=True).await_ready()
+        stack.worker(name="w").await_ready()
         assert stack.run("diamond").is_success
         held, lost = stack.start("one_gated"), stack.start("one_gated", tags=UNSERVED)
         held.await_notes("started")
@@ -362,13 +359,11 @@ def test_a_job_over_tls(tmp_path: Path) -> None:
         }
         config = {"broker": broker.url, "backend": backend.url, "config_source": source}
         unknown = {**source, "broker_use_ssl": {**ssl_options, "ca_certs": files.other_ca}}
-        denied = stack.worker(
-            settings=stack.settings_file(**{**config, "config_source": unknown}), is_fresh=True
-        )
+        denied = stack.worker(settings=stack.settings_file(**{**config, "config_source": unknown}))
         file = stack.settings_file(**config)
-        stack.worker(settings=file, is_fresh=True).await_ready()
+        stack.worker(settings=file).await_ready()
         assert stack.run("diamond", **config).is_success
-        assert "amqps://" not in stack.cli("worker", "list", "-y", str(file), is_fresh=True)
+        assert "amqps://" not in stack.cli("worker", "list", "-y", str(file))
         assert denied.wait() == 1
         assert "its certificate cannot be trusted" in denied.log
         assert "Traceback" not in denied.log

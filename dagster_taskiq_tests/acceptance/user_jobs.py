@@ -21,7 +21,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import (
+from dagster_taskiq_tests.acceptance.ops import (
     DIRECTORY_VARIABLE,
     GATE_SECONDS,
     cleans_up,

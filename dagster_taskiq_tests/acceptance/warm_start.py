@@ -1,6 +1,7 @@
-"""Commands that start warm: forks of a process that has imported what ``dagster-taskiq`` imports.
+"""Processes that start warm: forks of one that has imported what ``dagster-taskiq`` imports.
 
-To import it takes a second of the processor, and a stack's worker would do so in every other test.
+To import it takes a second of the processor, which the worker of every other test and each run
+would need. The modules of jobs are not among it: a child must load what stands on disk now.
 A test about the start itself, the environment or what is imported starts a new interpreter.
 """
 
@@ -24,17 +25,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
-#: What a worker with children imports, whatever its servers and jobs are.
+#: What a worker with children imports, whatever its servers and jobs are, and what a run does.
 _IMPORTS = (
     "dagster_taskiq.cli",
     "dagster_taskiq.worker.child",
+    "dagster_taskiq.backend.postgresql",
     "dagster_taskiq.backend.redis",
     "dagster_taskiq.brokers.amqp",
+    "dagster_taskiq.brokers.postgresql",
     "dagster_taskiq.brokers.redis",
     "dagster_taskiq.executor",
     "dagster._core.storage.sqlite_storage",
     "alembic.command",
     "upath.implementations.local",
+    "anyio._backends._asyncio",
 )
 
 #: The longest request: the arguments and the environment.
@@ -151,6 +155,11 @@ def _main(descriptor: int, mark: str) -> None:
     for module in _IMPORTS:
         with suppress(ImportError):  # another release of Dagster has another one, or none
             import_module(module)
+    quick_storage: Any = import_module("dagster_taskiq_tests.quick_storage")
+    quick_storage.make_quick()
+    quick_storage.prepare()
+    # else the first collection of each fork would look at all of it, and so copy it
+    gc.freeze()
     # a test of slots may have blocked the one, and the other is for the tests alone
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     signal.signal(signal.SIGINT, signal.SIG_IGN)

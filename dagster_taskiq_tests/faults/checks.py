@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -46,7 +45,7 @@ def fatal_worker(stack: Stack, fault: str, *arguments: str, **options: object) -
         *arguments,
         **options,  # type: ignore[arg-type]
         environment={FAULT_VARIABLE: fault},
-        program=(sys.executable, "-m", "dagster_taskiq_tests.faults.fatal_worker"),
+        module="dagster_taskiq_tests.faults.fatal_worker",
     )
 
 

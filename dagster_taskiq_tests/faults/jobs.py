@@ -22,7 +22,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import GATE_SECONDS, await_gate, note
+from dagster_taskiq_tests.acceptance.ops import GATE_SECONDS, await_gate, note
 
 RETRIES_ONCE = RetryPolicy(max_retries=1)
 

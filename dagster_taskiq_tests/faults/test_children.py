@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,8 +144,8 @@ def _memory_groups() -> tuple[Path, str] | None:
 def test_out_of_memory(tmp_path: Path) -> None:
     """A step that the kernel kills for its memory fails with these words; the slot is back."""
     with limited_memory(_MEMORY_BYTES) as group, open_stack("redis", tmp_path) as stack:
-        enter = f"echo $$ > {group}/cgroup.procs && exec {sys.executable} -m dagster_taskiq"
-        stack.worker(slots=1, program=("sh", "-c", f'{enter} "$@"', "sh")).await_ready()
+        enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+        stack.worker(slots=1, shell=enter).await_ready()
         run = start(stack, "out_of_memory", lease_seconds=_LEASE_SECONDS).wait()
         assert run.status is FAILURE
         reason = run.failure("takes_memory")

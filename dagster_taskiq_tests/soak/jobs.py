@@ -24,7 +24,7 @@ from dagster import (
 )
 
 from dagster_taskiq import taskiq_executor
-from dagster_taskiq_tests.acceptance.jobs import note as add_note
+from dagster_taskiq_tests.acceptance.ops import note as add_note
 
 #: Tags of a run: what its ops are drawn from.
 SEED_TAG = "soak/seed"

@@ -138,7 +138,7 @@ class Runs:
 
     def _look_at_process(self, run: SoakRun) -> None:
         """Say in the log that a run is over whose own process is gone."""
-        if run.own is None or run.own.process.exitcode is None or run.killed_at is not None:
+        if run.own is None or run.own.process.poll() is None or run.killed_at is not None:
             return
         if run.run_id is None:
             if not run.faults:
@@ -151,7 +151,7 @@ class Runs:
         known = self._stack.instance.get_run_by_id(run.run_id)
         if known is not None and not known.is_finished:
             run.killed_at = time.time()
-            reason = f"The run's process ended with exit code {run.own.process.exitcode}."
+            reason = f"The run's process ended with exit code {run.own.process.poll()}."
             self._stack.instance.report_run_failed(known, reason)
             if not run.faults:
                 self.errors.append(f"run {run.number} ended by itself: {reason}")
