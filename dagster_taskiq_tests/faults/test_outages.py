@@ -84,7 +84,7 @@ class Part:
 
 @contextmanager
 def open_parts(kind: BrokerKind, directory: Path) -> Iterator[list[Part]]:
-    """For each way to fail a part whose backend can fail so; with Redis that is the broker too."""
+    """For each way to fail a part whose backend can fail so, which may be the broker, too."""
     with ExitStack() as exits, open_stack(kind, directory) as stack:
         backend = stack.backend or stack.broker
         assert backend is not None
@@ -128,7 +128,7 @@ def await_held(run: Run) -> set[int]:
     return pids()
 
 
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq", "postgres"])
 def test_an_outage_shorter_than_half_a_lease(kind: BrokerKind, tmp_path: Path) -> None:
     """Nothing comes of it, whether connections are refused, vanish or hang."""
     with open_parts(kind, tmp_path) as parts:
@@ -143,7 +143,7 @@ def test_an_outage_shorter_than_half_a_lease(kind: BrokerKind, tmp_path: Path) -
             check_unnoticed(run, part.worker, held)
 
 
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq", "postgres"])
 def test_an_outage_of_three_leases(kind: BrokerKind, tmp_path: Path) -> None:
     """Running steps are stopped and go through their retry policy; what waited runs; all once."""
     with open_parts(kind, tmp_path) as parts:
@@ -196,7 +196,7 @@ def open_cut_off(kind: BrokerKind, directory: Path) -> Iterator[tuple[Stack, lis
         yield stack, parts
 
 
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq", "postgres", "rabbitmq+postgres"])
 def test_a_worker_is_cut_off(kind: BrokerKind, tmp_path: Path) -> None:
     """For a third of the lease it is not noticed, for four leases its steps are lost, and once.
 
