@@ -13,6 +13,7 @@ from dagster import DagsterEventType
 from dagster_taskiq.launch import launch_watch
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.servers.embedded.server import release_embedded_server
+from dagster_taskiq.servers.postgresql_schema import schema_name
 from dagster_taskiq.tags import QUEUE_TAG
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
@@ -23,6 +24,7 @@ from dagster_taskiq_tests.faults.checks import (
     embedded_client,
     fatal_worker,
 )
+from dagster_taskiq_tests.server_nodes import execute_sql
 
 pytestmark = pytest.mark.timeout(TEST_SECONDS)
 
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.timeout(TEST_SECONDS)
 BEFORE_BEGIN = ("taken", "claimed", "acked", "loading")
 
 
-@pytest.mark.parametrize("kind", ["redis", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["redis", "rabbitmq", "postgres"])
 def test_a_worker_is_killed_with_a_launched_run(kind: BrokerKind, tmp_path: Path) -> None:
     """Before the run has begun another worker starts it, though nobody looks after it.
 
@@ -90,7 +92,7 @@ def test_a_launched_run_of_another_protocol(tmp_path: Path) -> None:
         assert len(run.notes("ran")) == 1
 
 
-@pytest.mark.parametrize("kind", ["embedded", "rabbitmq"])
+@pytest.mark.parametrize("kind", ["embedded", "rabbitmq", "postgres"])
 def test_a_server_loses_launched_runs(
     kind: BrokerKind,
     tmp_path: Path,
@@ -118,7 +120,10 @@ def _lose_everything(stack: Stack) -> None:
         with embedded_client(stack) as client:
             client.flushall()
         return
-    assert stack.backend is not None
+    if stack.backend is None:
+        schema = schema_name(stack.broker.key_prefix)
+        execute_sql(stack.broker.url, f'TRUNCATE "{schema}".messages')
+        return
     queue = physical_queue(stack.backend.key_prefix, QueueKind.RUNS, "dagster")
 
     async def purge() -> None:
