@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
@@ -21,8 +22,9 @@ from dagster_taskiq.servers.kinds import ServerOptions
 
 logger = logging.getLogger(__name__)
 
-#: A queue whose loop is frozen keeps no more hints.
-_MOST_HINTS = 10_000
+#: Of a loop's queue, which has room for so many hints while the loop is frozen. It is durable since
+#: newer versions of RabbitMQ take no other queue that several connections may use.
+_QUEUE_ARGUMENTS: dict[str, Any] = {"x-queue-type": "classic", "x-max-length": 10_000}
 
 #: How many hints may be on their way, and how long none is sent after one that could not be.
 _MOST_RINGING = 1_000
@@ -78,7 +80,7 @@ class AmqpBell(Bell):
             channel = await connection.channel()
             # not exclusive: a loop that takes over may come before its predecessor's end is seen
             queue = await channel.declare_queue(
-                self._queue(mailbox), auto_delete=True, arguments={"x-max-length": _MOST_HINTS}
+                self._queue(mailbox), durable=True, auto_delete=True, arguments=_QUEUE_ARGUMENTS
             )
             consumer = _Consumer(channel, arrived)
             await queue.consume(consumer.receive, no_ack=True)

@@ -24,6 +24,7 @@ _QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-typ
 
 #: Arguments of a queue for one note, which is kept for a minute, as is the queue.
 _NOTE_ARGUMENTS: dict[str, Any] = {
+    "x-queue-type": "classic",
     "x-max-length": 1,
     "x-expires": 60_000,
     "x-message-ttl": 60_000,
@@ -149,7 +150,7 @@ class AmqpConnection:
         """The note in a queue that goes when nobody has asked for a while."""
         async with self._turn:
             channel = await self._asking_channel()
-            made = await channel.declare_queue(queue, arguments=_NOTE_ARGUMENTS)
+            made = await channel.declare_queue(queue, durable=True, arguments=_NOTE_ARGUMENTS)
             message = await made.get(no_ack=True, fail=False)
         return None if message is None else message.body
 
