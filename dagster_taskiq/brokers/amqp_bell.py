@@ -23,8 +23,13 @@ from dagster_taskiq.servers.kinds import ServerOptions
 logger = logging.getLogger(__name__)
 
 #: Of a loop's queue, which has room for so many hints while the loop is frozen. It is durable since
-#: newer versions of RabbitMQ take no other queue that several connections may use.
-_QUEUE_ARGUMENTS: dict[str, Any] = {"x-queue-type": "classic", "x-max-length": 10_000}
+#: newer versions of RabbitMQ take no other queue that several connections may use; after a restart
+#: of RabbitMQ it goes in ten minutes if nobody comes back to it.
+_QUEUE_ARGUMENTS: dict[str, Any] = {
+    "x-queue-type": "classic",
+    "x-max-length": 10_000,
+    "x-expires": 600_000,
+}
 
 #: How many hints may be on their way, and how long none is sent after one that could not be.
 _MOST_RINGING = 1_000
