@@ -318,7 +318,7 @@ class ControlBackend(ABC):
 
     @abstractmethod
     async def tidy(self) -> None:
-        """Remove what has expired, a bounded amount of it, and close what is of no more use.
+        """Remove what has expired, a bounded amount of it.
 
         Workers call it now and then, each at times of its own.
         """

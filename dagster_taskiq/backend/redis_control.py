@@ -53,6 +53,7 @@ class RedisControl(ControlBackend):
             self._has_told_running = bool(running)
             pipeline.zadd(self._store.workers, {record.worker_id: time.time() + expires_seconds})
             await pipeline.execute()
+        await self._store.close_idle_connections()
 
     async def goodbye(self, worker_id: str) -> None:
         """See ``ControlBackend``."""
@@ -94,7 +95,6 @@ class RedisControl(ControlBackend):
         async with self._store.reached() as redis:
             # hosts whose clocks differ do no harm if what is old is dropped late
             await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
-        await self._store.close_idle_connections()
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

@@ -49,7 +49,7 @@ class RedisStore:
         self._blocking = open_redis(options, timeout_seconds=_BLOCKING_TIMEOUT_SECONDS)
         self._unreadable = Unreadable(self.address)
         # calls under way at the same time, each on a connection of its own: now, at most since the
-        # last look at them, at most since idle connections were closed
+        # last heartbeat, at most since idle connections were closed
         self._calls = self._recent_peak = self._peak = 0
 
     async def check(self, commands: Iterable[str]) -> None:
@@ -64,7 +64,10 @@ class RedisStore:
         await self._blocking.aclose()
 
     async def close_idle_connections(self) -> None:
-        """After an outage, in which renewals overlap, there are many more than are of use."""
+        """After an outage, in which renewals overlap, there are many more than are of use.
+
+        Called at each heartbeat.
+        """
         if self._peak > max(_IDLE_CONNECTIONS, 2 * self._recent_peak):
             await self._redis.connection_pool.disconnect(inuse_connections=False)
             self._peak = self._recent_peak

@@ -159,7 +159,7 @@ def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
             await asyncio.gather(*(backend.workers() for _ in range(20)))
             assert clients_of(server) > 15
             for _ in range(2):
-                await backend.tidy()
+                await backend.heartbeat(record("w"), expires_seconds=30)
             assert clients_of(server) < 5
         finally:
             await backend.shutdown()
