@@ -41,6 +41,7 @@ from dagster_taskiq.messages.worker_records import (
 )
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import Command, Script
+from dagster_taskiq.servers.redis_client import product_of
 from dagster_taskiq.servers.redis_rights import commands_of
 
 #: How many tasks one script looks at: it holds up every other client of the server meanwhile.
@@ -383,6 +384,11 @@ class RedisBackend(Backend):
             # hosts whose clocks differ do no harm if what is old is dropped late
             await redis.zremrangebyscore(self._store.workers, 0, time.time() - 3600)
         await self._store.close_idle_connections()
+
+    async def product(self) -> str:
+        """See ``Backend``."""
+        (answer,) = await self._store.run_all([("INFO", "server")])
+        return product_of(answer)
 
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""

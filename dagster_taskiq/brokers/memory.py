@@ -9,146 +9,27 @@ process of a test, or what stands for one, has a ``MemoryBroker`` of its own on 
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.brokers.base import (
-    MAX_PEEK_BYTES,
     Admission,
     Delivery,
     Listener,
     TaskBroker,
-    WaitingTask,
     priority_of,
     queue_of,
 )
+from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.memory_queue import Hold, MemoryQueue, MemoryTask
 from dagster_taskiq.errors import UnreachableServerError
 
 __all__ = ["MemoryBroker", "MemoryQueues"]
-
-
-@dataclass(order=True)
-class _Task:
-    """A task on the server; the order is that of its queue, the next one first.
-
-    Attributes:
-        place: its priority, as a negative number, and the number under which it was sent.
-    """
-
-    place: tuple[int, int]
-    task_id: str = field(compare=False)
-    payload: bytes = field(compare=False)
-
-
-@dataclass(eq=False)
-class _Hold:
-    """One delivery of a task, which is in a broker's hands until it is settled or goes back."""
-
-    holder: MemoryBroker
-    queue: str
-    task: _Task
-
-
-class _Queue:
-    """One queue: each of its tasks either waits or is in hand.
-
-    Args:
-        is_searchable: whether tasks can be found by their ids.
-    """
-
-    def __init__(self, is_searchable: bool) -> None:
-        self.is_searchable = is_searchable
-        self._waiting: list[_Task] = []  # a heap
-        self._holds: set[_Hold] = set()
-        self._ids: set[str] = set()  # of all its tasks, where it is searchable
-
-    @property
-    def depth(self) -> int:
-        """How many tasks wait."""
-        return len(self._waiting)
-
-    def put(self, task: _Task) -> None:
-        """Let a task wait, unless it is here already."""
-        if self.is_searchable:
-            if task.task_id in self._ids:
-                return
-            self._ids.add(task.task_id)
-        heapq.heappush(self._waiting, task)
-
-    def take(self, holder: MemoryBroker, queue: str) -> _Hold | None:
-        """Put the next task into a broker's hands."""
-        if not self._waiting:
-            return None
-        hold = _Hold(holder, queue, heapq.heappop(self._waiting))
-        self._holds.add(hold)
-        return hold
-
-    def give_back(self, hold: _Hold) -> bool:
-        """Let a task in hand wait again, in its old place; False where that delivery is over."""
-        if hold not in self._holds:
-            return False
-        self._holds.remove(hold)
-        heapq.heappush(self._waiting, hold.task)
-        return True
-
-    def holds_of(self, holder: MemoryBroker) -> list[_Hold]:
-        """What a broker has in hand."""
-        return [hold for hold in self._holds if hold.holder is holder]
-
-    def end(self, hold: _Hold) -> bool:
-        """Forget a task, where it can still be found; False where its delivery is over otherwise.
-
-        A searchable queue forgets it wherever it is: its worker was slow to ack and has claimed it,
-        so a copy that went back meanwhile is of no use to anybody.
-        """
-        if hold in self._holds:
-            self._holds.remove(hold)
-        elif not self.is_searchable:
-            return False
-        else:
-            task_id = hold.task.task_id
-            self._keep([task for task in self._waiting if task.task_id != task_id])
-            self._holds = {it for it in self._holds if it.task.task_id != task_id}
-        self._ids.discard(hold.task.task_id)
-        return True
-
-    def peek(self, limit: int) -> list[WaitingTask]:
-        """The next tasks in their order."""
-        found = heapq.nsmallest(limit, self._waiting)
-        return [
-            WaitingTask(
-                task.task_id,
-                -task.place[0],
-                task.payload if len(task.payload) <= MAX_PEEK_BYTES else b"",
-            )
-            for task in found
-        ]
-
-    def withdraw(self, task_ids: Collection[str]) -> set[str]:
-        """Forget those of the tasks that wait; returns their ids."""
-        if not self.is_searchable:
-            return set()
-        withdrawn = {task.task_id for task in self._waiting} & set(task_ids)
-        self._keep([task for task in self._waiting if task.task_id not in withdrawn])
-        self._ids -= withdrawn
-        return withdrawn
-
-    def absent(self, task_ids: Collection[str]) -> set[str]:
-        """Which of the tasks are certainly not here."""
-        if self.is_searchable:
-            return set(task_ids) - self._ids
-        return set() if self._waiting else set(task_ids)
-
-    def _keep(self, waiting: list[_Task]) -> None:
-        heapq.heapify(waiting)
-        self._waiting = waiting
 
 
 class MemoryQueues:
@@ -165,7 +46,7 @@ class MemoryQueues:
         self.address = f"memory://{name}"
         self.is_searchable = is_searchable
         self._lock = threading.RLock()
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[str, MemoryQueue] = {}
         #: By run.
         self.notes: dict[str, bytes] = {}
         self._numbers = itertools.count()
@@ -209,9 +90,9 @@ class MemoryQueues:
     def _raise_unreachable(self, why: str) -> None:
         raise UnreachableServerError(self.address, f"Cannot reach {self.address}: {why}")
 
-    def queue(self, name: str) -> _Queue:
+    def queue(self, name: str) -> MemoryQueue:
         """A queue, which is there as soon as somebody speaks of it."""
-        return self._queues.setdefault(name, _Queue(self.is_searchable))
+        return self._queues.setdefault(name, MemoryQueue(self.is_searchable))
 
     def queues_with_tasks(self) -> set[str]:
         """The queues in which tasks wait."""
@@ -221,15 +102,15 @@ class MemoryQueues:
         """Add a task to its queue and wake who waits for it."""
         place = (-priority_of(message), next(self._numbers))
         queue = queue_of(message)
-        self.queue(queue).put(_Task(place, message.task_id, message.message))
+        self.queue(queue).put(MemoryTask(place, message.task_id, message.message))
         self.wake(queue)
 
-    def give_back(self, hold: _Hold) -> None:
+    def give_back(self, hold: Hold) -> None:
         """Let a task in hand wait again; nothing where that delivery is over."""
         if self.queue(hold.queue).give_back(hold):
             self.wake(hold.queue)
 
-    def end(self, hold: _Hold) -> None:
+    def end(self, hold: Hold) -> None:
         """Forget a task.
 
         Raises:
@@ -367,6 +248,16 @@ class MemoryBroker(TaskBroker):
         with self._server.reached(self):
             return self._server.queue(queue).peek(limit) if self._server.is_searchable else None
 
+    async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
+        """See ``TaskBroker``; None where its queues are not searchable."""
+        with self._server.reached(self):
+            return self._server.queue(queue).by_priority() if self._server.is_searchable else None
+
+    async def product(self) -> str:
+        """See ``TaskBroker``."""
+        with self._server.reached(self):
+            return "memory"
+
     def listener(self) -> Listener:
         """See ``TaskBroker``."""
         return _MemoryListener(self, self._server)
@@ -393,7 +284,7 @@ class _MemoryListener(Listener):
     async def wait(self) -> None:
         await self._server.wait(self._broker)
 
-    def _delivery(self, hold: _Hold) -> Delivery:
+    def _delivery(self, hold: Hold) -> Delivery:
         async def ack() -> None:
             with self._server.reached(self._broker):
                 self._server.end(hold)
