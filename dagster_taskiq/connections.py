@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,9 @@ from dagster_taskiq.servers.kinds import (
     one_of,
     schemes_of,
 )
+
+#: The URL of a home's embedded server, which it may start.
+_FindEmbedded = Callable[[Path], str]
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,35 @@ def find_servers(settings: Settings) -> Servers:
         ConfigError: what is named cannot be used, or nothing is and there is no DAGSTER_HOME.
         EmbeddedServerError: the embedded server cannot be started.
     """
+    return _find(settings, use_embedded_server)
+
+
+def find_running_servers(settings: Settings) -> Servers | None:
+    """The servers of the settings, to look at; None where an embedded one is meant that rests.
+
+    Raises:
+        ConfigError, EmbeddedServerError: see ``find_servers``.
+    """
+    try:
+        return _find(settings, _running_embedded_server)
+    except _RestsError:
+        return None
+
+
+class _RestsError(Exception):
+    """No process uses the embedded server."""
+
+
+def _running_embedded_server(home: Path) -> str:
+    url = find_embedded_server(home)
+    if url is None:
+        raise _RestsError
+    return url
+
+
+def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:
     if settings.broker_url is None:
-        return _unnamed(settings)
+        return _unnamed(settings, embedded)
     if settings.broker_url == DATABASE_OF_THE_INSTANCE:
         broker = _named_database(settings)
     else:
@@ -94,11 +125,11 @@ def find_servers(settings: Settings) -> Servers:
     if settings.backend_url is None:
         return Servers(broker, broker, settings.signer())
     if settings.backend_url == WITH_THE_INSTANCE:
-        return _with_the_instance(settings, broker)
+        return _with_the_instance(settings, broker, embedded)
     return Servers(broker, _named_backend(settings), settings.signer())
 
 
-def _unnamed(settings: Settings) -> Servers:
+def _unnamed(settings: Settings, embedded: _FindEmbedded) -> Servers:
     """The servers of settings without a broker."""
     home = _dagster_home()
     if settings.backend_url is None and (database := _database_of(settings, home)):
@@ -107,7 +138,7 @@ def _unnamed(settings: Settings) -> Servers:
             f"instance, {database.address}, as with 'broker: {DATABASE_OF_THE_INSTANCE}'."
         )
         return Servers(database, database, settings.signer(), notice=notice)
-    broker = _embedded(settings, home)
+    broker = _embedded(settings, home, embedded)
     if settings.backend_url is not None:
         return Servers(broker, _named_backend(settings), settings.signer(), home)
     notice = ""
@@ -149,7 +180,9 @@ def _database_of(settings: Settings, home: Path) -> ServerOptions | None:
     return replace(options, fresh_password=database.fresh_password)
 
 
-def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
+def _with_the_instance(
+    settings: Settings, broker: ServerOptions, embedded: _FindEmbedded
+) -> Servers:
     """The servers of a broker that cannot keep the state: it is where Dagster's instance is."""
     home = _home_of_state()
     if backend := _database_of(settings, home):
@@ -159,12 +192,12 @@ def _with_the_instance(settings: Settings, broker: ServerOptions) -> Servers:
             f"{broker.kind.name} alone ({broker.address}) cannot keep results and claims, nor can "
             f"the database that {home / 'dagster.yaml'} names: {_set_backend()}"
         )
-    return Servers(broker, _embedded(settings, home), settings.signer(), home)
+    return Servers(broker, _embedded(settings, home, embedded), settings.signer(), home)
 
 
-def _embedded(settings: Settings, home: Path) -> ServerOptions:
-    """The embedded server of a DAGSTER_HOME, which runs from now on."""
-    options = settings.server_options(use_embedded_server(home), None)
+def _embedded(settings: Settings, home: Path, embedded: _FindEmbedded) -> ServerOptions:
+    """The embedded server of a DAGSTER_HOME."""
+    options = settings.server_options(embedded(home), None)
     return replace(options, identity=embedded_identity(home))
 
 
@@ -190,30 +223,6 @@ def _set_backend() -> str:
 
 def _a_broker() -> str:
     return f"the URL of a {one_of([kind.names[0] for kind in KINDS])}"
-
-
-def find_running_backend(settings: Settings) -> ServerOptions | None:
-    """The backend of the settings, to look at; None where it is an embedded one that rests.
-
-    Raises:
-        ConfigError: see ``find_servers``.
-    """
-    home = _home_of_embedded_backend(settings)
-    if home is None:
-        return find_servers(settings).backend
-    url = find_embedded_server(home)
-    return settings.server_options(url, None) if url else None
-
-
-def _home_of_embedded_backend(settings: Settings) -> Path | None:
-    """The DAGSTER_HOME whose embedded server is the backend; None for another backend."""
-    if settings.backend_url == WITH_THE_INSTANCE:
-        home = _home_of_state()
-        return None if has_database_server(home) else home
-    if settings.broker_url is None and settings.backend_url is None:
-        home = _dagster_home()
-        return None if postgresql_of(home) else home
-    return None
 
 
 def _dagster_home() -> Path:
