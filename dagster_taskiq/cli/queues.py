@@ -13,15 +13,22 @@ from dagster_taskiq.cli.shapes import queue_shape, task_shape
 from dagster_taskiq.cli.tables import (
     DASH,
     echo_json,
+    echo_sentence,
     echo_table,
-    in_red,
     json_option,
-    plain_line,
     time_since,
 )
 from dagster_taskiq.cli.tasks import echo_tasks, echo_unseen
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.overview import QueueView
+
+queue_option = click.option(
+    "--queue",
+    "-q",
+    "queues",
+    multiple=True,
+    help="Also this one; may be repeated. RabbitMQ lists none on which no worker listens.",
+)
 
 
 @click.group()
@@ -30,20 +37,21 @@ def queue() -> None:
 
 
 @queue.command("list")
+@queue_option
 @json_option
 @config_yaml_option
 @say_errors
-def queue_list(as_json: bool, config_yaml: str | None) -> None:
+def queue_list(queues: tuple[str, ...], as_json: bool, config_yaml: str | None) -> None:
     """List the queues in which tasks wait or on which workers listen.
 
     The exit code is 1 where tasks wait in one that no worker takes them from.
     """
-    queues = look(read_settings(config_yaml)).queues
+    found = look(read_settings(config_yaml), *queues).queues
     if as_json:
-        echo_json({"queues": [queue_shape(it) for it in queues]})
-    elif queues:
-        echo_queues(queues)
-    if any(it.is_stuck for it in queues):
+        echo_json({"queues": [queue_shape(it) for it in found]})
+    elif found:
+        echo_queues(found)
+    if any(it.is_stuck for it in found):
         raise SystemExit(1)
 
 
@@ -83,7 +91,7 @@ def _echo_whole(queues: Sequence[QueueView]) -> None:
     echo_queues(queues)
     for it in queues:
         workers = ", ".join(it.workers) or "none"
-        click.echo(plain_line(f"workers of {it.kind.value}: {workers}"))
+        echo_sentence(f"workers of {it.kind.value}: {workers}")
     if tasks := [task for it in queues for task in it.waiting or ()]:
         click.echo()
         echo_tasks(tasks)
@@ -109,7 +117,6 @@ def echo_queues(queues: Sequence[QueueView]) -> None:
     echo_table(rows, red=[number for number, it in enumerate(queues, 1) if it.is_stuck])
     for it in queues:
         if it.depth and it.wait:
-            line = plain_line(f"{it.name}, {it.kind.value}: {it.wait.reason}")
-            click.echo(in_red(line) if it.is_stuck else line)
-    for sentence in sorted({it.blindness for it in queues if it.depth and it.blindness}):
-        click.echo(f"{DASH}: {sentence}")
+            echo_sentence(f"{it.name}, {it.kind.value}: {it.wait.reason}", is_red=it.is_stuck)
+    for sentence in sorted({it.blindness for it in queues if it.blindness}):
+        echo_sentence(f"{DASH}: {sentence}")

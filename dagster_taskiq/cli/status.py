@@ -10,10 +10,9 @@ import click
 from dagster_taskiq.cli.asking import look_at_servers, read_workers
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.cli.queues import echo_queues
+from dagster_taskiq.cli.queues import echo_queues, queue_option
 from dagster_taskiq.cli.shapes import queue_shape, server_shape, worker_shape
 from dagster_taskiq.cli.tables import (
-    DASH,
     count_of,
     echo_json,
     echo_table,
@@ -39,6 +38,7 @@ _NOBODY = "No worker is running."
     help="As in dagster-celery: only say which workers are alive. The name itself has no effect.",
 )
 @click.option("--watch", "-w", is_flag=True, help="Look again every 2 s, until Ctrl-C.")
+@queue_option
 @json_option
 @config_yaml_option
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
@@ -46,6 +46,7 @@ _NOBODY = "No worker is running."
 def status(
     app: str | None,
     watch: bool,
+    queues: tuple[str, ...],
     as_json: bool,
     config_yaml: str | None,
     celery_arguments: tuple[str, ...],
@@ -68,14 +69,14 @@ def status(
         _echo_nodes([it for it in _alive(records) if not names or _is_among(it, names)])
         return
     while watch:
-        _watch_once(settings, as_json)
+        _watch_once(settings, queues, as_json)
         time.sleep(_WATCH_SECONDS)
-    _show(look_at_servers(settings, most_waiting=0), as_json)
+    _show(look_at_servers(settings, *queues, most_waiting=0), as_json)
 
 
-def _watch_once(settings: Settings, as_json: bool) -> None:
+def _watch_once(settings: Settings, queues: tuple[str, ...], as_json: bool) -> None:
     try:
-        overview = look_at_servers(settings, most_waiting=0)
+        overview = look_at_servers(settings, *queues, most_waiting=0)
         click.clear()  # after the look, or the screen would be empty meanwhile
         _show(overview, as_json)
     except (DagsterTaskiqError, click.ClickException) as error:
@@ -115,13 +116,15 @@ def _show(overview: Overview, as_json: bool) -> None:
 
 
 def _echo_servers(overview: Overview) -> None:
-    rows = [("server", "version", "health", "address")]
+    rows: list[tuple[str, str]] = []
     for server in overview.servers:
-        seconds = server.seconds
-        health = "away" if seconds is None else f"ok, {1000 * seconds:.0f} ms"
-        roles = " and ".join(server.roles)
-        rows.append((roles, server.product or DASH, health, server.address))
-    echo_table(rows, red=[n for n, it in enumerate(overview.servers, 1) if it.problem])
+        product, seconds = server.product, server.seconds
+        answer = "away" if seconds is None else f"answers within {max(1, round(1000 * seconds))} ms"
+        rows += [
+            (" and ".join(server.roles), f"{product}, {answer}" if product else answer),
+            ("", server.address),  # in a line of its own, since it may be long
+        ]
+    echo_table(rows, red=[2 * n for n, it in enumerate(overview.servers) if it.problem])
 
 
 def _echo_nodes(records: list[WorkerRecord]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -35,7 +37,7 @@ def echo_table(
     """Write rows in columns, each as wide as its longest text: nothing is ever cut.
 
     Args:
-        rows: the first one has the names of the columns.
+        rows: usually the first one has the names of the columns.
         red: numbers of the rows that are marked in a terminal.
     """
     plain = [[plain_line(cell) for cell in row] for row in rows]
@@ -44,6 +46,33 @@ def echo_table(
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         line = indent + "  ".join(cells).rstrip()
         click.echo(in_red(line) if number in red else line)
+
+
+def echo_sentence(
+    text: str, *, indent: str = "", is_red: bool = False, is_aside: bool = False
+) -> None:
+    """Write a text, which is broken between words in a terminal and nowhere in a pipe.
+
+    Args:
+        is_red: whether it is marked in a terminal.
+        is_aside: whether it goes to standard error.
+    """
+    line = plain_line(text)
+    stream = sys.stderr if is_aside else sys.stdout
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        inner = f"{indent}  "
+        line = textwrap.fill(
+            line,
+            width,
+            initial_indent=indent,
+            subsequent_indent=inner,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    else:
+        line = indent + line
+    click.echo(in_red(line) if is_red else line, err=is_aside)
 
 
 def plain_line(text: str) -> str:

@@ -15,6 +15,7 @@ from dagster_taskiq.cli.tables import (
     count_of,
     echo_fields,
     echo_json,
+    echo_sentence,
     echo_table,
     json_option,
     plain_line,
@@ -29,7 +30,7 @@ _UNTOLD = "(not told yet)"
 
 @click.group()
 def task() -> None:
-    """Show tasks in flight: steps and whole runs that wait or are executed."""
+    """Show steps and runs that wait or are executed."""
 
 
 @click.group()
@@ -162,7 +163,7 @@ def echo_tasks(tasks: Sequence[TaskView]) -> None:
 
 
 def _echo_tasks_of_run(tasks: Sequence[TaskView]) -> None:
-    rows = [("task", "step", "try", "state", "for", "queue", "where")]
+    rows = [("task", "step", "try", "state", "for", "where")]
     rows += [
         (
             short_id(it.task_id),
@@ -170,20 +171,21 @@ def _echo_tasks_of_run(tasks: Sequence[TaskView]) -> None:
             DASH if it.attempt is None else str(it.attempt),
             it.status.value,
             time_since(it.since),
-            it.queue or DASH,
             _where(it),
         )
         for it in tasks
     ]
     echo_table(rows, indent="  ")
     for reason in sorted({it.reason for it in tasks if it.reason}):
-        click.echo(plain_line(f"  {reason}"))
+        echo_sentence(reason, indent="  ")
 
 
 def _where(found: TaskView) -> str:
     if found.place:
         return found.place.worker
-    return DASH if found.position is None else f"place {found.position}"
+    if found.queue is None:
+        return DASH
+    return f"queue {found.queue}" + (f", place {found.position}" if found.position else "")
 
 
 def _position_in(found: TaskView, queues: Sequence[QueueView]) -> str:
@@ -201,4 +203,4 @@ def echo_unseen(queues: Sequence[QueueView]) -> None:
             tasks = count_of(it.unseen, "task")
             more = "more " if it.waiting else ""
             text = f"{tasks} {more}in queue {it.name} ({it.kind.value}) not shown. {why}"
-            click.echo(plain_line(text), err=True)
+            echo_sentence(text, is_aside=True)

@@ -76,7 +76,7 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
             "state": state_of(record),
             "queues": ", ".join(record.queues),
             "slots": f"{steps[0]} of {steps[1]} for steps busy, {runs[0]} of {runs[1]} for runs",
-            "lives": f"since {time_since(record.started_at)}, pid {record.pid}",
+            "lives": f"for {time_since(record.started_at)}, pid {record.pid}",
             "heard of": f"{time_since(record.sent_at)} ago",
             "version": f"{record.version}, protocol {record.protocol}",
             "broker": record.broker or DASH,

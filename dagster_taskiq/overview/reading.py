@@ -160,7 +160,7 @@ class _QueueReader:
 
     def _blindness(self) -> str:
         product = self.servers.broker.kind.name
-        return f"{product} shows how many tasks wait in a queue, not which."
+        return f"{product} says how many tasks wait in a queue, not which, and lists no queues."
 
     def _sent_at(self, message: WaitingTask) -> float | None:
         envelope = self._open(message)
