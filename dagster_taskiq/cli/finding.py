@@ -18,7 +18,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def no_worker(name: str, running: Collection[WorkerRecord]) -> str:
     """The sentence that no worker has a name."""
     if name.startswith("@"):
-        hosts = (f"@{it.host}" for it in running)
+        hosts = (f"@{it.name.partition('@')[2]}" for it in running)
         return f"No worker is running on host {name[1:]!r}.{nearest(name, hosts)}"
     ends = (it.name if "@" in name else it.name.partition("@")[0] for it in running)
     return f"No worker named {name!r} is running.{nearest(name, ends)}"
