@@ -25,6 +25,7 @@ from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import MOST_WAITING
 from dagster_taskiq_tests.cli_runner import cli_runner
 from dagster_taskiq_tests.unit.overview_scene import RUN, Scene, step, worker
+from dagster_taskiq_tests.unit.test_imports import PACKAGE
 
 #: Where the address of the memory broker is another one than the backend's.
 ONE, TWO = "redis://localhost:6379/0", "amqp://localhost"
@@ -369,3 +370,29 @@ def test_a_worker_that_would_refuse_a_ping_is_told_none(
     done = call("worker", "ping", "a")
     assert done.exit_code == 1
     assert "The ping would be of no use" in done.stderr
+
+
+# --- what the documents say ---
+
+JSON_OF = (PACKAGE.parent / "docs" / "command-line.md").read_text(encoding="utf8")
+
+
+def keys_of(value: Any) -> set[str]:
+    """All keys of a JSON value but priorities, which are numbers."""
+    if isinstance(value, list):
+        return {key for it in value for key in keys_of(it)}
+    if not isinstance(value, dict):
+        return set()
+    return {key for key in value if not key.isdigit()} | keys_of(list(value.values()))
+
+
+def test_every_key_of_the_json_is_documented(busy: Scene) -> None:
+    do(busy.send(step("far", queue="far")))
+    shapes = [
+        shape("status"),
+        shape("queue", "show", "far"),
+        shape("task", "list"),
+        shape("run", "show", "run"),
+        shape("worker", "show", "a"),
+    ]
+    assert keys_of(shapes) <= set(re.findall(r"`([a-z_]+)`", JSON_OF))
