@@ -27,7 +27,7 @@ queue_option = click.option(
     "-q",
     "queues",
     multiple=True,
-    help="Also this one; may be repeated. RabbitMQ lists none on which no worker listens.",
+    help="Show this queue too; may be repeated. RabbitMQ does not list those without a worker.",
 )
 
 

@@ -22,10 +22,14 @@ from dagster_taskiq.cli.tables import (
     short_id,
     time_since,
 )
-from dagster_taskiq.overview import Overview, QueueView, TaskStatus, TaskView
+from dagster_taskiq.overview import MOST_WAITING, Overview, QueueView, TaskStatus, TaskView
 
 #: What a task is called of which only the id is known: its worker has not told it yet.
 _UNTOLD = "(not told yet)"
+
+#: Why tasks that wait are not shown by a server that could.
+_ONLY_NEXT = f"Only the next {MOST_WAITING} are."
+_UNREADABLE = "They are too long for a look, or not signed as they must be by the settings here."
 
 
 @click.group()
@@ -199,8 +203,8 @@ def echo_unseen(queues: Sequence[QueueView]) -> None:
     """Say of each queue how many of its tasks are not shown, where there are any."""
     for it in queues:
         if it.unseen:
-            why = it.blindness or "Only the next ones are shown."
-            tasks = count_of(it.unseen, "task")
-            more = "more " if it.waiting else ""
-            text = f"{tasks} {more}in queue {it.name} ({it.kind.value}) not shown. {why}"
+            is_long = it.depth > MOST_WAITING
+            why = it.blindness or (_ONLY_NEXT if is_long else _UNREADABLE)
+            tasks = count_of(it.unseen, "more task" if it.waiting else "task")
+            text = f"Not shown: {tasks} in queue {it.name} ({it.kind.value}). {why}"
             echo_sentence(text, is_aside=True)

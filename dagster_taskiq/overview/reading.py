@@ -143,7 +143,11 @@ class _QueueReader:
             says_busy_steps=depth > 0,
         )
         wait = waits.of(name)
-        listening = [it.name for it in self.workers if name in it.queues and kind in _kinds_of(it)]
+        listening = [
+            it.name
+            for it in self.workers
+            if name in it.queues and kind in _kinds_of(it) and it.state != "draining"
+        ]
         known = QueueView(
             name, kind, depth, None, None, None, running, listening, wait, self._blindness()
         )

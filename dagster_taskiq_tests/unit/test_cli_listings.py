@@ -261,7 +261,18 @@ def test_what_is_not_shown_one_by_one_is_counted(scene: Scene) -> None:
     found = shape("task", "list")
     assert len(found["tasks"]) == MOST_WAITING
     assert found["unseen"] == [{"queue": "dagster", "kind": "steps", "count": 3}]
-    assert "3 tasks more in queue dagster (steps) not shown." in call("task", "list").stderr
+    said = "Not shown: 3 more tasks in queue dagster (steps). Only the next 100 are.\n"
+    assert call("task", "list").stderr == said
+
+
+def test_a_task_that_is_not_signed_as_it_must_be_is_counted(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said why it is not shown: most likely two keys differ."""
+    do(scene.send(step("one")))
+    monkeypatch.setenv("DAGSTER_TASKIQ_SIGNING_KEY", "k" * 32)
+    said = call("task", "list").stderr
+    assert "Not shown: 1 task in queue dagster (steps). They are too long" in said
 
 
 def test_texts_of_others_are_made_plain(scene: Scene) -> None:

@@ -245,8 +245,14 @@ def test_only_a_queue_whose_tasks_nobody_will_take_is_stuck() -> None:
         scene = Scene()
         await scene.beat(worker(busy_slots=2, run_slots=0))
         await scene.send(step("one"), step("far", queue="far"))
-        stuck = {it.name: it.is_stuck for it in (await scene.read("empty")).queues}
-        assert stuck == {"dagster": False, "empty": False, "far": True}
+
+        async def stuck() -> dict[str, bool]:
+            return {it.name: it.is_stuck for it in (await scene.read("empty")).queues}
+
+        assert await stuck() == {"dagster": False, "empty": False, "far": True}
+        await scene.beat(worker(state="draining", run_slots=0))
+        assert await stuck() == {"dagster": True, "empty": False, "far": True}
+        assert [it.workers for it in (await scene.read()).queues] == [[], []]
 
     asyncio.run(test())
 
