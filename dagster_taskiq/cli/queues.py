@@ -16,6 +16,7 @@ from dagster_taskiq.cli.tables import (
     echo_sentence,
     echo_table,
     json_option,
+    plain_line,
     time_since,
 )
 from dagster_taskiq.cli.tasks import echo_tasks, echo_unseen
@@ -51,8 +52,7 @@ def queue_list(queues: tuple[str, ...], as_json: bool, config_yaml: str | None) 
         echo_json({"queues": [queue_shape(it) for it in found]})
     elif found:
         echo_queues(found)
-    if any(it.is_stuck for it in found):
-        raise SystemExit(1)
+    check_queues(found)
 
 
 @queue.command("show")
@@ -83,8 +83,7 @@ def queue_show(name: str, as_json: bool, config_yaml: str | None) -> None:
         echo_json({"queues": shapes})
     else:
         _echo_whole(queues)
-    if any(it.is_stuck for it in queues):
-        raise SystemExit(1)
+    check_queues(queues)
 
 
 def _echo_whole(queues: Sequence[QueueView]) -> None:
@@ -96,6 +95,17 @@ def _echo_whole(queues: Sequence[QueueView]) -> None:
         click.echo()
         echo_tasks(tasks)
     echo_unseen(queues)
+
+
+def check_queues(queues: Sequence[QueueView]) -> None:
+    """Raise where tasks wait that no worker takes.
+
+    Raises:
+        DagsterTaskiqError: the sentence names the queues.
+    """
+    if stuck := [f"{it.name} ({it.kind.value})" for it in queues if it.is_stuck]:
+        names = plain_line(", ".join(stuck))
+        raise DagsterTaskiqError(f"Tasks wait that no worker takes, in queue {names}.")
 
 
 def echo_queues(queues: Sequence[QueueView]) -> None:

@@ -10,7 +10,7 @@ import click
 from dagster_taskiq.cli.asking import look_at_servers, read_workers
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.cli.queues import echo_queues, queue_option
+from dagster_taskiq.cli.queues import check_queues, echo_queues, queue_option
 from dagster_taskiq.cli.shapes import queue_shape, server_shape, worker_shape
 from dagster_taskiq.cli.tables import (
     count_of,
@@ -18,7 +18,6 @@ from dagster_taskiq.cli.tables import (
     echo_table,
     in_red,
     json_option,
-    plain_line,
 )
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import DagsterTaskiqError
@@ -80,7 +79,7 @@ def _watch_once(settings: Settings, queues: tuple[str, ...], as_json: bool) -> N
         click.clear()  # after the look, or the screen would be empty meanwhile
         _show(overview, as_json)
     except (DagsterTaskiqError, click.ClickException) as error:
-        click.echo(in_red(f"Error: {error}"))
+        click.echo(in_red(f"Error: {error}"), err=as_json)  # or it would stand between the JSON
 
 
 def _show(overview: Overview, as_json: bool) -> None:
@@ -110,9 +109,7 @@ def _show(overview: Overview, as_json: bool) -> None:
         _echo_nodes(alive)
     elif not alive:
         raise click.ClickException(_NOBODY)
-    if stuck := [f"{it.name} ({it.kind.value})" for it in overview.queues if it.is_stuck]:
-        names = plain_line(", ".join(stuck))
-        raise click.ClickException(f"Tasks wait that no worker takes, in queue {names}.")
+    check_queues(overview.queues)
 
 
 def _echo_servers(overview: Overview) -> None:
