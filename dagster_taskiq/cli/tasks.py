@@ -24,8 +24,8 @@ from dagster_taskiq.cli.tables import (
 )
 from dagster_taskiq.overview import MOST_WAITING, Overview, QueueView, TaskStatus, TaskView
 
-#: What a task is called of which only the id is known: its worker has not told it yet.
-_UNTOLD = "(not told yet)"
+#: What a task is called of which only the id is known: its worker has not told it, or is gone.
+_UNTOLD = "(not told)"
 
 #: Why tasks that wait are not shown by a server that could.
 _ONLY_NEXT = f"Only the next {MOST_WAITING} are."
@@ -119,7 +119,7 @@ def run_show(run_id: str, as_json: bool, config_yaml: str | None) -> None:
     elif known.has_loop:
         loop = "alive"
     else:
-        loop = "dead, may be resumed" if known.is_resumable else "none"
+        loop = "gone, may be resumed" if known.is_resumable else "gone"
     echo_fields({"run": run_id, "loop": loop})
     if tasks:
         click.echo()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from dagster_taskiq.backend import Backend, TaskReport, TaskState
+from dagster_taskiq.backend import Backend, TaskState
+from dagster_taskiq.backend.base import RunReport
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.brokers.looks import WaitingTask
 from dagster_taskiq.connections import Servers
@@ -28,12 +29,15 @@ from dagster_taskiq.overview.views import (
 #: How many of the tasks that wait in a queue are shown one by one.
 MOST_WAITING = 100
 
-#: Why a task that is not executed does not wait in a queue either.
-_REASONS: Mapping[TaskState, str] = {
-    TaskState.EXPIRED: "Its worker has not been heard of for a lease: its run judges it.",
-    TaskState.DROPPED: "A worker dropped its message: its run sends it again.",
-    TaskState.REFUSED: "A worker has given it back: its run sends it again.",
+#: Why a task that is not executed does not wait in a queue either, and what its run's loop does.
+_REASONS: Mapping[TaskState, tuple[str, str]] = {
+    TaskState.EXPIRED: ("Its worker has not been heard of for a lease", "judges it"),
+    TaskState.DROPPED: ("A worker dropped its message", "sends it again"),
+    TaskState.REFUSED: ("A worker has given it back", "sends it again"),
 }
+
+#: Of a step whose run nobody executes; what becomes of the run is Dagster's affair.
+_WITHOUT_LOOP = "The process of its run is gone, and no worker executes a step of such a run."
 
 
 def is_named(record: WorkerRecord, name: str) -> bool:
@@ -174,8 +178,9 @@ class _QueueReader:
         if not self.most_waiting:
             return []
         messages = await self.broker.peek(physical, self.most_waiting) or []
+        live = {run.run_id for run in self.runs if run.has_loop}
         return [
-            _waiting_task(envelope, message.priority, position, self._reason(envelope, wait))
+            _waiting_task(envelope, message.priority, position, self._reason(envelope, wait, live))
             for position, message in enumerate(messages, 1)
             if (envelope := self._open(message))
         ]
@@ -186,13 +191,17 @@ class _QueueReader:
         except (MalformedTaskError, UntrustedError):
             return None
 
-    def _reason(self, envelope: Envelope, wait: QueueWait | None) -> str:
+    def _reason(
+        self, envelope: Envelope, wait: QueueWait | None, live_runs: Collection[str]
+    ) -> str:
         own = self.backend.identity
         if envelope.state and own and envelope.state != own:
             return (
                 f"Its run has another backend, {envelope.backend}, than is looked at here, "
                 f"{self.backend.address}; only a worker with the run's backend can take it."
             )
+        if envelope.kind is QueueKind.STEPS and envelope.run_id not in live_runs:
+            return _WITHOUT_LOOP
         return wait.reason if wait else ""
 
 
@@ -226,26 +235,24 @@ async def _read_runs(backend: Backend) -> list[RunView]:
             report.run_id,
             report.has_loop,
             report.is_resumable,
-            _tasks_of(report.run_id, report.tasks, told),
+            _tasks_of(report, told),
         )
         for report in await backend.runs()
     ]
 
 
-def _tasks_of(
-    run_id: str, reports: Mapping[str, TaskReport], told: Mapping[str, RunningTask]
-) -> list[TaskView]:
+def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]:
     views = []
-    for task_id, report in reports.items():
+    for task_id, report in run.tasks.items():
         view = TaskView(
             task_id,
-            run_id,
+            run.run_id,
             report.state,
             place=report.place,
-            reason=_REASONS.get(report.state, ""),
+            reason=_reason_of(report.state, run),
         )
         task = told.get(task_id)
-        if task is not None and task.run_id == run_id:
+        if task is not None and task.run_id == run.run_id:
             view = replace(
                 view,
                 step_key=task.step_key,
@@ -255,3 +262,10 @@ def _tasks_of(
             )
         views.append(view)
     return sorted(views, key=lambda view: (view.step_key or "", view.task_id))
+
+
+def _reason_of(state: TaskState, run: RunReport) -> str:
+    if state not in _REASONS:
+        return ""
+    what, loop_does = _REASONS[state]
+    return f"{what}: its run {loop_does}." if run.has_loop else f"{what}. {_WITHOUT_LOOP}"

@@ -71,6 +71,10 @@ def test_a_worker_that_died_leaves_its_task_to_be_judged() -> None:
         (run,) = (await scene.read()).runs
         (view,) = run.tasks
         assert (view.state, view.step_key, view.place) == (TaskState.EXPIRED, "one", None)
+        assert view.reason.endswith("for a lease: its run judges it.")
+        await scene.backend.close_run("run", token="t")
+        ((view,),) = (run.tasks for run in (await scene.read()).runs)
+        assert "for a lease. The process of its run is gone" in view.reason
 
     asyncio.run(test())
 
@@ -215,21 +219,24 @@ def test_what_runs_is_counted_by_queue_and_known_by_worker() -> None:
 
 
 def test_why_a_task_waits() -> None:
-    """No worker, all of them busy, or a run whose claims are elsewhere; else nothing is said."""
+    """No worker, all of them busy, a run whose claims are elsewhere or whose process is gone."""
 
     async def test() -> None:
         scene = Scene()
+        await scene.open()
         scene.state.identity = "here"
         await scene.beat(worker())
         here = step("here", state="here", backend="redis://here")
         other = step("other", state="there", backend="redis://there")
-        await scene.send(here, other, step("far", queue="far"))
+        orphan = step("orphan", run_id="gone")
+        await scene.send(here, other, orphan, RUN, step("far", queue="far"))
 
         async def reasons() -> dict[str | None, str]:
             return {it.step_key: it.reason for it in (await scene.read()).tasks()}
 
         found = await reasons()
-        assert found["here"] == ""
+        assert found["here"] == found[""] == ""
+        assert found["orphan"].startswith("The process of its run is gone")
         assert "another backend, redis://there," in found["other"]
         assert found["far"].startswith('No worker listens on queue "far".')
         await scene.beat(worker(busy_slots=2))
