@@ -288,6 +288,7 @@ def test_nothing_is_seen_of_an_embedded_server_that_rests(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     """No command starts it."""
+    monkeypatch.delenv("DAGSTER_TASKIQ_BROKER_URL", raising=False)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     done = call("task", "list")
     assert (done.exit_code, done.stdout) == (0, "")
