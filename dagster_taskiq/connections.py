@@ -89,7 +89,7 @@ def find_servers(settings: Settings) -> Servers:
         ConfigError: what is named cannot be used, or nothing is and there is no DAGSTER_HOME.
         EmbeddedServerError: the embedded server cannot be started.
     """
-    return _find(settings, _embedded)
+    return _find(settings, _started)
 
 
 def name_servers(settings: Settings) -> Servers:
@@ -99,6 +99,36 @@ def name_servers(settings: Settings) -> Servers:
         ConfigError: see ``find_servers``.
     """
     return _find(settings, lambda at, _home: at.server_options("unix:///embedded", None))
+
+
+def find_running_servers(settings: Settings) -> Servers | None:
+    """The servers of the settings, to look at; None where an embedded one is meant that rests.
+
+    Raises:
+        ConfigError, EmbeddedServerError: see ``find_servers``.
+    """
+    try:
+        return _find(settings, _running)
+    except _RestsError:
+        return None
+
+
+class _RestsError(Exception):
+    """No process uses the embedded server."""
+
+
+def _started(settings: Settings, home: Path) -> ServerOptions:
+    """The embedded server of a DAGSTER_HOME, which runs from now on."""
+    options = settings.server_options(use_embedded_server(home), None)
+    return replace(options, identity=embedded_identity(home))
+
+
+def _running(settings: Settings, home: Path) -> ServerOptions:
+    """The embedded server of a DAGSTER_HOME, as others use it."""
+    url = find_embedded_server(home)
+    if url is None:
+        raise _RestsError
+    return settings.server_options(url, None)
 
 
 def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:
@@ -182,12 +212,6 @@ def _with_the_instance(
     return Servers(broker, embedded(settings, home), settings.signer(), home)
 
 
-def _embedded(settings: Settings, home: Path) -> ServerOptions:
-    """The embedded server of a DAGSTER_HOME, which runs from now on."""
-    options = settings.server_options(use_embedded_server(home), None)
-    return replace(options, identity=embedded_identity(home))
-
-
 def _home_of_state() -> Path:
     why = "RabbitMQ alone cannot keep results and claims. They are kept where Dagster's instance is"
     return _home_of_instance(f"{why}.", _set_backend())
@@ -210,30 +234,6 @@ def _set_backend() -> str:
 
 def _a_broker() -> str:
     return f"the URL of a {one_of([kind.names[0] for kind in KINDS])}"
-
-
-def find_running_backend(settings: Settings) -> ServerOptions | None:
-    """The backend of the settings, to look at; None where it is an embedded one that rests.
-
-    Raises:
-        ConfigError: see ``find_servers``.
-    """
-    home = _home_of_embedded_backend(settings)
-    if home is None:
-        return find_servers(settings).backend
-    url = find_embedded_server(home)
-    return settings.server_options(url, None) if url else None
-
-
-def _home_of_embedded_backend(settings: Settings) -> Path | None:
-    """The DAGSTER_HOME whose embedded server is the backend; None for another backend."""
-    if settings.backend_url == WITH_THE_INSTANCE:
-        home = _home_of_state()
-        return None if has_database_server(home) else home
-    if settings.broker_url is None and settings.backend_url is None:
-        home = _dagster_home()
-        return None if postgresql_of(home) else home
-    return None
 
 
 def _dagster_home() -> Path:

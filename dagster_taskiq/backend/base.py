@@ -356,6 +356,10 @@ class Backend(RunBackend, ClaimBackend, ControlBackend):
         """
 
     @abstractmethod
+    async def product(self) -> str:
+        """Name and version of the server, as it says them: ``Valkey 8.1.1``."""
+
+    @abstractmethod
     async def startup(self) -> None:
         """Reach the server, or raise within the connect timeout."""
 

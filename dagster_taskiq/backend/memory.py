@@ -310,6 +310,11 @@ class MemoryBackend(Backend):
         with self._server.reached() as session:
             session.sweep()
 
+    async def product(self) -> str:
+        """See ``Backend``."""
+        with self._server.reached():
+            return "memory"
+
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
         with self._server.reached() as session:

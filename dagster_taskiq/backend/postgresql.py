@@ -235,7 +235,7 @@ class PostgresqlBackend(Backend):
             claim.token,
             float(claim.lease_seconds),
             claim.epoch,
-            _text_of(claim.place),
+            json.dumps(asdict(claim.place)),
             claim.place.worker_id,
             needs_live_run,
             until_begun,
@@ -258,7 +258,7 @@ class PostgresqlBackend(Backend):
             [claim.token for claim in claims],
             [float(claim.lease_seconds) for claim in claims],
             [claim.epoch for claim in claims],
-            [_text_of(claim.place) for claim in claims],
+            [json.dumps(asdict(claim.place)) for claim in claims],
             [claim.place.worker_id for claim in claims],
         )
         rows = await self._call("renew", *columns, is_urgent=True)
@@ -344,6 +344,11 @@ class PostgresqlBackend(Backend):
         """See ``ControlBackend``."""
         await self._call("tidy", _TIDY_RUNS)
 
+    async def product(self) -> str:
+        """See ``Backend``."""
+        with server_errors(self.address):
+            return await self._connections.product()
+
     async def send_control(self, worker_id: str, order: str) -> None:
         """See ``ControlBackend``."""
         await self._call("send_order", worker_id, order, float(CONTROL_EXPIRES_SECONDS))
@@ -389,10 +394,6 @@ def _place_of(text: str | None) -> Place | None:
         return Place.from_dict(json.loads(text)) if text else None
     except (ValueError, RecursionError, MalformedResultError):
         return None
-
-
-def _text_of(place: Place) -> str:
-    return json.dumps(asdict(place))
 
 
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:

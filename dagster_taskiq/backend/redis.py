@@ -33,6 +33,7 @@ from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import Command, Script
+from dagster_taskiq.servers.redis_client import product_of
 from dagster_taskiq.servers.redis_rights import commands_of
 
 #: The states of ``base.NOT_ENDED``, as the record of a run has them.
@@ -306,6 +307,11 @@ class RedisBackend(RedisControl, Backend):
         reports = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
         return RunReport(run_id, bool(loop), fields.get("resumable") == "1", tasks)
+
+    async def product(self) -> str:
+        """See ``Backend``."""
+        (answer,) = await self._store.run_all([("INFO", "server")])
+        return product_of(answer)
 
     def _state(self, run_id: str, task_id: str, word: bytes) -> TaskState:
         try:

@@ -133,6 +133,14 @@ class AmqpTaskBroker(TaskBroker, AioPikaBroker):
         """How many tasks wait in a queue; 0 for one that does not exist."""
         return await self.run(lambda connection: connection.depth(queue))
 
+    async def product(self) -> str:
+        """See ``TaskBroker``."""
+
+        async def ask(connection: AmqpConnection) -> str:
+            return connection.product
+
+        return await self.run(ask)
+
     async def leave_note(self, run_id: str, note: bytes) -> None:
         """See ``TaskBroker``: a note for which nobody has asked is gone."""
         queue = self._notes_of(run_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -67,6 +67,13 @@ class AmqpConnection:
         """Whether it may be used, as far as is known."""
         # aio-pika's own is_closed stays False when the other side went away
         return not self._is_lost and self._connection.connected.is_set()
+
+    @property
+    def product(self) -> str:
+        """Name and version of the server, as it has greeted us."""
+        transport = self._connection.transport
+        said = {} if transport is None else transport.connection.server_properties
+        return " ".join(_word(said, key) for key in ("product", "version"))
 
     def _lose(self, *_: Any) -> None:
         self._is_lost = True
@@ -159,6 +166,11 @@ class AmqpConnection:
         if self._asking is None or self._asking.is_closed:
             self._asking = await self.channel()
         return self._asking
+
+
+def _word(properties: Mapping[str, Any], key: str) -> str:
+    value = properties.get(key, "?")
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def _to_amqp(message: BrokerMessage) -> aio_pika.Message:

@@ -12,11 +12,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
+from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
 from dagster_taskiq.brokers.parking import Parking
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import (
@@ -36,9 +36,6 @@ LONGEST_RETRY_SECONDS = 2.0
 #: How many bytes of messages are sent in one go. One round trip for a usual fan-out, and still
 #: little enough to get through within the time that a server has for its answer.
 MAX_BATCH_BYTES = 4 * 2**20
-
-#: The longest message that a look into a queue brings: it is made for people, of many tasks.
-MAX_PEEK_BYTES = 256 * 2**10
 
 
 class Delivery(AckableMessage):
@@ -73,19 +70,6 @@ class Delivery(AckableMessage):
                     self.settled = True
 
         return settle
-
-
-@dataclass(frozen=True)
-class WaitingTask:
-    """A task that waits in a queue.
-
-    Attributes:
-        data: of its message; empty where that is longer than ``MAX_PEEK_BYTES``.
-    """
-
-    task_id: str
-    priority: int
-    data: bytes
 
 
 class Listener(ABC):
@@ -291,6 +275,22 @@ class TaskBroker(AsyncBroker):
         """
         del queue, limit
         return None
+
+    async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
+        """How many tasks of each priority wait in a physical queue, the highest first.
+
+        The one that has waited longest is among the first ones of the groups. Tasks that come or go
+        meanwhile may be counted or not.
+
+        Returns:
+            None from a broker that cannot look into its queue.
+        """
+        del queue
+        return None
+
+    @abstractmethod
+    async def product(self) -> str:
+        """Name and version of the server, as it says them: ``Valkey 8.1.1``."""
 
     async def leave_note(self, run_id: str, note: bytes) -> None:
         """Leave a note where a run's loop may find it, which cannot be reached otherwise.

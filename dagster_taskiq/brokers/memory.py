@@ -22,11 +22,11 @@ from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
     TaskBroker,
-    WaitingTask,
     priority_of,
     queue_of,
 )
-from dagster_taskiq.brokers.memory_queue import Hold, Queue, Task
+from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.memory_queue import Hold, MemoryQueue, MemoryTask
 from dagster_taskiq.errors import UnreachableServerError
 
 __all__ = ["MemoryBroker", "MemoryQueues"]
@@ -46,7 +46,7 @@ class MemoryQueues:
         self.address = f"memory://{name}"
         self.is_searchable = is_searchable
         self._lock = threading.RLock()
-        self._queues: dict[str, Queue] = {}
+        self._queues: dict[str, MemoryQueue] = {}
         #: By run.
         self.notes: dict[str, bytes] = {}
         self._numbers = itertools.count()
@@ -90,9 +90,9 @@ class MemoryQueues:
     def _raise_unreachable(self, why: str) -> None:
         raise UnreachableServerError(self.address, f"Cannot reach {self.address}: {why}")
 
-    def queue(self, name: str) -> Queue:
+    def queue(self, name: str) -> MemoryQueue:
         """A queue, which is there as soon as somebody speaks of it."""
-        return self._queues.setdefault(name, Queue(self.is_searchable))
+        return self._queues.setdefault(name, MemoryQueue(self.is_searchable))
 
     def queues_with_tasks(self) -> set[str]:
         """The queues in which tasks wait."""
@@ -102,7 +102,7 @@ class MemoryQueues:
         """Add a task to its queue and wake who waits for it."""
         place = (-priority_of(message), next(self._numbers))
         queue = queue_of(message)
-        self.queue(queue).put(Task(place, message.task_id, message.message))
+        self.queue(queue).put(MemoryTask(place, message.task_id, message.message))
         self.wake(queue)
 
     def give_back(self, hold: Hold) -> None:
@@ -247,6 +247,16 @@ class MemoryBroker(TaskBroker):
         """See ``TaskBroker``; None where its queues are not searchable."""
         with self._server.reached(self):
             return self._server.queue(queue).peek(limit) if self._server.is_searchable else None
+
+    async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
+        """See ``TaskBroker``; None where its queues are not searchable."""
+        with self._server.reached(self):
+            return self._server.queue(queue).by_priority() if self._server.is_searchable else None
+
+    async def product(self) -> str:
+        """See ``TaskBroker``."""
+        with self._server.reached(self):
+            return "memory"
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""

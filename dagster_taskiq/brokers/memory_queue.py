@@ -1,16 +1,17 @@
-"""One queue of the broker in memory: its tasks, in their order, and those in hand."""
+"""One queue of the broker in memory: which tasks wait there, and which are in hand."""
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from dagster_taskiq.brokers.base import MAX_PEEK_BYTES, TaskBroker, WaitingTask
+from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
 
 
 @dataclass(order=True)
-class Task:
+class MemoryTask:
     """A task on the server; the order is that of its queue, the next one first.
 
     Attributes:
@@ -26,12 +27,12 @@ class Task:
 class Hold:
     """One delivery of a task, which is in a broker's hands until it is settled or goes back."""
 
-    holder: TaskBroker
+    holder: object
     queue: str
-    task: Task
+    task: MemoryTask
 
 
-class Queue:
+class MemoryQueue:
     """One queue: each of its tasks either waits or is in hand.
 
     Args:
@@ -40,7 +41,7 @@ class Queue:
 
     def __init__(self, is_searchable: bool) -> None:
         self.is_searchable = is_searchable
-        self._waiting: list[Task] = []  # a heap
+        self._waiting: list[MemoryTask] = []  # a heap
         self._holds: set[Hold] = set()
         self._ids: set[str] = set()  # of all its tasks, where it is searchable
 
@@ -49,7 +50,7 @@ class Queue:
         """How many tasks wait."""
         return len(self._waiting)
 
-    def put(self, task: Task) -> None:
+    def put(self, task: MemoryTask) -> None:
         """Let a task wait, unless it is here already."""
         if self.is_searchable:
             if task.task_id in self._ids:
@@ -57,7 +58,7 @@ class Queue:
             self._ids.add(task.task_id)
         heapq.heappush(self._waiting, task)
 
-    def take(self, holder: TaskBroker, queue: str) -> Hold | None:
+    def take(self, holder: object, queue: str) -> Hold | None:
         """Put the next task into a broker's hands."""
         if not self._waiting:
             return None
@@ -73,7 +74,7 @@ class Queue:
         heapq.heappush(self._waiting, hold.task)
         return True
 
-    def holds_of(self, holder: TaskBroker) -> list[Hold]:
+    def holds_of(self, holder: object) -> list[Hold]:
         """What a broker has in hand."""
         return [hold for hold in self._holds if hold.holder is holder]
 
@@ -96,14 +97,14 @@ class Queue:
 
     def peek(self, limit: int) -> list[WaitingTask]:
         """The next tasks in their order."""
-        found = heapq.nsmallest(limit, self._waiting)
+        return [_shown(task) for task in heapq.nsmallest(limit, self._waiting)]
+
+    def by_priority(self) -> list[PriorityGroup]:
+        """The tasks that wait, counted by their priorities."""
+        groups = itertools.groupby(sorted(self._waiting), lambda task: task.place[0])
         return [
-            WaitingTask(
-                task.task_id,
-                -task.place[0],
-                task.payload if len(task.payload) <= MAX_PEEK_BYTES else b"",
-            )
-            for task in found
+            PriorityGroup(len(tasks), _shown(tasks[0]))
+            for tasks in (list(group) for _, group in groups)
         ]
 
     def withdraw(self, task_ids: Collection[str]) -> set[str]:
@@ -121,6 +122,11 @@ class Queue:
             return set(task_ids) - self._ids
         return set() if self._waiting else set(task_ids)
 
-    def _keep(self, waiting: list[Task]) -> None:
+    def _keep(self, waiting: list[MemoryTask]) -> None:
         heapq.heapify(waiting)
         self._waiting = waiting
+
+
+def _shown(task: MemoryTask) -> WaitingTask:
+    data = task.payload if len(task.payload) <= MAX_PEEK_BYTES else b""
+    return WaitingTask(task.task_id, -task.place[0], data)

@@ -22,17 +22,16 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers.base import (
-    MAX_PEEK_BYTES,
     Admission,
     Delivery,
     Listener,
     TaskBroker,
-    WaitingTask,
     batches,
     priority_of,
     queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
+from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
 from dagster_taskiq.brokers.postgresql_floors import Floors, Row
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ServerError
@@ -170,6 +169,16 @@ class PostgresqlTaskBroker(TaskBroker):
         """See ``TaskBroker``."""
         rows = await self._call("peek", queue, limit, MAX_PEEK_BYTES)
         return [WaitingTask(task_id, priority, data) for task_id, priority, data in rows]
+
+    async def by_priority(self, queue: str) -> list[PriorityGroup]:
+        """See ``TaskBroker``."""
+        rows = await self._call("by_priority", queue, MAX_PEEK_BYTES)
+        return [PriorityGroup(count, WaitingTask(*first)) for count, *first in rows]
+
+    async def product(self) -> str:
+        """See ``TaskBroker``."""
+        with server_errors(self.address):
+            return await self._connections.product()
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""

@@ -178,6 +178,25 @@ BEGIN
 END $$;
 
 
+-- From one priority to the next by the index; a count reads the index alone.
+CREATE OR REPLACE FUNCTION {s}.by_priority{v}(p_queue text, p_longest int)
+RETURNS TABLE (tasks bigint, id text, rank smallint, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+{begin}
+  rank := 32767;
+  LOOP
+    SELECT task_id, priority, CASE WHEN length(payload) <= p_longest THEN payload ELSE '' END
+      INTO id, rank, data
+      FROM {s}.messages WHERE queue = p_queue AND holder IS NULL AND priority < rank
+      ORDER BY priority DESC, number LIMIT 1;
+    EXIT WHEN NOT FOUND;
+    tasks := (SELECT count(*) FROM {s}.messages
+      WHERE queue = p_queue AND holder IS NULL AND priority = rank);
+    RETURN NEXT;
+  END LOOP;
+END $$;
+
+
 -- How many listeners look into the same queues, this one included.
 CREATE OR REPLACE FUNCTION {s}.count_listeners{v}(p_listener uuid, p_queues text, p_seconds float8)
 RETURNS bigint LANGUAGE plpgsql AS $$

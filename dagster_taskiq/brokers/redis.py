@@ -9,7 +9,7 @@ into its grave does not keep the others asleep.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -22,22 +22,26 @@ from taskiq_redis.redis_broker import BaseRedisBroker
 
 from dagster_taskiq.brokers import redis_scripts as scripts
 from dagster_taskiq.brokers.base import (
-    MAX_PEEK_BYTES,
     Admission,
     Delivery,
     Listener,
     TaskBroker,
-    WaitingTask,
     batches,
     priority_of,
     queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
-from dagster_taskiq.defaults import IN_HAND_SECONDS
+from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
+from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.redis_calls import SCAN_COUNT, Command, call, literal_pattern
-from dagster_taskiq.servers.redis_client import connection_arguments, server_errors, use_tls
+from dagster_taskiq.servers.redis_client import (
+    connection_arguments,
+    product_of,
+    server_errors,
+    use_tls,
+)
 from dagster_taskiq.servers.redis_rights import check_rights, commands_of
 
 #: How long an idle worker waits for the bell before it looks into its queues all the same.
@@ -168,9 +172,40 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
 
     async def peek(self, queue: str, limit: int) -> list[WaitingTask]:
         """See ``TaskBroker``. The data of what is taken and ends meanwhile is empty."""
-        waiting, payloads, *_ = scripts.keys_of(queue)
+        waiting, *_ = scripts.keys_of(queue)
         (answer,) = await self._execute(("ZRANGE", waiting, 0, limit - 1, "WITHSCORES"))
-        places = dict(zip(answer[::2], answer[1::2], strict=True))
+        return await self._shown(queue, dict(zip(answer[::2], answer[1::2], strict=True)))
+
+    async def by_priority(self, queue: str) -> list[PriorityGroup]:
+        """See ``TaskBroker``."""
+        waiting, *_ = scripts.keys_of(queue)
+        counts: list[int] = []
+        places: dict[bytes, bytes] = {}
+        ranges = [scripts.places_of(it) for it in range(MAX_PRIORITY, MIN_PRIORITY - 1, -1)]
+        first = ("WITHSCORES", "LIMIT", 0, 1)
+        replies = await self._execute(
+            *(("ZCOUNT", waiting, *ends) for ends in ranges),
+            *(("ZRANGEBYSCORE", waiting, *ends, *first) for ends in ranges),
+        )
+        for count, found in zip(replies[: len(ranges)], replies[len(ranges) :], strict=True):
+            if count and found:  # a worker may have taken the last one in between
+                counts.append(int(count))
+                places[found[0]] = found[1]
+        firsts = await self._shown(queue, places)
+        return [PriorityGroup(*group) for group in zip(counts, firsts, strict=True)]
+
+    async def product(self) -> str:
+        """See ``TaskBroker``."""
+        (answer,) = await self._execute(("INFO", "server"))
+        return product_of(answer)
+
+    async def _shown(self, queue: str, places: Mapping[bytes, Any]) -> list[WaitingTask]:
+        """Tasks with their messages.
+
+        Args:
+            places: of each, by its id.
+        """
+        payloads = scripts.keys_of(queue)[1]
         lengths = await self._of_each("HSTRLEN", payloads, list(places))
         short = [task_id for task_id, length in lengths.items() if length <= MAX_PEEK_BYTES]
         data = await self._of_each("HGET", payloads, short)

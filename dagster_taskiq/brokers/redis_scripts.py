@@ -41,6 +41,12 @@ def priority_at(place: float) -> int:
     return MAX_PRIORITY - int(place // 2**48)
 
 
+def places_of(priority: int) -> tuple[int, int]:
+    """The first and the last place that a task of a priority can have."""
+    first = (MAX_PRIORITY - priority) * 2**48
+    return first, first + 2**48 - 1
+
+
 # A server that is full, read-only or cannot write its file refuses the first write of a script or
 # none, so no script stops halfway. A script that frees memory begins with a command that a full
 # server allows.

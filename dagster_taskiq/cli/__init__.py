@@ -1,4 +1,4 @@
-"""``dagster-taskiq``: start workers and look after them."""
+"""``dagster-taskiq``: start workers, look after them, and see what waits and runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import click
 
 from dagster_taskiq.cli.database import database_sql
 from dagster_taskiq.cli.options import check_platform, say_errors
+from dagster_taskiq.cli.queues import queue
+from dagster_taskiq.cli.status import status
+from dagster_taskiq.cli.tasks import run, task
+from dagster_taskiq.cli.worker_show import worker_ping, worker_show
 from dagster_taskiq.cli.worker_start import start
-from dagster_taskiq.cli.workers import status, worker_list, worker_reload, worker_terminate
+from dagster_taskiq.cli.workers import worker_list, worker_reload, worker_terminate
 from dagster_taskiq.version import __version__
 
 
@@ -41,6 +45,7 @@ def database() -> None:
 
 
 database.add_command(database_sql)
-for _command in (start, worker_list, worker_terminate, worker_reload):
+for _command in (start, worker_list, worker_show, worker_ping, worker_terminate, worker_reload):
     worker.add_command(_command)
-main.add_command(status)
+for _command in (status, queue, task, run):
+    main.add_command(_command)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.cli.celery_arguments import read_status_arguments
+from dagster_taskiq.backend import Backend
+from dagster_taskiq.cli.asking import ask_backend, read_workers
+from dagster_taskiq.cli.finding import no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import find_running_backend
+from dagster_taskiq.cli.shapes import worker_shape
+from dagster_taskiq.cli.tables import echo_json, echo_table, json_option
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.control import refuses, worker_order
 from dagster_taskiq.messages.envelope import PROTOCOL
 from dagster_taskiq.messages.worker_records import WorkerRecord
-from dagster_taskiq.overview import is_named, read_workers
+from dagster_taskiq.overview import is_named
 
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"
@@ -28,58 +28,35 @@ _NOBODY = "No worker is running."
 _name_argument = click.argument("name", required=False)
 
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 
-def _explain_names(command: F) -> F:
+def explain_names(command: F) -> F:
     """Add to a command's help how its NAME is read."""
     command.__doc__ = f"""{command.__doc__}
 
     NAME is a worker's name, NAME@HOST one of several workers of that name, @HOST means all workers
-    of a host."""
+    of a host. Each may be a pattern, in quotes: 'short-*'."""
     return command
 
 
 @click.command("list")
 @_name_argument
+@json_option
 @config_yaml_option
 @say_errors
-@_explain_names
-def worker_list(name: str | None, config_yaml: str | None) -> None:
+@explain_names
+def worker_list(name: str | None, as_json: bool, config_yaml: str | None) -> None:
     """List the running workers of all hosts; with NAME only those, and exit with 1 without any."""
-    records = _running_workers(read_settings(config_yaml), name)
-    if records:
-        click.echo(_table(records))
+    running = read_workers(read_settings(config_yaml))
+    records = [it for it in running if name is None or is_named(it, name)]
+    if as_json:
+        echo_json({"workers": list(map(worker_shape, records))})
+    elif records:
+        echo_table(_rows(records))
     if name is not None and all(record.is_outdated for record in records):
-        raise click.ClickException(_nobody(name))
-    if not records:
+        raise click.ClickException(no_worker(name, running))
+    if not records and not as_json:
         click.echo(_NOBODY)
-
-
-@click.command("status")
-@click.option("--app", "-A", help="Accepted for dagster-celery's command lines; it has no effect.")
-@config_yaml_option
-@click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
-@say_errors
-def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str, ...]) -> None:
-    """Say which workers are alive, one per line, and exit with 1 without any.
-
-    The output is that of `celery status`. A worker that was killed is listed for at most 30 s
-    more. Celery's `-d NAME` may follow after --.
-    """
-    del app
-    names = read_status_arguments(celery_arguments)
-    settings = read_settings(config_yaml)
-    records = [
-        record
-        for record in _running_workers(settings)
-        if not record.is_outdated and (not names or any(is_named(record, name) for name in names))
-    ]
-    for record in records:
-        click.echo(f"->  {record.name}: OK")
-    if not records:
-        raise click.ClickException(_NOBODY)
-    click.echo(f"\n{len(records)} {'node' if len(records) == 1 else 'nodes'} online.")
 
 
 @click.command("terminate")
@@ -87,7 +64,7 @@ def status(app: str | None, config_yaml: str | None, celery_arguments: tuple[str
 @click.option("--all", "-a", "all_", is_flag=True, help="Stop all workers.")
 @config_yaml_option
 @say_errors
-@_explain_names
+@explain_names
 def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> None:
     """Tell a worker to finish its steps and stop. Told twice, it stops now.
 
@@ -105,7 +82,7 @@ def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> N
 @click.option("--all", "-a", "all_", is_flag=True, help="Reload all workers.")
 @config_yaml_option
 @say_errors
-@_explain_names
+@explain_names
 def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None:
     """Tell a worker to run new code: its children are replaced between steps.
 
@@ -119,44 +96,32 @@ def _other_protocol(record: WorkerRecord) -> str:
     return "" if record.protocol == PROTOCOL else f" (protocol {record.protocol})"
 
 
-def _doubt(record: WorkerRecord) -> str:
-    """Why nothing is decided by a record, for the listing; empty where it counts."""
-    if record.is_outdated:
-        return " (outdated)"
-    return "" if record.is_trusted else " (not signed)"
-
-
-def _given_back(record: WorkerRecord) -> str:
+def state_of(record: WorkerRecord) -> str:
+    """A worker's state, with what is to be said about it or about its record."""
     other = record.other_backend
-    return f" (gives back tasks whose backend is {other})" if other else ""
+    given_back = f" (gives back tasks whose backend is {other})" if other else ""
+    if record.is_outdated:
+        return f"{record.state}{given_back} (outdated)"
+    return record.state + given_back + ("" if record.is_trusted else " (not signed)")
 
 
-def _table(records: Sequence[WorkerRecord]) -> str:
-    """The records in columns, each as wide as its longest text: nothing is ever cut."""
-    rows = [("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")]
-    rows += [
+def _rows(records: Sequence[WorkerRecord]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
+        ("worker", "queues", "steps", "runs", "state", "pid", "version", "refused")
+    ]
+    return rows + [
         (
             record.name,
             ", ".join(record.queues),
             f"{record.busy_slots}/{record.slots}",
             f"{record.busy_run_slots}/{record.run_slots}",
-            record.state + _given_back(record) + _doubt(record),
+            state_of(record),
             str(record.pid),
             record.version + _other_protocol(record),
             str(record.refused),
         )
         for record in records
     ]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _running_workers(settings: Settings, name: str | None = None) -> list[WorkerRecord]:
-    """The running workers; those of a name, where it is given."""
-    return asyncio.run(_ask_backend(settings, lambda backend: read_workers(backend, name)))
 
 
 def _tell_workers(
@@ -181,7 +146,7 @@ def _tell_workers(
         running = await backend.workers()
         records = [item for item in running if all_ or is_named(item, str(name))]
         if running and not records and not may_be_nobody:
-            raise click.ClickException(_nobody(str(name)))
+            raise click.ClickException(no_worker(str(name), running))
         refusals = [refuses(settings.signer(), record) for record in records]
         told = [it for it, refusal in zip(records, refusals, strict=True) if not refusal]
         for refusal in filter(None, refusals):
@@ -194,28 +159,9 @@ def _tell_workers(
             )
         return [record.name for record in told]
 
-    names = asyncio.run(_ask_backend(settings, tell))
+    names = ask_backend(settings, tell) or []
     if not names:
         # no error, as in dagster-celery: scripts stop the workers of a host that has none
-        nobody = f"{_nobody(str(name))} Give a NAME, or --all." if may_be_nobody else _NOBODY
-        warnings.warn(nobody, stacklevel=1)
+        advice = f"{no_worker(str(name), [])} Give a NAME, or --all."
+        warnings.warn(advice if may_be_nobody else _NOBODY, stacklevel=1)
     return names
-
-
-def _nobody(name: str) -> str:
-    if name.startswith("@"):
-        return f"No worker is running on host {name[1:]!r}."
-    return f"No worker named {name!r} is running."
-
-
-async def _ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[list[T]]]) -> list[T]:
-    """What a question about workers brings; nothing where no process uses the embedded server."""
-    options = find_running_backend(settings)
-    if options is None:
-        return []
-    backend = open_backend(options, settings.signer())
-    try:
-        await backend.startup()
-        return await ask(backend)
-    finally:
-        await backend.shutdown()

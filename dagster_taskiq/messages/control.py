@@ -1,9 +1,9 @@
 """Orders to workers: how they are written, and which ones a worker believes.
 
-``terminate`` is for one worker, ``cancel`` for whichever worker holds a task. An order
-names its worker by name and id, or its task, and a worker refuses one that is for another. With a
-signing key it is signed, and says when it was given and a number of its own: one that came before,
-or that was given too long ago, is refused.
+``terminate``, ``reload`` and ``ping`` are for one worker, ``cancel`` for whichever worker holds a
+task. An order names its worker by name and id, or its task, and a worker refuses one that is for
+another. With a signing key it is signed, and says when it was given and a number of its own: one
+that came before, or that was given too long ago, is refused.
 
 A cancel is also kept in the record of its run, where each renewal of the claim finds it again. It
 cannot be replayed to any harm, since it names one attempt of a step and is never taken back.
@@ -35,6 +35,12 @@ def worker_order(signer: Signer, worker: WorkerRecord, kind: str) -> str:
     """An order to a worker, ready to be sent."""
     addressee = {"worker_id": worker.worker_id, "worker": worker.name}
     return _order(signer, {"kind": kind, **addressee})
+
+
+def ping_order(signer: Signer, worker: WorkerRecord, ping_id: str) -> str:
+    """The order to send a heartbeat at once, which names this ping among its ``pings``."""
+    addressee = {"worker_id": worker.worker_id, "worker": worker.name}
+    return _order(signer, {"kind": "ping", "ping_id": ping_id, **addressee})
 
 
 def cancel_order(signer: Signer, task_id: str, reason: str) -> str:

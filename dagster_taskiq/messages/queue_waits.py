@@ -40,7 +40,7 @@ class WaitKind(str, Enum):
     BROKER = "broker"
     #: The same, by a record that is not signed as it must be: for people, and to decide nothing.
     UNTRUSTED = "untrusted"
-    #: All run slots are taken. Not said of steps, of which many usually wait.
+    #: All slots are taken.
     BUSY = "busy"
 
 
@@ -65,6 +65,8 @@ class QueueWaits:
         broker: address that it sends to.
         signer: that it signs with.
         protocol: version of its tasks.
+        says_busy_steps: whether busy step slots are a reason. Not for a run's log, as many steps
+            usually wait.
     """
 
     def __init__(
@@ -74,8 +76,11 @@ class QueueWaits:
         broker: str,
         signer: Signer,
         protocol: int = PROTOCOL,
+        *,
+        says_busy_steps: bool = False,
     ) -> None:
         self._kind = kind
+        self._says_busy = kind is QueueKind.RUNS or says_busy_steps
         usable = [it for it in workers if self._slots(it)[1] and it.state != "draining"]
         self._workers = [it for it in usable if it.is_trusted]
         self._untrusted = [it for it in usable if not it.is_trusted]
@@ -108,9 +113,11 @@ class QueueWaits:
         near = [it for it in able if not it.broker or is_same_address(it.broker, self._broker)]
         if not near and not self._are_busy(able):
             return QueueWait(WaitKind.BROKER, self._elsewhere(queue, able))
-        if self._kind is QueueKind.RUNS and self._are_busy(near or able):
+        if self._says_busy and self._are_busy(near or able):
             count = sum(slots for _, slots in map(self._slots, near or able))
-            return QueueWait(WaitKind.BUSY, f'All {count} run slots of queue "{queue}" are busy.')
+            word = "run" if self._kind is QueueKind.RUNS else "step"
+            reason = f'All {count} {word} slots of queue "{queue}" are busy.'
+            return QueueWait(WaitKind.BUSY, reason)
         return None
 
     def _slots(self, worker: WorkerRecord) -> tuple[int, int]:

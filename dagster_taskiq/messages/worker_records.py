@@ -75,6 +75,7 @@ class WorkerRecord:
         other_backend: address of the backend whose tasks it gives back, since it has another one;
             empty without such tasks.
         broker: address of the broker that it listens to, without a password; empty if not told.
+        pings: ids of the last pings that it has answered, see ``control.ping_order``.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
             has no key.
@@ -99,6 +100,7 @@ class WorkerRecord:
     protocol: int = 1
     other_backend: str = ""
     broker: str = ""
+    pings: tuple[str, ...] = ()
     sent_at: float = 0.0
     is_trusted: bool = True
     is_outdated: bool = False

@@ -115,6 +115,11 @@ class Connections:
                     raise
             return await self._call_once(statement, values)
 
+    async def product(self) -> str:
+        """Name and version of the server; errors as of ``call``."""
+        ((text,),) = await self.call("SHOW server_version")
+        return f"PostgreSQL {text.partition(' ')[0]}"
+
     async def _call_once(self, statement: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         async with self._one() as connection:
             fetch = _fetch(connection, statement, values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ssl import SSLContext
 from typing import Any
@@ -62,6 +62,13 @@ class _TlsConnection(SSLConnection):
     def __init__(self, *, context: SSLContext, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.ssl_context.context = context
+
+
+def product_of(info: Mapping[str, Any]) -> str:
+    """Name and version of a server by its answer to ``INFO server``."""
+    if "valkey_version" in info:
+        return f"Valkey {info['valkey_version']}"
+    return f"Redis {info.get('redis_version', 'of an unknown version')}"
 
 
 @contextmanager

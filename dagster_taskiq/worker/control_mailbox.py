@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from dagster_taskiq.backend import Backend
@@ -33,6 +33,7 @@ class ControlMailbox:
         observer: hears of each order, also of one that is refused.
         drain: called for an order to stop.
         reload: called for an order to take up new code.
+        answer_ping: called with the id of a ping.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ControlMailbox:
         observer: WorkerObserver,
         drain: Callable[[], None],
         reload: Callable[[], None],
+        answer_ping: Callable[[str], Awaitable[None]],
     ) -> None:
         self._backend = backend
         self._worker_id = worker_id
@@ -52,6 +54,7 @@ class ControlMailbox:
         self._observer = observer
         self._drain = drain
         self._reload = reload
+        self._answer_ping = answer_ping
 
     async def run(self) -> None:
         """Obey until cancelled."""
@@ -68,9 +71,9 @@ class ControlMailbox:
                     self._observer.refused(self._backend.address, "an order", error)
                 else:
                     self._observer.ordered(order)
-                    self._obey(order)
+                    await self._obey(order)
 
-    def _obey(self, order: Mapping[str, Any]) -> None:
+    async def _obey(self, order: Mapping[str, Any]) -> None:
         kind = order.get("kind")
         if kind == "cancel":
             lease = self._leases.find(str(order.get("task_id")))
@@ -80,5 +83,7 @@ class ControlMailbox:
             self._drain()
         elif kind == "reload":
             self._reload()
+        elif kind == "ping":
+            await self._answer_ping(str(order.get("ping_id")))
         else:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 
 from dagster_taskiq.backend import Backend
@@ -14,6 +15,7 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 #: How often a worker has the backend tidy up, on average.
 _TIDY_SECONDS = 60.0
+
+#: How many answered pings a record names: as many commands may wait for an answer at once.
+_REMEMBERED_PINGS = 8
 
 
 class Listing:
@@ -57,6 +62,7 @@ class Listing:
         self._state = state
         self._on_outage = on_outage
         self._started_at = time.time()
+        self._pings: deque[str] = deque(maxlen=_REMEMBERED_PINGS)
         self._is_entered = False
 
     async def enter(self) -> None:
@@ -93,6 +99,11 @@ class Listing:
             logger.debug("No heartbeat: %s", error)  # the keeper and the broker say it aloud
             await self._on_outage()
 
+    async def answer_ping(self, ping_id: str) -> None:
+        """Say at once that the worker's event loop goes round."""
+        self._pings.append(plain_name(ping_id))
+        await self.update()
+
     async def leave(self) -> None:
         """Take the worker out of the list; without a word of ours its entry expires."""
         if not self._is_entered:
@@ -122,6 +133,7 @@ class Listing:
             protocol=PROTOCOL,
             other_backend=counts.other_backend,
             broker=self._servers.broker.address,
+            pings=tuple(self._pings),
             sent_at=time.time(),
         )
         running = list(counts.running.values())

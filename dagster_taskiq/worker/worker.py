@@ -96,6 +96,7 @@ class Worker:
             self._observer,
             self.drain,
             self.reload,
+            self._listing.answer_ping,
         )
         self._stations = list(self._make_stations())
         self._drain = asyncio.Event()

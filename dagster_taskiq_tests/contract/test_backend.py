@@ -827,6 +827,7 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "runs": backend.runs,
         "running": backend.running,
         "send_control": lambda: backend.send_control("w", "x"),
+        "product": backend.product,
         "tidy": backend.tidy,
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),
     }

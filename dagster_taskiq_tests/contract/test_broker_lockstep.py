@@ -107,7 +107,8 @@ class Side:
         self.call(eventually(is_reached))
 
     def peek(self) -> object:
-        return self.call(self._sender.peek(self._queue, 3))
+        sender, queue = self._sender, self._queue
+        return self.call(sender.peek(queue, 3)), self.call(sender.by_priority(queue))
 
 
 class Lockstep(RuleBasedStateMachine):

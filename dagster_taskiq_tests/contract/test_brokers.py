@@ -17,7 +17,7 @@ from typing import TypeVar, cast
 import pytest
 
 from dagster_taskiq.brokers import parking
-from dagster_taskiq.brokers.base import MAX_PEEK_BYTES, WaitingTask
+from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
 from dagster_taskiq.errors import (
     ConfigError,
     MalformedTaskError,
@@ -632,8 +632,9 @@ def test_a_look_into_a_queue_takes_nothing(harness: Harness) -> None:
                 message.task_id = text[:5]
                 await broker.kick(message)
             queues, found = await broker.queues_with_tasks(), await broker.peek(queue, 3)
+            groups = await broker.by_priority(queue)
             if not harness.is_searchable:
-                assert queues is found is None
+                assert queues is found is groups is None
                 return
             assert queues == {queue}
             assert found == [
@@ -641,12 +642,27 @@ def test_a_look_into_a_queue_takes_nothing(harness: Harness) -> None:
                 WaitingTask("longl", 5, b""),
                 WaitingTask("low", 1, b"low"),
             ]
-            assert await broker.peek(empty, 3) == []
+            assert groups == [
+                PriorityGroup(count, it) for count, it in zip((1, 1, 2), found, strict=True)
+            ]
+            assert await broker.peek(empty, 3) == await broker.by_priority(empty) == []
             assert await broker.depth(queue) == 4
         async with consuming(harness, queue) as consumer:
             delivery = await consumer.take()
             assert delivery.data == b"high"
             await delivery.ack()
+
+    run(test())
+
+
+def test_a_server_says_what_it_is(harness: Harness) -> None:
+    """Its own name and version, for people."""
+
+    async def test() -> None:
+        async with opened(harness) as broker:
+            name, _, version = (await broker.product()).partition(" ")
+        assert name in ("memory", "RabbitMQ", "Redis", "Valkey", "PostgreSQL")
+        assert version[:1].isdigit() or name == "memory"
 
     run(test())
 

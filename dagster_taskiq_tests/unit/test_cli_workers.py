@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from dagster_taskiq.cli import main, workers
+from dagster_taskiq.cli import asking, main
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq_tests.cli_runner import cli_runner
 
@@ -44,7 +44,7 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> Crowd:
     """No worker, yet."""
     crowd = Crowd()
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", "redis://localhost:6379/0")
-    monkeypatch.setattr(workers, "open_backend", lambda _options, _signer: crowd)
+    monkeypatch.setattr(asking, "open_backend", lambda _options, _signer: crowd)
     return crowd
 
 
@@ -84,7 +84,7 @@ def test_a_record_that_is_outdated_counts_for_nothing(crowd: Crowd) -> None:
     assert named.exit_code == 1
     assert "running (outdated)" in named.stdout
     assert "No worker named 'a' is running." in named.stderr
-    assert call("status").exit_code == 1
+    assert call("status", "-A", "app").exit_code == 1
 
 
 def call(*arguments: str, **more: Any) -> Result:

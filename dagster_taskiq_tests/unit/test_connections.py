@@ -14,8 +14,9 @@ import pytest
 from dagster_taskiq import connections, executor, launcher
 from dagster_taskiq.cli import main, worker_start
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import Servers, find_running_backend, find_servers
+from dagster_taskiq.connections import Servers, find_running_servers, find_servers
 from dagster_taskiq.errors import ConfigError
+from dagster_taskiq.servers.kinds import ServerOptions
 
 POSTGRES = "storage: {postgres: {postgres_url: 'postgresql://u:s3cr3t@db/d'}}"
 MYSQL = "storage: {mysql: {mysql_url: mysql://u:s3cr3t@h/d}}"
@@ -37,6 +38,11 @@ def found(home: Path, dagster_yaml: str | None, **config: Any) -> Servers:
     return find_servers(Settings.from_config(config))
 
 
+def backend_to_look_at(settings: Settings) -> ServerOptions | None:
+    servers = find_running_servers(settings)
+    return servers and servers.backend
+
+
 # --- nothing is named ---
 
 
@@ -50,7 +56,7 @@ def test_without_a_broker_it_is_the_embedded_server(home: Path, dagster_yaml: st
     assert ("DAGSTER_TASKIQ_BROKER_URL" in servers.notice) is (dagster_yaml == MYSQL)
     assert "\n" not in servers.notice
     assert servers.notice_level == logging.WARNING
-    assert find_running_backend(Settings()) is None
+    assert find_running_servers(Settings()) is None
 
 
 def test_without_a_broker_it_is_the_postgresql_of_the_instance(home: Path) -> None:
@@ -63,7 +69,7 @@ def test_without_a_broker_it_is_the_postgresql_of_the_instance(home: Path) -> No
     assert "postgresql://u:***@db/d" in servers.notice
     assert "\n" not in servers.notice
     assert servers.notice_level == logging.INFO
-    assert find_running_backend(Settings()) == servers.backend
+    assert backend_to_look_at(Settings()) == servers.backend
 
 
 def test_a_named_backend_alone_leaves_the_broker_embedded(home: Path) -> None:
@@ -175,7 +181,7 @@ def test_rabbitmq_and_an_instance_on_postgresql(
     assert servers.broker.url == "amqp://h"
     assert servers.backend.client_url == url
     assert (servers.backend.key_prefix, servers.embedded_home) == ("p", None)
-    assert find_running_backend(settings) == servers.backend
+    assert backend_to_look_at(settings) == servers.backend
     assert servers.notice == ""
 
 
@@ -202,14 +208,14 @@ def test_rabbitmq_and_an_instance_in_files(home: Path) -> None:
     assert (servers.broker.url, servers.backend.url) == ("amqp://h", f"unix://{home}/socket")
     assert servers.embedded_home == home
     assert servers.notice == ""
-    assert find_running_backend(settings) is None
+    assert find_running_servers(settings) is None
 
 
 def test_rabbitmq_and_an_instance_elsewhere(home: Path) -> None:
     """The error says what can keep the state, and repeats no password."""
     (home / "dagster.yaml").write_text(MYSQL)
     settings = Settings.from_config(AMQP)
-    for find in (find_servers, find_running_backend):
+    for find in (find_servers, find_running_servers):
         with pytest.raises(ConfigError, match=r"nor can the database.*'backend'") as error:
             find(settings)
         assert "s3cr3t" not in str(error.value)

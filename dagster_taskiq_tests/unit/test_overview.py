@@ -3,85 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState
-from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
-from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
+from dagster_taskiq.backend import TaskState
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.envelope import PROTOCOL, Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.queue_waits import WaitKind
-from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
-from dagster_taskiq.overview import MOST_WAITING, Overview, TaskView, read_overview
-from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.messages import STEP_TASK
-
-OPTIONS = ServerOptions("redis://localhost")
-SERVERS = Servers(OPTIONS, OPTIONS, Signer())
-STEPS, RUNS = QueueKind.STEPS, QueueKind.RUNS
-
-
-class Scene:
-    """Servers in memory, with what senders and workers have left there."""
-
-    def __init__(self, servers: Servers = SERVERS, *, is_searchable: bool = True) -> None:
-        self.servers = servers
-        self.state = MemoryServer()
-        self.queues = MemoryQueues(is_searchable=is_searchable)
-        self.backend = MemoryBackend(self.state, servers.signer)
-        self.broker = MemoryBroker(self.queues)
-        self.epoch = ""
-
-    async def open(self, run_id: str = "run") -> None:
-        """A loop begins the run."""
-        self.epoch = await self.backend.open_run(
-            run_id, generation=0, token="t", is_resumable=False, lease_seconds=600
-        )
-
-    async def send(self, *tasks: Envelope, signer: Signer | None = None) -> None:
-        for task in tasks:
-            physical = self.servers.physical_queue(task.kind, task.queue)
-            await self.broker.kick(task.to_message(physical, signer or self.servers.signer))
-
-    async def claim(self, task: Envelope, worker: WorkerRecord) -> Place:
-        """A worker takes a task; its next heartbeat tells it."""
-        place = Place(worker.name, worker.worker_id, worker.host, worker.pid, 1)
-        claim = Claim(task.run_id, task.task_id, "token", 600, self.epoch, place)
-        needs_loop = task.kind is STEPS
-        answer = await self.backend.claim(claim, needs_live_run=needs_loop)
-        assert answer is ClaimAnswer.GRANTED
-        return place
-
-    async def beat(self, worker: WorkerRecord, *running: Envelope) -> None:
-        """A worker says that it lives, and what it executes."""
-        tasks = [
-            RunningTask(it.task_id, it.run_id, it.step_key or "", it.attempt, it.queue, 17.0)
-            for it in running
-        ]
-        await self.backend.heartbeat(worker, expires_seconds=600, running=tasks)
-
-    async def read(self, *queues: str) -> Overview:
-        return await read_overview(self.servers, self.backend, self.broker, queues)
-
-
-def worker(name: str = "w@h", **values: Any) -> WorkerRecord:
-    values = {"slots": 2, "run_slots": 1, "protocol": PROTOCOL, **values}
-    return WorkerRecord(name, name, "h", 7, ("dagster",), **values)
-
-
-def step(key: str, **values: Any) -> Envelope:
-    return replace(STEP_TASK, task_id=str(uuid.uuid4()), step_key=key, **values)
-
-
-RUN = replace(
-    STEP_TASK, task_id=str(uuid.uuid4()), name=TaskName.EXECUTE_JOB, step_key=None, attempt=0
+from dagster_taskiq.overview import (
+    MOST_WAITING,
+    Overview,
+    TaskStatus,
+    TaskView,
+    reach_servers,
+)
+from dagster_taskiq_tests.unit.overview_scene import (
+    OPTIONS,
+    RUN,
+    RUNS,
+    SERVERS,
+    STEPS,
+    Scene,
+    step,
+    worker,
 )
 
 
@@ -124,6 +71,10 @@ def test_a_worker_that_died_leaves_its_task_to_be_judged() -> None:
         (run,) = (await scene.read()).runs
         (view,) = run.tasks
         assert (view.state, view.step_key, view.place) == (TaskState.EXPIRED, "one", None)
+        assert view.reason.endswith("for a lease: its run judges it.")
+        await scene.backend.close_run("run", token="t")
+        ((view,),) = (run.tasks for run in (await scene.read()).runs)
+        assert "for a lease. The process of its run is gone" in view.reason
 
     asyncio.run(test())
 
@@ -224,5 +175,110 @@ def test_queues_of_another_deployment_are_not_ours() -> None:
         physical = other.physical_queue(STEPS, "dagster")
         await scene.broker.kick(step("one").to_message(physical, Signer()))
         assert (await scene.read()).queues == []
+
+    asyncio.run(test())
+
+
+def test_a_queue_is_known_by_priorities_and_its_oldest_task() -> None:
+    """Of the whole queue, also where none of its tasks is shown."""
+
+    async def test() -> None:
+        scene = Scene()
+        tasks = [(9, 30.0), (9, 40.0), (5, 20.0), (5, 50.0), (1, 0.0)]
+        await scene.send(
+            *(step(f"s{n}", priority=it, sent_at=at, state="") for n, (it, at) in enumerate(tasks))
+        )
+        (queue,) = (await scene.read(most_waiting=0)).queues
+        assert queue.priorities == {9: 2, 5: 2, 1: 1}
+        assert queue.oldest_sent_at == 20
+        assert (queue.waiting, queue.depth, queue.unseen) == ([], 5, 5)
+
+    asyncio.run(test())
+
+
+def test_what_runs_is_counted_by_queue_and_known_by_worker() -> None:
+    """A step that its worker has not told of yet is its worker's, and of no queue."""
+
+    async def test() -> None:
+        scene, told, untold = Scene(), step("told"), step("untold")
+        await scene.open()
+        await scene.beat(worker(), told)
+        for task in (told, untold):
+            await scene.claim(task, worker())
+        await scene.claim(step("elsewhere"), worker("v@h"))
+        overview = await scene.read()
+        steps = overview.queues[0]
+        assert (steps.kind, steps.running) == (STEPS, 1)
+        mine = overview.tasks_of_worker(worker())
+        assert [(it.step_key, it.status) for it in mine] == [
+            ("told", TaskStatus.RUNNING),
+            (None, TaskStatus.RUNNING),
+        ]
+
+    asyncio.run(test())
+
+
+def test_why_a_task_waits() -> None:
+    """No worker, all of them busy, a run whose claims are elsewhere or whose process is gone."""
+
+    async def test() -> None:
+        scene = Scene()
+        await scene.open()
+        scene.state.identity = "here"
+        await scene.beat(worker())
+        here = step("here", state="here", backend="redis://here")
+        other = step("other", state="there", backend="redis://there")
+        orphan = step("orphan", run_id="gone")
+        await scene.send(here, other, orphan, RUN, step("far", queue="far"))
+
+        async def reasons() -> dict[str | None, str]:
+            return {it.step_key: it.reason for it in (await scene.read()).tasks()}
+
+        found = await reasons()
+        assert found["here"] == found[""] == ""
+        assert found["orphan"].startswith("The process of its run is gone")
+        assert "another backend, redis://there," in found["other"]
+        assert found["far"].startswith('No worker listens on queue "far".')
+        await scene.beat(worker(busy_slots=2))
+        assert (await reasons())["here"] == 'All 2 step slots of queue "dagster" are busy.'
+
+    asyncio.run(test())
+
+
+def test_only_a_queue_whose_tasks_nobody_will_take_is_stuck() -> None:
+    """Not an empty one, nor one whose workers are busy."""
+
+    async def test() -> None:
+        scene = Scene()
+        await scene.beat(worker(busy_slots=2, run_slots=0))
+        await scene.send(step("one"), step("far", queue="far"))
+
+        async def stuck() -> dict[str, bool]:
+            return {it.name: it.is_stuck for it in (await scene.read("empty")).queues}
+
+        assert await stuck() == {"dagster": False, "empty": False, "far": True}
+        await scene.beat(worker(state="draining", run_slots=0))
+        assert await stuck() == {"dagster": True, "empty": False, "far": True}
+        assert [it.workers for it in (await scene.read()).queues] == [[], []]
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("is_one_server", [True, False])
+def test_servers_say_what_they_are_or_why_they_do_not(is_one_server: bool) -> None:
+    async def test() -> None:
+        scene = Scene()
+        servers = SERVERS
+        if not is_one_server:
+            servers = replace(SERVERS, broker=replace(OPTIONS, url="amqp://localhost"))
+            scene.queues.freeze()
+        views = await reach_servers(servers, scene.backend, scene.broker)
+        roles = [it.roles for it in views]
+        assert roles == ([("broker", "backend")] if is_one_server else [("broker",), ("backend",)])
+        assert (views[-1].product, views[-1].problem) == ("memory", "")
+        assert views[-1].seconds is not None
+        if not is_one_server:
+            assert (views[0].product, views[0].seconds) == (None, None)
+            assert "it is frozen" in views[0].problem
 
     asyncio.run(test())

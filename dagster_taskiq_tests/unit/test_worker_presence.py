@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.control import OrderReader, cancel_order, worker_order
+from dagster_taskiq.messages.control import OrderReader, cancel_order, ping_order, worker_order
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
@@ -76,6 +76,20 @@ def test_a_worker_is_listed_as_it_is_now() -> None:
     asyncio.run(test())
 
 
+def test_a_ping_is_answered_by_a_heartbeat_that_names_it() -> None:
+    """The last ones, as several commands may wait for an answer."""
+
+    async def test() -> None:
+        scene = Scene()
+        await scene.listing.enter()
+        for number in range(20):
+            await scene.listing.answer_ping(f"ping {number}")
+        (record,) = await scene.workers()
+        assert record.pings == tuple(f"ping {number}" for number in range(12, 20))
+
+    asyncio.run(test())
+
+
 def test_an_outage_ends_no_worker() -> None:
     """A heartbeat that is lost is tried again; a worker that cannot sign off ends all the same."""
 
@@ -127,6 +141,9 @@ def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
             calls.append("drain")
             is_read.set()
 
+        async def note_ping(ping_id: str) -> None:
+            calls.append(ping_id)
+
         backend = MemoryBackend(MemoryServer())
         for order in [*orders, worker_order(Signer(), ME, "terminate")]:
             await backend.send_control("worker-id", order)
@@ -139,6 +156,7 @@ def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
             observer,
             drain,
             lambda: calls.append("reload"),
+            note_ping,
         )
         task = asyncio.create_task(mailbox.run())
         await asyncio.wait_for(is_read.wait(), PATIENCE_SECONDS)
@@ -157,9 +175,10 @@ def test_each_order_is_obeyed() -> None:
         worker_order(Signer(), ME, "reload"),
         cancel_order(Signer(), "held", "enough"),
         cancel_order(Signer(), "elsewhere", "enough"),
+        ping_order(Signer(), ME, "a ping"),
         worker_order(Signer(), ME, "dance"),
     ]
-    assert obey(orders, leases, Witness()) == ["reload", "drain"]
+    assert obey(orders, leases, Witness()) == ["reload", "a ping", "drain"]
     assert leases.stopped == [("held", StopReason.CANCELLED)]
 
 

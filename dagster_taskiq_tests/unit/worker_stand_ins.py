@@ -246,6 +246,9 @@ class FakeBroker(TaskBroker):
     async def depth(self, queue: str) -> int:
         return len(self._waiting)
 
+    async def product(self) -> str:
+        return "fake"
+
 
 class _FakeListener(Listener):
     def __init__(self, broker: FakeBroker) -> None:

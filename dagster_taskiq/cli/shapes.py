@@ -1,0 +1,73 @@
+"""The JSON of the listings; ``docs/command-line.md`` describes it.
+
+Keys are only ever added. A time is in seconds since the epoch, by the clock of whoever has written
+it; what is not known is ``null``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.overview import Overview, QueueView, ServerView, TaskView
+
+
+def server_shape(server: ServerView) -> dict[str, Any]:
+    """A server."""
+    return {**asdict(server), "roles": list(server.roles)}
+
+
+def worker_shape(record: WorkerRecord) -> dict[str, Any]:
+    """A worker, as it describes itself."""
+    values = {key: it for key, it in asdict(record).items() if key != "pings"}
+    return {key: list(it) if isinstance(it, tuple) else it for key, it in values.items()}
+
+
+def queue_shape(queue: QueueView) -> dict[str, Any]:
+    """One part of a queue, without its tasks."""
+    priorities = queue.priorities
+    return {
+        "name": queue.name,
+        "kind": queue.kind.value,
+        "depth": queue.depth,
+        "priorities": None if priorities is None else {str(it): n for it, n in priorities.items()},
+        "oldest_sent_at": queue.oldest_sent_at,
+        "running": queue.running,
+        "workers": list(queue.workers),
+        "is_stuck": queue.is_stuck,
+        "wait": queue.wait and {"kind": queue.wait.kind.value, "reason": queue.wait.reason},
+        "blindness": queue.blindness or None,
+    }
+
+
+def task_shape(task: TaskView) -> dict[str, Any]:
+    """A task in flight."""
+    place = task.place
+    return {
+        "task_id": task.task_id,
+        "run_id": task.run_id,
+        "kind": task.kind and task.kind.value,
+        "step_key": task.step_key or None,
+        "attempt": task.attempt,
+        "queue": task.queue,
+        "state": task.status.value,
+        "priority": task.priority,
+        "position": task.position,
+        "sent_at": task.sent_at,
+        "claimed_at": task.claimed_at,
+        "worker": place and place.worker,
+        "host": place and place.host,
+        "pid": place and place.pid,
+        "slot": place and place.slot,
+        "reason": task.reason or None,
+    }
+
+
+def unseen_shape(overview: Overview) -> list[dict[str, Any]]:
+    """Of each queue how many of its tasks are not shown one by one, where there are any."""
+    return [
+        {"queue": queue.name, "kind": queue.kind.value, "count": queue.unseen}
+        for queue in overview.queues
+        if queue.unseen
+    ]

@@ -1,0 +1,120 @@
+"""How listings look: the same in a terminal and in a pipe, but for colours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import click
+
+from dagster_taskiq.messages.plain_text import plain_reason
+
+#: Stands for what the server or the worker does not tell.
+DASH = "-"
+
+#: Characters of an id that a table shows, as Dagster's UI does.
+ID_CHARACTERS = 8
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Write JSON; docs/command-line.md describes it."
+)
+
+
+def echo_json(shape: Mapping[str, Any]) -> None:
+    """Write one line of JSON in a pipe, and lines for people in a terminal."""
+    is_for_people = sys.stdout.isatty()
+    click.echo(json.dumps(shape, indent=2 if is_for_people else None))
+
+
+def echo_table(
+    rows: Sequence[Sequence[str]], *, red: Collection[int] = (), indent: str = ""
+) -> None:
+    """Write rows in columns, each as wide as its longest text: nothing is ever cut.
+
+    Args:
+        rows: usually the first one has the names of the columns.
+        red: numbers of the rows that are marked in a terminal.
+    """
+    plain = [[plain_line(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*plain, strict=True)]
+    for number, row in enumerate(plain):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        line = indent + "  ".join(cells).rstrip()
+        click.echo(in_red(line) if number in red else line)
+
+
+def echo_sentence(
+    text: str, *, indent: str = "", is_red: bool = False, is_aside: bool = False
+) -> None:
+    """Write a text, which is broken between words in a terminal and nowhere in a pipe.
+
+    Args:
+        is_red: whether it is marked in a terminal.
+        is_aside: whether it goes to standard error.
+    """
+    line = plain_line(text)
+    stream = sys.stderr if is_aside else sys.stdout
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        inner = f"{indent}  "
+        line = textwrap.fill(
+            line,
+            width,
+            initial_indent=indent,
+            subsequent_indent=inner,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    else:
+        line = indent + line
+    click.echo(in_red(line) if is_red else line, err=is_aside)
+
+
+def plain_line(text: str) -> str:
+    """A text that somebody else may have written, in one line."""
+    return plain_reason(text).replace("\n", " ").replace("\t", " ")
+
+
+def in_red(line: str) -> str:
+    """A line that is red in a terminal."""
+    return click.style(line, fg="red")
+
+
+def time_since(at: float | None) -> str:
+    """How long ago a moment was, in its largest unit; clocks of other hosts may be ahead.
+
+    Args:
+        at: seconds since the epoch; None where nobody knows.
+    """
+    return DASH if at is None else seconds_in_words(time.time() - at)
+
+
+def seconds_in_words(seconds: float) -> str:
+    """Such as ``12 s``, ``3 min``, ``5 h`` or ``2 d``, rounded down."""
+    whole = max(0, int(seconds))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if whole >= 2 * size:
+            return f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
+def short_id(text: str) -> str:
+    """The beginning of an id, which commands take for the whole."""
+    return text[:ID_CHARACTERS]
+
+
+def count_of(count: int, word: str) -> str:
+    """Such as ``1 node`` or ``2 nodes``."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def echo_fields(fields: Mapping[str, str]) -> None:
+    """Write what is known of one thing, a line each."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        click.echo(f"{name.ljust(width)}  {plain_line(value)}")
