@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import aio_pika
@@ -31,8 +32,8 @@ _QUEUE_ARGUMENTS: dict[str, Any] = {
     "x-expires": 600_000,
 }
 
-#: How many hints may be on their way, and how long none is sent after one that could not be.
-_MOST_RINGING = 1_000
+#: How many hints wait to be sent at most, and how long none is sent after one that could not be.
+_MOST_HINTS = 1_000
 _QUIET_SECONDS = 1.0
 
 
@@ -46,7 +47,10 @@ class AmqpBell(Bell):
     def __init__(self, options: ServerOptions) -> None:
         self._broker = AmqpTaskBroker(options)
         self._prefix = options.key_prefix
-        self._ringing: set[asyncio.Task[None]] = set()
+        #: By mailbox, what is to be sent with the next message: one for all that came meanwhile.
+        self._hints: dict[str, list[str]] = {}
+        self._count = 0
+        self._ringing: asyncio.Task[None] | None = None
         self._quiet_until = 0.0
         self._sender: tuple[AmqpConnection, AbstractChannel] | None = None
 
@@ -55,16 +59,24 @@ class AmqpBell(Bell):
 
     def ring(self, mailbox: str, hint: str) -> None:
         """See ``Bell``."""
-        if len(self._ringing) < _MOST_RINGING and time.monotonic() >= self._quiet_until:
-            task = asyncio.create_task(self._ring(mailbox, hint), name="ring")
-            self._ringing.add(task)
-            task.add_done_callback(self._ringing.discard)
+        if self._count >= _MOST_HINTS or time.monotonic() < self._quiet_until:
+            return
+        self._count += 1
+        self._hints.setdefault(mailbox, []).append(hint)
+        if self._ringing is None or self._ringing.done():
+            self._ringing = asyncio.create_task(self._ring(), name="ring")
 
-    async def _ring(self, mailbox: str, hint: str) -> None:
+    async def _ring(self) -> None:
+        while self._hints:
+            hints, self._hints, self._count = self._hints, {}, 0
+            await self._send(hints)
+
+    async def _send(self, hints: Mapping[str, Sequence[str]]) -> None:
         async def publish(connection: AmqpConnection) -> None:
-            channel = await self._sending_channel(connection)
-            message = aio_pika.Message(hint.encode())
-            await channel.default_exchange.publish(message, self._queue(mailbox), mandatory=False)
+            exchange = (await self._sending_channel(connection)).default_exchange
+            for mailbox, lines in hints.items():
+                message = aio_pika.Message("\n".join(lines).encode())
+                await exchange.publish(message, self._queue(mailbox), mandatory=False)
 
         try:
             await self._broker.run(publish)
@@ -103,8 +115,8 @@ class AmqpBell(Bell):
 
     async def close(self) -> None:
         """See ``Bell``; what is on its way may get there."""
-        if self._ringing:
-            await asyncio.wait(self._ringing, timeout=_QUIET_SECONDS)
+        if self._ringing is not None:
+            await asyncio.wait({self._ringing}, timeout=_QUIET_SECONDS)
         await self._broker.shutdown()
 
 
@@ -118,8 +130,9 @@ class _Consumer(Hearing):
         channel.close_callbacks.add(lambda *_: self.lose())
 
     async def receive(self, message: AbstractIncomingMessage) -> None:
-        """Hear one message."""
-        self.hear(message.body.decode(errors="replace"))
+        """Hear the hints of one message, each in a line."""
+        for line in message.body.decode(errors="replace").split("\n"):
+            self.hear(line)
 
     def close(self) -> None:
         """See ``Hearing``."""
