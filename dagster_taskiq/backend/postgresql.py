@@ -159,7 +159,7 @@ class PostgresqlBackend(Backend):
             stored = dict(await self._call("list_results", run_id))
             mailbox.seen = {key: it for key, it in mailbox.seen.items() if key in stored}
             task_ids = [key for key, version in stored.items() if mailbox.seen.get(key) != version]
-            mailbox.unheard = set(task_ids)
+            mailbox.note_found(task_ids)
         found: dict[str, bytes] = {}
         for batch in _batches(task_ids):
             for task_id, version, data in await self._call("read_results", run_id, list(batch)):

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import psycopg
 from psycopg import pq
@@ -31,6 +31,9 @@ _TEST_SECONDS = 1.0
 
 #: A wait that is shorter is no reason to listen.
 _SHORT_SECONDS = 0.2
+
+#: How long a hint may take, before its bell is doubted.
+_HINT_SECONDS = 1.0
 
 #: Pause before a bell is tried again that could not be heard.
 _LISTEN_AGAIN_SECONDS = 2.0
@@ -161,12 +164,10 @@ class Mailbox:
     Attributes:
         seen: by task id, the version of the result that was handed out. A task that was refused
             and sent again has another one.
-        unheard: the tasks whose results the last look has found, and of which no hint has come.
     """
 
     def __init__(self, name: str, bell: Bell) -> None:
         self.seen: dict[str, str] = {}
-        self.unheard: set[str] = set()
         self._name = name
         self._bell = bell
         self._hearing: Hearing | None = None
@@ -174,6 +175,13 @@ class Mailbox:
         self._arrived = asyncio.Event()
         self._looks_at = 0.0
         self._listens_at = 0.0
+        #: What had been heard when the last look began.
+        self._heard_now: set[str] = set()
+        #: Whether nobody has listened throughout the time before the next look.
+        self._is_first_look = True
+        #: The tasks whose results a look has found, of which no hint has come, and when that was.
+        self._unheard: set[str] = set()
+        self._unheard_at = 0.0
         self._is_closed = False
 
     def take_hints(self) -> list[str] | None:
@@ -182,16 +190,25 @@ class Mailbox:
         hints: set[str] = set()
         if self._hearing:
             hints, self._hearing.hints = self._hearing.hints, hints
-            self.unheard -= hints
+            self._unheard -= hints
         if now < self._looks_at:
             return list(hints)
-        if self.unheard and self._hearing:
+        self._heard_now = hints
+        if self._unheard and self._hearing and now >= self._unheard_at + _HINT_SECONDS:
             # its connection may be dead without a word: another one is made
             self._hearing.close()
             self._hearing = None
         pause = _LOOK_SECONDS if self._is_listening else _LOOK_WITHOUT_HINTS_SECONDS
         self._looks_at = now + pause * random.uniform(0.7, 1.3)
         return None
+
+    def note_found(self, task_ids: Collection[str]) -> None:
+        """What the look has found that was not handed out yet: hints of it are to come."""
+        is_whole = self._is_listening and not self._is_first_look
+        self._is_first_look = not self._is_listening
+        if is_whole and not self._unheard:
+            self._unheard = set(task_ids) - self._heard_now
+            self._unheard_at = asyncio.get_running_loop().time()
 
     async def wait(self, seconds: float) -> None:
         """Until there is a hint, or it is time to look, or the time is over."""
@@ -220,6 +237,7 @@ class Mailbox:
             self._listens_at = asyncio.get_running_loop().time() + _LISTEN_AGAIN_SECONDS
             return
         # what came before it listened has no hint
+        self._is_first_look, self._unheard = True, set()
         self._looks_at = 0.0
         self._arrived.set()
 

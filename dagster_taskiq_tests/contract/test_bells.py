@@ -8,12 +8,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import aio_pika
 import pytest
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, open_backend, postgresql_hints
+from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.brokers import open_bell
 from dagster_taskiq.messages.results import NOWHERE
 from dagster_taskiq.messages.signing import Signer
@@ -154,9 +155,9 @@ def test_the_queue_of_a_run_goes_with_its_loop(amqp: ServerOptions) -> None:
 class Pair:
     """A loop's and a worker's view of a backend with a bell, in an open run."""
 
-    def __init__(self, postgres: ServerOptions, amqp: ServerOptions) -> None:
+    def __init__(self, postgres: ServerOptions, broker: ServerOptions) -> None:
         self.loop, self.worker = (
-            open_backend(postgres, Signer(), open_bell(amqp, postgres)) for _ in range(2)
+            open_backend(postgres, Signer(), open_bell(broker, postgres)) for _ in range(2)
         )
         self.run_id = uuid.uuid4().hex
         self.epoch = ""
@@ -183,8 +184,8 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(postgres: ServerOptions, amqp: ServerOptions) -> AsyncIterator[Pair]:
-    opened = Pair(postgres, amqp)
+async def pair(postgres: ServerOptions, broker: ServerOptions) -> AsyncIterator[Pair]:
+    opened = Pair(postgres, broker)
     await opened.open()
     try:
         yield opened
@@ -213,6 +214,50 @@ def test_results_come_at_once(postgres: ServerOptions, amqp: ServerOptions) -> N
             slow = [await scene.arrival_seconds(lone) for _ in range(2)]
             assert max(slow) > SELDOM_SECONDS / 2
             await lone.shutdown()
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_notified", [False, True], ids=["rabbitmq", "notify"])
+def test_a_bell_that_works_is_kept(
+    postgres: ServerOptions,
+    amqp: ServerOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    is_notified: bool,
+) -> None:
+    """However many results a look finds of which the hint is on its way, or was just heard."""
+    monkeypatch.setattr(postgresql_hints, "_LOOK_SECONDS", 0.05)
+
+    async def test() -> None:
+        async with pair(postgres, postgres if is_notified else amqp) as scene:
+            bell = cast("PostgresqlBackend", scene.loop)._bell
+            listen, call = bell.listen, cast("PostgresqlBackend", scene.loop)._call
+            heard, looks = [], []
+
+            async def counted_listen(*arguments: Any) -> Hearing | None:
+                heard.append(await listen(*arguments))
+                return heard[-1]
+
+            async def counted_call(function: str, *values: Any, **options: Any) -> Any:
+                looks.extend([function] if function == "list_results" else [])
+                return await call(function, *values, **options)
+
+            monkeypatch.setattr(bell, "listen", counted_listen)
+            monkeypatch.setattr(scene.loop, "_call", counted_call)
+
+            async def work() -> None:
+                while True:
+                    claim = await scene.claimed()
+                    assert await scene.worker.complete(claim, b"x", expires_seconds=60)
+
+            working = asyncio.create_task(work())
+            while len(looks) < 60 and not working.done():
+                await scene.loop.wait_for_results(scene.run_id, PATIENCE_SECONDS)
+            working.cancel()
+            await asyncio.wait({working})
+            assert working.cancelled()
+            assert len(heard) == 1
+            assert heard[0] is not None
 
     run(test())
 
