@@ -10,10 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from dagster_taskiq.brokers.amqp import AmqpTaskBroker
 from dagster_taskiq.brokers.amqp_connection import AmqpConnection
@@ -137,4 +139,8 @@ class _Consumer(Hearing):
     def close(self) -> None:
         """See ``Hearing``."""
         if not self.is_lost:
-            self._closing = asyncio.ensure_future(self._channel.close())
+            self._closing = asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        with suppress(*CONNECTION_EXCEPTIONS):  # then it is closed
+            await self._channel.close()
