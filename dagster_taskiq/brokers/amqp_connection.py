@@ -15,19 +15,19 @@ from pamqp.exceptions import PAMQPException
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers.amqp_errors import our_message_is_enough, words_of_close
-from dagster_taskiq.brokers.base import priority_of, queue_of
+from dagster_taskiq.brokers.base import NOTE_EXPIRES_SECONDS, priority_of, queue_of
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.servers.kinds import ServerOptions
 
 #: Arguments of every queue of ours. RabbitMQ refuses them for a queue that has others already.
 _QUEUE_ARGUMENTS: dict[str, Any] = {"x-max-priority": MAX_PRIORITY, "x-queue-type": "classic"}
 
-#: Arguments of a queue for one note, which is kept for a minute, as is the queue.
+#: Arguments of a queue for one note, which is kept as long as the queue if nobody asks.
 _NOTE_ARGUMENTS: dict[str, Any] = {
     "x-queue-type": "classic",
     "x-max-length": 1,
-    "x-expires": 60_000,
-    "x-message-ttl": 60_000,
+    "x-expires": 1000 * NOTE_EXPIRES_SECONDS,
+    "x-message-ttl": 1000 * NOTE_EXPIRES_SECONDS,
 }
 
 

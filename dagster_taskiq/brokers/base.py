@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 FIRST_RETRY_SECONDS = 0.1
 LONGEST_RETRY_SECONDS = 2.0
 
+#: How long a note for a run is kept.
+NOTE_EXPIRES_SECONDS = 60
+
 #: How many bytes of messages are sent in one go. One round trip for a usual fan-out, and still
 #: little enough to get through within the time that a server has for its answer.
 MAX_BATCH_BYTES = 4 * 2**20
@@ -193,9 +196,9 @@ class TaskBroker(AsyncBroker):
                 await delivery.ack()
             return False
         except OtherBackendError as error:
-            with suppress(ServerError):  # its worker says it, too
-                await self.leave_note(error.run_id, error.note)
-            parking.put(delivery.release)
+            if parking.put(delivery.release, error.run_id):
+                with suppress(ServerError):  # its worker says it, too
+                    await self.leave_note(error.run_id, error.note)
             return False
         return True
 

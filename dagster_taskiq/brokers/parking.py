@@ -26,14 +26,22 @@ class Parking:
 
     def __init__(self) -> None:
         self._releases: list[Callable[[], Awaitable[None]]] = []
+        self._run_ids: set[str] = set()
 
-    def put(self, release: Callable[[], Awaitable[None]]) -> None:
+    def put(self, release: Callable[[], Awaitable[None]], run_id: str) -> bool:
         """Hold a delivery.
 
         Args:
             release: of the delivery.
+            run_id: of its task.
+
+        Returns:
+            whether it is the first of its run since all were given back.
         """
         self._releases.append(release)
+        is_first = run_id not in self._run_ids
+        self._run_ids.add(run_id)
+        return is_first
 
     @property
     def is_empty(self) -> bool:
@@ -48,9 +56,10 @@ class Parking:
     async def give_back(self) -> None:
         """Give all of them back, to their old places."""
         while self._releases:
-            release = self._releases.pop()
             with suppress(ServerError):  # the server takes it back when it sees that we are gone
-                await release()
+                await self._releases[-1]()
+            self._releases.pop()  # not before: whoever is cancelled there gives it back once more
+        self._run_ids.clear()
 
     async def look_away(self) -> None:
         """Give all of them back, and leave them to others for a moment."""

@@ -22,6 +22,7 @@ from taskiq_redis.redis_broker import BaseRedisBroker
 
 from dagster_taskiq.brokers import redis_scripts as scripts
 from dagster_taskiq.brokers.base import (
+    NOTE_EXPIRES_SECONDS,
     Admission,
     Delivery,
     Listener,
@@ -55,9 +56,6 @@ _COMMANDS = {
     *commands_of(script.text for script in scripts.ALL),
     *"BLPOP EVALSHA GET SCRIPT SET".split(),
 }
-
-#: How long a note for a run is kept.
-_NOTE_EXPIRES_SECONDS = 60
 
 
 class RedisTaskBroker(TaskBroker, BaseRedisBroker):
@@ -225,7 +223,7 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
 
     async def leave_note(self, run_id: str, note: bytes) -> None:
         """See ``TaskBroker``."""
-        await self._execute(("SET", self._notes_of(run_id), note, "EX", _NOTE_EXPIRES_SECONDS))
+        await self._execute(("SET", self._notes_of(run_id), note, "EX", NOTE_EXPIRES_SECONDS))
 
     async def take_note(self, run_id: str) -> bytes | None:
         """See ``TaskBroker``."""

@@ -70,9 +70,10 @@ class StationAdmission(Admission):
             )
         self._observer.given_back(envelope)
         text = (
-            f"Worker {self._worker} listens there and gives the run's tasks back, since its "
-            f"backend is {self._backend.address}, and the run's is {envelope.backend}. Set the "
-            "same backend for both, or a key_prefix of its own for each deployment of the broker."
+            f'Worker {self._worker} listens on queue "{envelope.queue}", and gives the run\'s '
+            f"tasks back, since its backend is {self._backend.address}, and the run's is "
+            f"{envelope.backend}. Set the same backend for both, or a key_prefix of its own for "
+            "each deployment of the broker."
         )
         note = write_note(self._signer, envelope.run_id, text)
         return OtherBackendError(text, envelope.run_id, note)
