@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from dagster_taskiq.aio.patched_library import make_executor, require_real_threads
@@ -34,6 +34,22 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
             task.cancel()
         done, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
         await asyncio.gather(*done, return_exceptions=True)
+
+
+async def to_its_end(work: Awaitable[None]) -> None:
+    """Do something that must not be cancelled halfway; who is cancelled meanwhile is so afterwards.
+
+    Nor can the cancellation be lost in it: ``asyncio.wait_for`` of Python 3.11 drops one that
+    meets the end of what it waits for.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+        raise
 
 
 class LoopThread:

@@ -16,6 +16,7 @@ from typing import Any
 
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
+from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
 from dagster_taskiq.brokers.parking import Parking
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
@@ -193,12 +194,12 @@ class TaskBroker(AsyncBroker):
         except (MalformedTaskError, UntrustedError) as error:
             self.admission.refused(self.address, error)
             with suppress(ServerError):  # it comes again, and is refused again
-                await delivery.ack()
+                await to_its_end(delivery.ack())
             return False
         except OtherBackendError as error:
             if parking.put(delivery.release, error.run_id):
                 with suppress(ServerError):  # its worker says it, too
-                    await self.leave_note(error.run_id, error.note)
+                    await to_its_end(self.leave_note(error.run_id, error.note))
             return False
         return True
 

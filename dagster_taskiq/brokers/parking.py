@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
+from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.errors import ServerError
 
 #: How many are held at a time; behind more of them a worker does not see its own tasks.
@@ -55,11 +56,15 @@ class Parking:
 
     async def give_back(self) -> None:
         """Give all of them back, to their old places."""
-        while self._releases:
-            with suppress(ServerError):  # the server takes it back when it sees that we are gone
-                await self._releases[-1]()
-            self._releases.pop()  # not before: whoever is cancelled there gives it back once more
         self._run_ids.clear()
+        if self._releases:
+            await to_its_end(self._release_all())
+
+    async def _release_all(self) -> None:
+        while self._releases:
+            release = self._releases.pop()
+            with suppress(ServerError):  # the server takes it back when it sees that we are gone
+                await release()
 
     async def look_away(self) -> None:
         """Give all of them back, and leave them to others for a moment."""

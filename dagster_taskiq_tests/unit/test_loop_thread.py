@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 
 import pytest
 
-from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.aio.loop_thread import LoopThread, to_its_end
 
 SECONDS = 30.0
 
@@ -128,3 +129,38 @@ def test_stop_may_be_repeated(thread: LoopThread) -> None:
     """An error on the way to an end stops it twice."""
     thread.stop()
     thread.stop()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_done_to_its_end_cannot_lose_a_cancellation(fails: bool) -> None:
+    """It goes on to its end, whatever it does with a cancellation, and the caller is cancelled."""
+    begun, goes_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def deaf() -> None:
+        begun.set()
+        with suppress(asyncio.CancelledError):
+            await goes_on.wait()
+        ended.set()
+        if fails:
+            raise ValueError("no")
+
+    async def test() -> None:
+        caller = asyncio.create_task(to_its_end(deaf()))
+        await begun.wait()
+        caller.cancel()
+        await asyncio.sleep(0)
+        assert not ended.is_set()
+        goes_on.set()
+        await asyncio.wait({caller}, timeout=SECONDS)
+        assert caller.cancelled()
+        assert ended.is_set()
+
+    asyncio.run(test())
+
+
+def test_what_is_done_to_its_end_raises_its_error() -> None:
+    async def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        asyncio.run(to_its_end(fail()))
