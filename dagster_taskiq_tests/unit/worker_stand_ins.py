@@ -262,6 +262,9 @@ class _FakeListener(Listener):
         await self._broker._changed.wait()
         self._broker._changed.clear()
 
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        pass
+
 
 class Witness(WorkerObserver):
     """Notes the events of tasks by name, and what came with the last one of each."""
