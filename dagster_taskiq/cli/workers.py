@@ -16,7 +16,7 @@ from dagster_taskiq.cli.shapes import worker_shape
 from dagster_taskiq.cli.tables import echo_json, echo_table, json_option
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.control import refuses, worker_order
-from dagster_taskiq.messages.envelope import PROTOCOL
+from dagster_taskiq.messages.queue_names import PROTOCOL
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import is_named
 
