@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look
 from dagster_taskiq.cli.finding import nearest
+from dagster_taskiq.cli.looking import look
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import queue_shape, task_shape
 from dagster_taskiq.cli.tables import (

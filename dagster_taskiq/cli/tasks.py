@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look
 from dagster_taskiq.cli.finding import full_id
+from dagster_taskiq.cli.looking import look
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import task_shape, unseen_shape
 from dagster_taskiq.cli.tables import (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import click
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.cli.asking import ask_backend, read_workers
-from dagster_taskiq.cli.finding import no_worker
+from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import worker_shape
 from dagster_taskiq.cli.tables import echo_json, echo_table, json_option
@@ -26,17 +25,6 @@ _DEFAULT_NAME = "dagster"
 _NOBODY = "No worker is running."
 
 _name_argument = click.argument("name", required=False)
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def explain_names(command: F) -> F:
-    """Add to a command's help how its NAME is read."""
-    command.__doc__ = f"""{command.__doc__}
-
-    NAME is a worker's name, NAME@HOST one of several workers of that name, @HOST means all workers
-    of a host. Each may be a pattern, in quotes: 'short-*'."""
-    return command
 
 
 @click.command("list")
