@@ -1,7 +1,7 @@
 """Commands whose modules are imported when they are called.
 
-To import Dagster takes most of a second, which a health check, ``--help`` and a shell that completes
-a word must not wait for.
+To import Dagster takes most of a second, for which a health check, ``--help`` and a shell that
+completes a word must not wait.
 """
 
 from __future__ import annotations

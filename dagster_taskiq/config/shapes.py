@@ -114,8 +114,7 @@ class Number(Shape):
 
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number or _names_variable(value):
+        if isinstance(value, (int, float)) or _names_variable(value):
             return from_env(value)
         raise self.refusal(name, value)
 
