@@ -28,6 +28,11 @@ def database() -> None:
 for _command in (
     Later("demo", "demo:demo", "Show a job on two workers."),
     Later(
+        "dev",
+        "dev:dev",
+        "Run Dagster's UI and daemon, and a worker with all that it needs, until Ctrl-C.",
+    ),
+    Later(
         "status", "status:status", "Show the servers, the queues and the workers that are alive."
     ),
     Later("queue", "queues:queue", "Show queues."),

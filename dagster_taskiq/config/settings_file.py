@@ -29,6 +29,15 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, has an option that does not exist, or
             holds something, but no settings where they belong.
     """
+    return check_config(read_block(path), str(path))
+
+
+def read_block(path: str | Path) -> Mapping[str, Any]:
+    """The same as it stands there, with what is ``{env: NAME}`` unread.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has settings where none belong.
+    """
     where = str(path)
     document = mapping(where, _read(path))
     _refuse_settings(where, document, place="at the top level")
@@ -44,7 +53,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     block = mapping(f"{where}: execution.{name}", execution.get(name))
     if name != "config" and set(block) == {"config"}:
         block = mapping(f"{where}: execution.{name}.config", block["config"])
-    return check_config(block, where)
+    return block
 
 
 def _read(path: str | Path) -> Any:

@@ -25,8 +25,8 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
-    "executor launcher",
-    "demo",
+    "executor launcher stack",
+    "demo dev",
     "cli",
 ]
 
