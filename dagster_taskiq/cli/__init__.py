@@ -33,6 +33,11 @@ for _command in (
         "Run Dagster's UI and daemon, and a worker with all that it needs, until Ctrl-C.",
     ),
     Later(
+        "completion",
+        "completion:completion",
+        "Print a script for a shell that completes commands, options, workers and queues.",
+    ),
+    Later(
         "status", "status:status", "Show the servers, the queues and the workers that are alive."
     ),
     Later("queue", "queues:queue", "Show queues."),

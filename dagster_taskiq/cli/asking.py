@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import find_running_servers
+from dagster_taskiq.connections import Servers, find_running_servers
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
 T = TypeVar("T")
@@ -20,11 +20,14 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
     Raises:
         ServerError: the backend is away or refuses.
     """
+    servers = find_running_servers(settings)
+    return None if servers is None else ask_servers(servers, ask)
 
-    async def asked() -> T | None:
-        servers = find_running_servers(settings)
-        if servers is None:
-            return None
+
+def ask_servers(servers: Servers, ask: Callable[[Backend], Awaitable[T]]) -> T:
+    """The same of servers that are known."""
+
+    async def asked() -> T:
         backend = open_backend(servers.backend, servers.signer)
         try:
             await backend.startup()

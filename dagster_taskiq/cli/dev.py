@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.options import check_platform, config_yaml_option, say_errors
 from dagster_taskiq.config.setting import settings_of
 from dagster_taskiq.config.settings import Settings
@@ -29,15 +30,24 @@ _OF_DAGSTER = {
     "port": "--port",
 }
 
+_FILE = click.Path(exists=True, dir_okay=False)
+
 _LOG_LEVELS = ["critical", "error", "warning", "info", "debug"]
 
 
 @click.command("dev")
-@click.option("--python-file", "-f", multiple=True, help="Python file with definitions.")
+@click.option(
+    "--python-file", "-f", type=_FILE, multiple=True, help="Python file with definitions."
+)
 @click.option("--module-name", "-m", multiple=True, help="Module with definitions.")
 @click.option("--package-name", multiple=True, help="Package with definitions.")
-@click.option("--workspace", "-w", multiple=True, help="Workspace file of Dagster.")
-@click.option("--working-directory", "-d", help="Directory in which the code is loaded.")
+@click.option("--workspace", "-w", type=_FILE, multiple=True, help="Workspace file of Dagster.")
+@click.option(
+    "--working-directory",
+    "-d",
+    type=click.Path(exists=True, file_okay=False),
+    help="Directory in which the code is loaded.",
+)
 @click.option("--attribute", "-a", help="Name of the definitions in the file or module.")
 @click.option("--host", "-h", default="127.0.0.1", show_default=True, help="Of the UI.")
 @click.option("--port", "-p", type=click.IntRange(1, 65535), help="Of the UI. 3000, or a free one.")
@@ -52,6 +62,7 @@ _LOG_LEVELS = ["critical", "error", "warning", "info", "debug"]
     "-q",
     "queues",
     multiple=True,
+    shell_complete=complete_queue,
     help="Queue that the worker listens on. Repeat it, or give several with commas.",
 )
 @config_yaml_option

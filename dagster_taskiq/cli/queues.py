@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import click
 
+from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.finding import nearest
 from dagster_taskiq.cli.looking import look
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
@@ -28,6 +29,7 @@ queue_option = click.option(
     "-q",
     "queues",
     multiple=True,
+    shell_complete=complete_queue,
     help="Show this queue too; may be repeated. RabbitMQ does not list those without a worker.",
 )
 
@@ -56,7 +58,7 @@ def queue_list(queues: tuple[str, ...], as_json: bool, config_yaml: str | None) 
 
 
 @queue.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_queue)
 @json_option
 @config_yaml_option
 @say_errors

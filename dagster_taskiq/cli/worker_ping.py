@@ -14,6 +14,7 @@ import click
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.cli.asking import ask_backend
+from dagster_taskiq.cli.completing import complete_worker
 from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.tables import plain_line
@@ -31,7 +32,7 @@ _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.005, 0.1
 
 
 @click.command("ping")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_worker)
 @click.option(
     "--timeout",
     "-t",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import click
 
 from dagster_taskiq.cli.asking import ask_backend
+from dagster_taskiq.cli.completing import complete_worker
 from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import task_shape, worker_shape
@@ -27,7 +28,7 @@ from dagster_taskiq.overview import Overview, TaskView, is_named, read_backend
 
 
 @click.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_worker)
 @json_option
 @config_yaml_option
 @say_errors

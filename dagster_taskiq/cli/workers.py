@@ -9,6 +9,7 @@ import click
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.cli.asking import ask_backend, read_workers
+from dagster_taskiq.cli.completing import complete_worker
 from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import worker_shape
@@ -24,7 +25,7 @@ _DEFAULT_NAME = "dagster"
 
 _NOBODY = "No worker is running."
 
-_name_argument = click.argument("name", required=False)
+_name_argument = click.argument("name", required=False, shell_complete=complete_worker)
 
 
 @click.command("list")
