@@ -101,10 +101,7 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
         processes = Processes(interrupts.is_forced)
         stack.callback(_stop, processes, logs)
         processes.start_guard()
-        for name, arguments in (
-            (WORKER, ["-m", "dagster_taskiq", "worker", "start", *options.worker]),
-            (DAGSTER, ["-W", _UNSAID, "-m", "dagster", "dev", *options.dagster]),
-        ):
+        for name, arguments in _commands(options).items():
             process = processes.start(name, arguments, Path.cwd(), subprocess.PIPE)
             assert process.stdout is not None
             logs.follow(name, process.stdout)
@@ -113,6 +110,14 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
             if ended := processes.ended():
                 return _in_words(ended)
             time.sleep(LOOK_SECONDS)
+
+
+def _commands(options: DevOptions) -> Mapping[str, Sequence[str]]:
+    """Arguments of Python for each process, in the order in which they are started."""
+    return {
+        WORKER: ["-m", "dagster_taskiq", "worker", "start", *options.worker],
+        DAGSTER: ["-W", _UNSAID, "-m", "dagster", "dev", *options.dagster],
+    }
 
 
 def _prepare(options: DevOptions, logs: Logs) -> None:

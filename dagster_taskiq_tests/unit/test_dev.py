@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from dagster_taskiq.dev import run as dev_run
 from dagster_taskiq.dev.checks import check_port, check_webserver
 from dagster_taskiq.dev.home import DevHome, dev_home
 from dagster_taskiq.dev.logs import Logs
-from dagster_taskiq.dev.run import DevOptions
+from dagster_taskiq.dev.run import DAGSTER, WORKER, DevOptions, run_dev
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq_tests.cli_runner import cli_runner
 
@@ -238,3 +240,94 @@ def test_a_taken_port_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: Port ")
     assert done.stderr.count("\n") == 1
+
+
+# --- the order of events ---
+
+#: Ends by SIGINT alone; says so to whom that was the first of two signals, if it has to.
+SERVES = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, {on_interrupt})
+print("serves", flush=True)
+{then}
+time.sleep(600)
+"""
+
+ENDS = "lambda *_: sys.exit(0)"
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], commands: Mapping[str, str]
+) -> tuple[int, str]:
+    """What ``dev`` comes to with other processes, and what it prints."""
+    arguments = {name: ["-c", code] for name, code in commands.items()}
+    monkeypatch.setattr(dev_run, "_commands", lambda _: arguments)
+    monkeypatch.setattr(dev_run, "_prepare", lambda *_: None)
+    return run_dev(DevOptions()), capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("_handlers", "home")
+def test_a_process_that_ends_is_said_and_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With its exit code and its last words."""
+    dies = "import sys; print('no such thing'); sys.exit(3)"
+    serves = SERVES.format(on_interrupt=ENDS, then="")
+    code, text = run(monkeypatch, capfd, {DAGSTER: serves, WORKER: dies})
+    assert code == 1
+    assert "worker  | no such thing\n" in text
+    assert text.endswith("dev     | Ended, since worker has ended with exit code 3.\n")
+
+
+@pytest.mark.usefixtures("_handlers", "home")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_everything(
+    number: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Dagster by SIGINT, the worker by SIGTERM; that is no failure."""
+    told = SERVES.format(on_interrupt=ENDS, then=f"os.kill(os.getppid(), signal.{number})")
+    code, text = run(monkeypatch, capfd, {DAGSTER: told, WORKER: "import time; time.sleep(600)"})
+    assert code == 0
+    assert text.endswith("dev     | Stopped; nothing that was started is left.\n")
+    assert "Stopping" in text
+
+
+@pytest.mark.usefixtures("_handlers", "home")
+def test_a_second_signal_kills(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What would not end before its time."""
+    monkeypatch.setattr("dagster_taskiq.stack.processes.STOP_SECONDS", 600.0)
+    again = "lambda *_: os.kill(os.getppid(), signal.SIGINT)"
+    told = SERVES.format(on_interrupt=again, then="os.kill(os.getppid(), signal.SIGTERM)")
+    assert run(monkeypatch, capfd, {DAGSTER: told})[0] == 0
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_an_env_file_of_the_directory_counts(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """For all processes, as for ``dagster dev``; it may name the home."""
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setenv("MINE", "before")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"MINE=here\nDAGSTER_HOME={other}\n")
+    code = "import os; print(os.environ['MINE'])"
+    _, text = run(monkeypatch, capfd, {WORKER: code})
+    assert "worker  | here\n" in text
+    assert str(other) in text
+    assert not list(home.iterdir())
