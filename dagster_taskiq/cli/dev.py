@@ -10,9 +10,6 @@ import click
 
 from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.options import check_platform, config_yaml_option, say_errors
-from dagster_taskiq.config.setting import settings_of
-from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.config.settings_file import load_yaml, read_block
 from dagster_taskiq.dev.run import DevOptions, run_dev
 
 #: Seconds that steps may still take at the end, before they are cancelled.
@@ -90,15 +87,8 @@ def dev(
     temporary directory.
     """
     check_platform()
-    # as it stands there: what comes from the environment is not written to a dagster.yaml
-    block = read_block(config_yaml) if config_yaml else {}
     options = DevOptions(
-        config=load_yaml(config_yaml) if config_yaml else {},
-        launcher_config={
-            row.name: block[row.name]
-            for row in settings_of(Settings)
-            if row.is_of_launcher and row.name in block
-        },
+        config_yaml=config_yaml,
         dagster=[*_dagster_options(given), "--log-level", log_level, *dagster_arguments],
         worker=_worker_options(given, config_yaml, log_level),
         host=given["host"],

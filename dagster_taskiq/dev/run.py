@@ -8,14 +8,16 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dagster import DagsterInstance
 
 from dagster_taskiq._dagster.names import read_env_file
+from dagster_taskiq.config.setting import settings_of
 from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.config.settings_file import load_yaml, read_block
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.dev.checks import check_port, check_webserver
 from dagster_taskiq.dev.home import dev_home
@@ -43,15 +45,13 @@ class DevOptions:
     """What ``dev`` starts.
 
     Attributes:
-        config: settings, as of ``load_yaml``.
-        launcher_config: of them, what the launcher takes.
+        config_yaml: file of the worker's settings.
         dagster: arguments of ``dagster dev``.
         worker: arguments of ``dagster-taskiq worker start``.
         host, port: of the UI; without a port the web server looks for one.
     """
 
-    config: Mapping[str, Any] = field(default_factory=dict)
-    launcher_config: Mapping[str, Any] = field(default_factory=dict)
+    config_yaml: str | None = None
     dagster: Sequence[str] = ()
     worker: Sequence[str] = ()
     host: str = "127.0.0.1"
@@ -90,13 +90,15 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
     """
     # what a line starts, the stack stops, in the opposite order
     with ExitStack() as stack:
+        # first, as settings and DAGSTER_HOME may be in it
         os.environ.update(read_env_file(str(Path.cwd())))
-        home = stack.enter_context(dev_home(options.launcher_config))
+        settings = _settings(options)
+        home = stack.enter_context(dev_home(_launcher_config(options)))
         logs.say(home.notice)
         stop_seconds = SERVER_STOP_SECONDS if home.is_private else SHARED_SERVER_STOP_SECONDS
         stack.enter_context(dagster_home(home.path, stop_seconds))
         with interrupts.at_once():
-            _prepare(options, logs)
+            _prepare(settings, logs)
         stack.callback(logs.close)
         processes = Processes(interrupts.is_forced)
         stack.callback(_stop, processes, logs)
@@ -112,6 +114,25 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
             time.sleep(LOOK_SECONDS)
 
 
+def _settings(options: DevOptions) -> Settings:
+    """Those of the worker.
+
+    Raises:
+        ConfigError: they cannot be used.
+    """
+    return Settings.from_config(load_yaml(options.config_yaml) if options.config_yaml else {})
+
+
+def _launcher_config(options: DevOptions) -> dict[str, Any]:
+    """What the launcher takes of the same, as it stands there.
+
+    What comes from the environment is not written to a dagster.yaml.
+    """
+    block = read_block(options.config_yaml) if options.config_yaml else {}
+    taken = {row.name for row in settings_of(Settings) if row.is_of_launcher}
+    return {name: value for name, value in block.items() if name in taken}
+
+
 def _commands(options: DevOptions) -> Mapping[str, Sequence[str]]:
     """Arguments of Python for each process, in the order in which they are started."""
     return {
@@ -120,13 +141,13 @@ def _commands(options: DevOptions) -> Mapping[str, Sequence[str]]:
     }
 
 
-def _prepare(options: DevOptions, logs: Logs) -> None:
+def _prepare(settings: Settings, logs: Logs) -> None:
     """Start the embedded server if it is meant, and make Dagster's tables once for all processes.
 
     Raises:
         ConfigError: Dagster cannot use its dagster.yaml.
     """
-    servers = find_servers(Settings.from_config(options.config))
+    servers = find_servers(settings)
     own = servers.embedded_home is not None
     where = "the embedded server" if own else servers.broker.address
     logs.say(f"Steps and runs go to the worker over {where}.")

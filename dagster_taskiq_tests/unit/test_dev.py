@@ -186,12 +186,9 @@ def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> DevOptions:
 def test_what_dagster_and_the_worker_are_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each its own options; the launcher gets those of the settings that it takes, unresolved."""
-    monkeypatch.setenv("MY_BROKER", "redis://h")
+    """Each its own options."""
     settings = tmp_path / "settings.yaml"
-    settings.write_text(
-        "execution: {config: {broker: {env: MY_BROKER}, max_concurrent: 3, default_queue: q}}"
-    )
+    settings.touch()
     code = tmp_path / "code.py"
     code.touch()
     found = started(
@@ -211,7 +208,7 @@ def test_what_dagster_and_the_worker_are_given(
         *("-c", "4", "-y", str(settings), "-q", "one", "-q", "two", "--reload"),
     ]
     assert (found.host, found.port) == ("0.0.0.0", 3001)
-    assert found.launcher_config == {"broker": {"env": "MY_BROKER"}, "default_queue": "q"}
+    assert found.config_yaml == str(settings)
 
 
 def test_without_options_dagster_finds_code_and_port(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,13 +264,17 @@ def _handlers() -> Iterator[None]:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], commands: Mapping[str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    commands: Mapping[str, str],
+    config_yaml: Path | None = None,
 ) -> tuple[int, str]:
     """What ``dev`` comes to with other processes, and what it prints."""
     arguments = {name: ["-c", code] for name, code in commands.items()}
     monkeypatch.setattr(dev_run, "_commands", lambda _: arguments)
     monkeypatch.setattr(dev_run, "_prepare", lambda *_: None)
-    return run_dev(DevOptions()), capfd.readouterr().out
+    options = DevOptions(config_yaml=str(config_yaml) if config_yaml else None)
+    return run_dev(options), capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("_handlers", "home")
@@ -320,14 +321,23 @@ def test_an_env_file_of_the_directory_counts(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """For all processes, as for ``dagster dev``; it may name the home."""
+    """For all processes, as for ``dagster dev``; it may name the home, and what settings need.
+
+    The launcher gets those of the settings that it takes, with the variable's name, not its value.
+    """
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setenv("MINE", "before")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text(f"MINE=here\nDAGSTER_HOME={other}\n")
-    code = "import os; print(os.environ['MINE'])"
-    _, text = run(monkeypatch, capfd, {WORKER: code})
-    assert "worker  | here\n" in text
+    (tmp_path / ".env").write_text(f"MINE=redis://h\nDAGSTER_HOME={other}\n")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(
+        "execution: {config: {broker: {env: MINE}, max_concurrent: 3, default_queue: q}}"
+    )
+    code = "import os; print(open(os.environ['DAGSTER_HOME'] + '/dagster.yaml').read())"
+    _, text = run(monkeypatch, capfd, {WORKER: code}, settings)
     assert str(other) in text
     assert not list(home.iterdir())
+    lines = [it.removeprefix("worker  | ") for it in text.splitlines() if it.startswith("worker")]
+    config = yaml.safe_load("\n".join(lines))["run_launcher"]["config"]
+    assert config == {"broker": {"env": "MINE"}, "default_queue": "q"}
