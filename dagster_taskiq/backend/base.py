@@ -1,6 +1,5 @@
-"""What a backend must do, in three roles: for the execution loop, for workers, for people.
-
-A fourth role, ``pauses``, holds queues up.
+"""What a backend must do, in five roles: for the execution loop, for workers, for people, and two
+of modules of their own: to hold queues up (``pauses``), and to keep a history (``history``).
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -20,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dagster_taskiq.backend.history import HistoryBackend
 from dagster_taskiq.backend.pauses import PauseBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
@@ -339,7 +339,7 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend):
+class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend, HistoryBackend):
     """All roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
