@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.backend.life import Moment, RunLife, TaskLife
+from dagster_taskiq.defaults import LOST_WORKER_SECONDS
 from dagster_taskiq.errors import UnreachableServerError
 
 
@@ -132,7 +133,9 @@ class Session:
             name: it for name, it in tables.mailboxes.items() if it.ends_at > moment.seconds
         }
         tables.workers = {
-            name: it for name, it in tables.workers.items() if it.ends_at > moment.seconds
+            name: it
+            for name, it in tables.workers.items()
+            if it.ends_at + LOST_WORKER_SECONDS > moment.seconds
         }
 
     # --- mailboxes and workers ---
@@ -169,6 +172,12 @@ class Session:
     def running(self) -> dict[str, bytes]:
         """What those that live execute, as it was signed."""
         return {key: it.running for key, it in self._live_workers().items()}
+
+    def lost_workers(self) -> dict[str, bytes]:
+        """The records, by id, of workers that are silent and have not signed off."""
+        live, since = self._live_workers(), self.moment.seconds - LOST_WORKER_SECONDS
+        workers = self._tables.workers.items()
+        return {key: it.data for key, it in workers if key not in live and it.ends_at > since}
 
     def _live_workers(self) -> dict[str, _StoredWorker]:
         workers = self._tables.workers.items()

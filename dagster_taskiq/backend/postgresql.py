@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -37,7 +36,8 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -314,17 +314,17 @@ class PostgresqlBackend(Backend):
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        rows = await self._call("list_workers")
-        records = [self._record_of(worker_id, data) for worker_id, data in rows]
-        return sorted((it for it in records if it), key=lambda record: record.name)
+        return self._readable(await self._call("list_workers"))
 
-    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
-        try:
-            return read_record(self._signer, worker_id, data, time.time())
-        except ValueError as error:
-            # anybody who can write there can have put it there
-            self._unreadable.note(f"The record of worker {worker_id}", str(error))
-            return None
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        return as_lost(self._readable(await self._call("list_lost_workers")))
+
+    def _readable(self, rows: list[tuple[Any, ...]]) -> list[WorkerRecord]:
+        def note(worker_id: str, problem: str) -> None:
+            self._unreadable.note(f"The record of worker {worker_id}", problem)
+
+        return readable_records(self._signer, dict(rows), note)
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""

@@ -13,7 +13,11 @@ empty where the message that was dropped was of an older epoch.
 
 from __future__ import annotations
 
-from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import (
+    CLOSED_RECORD_EXPIRES_SECONDS,
+    LOST_WORKER_SECONDS,
+    RUN_RECORD_EXPIRES_SECONDS,
+)
 from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, read_sql
 
 _FRAGMENTS = {
@@ -39,6 +43,7 @@ DECLARE
   v_done boolean;""",
     "closed": str(CLOSED_RECORD_EXPIRES_SECONDS),
     "open": str(RUN_RECORD_EXPIRES_SECONDS),
+    "lost": f"{LOST_WORKER_SECONDS:g}",
 }
 
 PART = Part(

@@ -42,9 +42,9 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
     return asyncio.run(asked())
 
 
-def read_workers(settings: Settings) -> list[WorkerRecord]:
-    """The workers that are listed, by name; errors as of ``ask_backend``."""
-    return ask_backend(settings, lambda backend: backend.workers()) or []
+async def read_workers(backend: Backend) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+    """The workers that live and those that are lost, each by name."""
+    return await backend.workers(), await backend.lost_workers()
 
 
 def look(settings: Settings, *queues: str) -> Overview:

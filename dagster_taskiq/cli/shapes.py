@@ -21,6 +21,8 @@ def server_shape(server: ServerView) -> dict[str, Any]:
 def worker_shape(record: WorkerRecord) -> dict[str, Any]:
     """A worker, as it describes itself."""
     values = {key: it for key, it in asdict(record).items() if key != "pings"}
+    for name in ("memory_bytes", "dagster", "python", "storage"):
+        values[name] = values[name] or None
     return {key: list(it) if isinstance(it, tuple) else it for key, it in values.items()}
 
 
@@ -49,6 +51,7 @@ def task_shape(task: TaskView) -> dict[str, Any]:
         "run_id": task.run_id,
         "kind": task.kind and task.kind.value,
         "step_key": task.step_key or None,
+        "job": task.job or None,
         "attempt": task.attempt,
         "queue": task.queue,
         "state": task.status.value,

@@ -96,7 +96,8 @@ async def read_backend(backend: Backend) -> Overview:
     Raises:
         ServerError: the backend is away or refuses.
     """
-    return Overview(workers=await backend.workers(), runs=await _read_runs(backend))
+    workers, runs = await backend.workers(), await _read_runs(backend)
+    return Overview(workers=workers, runs=runs, lost_workers=await backend.lost_workers())
 
 
 # --- queues ---
@@ -216,6 +217,7 @@ def _waiting_task(envelope: Envelope, priority: int, position: int, reason: str)
         run_id=envelope.run_id,
         state=TaskState.UNKNOWN,
         step_key=envelope.step_key or "",
+        job=envelope.job,
         attempt=envelope.attempt,
         queue=envelope.queue,
         priority=priority,
@@ -256,6 +258,7 @@ def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]
             view = replace(
                 view,
                 step_key=task.step_key,
+                job=task.job,
                 attempt=task.attempt,
                 queue=task.queue,
                 claimed_at=task.claimed_at,
