@@ -178,8 +178,19 @@ def event_storage_of(home: Path) -> ConfigurableClassData | None:
     Raises:
         ConfigError: Dagster cannot use it.
     """
+    ref = instance_ref_of(home)
+    with unusable_config_as_error(home):
+        return ref.event_storage_data
+
+
+def instance_ref_of(home: Path) -> InstanceRef:
+    """What the dagster.yaml of a DAGSTER_HOME says; Dagster warns once that there is none.
+
+    Raises:
+        ConfigError: Dagster cannot use it.
+    """
     with unusable_config_as_error(home), _warning_once(home):
-        return InstanceRef.from_dir(str(home)).event_storage_data
+        return InstanceRef.from_dir(str(home))
 
 
 #: The homes of which this process has been told that they have no dagster.yaml.

@@ -81,22 +81,28 @@ def echo_sentence(
         is_red: whether it is marked in a terminal.
         is_aside: whether it goes to standard error.
     """
-    line = plain_line(text)
-    stream = sys.stderr if is_aside else sys.stdout
-    if is_terminal(stream):
-        width = shutil.get_terminal_size().columns
-        inner = f"{indent}  "
-        line = textwrap.fill(
-            line,
-            width,
-            initial_indent=indent,
-            subsequent_indent=inner,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    else:
-        line = indent + line
+    line = folded(text, sys.stderr if is_aside else sys.stdout, indent)
     click.echo(in_red(line) if is_red else line, err=is_aside)
+
+
+def folded(text: str, stream: TextIO, indent: str = "", hang: int = 2) -> str:
+    """A text in lines of a terminal's width, broken between words; in one line for a pipe.
+
+    Args:
+        indent: of the first line.
+        hang: how much further in the others begin, in characters.
+    """
+    line = plain_line(text)
+    if not is_terminal(stream):
+        return indent + line
+    return textwrap.fill(
+        line,
+        shutil.get_terminal_size().columns,
+        initial_indent=indent,
+        subsequent_indent=indent + " " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def plain_line(text: str) -> str:

@@ -26,7 +26,7 @@ STOREYS = [
     "carrier",
     "loop launch worker overview",
     "executor launcher",
-    "demo",
+    "demo doctor",
     "cli",
 ]
 
