@@ -128,7 +128,8 @@ def _running(settings: Settings, home: Path) -> ServerOptions:
     url = find_embedded_server(home)
     if url is None:
         raise _RestsError
-    return settings.server_options(url, None)
+    options = settings.server_options(url, None)
+    return replace(options, identity=embedded_identity(home))
 
 
 def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dagster import Definitions, JobDefinition, fs_io_manager, mem_io_manager
+from dagster import (
+    Definitions,
+    FilesystemIOManager,
+    JobDefinition,
+    fs_io_manager,
+    mem_io_manager,
+)
 from dagster._core.definitions.repository_definition import RepositoryDefinition
 
 from dagster_taskiq.errors import ConfigError
@@ -17,7 +24,9 @@ from dagster_taskiq.errors import ConfigError
 #: The name of an IO manager that keeps outputs in the memory of one process.
 IN_MEMORY = "mem_io_manager"
 
-_FILE_CLASSES = ("FilesystemIOManager", "UPathIOManager", "PickledObjectFilesystemIOManager")
+#: The IO manager of a job that names none: files, unless this variable names another one.
+_USUAL = "default_job_io_manager"
+_USUAL_VARIABLE = "DAGSTER_DEFAULT_IO_MANAGER_MODULE"
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def _io_managers_of_job(job: JobDefinition) -> Iterator[IoManager]:
         kind: Any = getattr(resource, "configurable_resource_cls", None)
         function = getattr(resource, "resource_fn", None)
         if kind is not None:
-            is_local = any(it.__name__ in _FILE_CLASSES for it in kind.__mro__[:1])
+            is_local = kind is FilesystemIOManager
             directory = _directory_of(resource) if is_local else ""
             if is_local or key.endswith("io_manager"):
                 yield IoManager(job.name, key, kind.__name__, is_local, directory or "")
@@ -90,7 +99,9 @@ def _io_managers_of_job(job: JobDefinition) -> Iterator[IoManager]:
             is_known = directory is not None
             yield IoManager(job.name, key, "fs_io_manager", True, directory or "", is_known)
         elif key.endswith("io_manager"):
-            yield IoManager(job.name, key, getattr(function, "__name__", "unknown"))
+            name = getattr(function, "__name__", "unknown")
+            is_usual = name.startswith(_USUAL) and not os.getenv(_USUAL_VARIABLE)
+            yield IoManager(job.name, key, name, is_usual)
 
 
 def _directory_of(resource: Any) -> str | None:

@@ -10,5 +10,15 @@ from __future__ import annotations
 from dagster_taskiq.doctor.checks import CHECKS, Check, examine, table_of_checks
 from dagster_taskiq.doctor.findings import Finding, Level
 from dagster_taskiq.doctor.gathering import gather
+from dagster_taskiq.doctor.probe import PROBE_SECONDS
 
-__all__ = ["CHECKS", "Check", "Finding", "Level", "examine", "gather", "table_of_checks"]
+__all__ = [
+    "CHECKS",
+    "PROBE_SECONDS",
+    "Check",
+    "Finding",
+    "Level",
+    "examine",
+    "gather",
+    "table_of_checks",
+]
