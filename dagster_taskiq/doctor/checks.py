@@ -82,6 +82,7 @@ CHECKS = (
     ),
     Check(instance_checks.compute_logs, "", "logs in local files, with several hosts"),
     Check(instance_checks.launcher_servers, "another broker, backend, key_prefix or key"),
+    Check(instance_checks.executor_servers, "another broker, backend, key_prefix or key"),
     Check(
         instance_checks.run_monitoring,
         "off, with `TaskiqRunLauncher`",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_taskiq._dagster.instance_facts import InstanceFacts
-from dagster_taskiq._dagster.io_managers import IoManager
+from dagster_taskiq._dagster.job_facts import IoManager, JobFacts
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.doctor.probe import Probe
@@ -45,7 +45,7 @@ class Evidence:
         fact_problems: of those that do not tell.
         facts_at: when the server's facts were read, for clocks; seconds since the epoch.
         probes: through the queues on which workers listen.
-        io_managers, io_managers_problem: of the module of ``-m``; None without it.
+        jobs, jobs_problem: of the module of ``-m``, those with our executor; None without it.
     """
 
     settings: Settings
@@ -66,13 +66,18 @@ class Evidence:
     fact_problems: Mapping[str, str] = field(default_factory=dict)
     facts_at: Mapping[str, float] = field(default_factory=dict)
     probes: Sequence[Probe] = ()
-    io_managers: Sequence[IoManager] | None = None
-    io_managers_problem: str = ""
+    jobs: Sequence[JobFacts] | None = None
+    jobs_problem: str = ""
 
     @property
     def live_workers(self) -> list[WorkerRecord]:
         """The workers that count: without those whose records are outdated."""
         return [it for it in self.workers or () if not it.is_outdated]
+
+    @property
+    def io_managers(self) -> list[IoManager]:
+        """Those of the jobs."""
+        return [it for job in self.jobs or () for it in job.io_managers]
 
     @property
     def hosts(self) -> list[str]:

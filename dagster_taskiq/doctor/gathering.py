@@ -17,7 +17,7 @@ import dagster
 
 from dagster_taskiq._dagster.fingerprint import storage_fingerprint
 from dagster_taskiq._dagster.instance_facts import read_instance
-from dagster_taskiq._dagster.io_managers import io_managers_of
+from dagster_taskiq._dagster.job_facts import jobs_of
 from dagster_taskiq._dagster.storage import postgresql_of
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
@@ -58,10 +58,9 @@ def gather(
     evidence = _with_instance(evidence)
     if module is not None:
         try:
-            found = io_managers_of(module, taskiq_executor.name)
-            evidence = replace(evidence, io_managers=found)
+            evidence = replace(evidence, jobs=jobs_of(module, taskiq_executor.name))
         except DagsterTaskiqError as error:
-            evidence = replace(evidence, io_managers_problem=str(error))
+            evidence = replace(evidence, jobs_problem=str(error))
     try:
         servers = find_running_servers(settings)
     except DagsterTaskiqError as error:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
 
 from dagster_taskiq._dagster.fingerprint import SQLITE
 from dagster_taskiq._dagster.instance_facts import InstanceFacts
-from dagster_taskiq._dagster.io_managers import IN_MEMORY, IoManager
+from dagster_taskiq._dagster.job_facts import IN_MEMORY, IoManager
 from dagster_taskiq.config.settings import Settings
-from dagster_taskiq.connections import Servers, name_servers
+from dagster_taskiq.connections import name_servers
 from dagster_taskiq.doctor.evidence import Evidence
-from dagster_taskiq.doctor.findings import Finding, fail, ok, skip, warn
+from dagster_taskiq.doctor.findings import Finding, Level, fail, ok, skip, warn
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.overview import QueueView
@@ -81,12 +82,10 @@ def sqlite(evidence: Evidence) -> Finding:
 
 def io_managers(evidence: Evidence) -> Finding:
     """Jobs leave the outputs of steps where each worker can read them."""
-    if evidence.io_managers_problem:
-        return fail("the module cannot be loaded", evidence.io_managers_problem)
-    if evidence.io_managers is None:
-        return skip("no module was given: -m MODULE looks at its jobs")
-    if not evidence.io_managers:
-        return skip("the module has no job with taskiq_executor")
+    if evidence.jobs_problem:
+        return fail("the module cannot be loaded", evidence.jobs_problem)
+    if why := _without_jobs(evidence):
+        return skip(why)
     in_memory = [it for it in evidence.io_managers if it.kind == IN_MEMORY]
     if in_memory:
         return fail(
@@ -97,6 +96,13 @@ def io_managers(evidence: Evidence) -> Finding:
     if not local:
         return ok(f"{counted(evidence.io_managers, 'IO manager')}, none in local files")
     return _local_outputs(evidence, local)
+
+
+def _without_jobs(evidence: Evidence) -> str:
+    """Why there are no jobs to look at; empty where there are."""
+    if evidence.jobs is None:
+        return "no module was given: -m MODULE looks at its jobs"
+    return "" if evidence.jobs else "the module has no job with taskiq_executor"
 
 
 def _local_outputs(evidence: Evidence, local: list[IoManager]) -> Finding:
@@ -139,31 +145,57 @@ def launcher_servers(evidence: Evidence) -> Finding:
         return skip(f"runs are launched by {evidence.instance.launcher}, not by workers")
     if evidence.instance.launcher_problem:
         return fail("its settings cannot be used", evidence.instance.launcher_problem)
+    advice = (
+        "Give run_launcher in dagster.yaml the settings of the runs and workers, or this command "
+        "the file of the workers (-y)."
+    )
+    return _compared(evidence, evidence.instance.launcher_config or {}, "its", advice)
+
+
+def executor_servers(evidence: Evidence) -> Finding:
+    """Jobs whose code names servers send their steps to those of the settings here."""
+    if why := _without_jobs(evidence):
+        return skip(why)
+    naming = [
+        it
+        for it in evidence.jobs or ()
+        if it.executor_config.get("broker") or it.executor_config.get("backend")
+    ]
+    if not naming:
+        return skip("no job's code names servers: runs get them with their config")
+    advice = (
+        "Give taskiq_executor the settings of the workers, or this command the file of the workers "
+        "of these jobs (-y)."
+    )
+    for job in naming:
+        finding = _compared(evidence, job.executor_config, f"job {job.name}: its", advice)
+        if finding.level is Level.FAIL:
+            return finding
+    return ok(f"{counted(naming, 'job')} with the broker and backend here")
+
+
+def _compared(evidence: Evidence, config: Mapping[str, Any], whose: str, advice: str) -> Finding:
+    """The servers of other settings against those here."""
     try:
-        theirs = Settings.from_config(evidence.instance.launcher_config or {})
-        return _compared(name_servers(theirs), name_servers(evidence.settings))
+        there = name_servers(Settings.from_config(config))
+        here = name_servers(evidence.settings)
     except ConfigError as error:
-        return fail("its settings cannot be used", str(error))
-
-
-def _compared(there: Servers, here: Servers) -> Finding:
-    """The launcher's servers against those here."""
+        return fail(f"{whose} settings cannot be used", str(error))
     for role, one, other in (
         ("broker", there.broker, here.broker),
         ("backend", there.backend, here.backend),
     ):
         if not _is_same(one, other):
             return fail(
-                f"its {role} is {_shown(one)}, and here {_shown(other)}",
-                "Give run_launcher in dagster.yaml the settings of the runs and workers, or this "
-                "command the file of the workers (-y).",
+                f"{whose} {role} is {_shown(one)}, and here {_shown(other)}",
+                advice,
             )
     if set(there.signer.key_ids) != set(here.signer.key_ids):
         return fail(
-            "its signing keys are not those here",
+            f"{whose} signing keys are not those here",
             "Set the same 'signing_key' for the launcher, the runs and the workers.",
         )
-    return ok(f"its broker and backend are those here ({_shown(here.broker)})")
+    return ok(f"{whose} broker and backend are those here ({_shown(here.broker)})")
 
 
 def run_monitoring(evidence: Evidence) -> Finding:

@@ -196,7 +196,7 @@ def clocks(evidence: Evidence) -> Finding:
     offsets = {
         role: facts.clock - evidence.facts_at[role]
         for role, facts in evidence.facts.items()
-        if facts is not None
+        if facts is not None and facts.clock is not None
     }
     for it in evidence.live_workers:
         # the backend keeps a record for so long, by its own clock

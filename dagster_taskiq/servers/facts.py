@@ -18,7 +18,7 @@ class RedisFacts:
         has_log: whether it writes an append-only file.
         memory_limit_bytes: 0 without a limit.
         eviction: what it does at that limit, ``noeviction`` or another policy.
-        clock: its time, in seconds since the epoch.
+        clock: its time, in seconds since the epoch; None from a release that does not say.
     """
 
     role: str
@@ -26,7 +26,7 @@ class RedisFacts:
     has_log: bool
     memory_limit_bytes: int
     eviction: str
-    clock: float
+    clock: float | None
 
 
 @dataclass(frozen=True)

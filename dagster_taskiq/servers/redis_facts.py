@@ -16,12 +16,13 @@ async def read_redis_facts(options: ServerOptions) -> RedisFacts:
     with server_errors(options.address):
         async with aclosing(redis):
             info: Any = await redis.info()
-            seconds, microseconds = await redis.time()
+    # not by TIME, for which a user may have no right
+    microseconds = info.get("server_time_usec")
     return RedisFacts(
         role=str(info.get("role", "master")),
         is_cluster=bool(info.get("cluster_enabled", 0)),
         has_log=bool(info.get("aof_enabled", 0)),
         memory_limit_bytes=int(info.get("maxmemory", 0)),
         eviction=str(info.get("maxmemory_policy", "noeviction")),
-        clock=seconds + microseconds / 1e6,
+        clock=microseconds / 1e6 if microseconds else None,
     )

@@ -12,7 +12,7 @@ import pytest
 from click.testing import Result
 
 from dagster_taskiq._dagster.instance_facts import InstanceFacts
-from dagster_taskiq._dagster.io_managers import IN_MEMORY, IoManager
+from dagster_taskiq._dagster.job_facts import IN_MEMORY, IoManager, JobFacts
 from dagster_taskiq.cli import main
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import name_servers
@@ -31,6 +31,7 @@ NOW = 1_700_000_000.0
 HERE, ELSEWHERE = "here", "elsewhere"
 BROKER, BACKEND = "amqp://rabbit", "redis://redis"
 KEYS = {"signing_key": "k" * 32}
+OWN = {"broker": BROKER, "backend": BACKEND}
 
 
 def settings(**values: Any) -> Settings:
@@ -100,7 +101,7 @@ HEALTHY = Evidence(
         Probe(QueueKind.STEPS, "dagster", Answer.ANSWERED, 0.004),
         Probe(QueueKind.RUNS, "dagster", Answer.TAKEN, 0.004),
     ),
-    io_managers=(IoManager("job", "io_manager", "S3PickleIOManager"),),
+    jobs=(JobFacts("job", (IoManager("job", "io_manager", "S3PickleIOManager"),), OWN),),
 )
 
 
@@ -126,7 +127,11 @@ def of_postgresql(**values: Any) -> Evidence:
 
 
 def of_outputs(*found: IoManager) -> Evidence:
-    return but(io_managers=found)
+    return but(jobs=[JobFacts("job", found)])
+
+
+def of_executor(**config: Any) -> Evidence:
+    return but(jobs=[JobFacts("job"), JobFacts("other", executor_config=config)])
 
 
 def local(**values: Any) -> IoManager:
@@ -174,9 +179,9 @@ CASES = [
     Case("sqlite", but(storage="sqlite:abc"), FAIL, "there are 2 hosts: elsewhere, here"),
     Case("sqlite", but(storage="sqlite:abc", workers=[FAR]), FAIL, "2 hosts"),
     Case("sqlite", but(storage="sqlite:abc", workers=[WORKER]), OK, "the only host"),
-    Case("io_managers", but(io_managers=None), SKIP, "-m MODULE"),
-    Case("io_managers", but(io_managers=()), SKIP, "no job with taskiq_executor"),
-    Case("io_managers", but(io_managers_problem="No module."), FAIL, "No module."),
+    Case("io_managers", but(jobs=None), SKIP, "-m MODULE"),
+    Case("io_managers", but(jobs=()), SKIP, "no job with taskiq_executor"),
+    Case("io_managers", but(jobs_problem="No module."), FAIL, "No module."),
     Case("io_managers", of_outputs(IoManager("j", "k", IN_MEMORY)), FAIL, "in memory"),
     Case(
         "io_managers", of_outputs(local()), FAIL, "job (FilesystemIOManager) keep outputs in local"
@@ -215,6 +220,16 @@ CASES = [
         "key_prefix p",
     ),
     Case("launcher_servers", but(settings=settings(**KEYS)), FAIL, "signing keys are not those"),
+    Case("executor_servers", but(jobs=None), SKIP, "-m MODULE"),
+    Case("executor_servers", of_executor(max_concurrent=1), SKIP, "no job's code names servers"),
+    Case("executor_servers", of_executor(**OWN), OK, "1 job with the broker"),
+    Case(
+        "executor_servers",
+        of_executor(broker="redis://other"),
+        FAIL,
+        "job other: its broker is redis://other, key_prefix dagster-taskiq, and here amqp://rabbit",
+    ),
+    Case("executor_servers", of_executor(broker="nonsense"), FAIL, "settings cannot be used"),
     Case("run_monitoring", of_instance(is_monitoring=False), FAIL, "stays STARTED for ever"),
     Case("run_monitoring", of_instance(resumes=0), WARN, "max_resume_run_attempts is 0"),
     Case("run_monitoring", of_instance(launcher="Other", is_monitoring=False), SKIP, "Other"),
@@ -297,6 +312,7 @@ CASES = [
         "orders count for 300 s only",
     ),
     Case("clocks", but(facts={}, workers=[]), SKIP, "tells its time"),
+    Case("clocks", of_redis(clock=None), OK, "within 1 s"),
     Case("workers", but(workers=()), FAIL, "no worker is alive"),
     Case("workers", but(workers=[], lost_workers=[FAR]), FAIL, "far@elsewhere was lost"),
     Case("workers", but(workers=[replace(WORKER, is_outdated=True)]), FAIL, "no worker is alive"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dagster_taskiq._dagster.instance_facts import read_instance
-from dagster_taskiq._dagster.io_managers import IN_MEMORY, io_managers_of
+from dagster_taskiq._dagster.job_facts import IN_MEMORY, IoManager, JobFacts, jobs_of
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.doctor import Level, examine, gather
 from dagster_taskiq.errors import ConfigError
@@ -48,11 +48,19 @@ defs = dg.Definitions(
         made("memory", dg.mem_io_manager),
         made("own", Own()),
         made("configured", dg.fs_io_manager.configured({"base_dir": "/shared"})),
+        made("told_late", dg.fs_io_manager.configured(lambda it: it["x"], {"x": str})),
+        made("servers", None, taskiq_executor.configured({"broker": "redis://a"})),
         made("elsewhere", dg.fs_io_manager, dg.in_process_executor),
     ],
     executor=dg.in_process_executor,
 )
 alone = made("alone", dg.fs_io_manager)
+
+
+@dg.job(
+    executor_def=taskiq_executor, config={"execution": {"config": {"backend": "redis://b"}}}
+)
+def with_config(): one()
 """
 
 
@@ -66,10 +74,15 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def io_manager_of(job: JobFacts) -> IoManager:
+    (found,) = job.io_managers
+    return found
+
+
 def test_io_managers_of_a_modules_jobs(directory: Path) -> None:
     """Of jobs with our executor: their kind, and the directory where it is known."""
     (directory / "jobs_of_doctor.py").write_text(JOBS)
-    found = {it.job: it for it in io_managers_of("jobs_of_doctor", "taskiq")}
+    found = {it.name: io_manager_of(it) for it in jobs_of("jobs_of_doctor", "taskiq")}
     places = {
         name: (it.is_local, it.directory, it.is_directory_known) for name, it in found.items()
     }
@@ -80,11 +93,23 @@ def test_io_managers_of_a_modules_jobs(directory: Path) -> None:
         "unnamed": (True, "", True),
         "memory": (False, "", True),
         "own": (False, "", True),
-        "configured": (True, "", False),
+        "configured": (True, "/shared", True),
+        "told_late": (True, "", False),
         "alone": (True, "", True),
+        "servers": (True, "", True),
+        "with_config": (True, "", True),
     }
     assert found["memory"].kind == IN_MEMORY
     assert found["own"].kind == "Own"
+
+
+def test_the_servers_that_a_jobs_code_names(directory: Path) -> None:
+    """With its executor, or with its config; others name none."""
+    (directory / "jobs_of_doctor.py").write_text(JOBS)
+    found = {it.name: it.executor_config for it in jobs_of("jobs_of_doctor", "taskiq")}
+    assert found["servers"]["broker"] == "redis://a"
+    assert found["with_config"]["backend"] == "redis://b"
+    assert not any(found["usual"].get(name) for name in ("broker", "backend"))
 
 
 @pytest.mark.parametrize("text", [None, "1 / 0", "import no_such_module"])
@@ -92,7 +117,7 @@ def test_a_module_that_cannot_be_loaded_is_a_finding(directory: Path, text: str 
     if text is not None:
         (directory / "broken_of_doctor.py").write_text(text)
     with pytest.raises(ConfigError, match="'broken_of_doctor' cannot be loaded here"):
-        io_managers_of("broken_of_doctor", "taskiq")
+        jobs_of("broken_of_doctor", "taskiq")
 
 
 def home(directory: Path, text: str) -> Path:
