@@ -107,8 +107,8 @@ CHECKS = (
     ),
     Check(
         server_checks.connections,
-        "all slots together may need more than there are",
-        "more than 80 % of them",
+        "slots for steps alone need more than there are",
+        "all slots together may, while all are busy",
     ),
     Check(server_checks.pooler, "", "a pooler before the backend, without RabbitMQ as the broker"),
     Check(

@@ -21,20 +21,19 @@ _OLDEST_POSTGRESQL = 12
 #: Connections of webserver and daemon to Dagster's database, about.
 _CONNECTIONS_OF_DAGSTER = 10
 
-#: Connections to a PostgreSQL: of a worker to the backend and to the broker, of a run to both.
-_OF_A_WORKER = {"backend": 5, "broker": 8}
-_OF_A_RUN = {"backend": 2, "broker": 1}
+#: Connections to a PostgreSQL that a worker keeps, and that it has at most, by what that is for.
+_OF_A_WORKER = {"backend": (1, 5), "broker": (2, 8), "instance": (0, 0)}
 
-#: From this share of the connections on there is little left.
-_TIGHT_SHARE = 0.8
+#: The same of a run, at most.
+_OF_A_RUN = {"backend": 2, "broker": 1, "instance": 1}
 
 #: From the least to the worst.
 _GRAVITY = [Level.SKIP, Level.OK, Level.WARN, Level.FAIL]
 
-F = TypeVar("F")
-
 #: How far the clocks of two hosts may differ before the times that people see are wrong.
 _CLOCK_SECONDS = 10.0
+
+F = TypeVar("F")
 
 
 def broker(evidence: Evidence) -> Finding:
@@ -152,27 +151,27 @@ def connections(evidence: Evidence) -> Finding:
 def _connections(evidence: Evidence, roles: list[str], facts: PostgresqlFacts) -> Finding:
     if facts.is_pooled:
         return ok("a pooler shares out the connections")
-    workers = evidence.live_workers
-    runs = sum(it.run_slots for it in workers)
-    slots = sum(it.slots for it in workers) + runs
-    needed = sum(
-        slots + runs + _CONNECTIONS_OF_DAGSTER
-        if role == "instance"
-        else len(workers) * _OF_A_WORKER[role] + runs * _OF_A_RUN[role]
-        for role in roles
-    )
     limit = facts.max_connections
-    if "instance" in roles and evidence.settings.source.database_short_lived_sessions:
+    is_of_dagster = "instance" in roles
+    if is_of_dagster and evidence.settings.source.database_short_lived_sessions:
         return ok(f"short-lived sessions, {limit} connections")
+    workers = evidence.live_workers
+    steps, runs = sum(it.slots for it in workers), sum(it.run_slots for it in workers)
+    kept = steps + _CONNECTIONS_OF_DAGSTER if is_of_dagster else 0
+    least = kept + sum(len(workers) * _OF_A_WORKER[role][0] for role in roles)
+    most = kept + sum(
+        len(workers) * _OF_A_WORKER[role][1] + runs * _OF_A_RUN[role] for role in roles
+    )
     advice = (
         "Raise max_connections there, put a pooler before it, or start fewer slots; "
         "docs/scaling.md says what each part needs."
     )
-    if needed > limit:
-        return fail(f"{slots} slots may need {needed} connections of {limit}", advice)
-    if needed > _TIGHT_SHARE * limit:
-        return warn(f"{slots} slots may need {needed} connections of {limit}", advice)
-    return ok(f"{slots} slots need at most {needed} connections of {limit}")
+    if least > limit:
+        return fail(f"{steps} slots for steps alone need {least} connections of {limit}", advice)
+    if most > limit:
+        all_slots = f"{steps} slots for steps and {runs} for runs"
+        return warn(f"{all_slots} may need {most} connections of {limit}", advice)
+    return ok(f"all slots together need at most {most} connections of {limit}")
 
 
 def pooler(evidence: Evidence) -> Finding:
