@@ -13,12 +13,12 @@ from typing import Any
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from dagster_taskiq._dagster.names import process_schema
-from dagster_taskiq._dagster.storage import (
+from dagster_taskiq._dagster.instance_storage import (
     event_storage_of,
     postgresql_of,
     unusable_config_as_error,
 )
+from dagster_taskiq._dagster.names import process_schema
 from dagster_taskiq.errors import ConfigError
 
 #: Of a storage in files, which other hosts do not have.

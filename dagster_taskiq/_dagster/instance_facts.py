@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dagster_taskiq._dagster.instance_storage import instance_ref_of, unusable_config_as_error
 from dagster_taskiq._dagster.names import ConfigurableClassData, process_schema
-from dagster_taskiq._dagster.storage import instance_ref_of, unusable_config_as_error
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.servers.urls import redact
 

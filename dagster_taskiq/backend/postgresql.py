@@ -28,6 +28,7 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
+from dagster_taskiq.backend.postgresql_pauses import PostgresqlPauses
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.refusals import Unreadable
@@ -61,7 +62,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(Backend):
+class PostgresqlBackend(PostgresqlPauses, Backend):
     """See ``Backend``.
 
     Args:
@@ -321,10 +322,10 @@ class PostgresqlBackend(Backend):
         return as_lost(self._readable(await self._call("list_lost_workers")))
 
     def _readable(self, rows: list[tuple[Any, ...]]) -> list[WorkerRecord]:
-        def note(worker_id: str, problem: str) -> None:
-            self._unreadable.note(f"The record of worker {worker_id}", problem)
-
-        return readable_records(self._signer, dict(rows), note)
+        note = self._unreadable.note
+        return readable_records(
+            self._signer, dict(rows), lambda it, why: note(f"The record of worker {it}", why)
+        )
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""

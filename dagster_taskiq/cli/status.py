@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import ask_backend, look_at_servers
+from dagster_taskiq.cli.asking import read_workers
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
+from dagster_taskiq.cli.looking import look_at_servers
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.queues import check_queues, echo_queues, queue_option
 from dagster_taskiq.cli.shapes import queue_shape, server_shape, worker_shape
@@ -66,7 +67,7 @@ def status(
     if app or names:
         if watch or as_json:
             raise click.UsageError("-A and -d are for Celery's output: leave out --watch, --json.")
-        records = ask_backend(settings, lambda backend: backend.workers()) or []
+        records = read_workers(settings)
         _echo_nodes([it for it in _alive(records) if not names or _is_among(it, names)])
         return
     while watch:

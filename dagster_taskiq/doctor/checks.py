@@ -57,6 +57,7 @@ CHECKS = (
     Check(
         worker_checks.queues,
         "tasks wait that nobody takes, or nobody listens on the default queue",
+        "a queue is paused, or all workers that listen on it",
     ),
     Check(
         worker_checks.probe,

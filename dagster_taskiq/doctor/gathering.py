@@ -17,8 +17,8 @@ import dagster
 
 from dagster_taskiq._dagster.fingerprint import storage_fingerprint
 from dagster_taskiq._dagster.instance_facts import read_instance
+from dagster_taskiq._dagster.instance_home import postgresql_of
 from dagster_taskiq._dagster.job_facts import jobs_of
-from dagster_taskiq._dagster.storage import postgresql_of
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.config.settings import Settings
@@ -130,7 +130,7 @@ async def _with_workers(
 def _can_answer(queue: QueueView, workers: Sequence[WorkerRecord]) -> bool:
     """Whether a worker that listens there has a slot free, by its last word."""
     is_step = queue.kind is QueueKind.STEPS
-    return any(
+    return queue.pause is None and any(
         it.busy_slots < it.slots if is_step else it.busy_run_slots < it.run_slots
         for it in workers
         if queue.name in it.queues and it.state == "running"

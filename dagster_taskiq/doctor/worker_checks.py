@@ -10,6 +10,7 @@ from dagster_taskiq.doctor.instance_checks import NO_WORKERS, counted, uses_laun
 from dagster_taskiq.doctor.probe import Answer, Probe
 from dagster_taskiq.messages.control import refuses
 from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_waits import WaitKind
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import is_same_address
 
@@ -112,6 +113,14 @@ def queues(evidence: Evidence) -> Finding:
     default = evidence.settings.default_queue
     is_launching = evidence.instance is not None and uses_launcher(evidence.instance)
     needed = [QueueKind.STEPS, *([QueueKind.RUNS] if is_launching else [])]
+    held_up = [it for it in evidence.queues if it.wait and it.wait.kind is WaitKind.PAUSED]
+    if held_up:
+        it = held_up[0]
+        more = f" and {len(held_up) - 1} more" if len(held_up) > 1 else ""
+        return warn(
+            f"queue {it.name} ({it.kind.value}){more} is held up",
+            f"{it.wait.reason if it.wait else ''} `queue resume` or `worker resume` ends that.",
+        )
     served = {(it.kind, it.name) for it in evidence.queues if it.workers}
     for kind in needed:
         if (kind, default) not in served:

@@ -357,6 +357,12 @@ CASES = [
         FAIL,
         "tasks wait in queue far (steps): nobody takes them Nobody.",
     ),
+    Case(
+        "queues",
+        but(queues=[replace(STEPS, workers=[], wait=QueueWait(WaitKind.PAUSED, "Paused.")), RUNS]),
+        WARN,
+        "queue dagster (steps) is held up Paused. `queue resume`",
+    ),
     Case("queues", but(queues=[replace(STEPS, workers=[]), RUNS]), FAIL, "dagster for steps"),
     Case("queues", but(queues=[STEPS]), FAIL, "dagster for runs"),
     Case("queues", replace(of_instance(launcher="Other"), queues=[STEPS]), OK, "1 queue with"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dagster_taskiq._dagster.fingerprint import own_fingerprint, storage_fingerprint
-from dagster_taskiq._dagster.storage import has_database_server, postgresql_of
+from dagster_taskiq._dagster.instance_storage import has_database_server, postgresql_of
 from dagster_taskiq.errors import ConfigError
 
 
