@@ -40,6 +40,11 @@ for _command in (
     Later(
         "status", "status:status", "Show the servers, the queues and the workers that are alive."
     ),
+    Later(
+        "doctor",
+        "doctor:doctor",
+        "Check what people get wrong: settings, servers, workers and Dagster's instance.",
+    ),
     Later("queue", "queues:queue", "Show and steer queues."),
     Later("task", "tasks:task", "Show steps and runs that wait or are executed, and cancel them."),
     Later("run", "tasks:run", "Show runs in flight."),
@@ -56,7 +61,7 @@ for _command in (
     Later(
         "show",
         "worker_show:worker_show",
-        "Show a worker: what it runs and since when, slots, queues, version, last heard of.",
+        "Show a worker: what it runs and since when, slots, queues, versions, last heard of.",
     ),
     Later(
         "ping",

@@ -98,7 +98,8 @@ async def read_backend(backend: Backend, most_ended: int = 0) -> Overview:
     """
     workers, runs = await backend.workers(), await _read_runs(backend)
     ended = await backend.ended(most_ended) if most_ended else []
-    return Overview(workers=workers, runs=runs, ended=ended)
+    lost_workers = await backend.lost_workers()
+    return Overview(workers=workers, lost_workers=lost_workers, runs=runs, ended=ended)
 
 
 # --- queues ---
@@ -233,6 +234,7 @@ def _waiting_task(envelope: Envelope, priority: int, position: int, reason: str)
         run_id=envelope.run_id,
         state=TaskState.UNKNOWN,
         step_key=envelope.step_key or "",
+        job=envelope.job,
         attempt=envelope.attempt,
         queue=envelope.queue,
         priority=priority,
@@ -273,6 +275,7 @@ def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]
             view = replace(
                 view,
                 step_key=task.step_key,
+                job=task.job,
                 attempt=task.attempt,
                 queue=task.queue,
                 claimed_at=task.claimed_at,

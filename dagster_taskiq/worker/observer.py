@@ -46,6 +46,7 @@ class Ending:
         run_seconds: from its beginning to its end; None where it could not begin.
         cause: why it ended other than by its own end; empty where there is nothing to say.
         left_behind: what keeps its child from taking another task, in words; empty if nothing.
+        has_failed: whether it came to no good end; see ``answers.has_failed``.
     """
 
     outcome: Outcome
@@ -53,6 +54,7 @@ class Ending:
     run_seconds: float | None
     cause: str = ""
     left_behind: str = ""
+    has_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,8 @@ class CountingObserver(WorkerObserver):
         busy: how many tasks of each kind are claimed now.
         running: those tasks by their ids, the longest claimed first.
         refused_count: how many messages and orders were refused.
+        done_count, failed_count: how many tasks have ended, with success or not; without those
+            that are for another worker.
     """
 
     _given_back: tuple[str, float] = "", 0.0
@@ -209,7 +213,7 @@ class CountingObserver(WorkerObserver):
     def __init__(self) -> None:
         self.busy: Counter[QueueKind] = Counter()
         self.running: dict[str, RunningTask] = {}
-        self.refused_count = 0
+        self.refused_count = self.done_count = self.failed_count = 0
 
     @property
     def other_backend(self) -> str:
@@ -231,7 +235,15 @@ class CountingObserver(WorkerObserver):
             attempt=envelope.attempt,
             queue=envelope.queue,
             claimed_at=time.time(),
+            job=envelope.job,
         )
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        if ending.has_failed:
+            self.failed_count += 1
+        elif ending.outcome is Outcome.FINISHED:
+            self.done_count += 1
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""

@@ -27,7 +27,7 @@ STOREYS = [
     "loop launch worker overview",
     "steering",
     "executor launcher stack",
-    "demo dev",
+    "demo dev doctor",
     "cli",
 ]
 
