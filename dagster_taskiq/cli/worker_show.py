@@ -68,12 +68,17 @@ def worker_show(name: str, as_json: bool, config_yaml: str | None) -> None:
         raise DagsterTaskiqError(no_worker(name, overview.workers))
 
 
+def _state_and_why(record: WorkerRecord) -> str:
+    why = f", since: {record.pause_reason}" if record.pause_reason else ""
+    return state_of(record) + why
+
+
 def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
     steps, runs = (record.busy_slots, record.slots), (record.busy_run_slots, record.run_slots)
     echo_fields(
         {
             "worker": record.name,
-            "state": state_of(record),
+            "state": _state_and_why(record),
             "queues": ", ".join(record.queues),
             "slots": f"{steps[0]} of {steps[1]} for steps busy, {runs[0]} of {runs[1]} for runs",
             "ended": f"{record.done} tasks done, {record.failed} failed, since its start",
