@@ -69,7 +69,7 @@ def worker_show(name: str, as_json: bool, config_yaml: str | None) -> None:
 
 
 def _state_and_why(record: WorkerRecord) -> str:
-    why = f", since: {record.pause_reason}" if record.pause_reason else ""
+    why = f": {record.pause_reason}" if record.pause_reason else ""
     return state_of(record) + why
 
 
