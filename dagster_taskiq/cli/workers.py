@@ -26,6 +26,13 @@ from dagster_taskiq.overview import is_named
 
 NOBODY = "No worker is running."
 
+#: Columns of the list, and those that are left of them in a narrow terminal.
+_HEAD: tuple[str, ...] = (
+    *("worker", "queues", "steps", "runs", "state", "pid", "version", "refused"),
+    *("done", "failed", "memory"),
+)
+_NARROW_HEAD: tuple[str, ...] = ("worker", "steps", "runs", "done", "failed", "memory")
+
 _name_argument = click.argument("name", required=False, shell_complete=complete_worker)
 
 
@@ -73,40 +80,24 @@ def state_of(record: WorkerRecord) -> str:
 
 def _echo_workers(records: Sequence[WorkerRecord]) -> None:
     """Write the table; what is too long for a terminal stands below its row there."""
-    rows: list[tuple[str, ...]] = [
-        ("worker", "steps", "runs", "done", "failed", "memory"),
-        *(
-            (
-                it.name,
-                f"{it.busy_slots}/{it.slots}",
-                f"{it.busy_run_slots}/{it.run_slots}",
-                str(it.done),
-                str(it.failed),
-                memory_of(it),
-            )
-            for it in records
-        ),
-    ]
-    ends = [("refused", "version", "state", "queues"), *map(_words_of, records)]
+    whole, narrow, below = [_HEAD], [_NARROW_HEAD], {}
+    for number, it in enumerate(records, 1):
+        steps, runs = f"{it.busy_slots}/{it.slots}", f"{it.busy_run_slots}/{it.run_slots}"
+        queues, state = ", ".join(it.queues), state_of(it)
+        version = it.version + _other_protocol(it)
+        ended = str(it.done), str(it.failed), memory_of(it)
+        words = (state, str(it.pid), version, str(it.refused))
+        whole.append((it.name, queues, steps, runs, *words, *ended))
+        narrow.append((it.name, steps, runs, *ended))
+        below[number] = f"{state}; version {version}; {it.refused} refused; queues {queues}"
     red = [number for number, it in enumerate(records, 1) if it.state == LOST]
-    whole = [(*row, *end) for row, end in zip(rows, ends, strict=True)]
     if fits(whole):
         echo_table(whole, red=red)
         return
-    below = {
-        number: f"{state}; version {version}; {refused} refused; queues {queues}"
-        for number, (refused, version, state, queues) in enumerate(ends)
-        if number
-    }
-    if not fits(rows):  # the names are too long even so
-        below = {number: f"{rows[number][0]}; {text}" for number, text in below.items()}
-        rows = [row[1:] for row in rows]
-    echo_table(rows, red=red, below=below)
-
-
-def _words_of(record: WorkerRecord) -> tuple[str, ...]:
-    version = record.version + _other_protocol(record)
-    return str(record.refused), version, state_of(record), ", ".join(record.queues)
+    if not fits(narrow):  # the names are too long even so
+        below = {number: f"{narrow[number][0]}; {text}" for number, text in below.items()}
+        narrow = [row[1:] for row in narrow]
+    echo_table(narrow, red=red, below=below)
 
 
 def memory_of(record: WorkerRecord) -> str:

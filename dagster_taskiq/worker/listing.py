@@ -98,6 +98,8 @@ class Listing:
             self._storage = await asyncio.to_thread(own_fingerprint)
         except (ConfigError, RuntimeError) as error:  # the latter without threads
             logger.debug("The listing does not say which Dagster instance this is: %s", error)
+        else:
+            await self.update()
 
     async def _tidy(self) -> None:
         try:

@@ -47,6 +47,15 @@ class Place:
         assert done.returncode == exit_code, done.stdout + done.stderr
         return json.loads(done.stdout)
 
+    def await_instance(self) -> None:
+        """The worker says a moment after its start which instance it has."""
+
+        def is_told() -> bool:
+            (record,) = self.shape("worker", "list")["workers"]
+            return bool(record["storage"])
+
+        until(is_told, "the worker says which instance it has")
+
     def depths(self) -> dict[str, int]:
         """How many steps wait in each queue."""
         done = self.stack.try_cli("status", "-q", "far", "--json", "-y", self.settings)
@@ -168,7 +177,7 @@ def findings(place: Place, *arguments: str, exit_code: int = 0, **environment: s
 
 def test_the_doctor_finds_nothing_wrong_where_nothing_is(place: Place) -> None:
     """All checks that are about something here are green, or warn of what a test's servers lack."""
-    place.call("worker", "ping", "only")  # its heartbeat says which instance it has
+    place.await_instance()
     found = findings(place, "-m", "dagster_taskiq_tests.acceptance.limit_jobs")
     lacks_log = "no append-only file" in found["redis_data"][1]
     levels = {name: level for name, (level, _) in found.items()}
@@ -190,6 +199,7 @@ def test_the_doctor_is_red_where_something_is_wrong(place: Place, tmp_path: Path
     broken = {"DAGSTER_TASKIQ_SIGNING_KEY": "k" * 32}
     if place.stack.broker is not None:  # the embedded server is found by its home
         broken["DAGSTER_HOME"] = str(tmp_path)
+    place.await_instance()
     os.kill(place.worker.pid, signal.SIGSTOP)
     try:
         found = findings(place, "-t", SHORT_SECONDS, exit_code=1, **broken)
