@@ -258,7 +258,14 @@ class Attempt:
             timers.cancel()
         waited_seconds = started_at - self._taken_at
         run_seconds = time.monotonic() - started_at
-        ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
+        ending = Ending(
+            result.outcome,
+            waited_seconds,
+            run_seconds,
+            cause_of(result),
+            left_behind,
+            lease.stop_reason.name if lease.stop_reason else "",
+        )
         self._tools.observer.ended(envelope, ending)
         return result
 
@@ -337,6 +344,8 @@ class Attempt:
                 continue
             if not is_stored:
                 logger.error("The result of task %s was refused: its lease had ended.", task_id)
+            else:
+                self._tools.observer.stored(self._envelope, len(data))
             return is_stored
 
     async def _end_unbegun(self, lease: Lease, result: TaskResult) -> None:

@@ -24,6 +24,7 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, Place
 from dagster_taskiq.messages.worker_records import RunningTask
+from dagster_taskiq.worker.slot_base import ReplaceReason
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Ending:
         run_seconds: from its beginning to its end; None where it could not begin.
         cause: why it ended other than by its own end; empty where there is nothing to say.
         left_behind: what keeps its child from taking another task, in words; empty if nothing.
+        stopped_by: name of the ``StopReason`` for which it was stopped; empty if it was not.
     """
 
     outcome: Outcome
@@ -52,6 +54,7 @@ class Ending:
     run_seconds: float | None
     cause: str = ""
     left_behind: str = ""
+    stopped_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,9 @@ class WorkerObserver:
     def ended(self, envelope: Envelope, ending: Ending) -> None:
         """A task has ended in its slot; its result is not stored yet."""
 
+    def stored(self, envelope: Envelope, size_bytes: int) -> None:
+        """The result of a task is in the backend."""
+
     def released(self, envelope: Envelope) -> None:
         """A task that was claimed is not this worker's any more."""
 
@@ -122,13 +128,25 @@ class WorkerObserver:
     def outage_over(self, address: str) -> None:
         """The backend renews claims again."""
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """A station cannot listen to its broker; said once, until ``broker_back``."""
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """The station listens again."""
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """A slot gives up its child for a new one.
 
         Args:
             slot: its number.
             pid: of the child that goes.
-            reason: in words.
+        """
+
+    def failed(self, task: str) -> None:
+        """A background task of the worker has ended, which must not: the worker stops.
+
+        Args:
+            task: its name.
         """
 
 
@@ -276,6 +294,10 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("ended", envelope, ending)
 
+    def stored(self, envelope: Envelope, size_bytes: int) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("stored", envelope, size_bytes)
+
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
         self._tell("released", envelope)
@@ -300,6 +322,18 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("outage_over", address)
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_away", kind, error)
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_back", kind)
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """See ``WorkerObserver``."""
         self._tell("child_replaced", slot, pid, reason)
+
+    def failed(self, task: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("failed", task)
