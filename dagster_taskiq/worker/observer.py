@@ -46,6 +46,7 @@ class Ending:
         run_seconds: from its beginning to its end; None where it could not begin.
         cause: why it ended other than by its own end; empty where there is nothing to say.
         left_behind: what keeps its child from taking another task, in words; empty if nothing.
+        step_end: what a step came to by its own events, see ``TaskRunner``; empty if unknown.
         stopped_by: name of the ``StopReason`` for which it was stopped; empty if it was not.
     """
 
@@ -54,6 +55,7 @@ class Ending:
     run_seconds: float | None
     cause: str = ""
     left_behind: str = ""
+    step_end: str = ""
     stopped_by: str = ""
 
 
