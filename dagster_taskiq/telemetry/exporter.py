@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
@@ -23,7 +25,7 @@ from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.overview import Overview, ServerView, reach_servers, read_backend, read_overview
 from dagster_taskiq.telemetry import definitions as the
 from dagster_taskiq.telemetry.exposition import family, metrics_page
-from dagster_taskiq.telemetry.overview_metrics import Reading, metrics_of
+from dagster_taskiq.telemetry.overview_metrics import Reading, demand_of, metrics_of
 from dagster_taskiq.telemetry.pages import Page, PageServer, lines
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ _SHUTDOWN_SECONDS = 0.5
 
 
 class Exporter:
-    """Serves ``/metrics`` and ``/health`` of a deployment.
+    """Serves ``/metrics``, ``/health`` and ``/demand`` of a deployment.
 
     Args:
         host, port: see ``PageServer``.
@@ -64,8 +66,15 @@ class Exporter:
         registry = CollectorRegistry()
         registry.register(_Readings(self.read, self._queues))
         ProcessCollector(registry=registry)
-        pages = {"/metrics": metrics_page(registry), "/health": self._health_page}
-        self._server = PageServer(host, port, pages)
+        self._server = PageServer(
+            host,
+            port,
+            {
+                "/metrics": metrics_page(registry),
+                "/health": self._health_page,
+                "/demand": self._demand_page,
+            },
+        )
 
     @property
     def url(self) -> str:
@@ -115,6 +124,14 @@ class Exporter:
     def _health_page(self, _accept: str) -> Page:
         """It is healthy when it answers: a restart of it brings no server back."""
         return Page(lines(["The exporter is running.", *self._problems]))
+
+    def _demand_page(self, _accept: str) -> Page:
+        """The demand of each queue, in which a server that is away is not taken for emptiness."""
+        reading = self.read()
+        if reading.problems:
+            return Page(lines(reading.problems), HTTPStatus.SERVICE_UNAVAILABLE)
+        body = json.dumps(demand_of(reading.overview, self._queues)).encode()
+        return Page(body + b"\n", content_type="application/json")
 
 
 class _Readings(Collector):

@@ -62,6 +62,18 @@ def metrics_of(reading: Reading, queues: Iterable[str]) -> Iterator[Metric]:
     yield family(the.READ_AT, {(): reading.read_at})
 
 
+def demand_of(overview: Overview, queues: Iterable[str]) -> dict[str, dict[str, int]]:
+    """How many tasks of each queue wait or are executed, by kind and queue.
+
+    Args:
+        queues: that are told of both kinds whatever is known of them.
+    """
+    demand = {kind.value: dict.fromkeys(queues, 0) for kind in QueueKind}
+    for view in overview.queues:
+        demand[view.kind.value][view.name] = view.depth + view.running
+    return demand
+
+
 def _servers(overview: Overview) -> Iterator[Metric]:
     up: _Values = {("broker",): 0, ("backend",): 0}
     answers: _Values = {}
