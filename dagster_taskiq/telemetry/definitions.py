@@ -239,6 +239,22 @@ TASKS = _gauge(
     "state",
 )
 RUNS = _gauge("runs", "Runs that the backend knows and that are not over.")
+TASKS_SENT = _counter(
+    "tasks_sent_total", "Tasks that were put into a queue, also a second time.", "queue", "kind"
+)
+ALL_TASKS_ENDED = _counter(
+    "tasks_ended_total",
+    "Tasks whose runs know how they have ended: `succeeded`, `failed`, `lost` or `cancelled`.",
+    "queue",
+    "kind",
+    "outcome",
+)
+ALL_TASKS_RETRIED = _counter(
+    "tasks_retried_total",
+    "Those that have failed or were lost, and are tried again.",
+    "queue",
+    "kind",
+)
 READ_SECONDS = _gauge("read_seconds", "How long it took to read all this.")
 READ_AT = _gauge("read_timestamp_seconds", "When it was read, in seconds since the epoch.")
 
@@ -259,6 +275,9 @@ EXPORTER_METRICS: tuple[Definition, ...] = (
     ALL_BUSY_SLOTS,
     TASKS,
     RUNS,
+    TASKS_SENT,
+    ALL_TASKS_ENDED,
+    ALL_TASKS_RETRIED,
     READ_SECONDS,
     READ_AT,
 )

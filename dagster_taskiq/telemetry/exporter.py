@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
@@ -22,6 +22,7 @@ from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError
+from dagster_taskiq.messages.attempt_ends import Counter
 from dagster_taskiq.overview import Overview, ServerView, reach_servers, read_backend, read_overview
 from dagster_taskiq.telemetry import definitions as the
 from dagster_taskiq.telemetry.exposition import family, metrics_page
@@ -29,6 +30,9 @@ from dagster_taskiq.telemetry.overview_metrics import Reading, demand_of, metric
 from dagster_taskiq.telemetry.pages import Page, PageServer, lines
 
 logger = logging.getLogger(__name__)
+
+#: What was read, with the counters of the backend's history.
+_Seen = tuple[Overview, Mapping[Counter, int]]
 
 #: For how long a reading serves all who ask.
 CACHE_SECONDS = 5.0
@@ -100,16 +104,16 @@ class Exporter:
 
     def _read_now(self) -> Reading:
         began, read_at = time.monotonic(), time.time()
-        overview, problem = Overview(), ""
+        overview, counts, problem = Overview(), {}, ""
         try:
             servers = self._find_servers()
             if servers is None:
                 problem = "No process uses the embedded server: there is nothing to see."
             else:
-                overview = asyncio.run(_look(servers, self._queues))
+                overview, counts = asyncio.run(_look(servers, self._queues))
         except DagsterTaskiqError as error:  # of a file that was changed meanwhile, for example
             problem = str(error)
-        return Reading(overview, read_at, time.monotonic() - began, problem)
+        return Reading(overview, counts, read_at, time.monotonic() - began, problem)
 
     def _say(self, reading: Reading) -> None:
         """Say in the log what is new about the servers."""
@@ -148,7 +152,7 @@ class _Readings(Collector):
         yield from metrics_of(self._read(), self._queues)
 
 
-async def _look(servers: Servers, queues: list[str]) -> Overview:
+async def _look(servers: Servers, queues: list[str]) -> _Seen:
     """All that the servers which answer tell."""
     backend, broker = open_backend(servers.backend, servers.signer), open_broker(servers.broker)
     try:
@@ -179,23 +183,31 @@ async def _read(
     broker: TaskBroker,
     views: list[ServerView],
     queues: list[str],
-) -> Overview:
+) -> _Seen:
     """All of it, or without the broker what the backend tells."""
-    reads: Sequence[tuple[str, Callable[[], Awaitable[Overview]]]] = (
-        ("broker", lambda: read_overview(servers, backend, broker, queues, most_waiting=0)),
-        ("backend", lambda: read_backend(backend)),
+
+    async def all_of_it() -> _Seen:
+        overview = await read_overview(servers, backend, broker, queues, most_waiting=0)
+        return overview, await backend.counts()
+
+    async def without_queues() -> _Seen:
+        return await read_backend(backend), await backend.counts()
+
+    reads: Sequence[tuple[str, Callable[[], Awaitable[_Seen]]]] = (
+        ("broker", all_of_it),
+        ("backend", without_queues),
     )
     for role, read in reads:
         away = {role for view in views if view.problem for role in view.roles}
         if away & {role, "backend"}:
             continue
         try:
-            known = await asyncio.wait_for(read(), _READ_SECONDS)
+            overview, counts = await asyncio.wait_for(read(), _READ_SECONDS)
         except (ServerError, asyncio.TimeoutError) as error:
             views = _with_problem(views, role, error)
         else:
-            return replace(known, servers=views)
-    return Overview(servers=views)
+            return replace(overview, servers=views), counts
+    return Overview(servers=views), {}
 
 
 def _with_problem(

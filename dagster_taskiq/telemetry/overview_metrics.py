@@ -9,12 +9,17 @@ from dataclasses import dataclass
 
 from prometheus_client.metrics_core import Metric
 
+from dagster_taskiq.messages.attempt_ends import Counted
+from dagster_taskiq.messages.attempt_ends import Counter as HistoryCounter
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, QueueView, TaskStatus
 from dagster_taskiq.telemetry import definitions as the
 from dagster_taskiq.telemetry.exposition import family
 from dagster_taskiq.telemetry.queue_labels import QueueLabels
+
+#: What is counted of the end of a task.
+_ENDED = (Counted.SUCCEEDED, Counted.FAILED, Counted.LOST, Counted.CANCELLED)
 
 #: By the values of labels.
 _Values = dict[tuple[str, ...], float]
@@ -26,12 +31,14 @@ class Reading:
 
     Attributes:
         overview: queues, workers and runs only where the servers that have them answer.
+        counts: of the backend's history; empty where it does not answer.
         read_at: seconds since the epoch.
         seconds: that it took.
         problem: why no server could be asked, a sentence; empty where they could.
     """
 
     overview: Overview
+    counts: Mapping[HistoryCounter, int]
     read_at: float
     seconds: float
     problem: str = ""
@@ -53,11 +60,12 @@ def metrics_of(reading: Reading, queues: Iterable[str]) -> Iterator[Metric]:
     Args:
         queues: that always have their own labels.
     """
-    overview = reading.overview
+    overview, labels = reading.overview, QueueLabels(queues)
     yield from _servers(overview)
-    yield from _queues(overview, QueueLabels(queues))
+    yield from _queues(overview, labels)
     yield from _workers(overview.workers if reading.has_backend else None)
     yield from _tasks(overview, is_known=reading.has_backend)
+    yield from _history(reading.counts, labels)
     yield family(the.READ_SECONDS, {(): reading.seconds})
     yield family(the.READ_AT, {(): reading.read_at})
 
@@ -160,3 +168,19 @@ def _tasks(overview: Overview, *, is_known: bool) -> Iterator[Metric]:
     counts = Counter(task.status for run in overview.runs for task in run.tasks)
     yield family(the.TASKS, {(status.value,): counts[status] for status in claimed})
     yield family(the.RUNS, {(): len(overview.runs)})
+
+
+def _history(counts: Mapping[HistoryCounter, int], labels: QueueLabels) -> Iterator[Metric]:
+    """What runs have told of all tasks; each queue of which anything is known has all counters."""
+    sent: Counter[tuple[str, ...]] = Counter()
+    retried: Counter[tuple[str, ...]] = Counter()
+    ended: Counter[tuple[str, ...]] = Counter()
+    for counter, count in sorted(counts.items()):
+        key = labels.of(counter.queue), counter.kind
+        sent[key] += count if counter.what is Counted.SENT else 0
+        retried[key] += count if counter.what is Counted.RETRIED else 0
+        for outcome in _ENDED:
+            ended[(*key, outcome.value)] += count if counter.what is outcome else 0
+    yield family(the.TASKS_SENT, sent)
+    yield family(the.ALL_TASKS_ENDED, ended)
+    yield family(the.ALL_TASKS_RETRIED, retried)
