@@ -104,16 +104,17 @@ class Exporter:
 
     def _read_now(self) -> Reading:
         began, read_at = time.monotonic(), time.time()
-        overview, counts, problem = Overview(), {}, ""
+        seen: _Seen = Overview(), {}
+        problem = ""
         try:
             servers = self._find_servers()
             if servers is None:
                 problem = "No process uses the embedded server: there is nothing to see."
             else:
-                overview, counts = asyncio.run(_look(servers, self._queues))
+                seen = asyncio.run(_look(servers, self._queues))
         except DagsterTaskiqError as error:  # of a file that was changed meanwhile, for example
             problem = str(error)
-        return Reading(overview, counts, read_at, time.monotonic() - began, problem)
+        return Reading(*seen, read_at, time.monotonic() - began, problem)
 
     def _say(self, reading: Reading) -> None:
         """Say in the log what is new about the servers."""

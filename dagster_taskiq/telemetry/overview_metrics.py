@@ -180,7 +180,8 @@ def _history(counts: Mapping[HistoryCounter, int], labels: QueueLabels) -> Itera
         sent[key] += count if counter.what is Counted.SENT else 0
         retried[key] += count if counter.what is Counted.RETRIED else 0
         for outcome in _ENDED:
-            ended[(*key, outcome.value)] += count if counter.what is outcome else 0
+            labelled = (*key, outcome.value)
+            ended[labelled] += count if counter.what is outcome else 0
     yield family(the.TASKS_SENT, sent)
     yield family(the.ALL_TASKS_ENDED, ended)
     yield family(the.ALL_TASKS_RETRIED, retried)

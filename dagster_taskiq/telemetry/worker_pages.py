@@ -43,7 +43,12 @@ class WorkerPages:
             },
         )
         self._server.start()
-        logger.info("Metrics are on %s/metrics, and health on /health.", self._server.url)
+        logger.info("Metrics are on %s/metrics, and health on /health.", self.url)
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+        return self._server.url
 
     @property
     def observer(self) -> WorkerObserver:
