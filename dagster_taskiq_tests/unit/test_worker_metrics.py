@@ -27,6 +27,7 @@ from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.telemetry import health as health_module
 from dagster_taskiq.telemetry import pages as pages_module
 from dagster_taskiq.telemetry.definitions import WORKER_METRICS
+from dagster_taskiq.telemetry.exporter import Exporter
 from dagster_taskiq.telemetry.health import WorkerHealth
 from dagster_taskiq.telemetry.loop_watch import LoopWatch
 from dagster_taskiq.telemetry.pages import Page, PageServer
@@ -355,7 +356,7 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.05)
 
 
-def get(pages: WorkerPages | PageServer, path: str, **headers: str) -> tuple[int, str]:
+def get(pages: WorkerPages | PageServer | Exporter, path: str, **headers: str) -> tuple[int, str]:
     """Status and text of a page."""
     request = urllib.request.Request(f"{pages.url}{path}", headers=headers)
     try:
