@@ -39,6 +39,8 @@ _IMPORTS = (
     "alembic.command",
     "upath.implementations.local",
     "anyio._backends._asyncio",
+    "dagster_taskiq.telemetry.exporter",
+    "dagster_taskiq.telemetry.worker_pages",
 )
 
 #: The longest request: the arguments and the environment.

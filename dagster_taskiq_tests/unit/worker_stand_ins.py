@@ -14,7 +14,8 @@ from taskiq import BrokerMessage
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, Renewal
 from dagster_taskiq.brokers import Admission, Delivery, TaskBroker
 from dagster_taskiq.brokers.base import Listener
-from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Order, RunAnswer
@@ -32,7 +33,7 @@ Act = Callable[["FakeSlot", Order], Any]
 def finished(**values: Any) -> Executed:
     """The answer of a child that has executed its task."""
     result = TaskResult(Outcome.FINISHED, PLACE, **values)
-    return Executed(result.to_bytes().decode(), "", 1)
+    return Executed(result.to_bytes().decode(), "", 1, "success")
 
 
 class FakeSlot(Slot):
@@ -295,8 +296,20 @@ class Witness(WorkerObserver):
     def ended(self, envelope: Envelope, ending: Any) -> None:
         self._note("ended", ending)
 
+    def stored(self, envelope: Envelope, size_bytes: int) -> None:
+        self.details["stored"] = size_bytes
+
     def released(self, envelope: Envelope) -> None:
         self._note("released")
 
     def refused(self, address: str, what: str, error: Exception) -> None:
         self._note("refused", what)
+
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        self._note("broker away", kind)
+
+    def broker_back(self, kind: QueueKind) -> None:
+        self._note("broker back", kind)
+
+    def failed(self, task: str) -> None:
+        self._note("failed", task)
