@@ -53,7 +53,10 @@ def exporter(port: int, host: str, queues: tuple[str, ...], config_yaml: str | N
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: told.set())
         served.start()
-        logger.info("Metrics are on %s/metrics, and health on /health.", served.url)
+        logger.info(
+            "Metrics are on %s/metrics, health on /health, the demand of queues on /demand.",
+            served.url,
+        )
         served.read()  # says in the log which server is away
         told.wait()
         logger.info("Stopping.")
