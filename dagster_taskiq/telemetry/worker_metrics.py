@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -49,10 +49,12 @@ class Seen:
 
     Attributes:
         state: of the worker, see ``WorkerRecord``.
+        slots: how many it has of each kind; of one that is left out it has none.
         child_pids: of its children.
     """
 
     state: Callable[[], str] = lambda: "starting"
+    slots: Callable[[], Mapping[QueueKind, int]] = dict
     child_pids: Callable[[], Iterable[int]] = lambda: ()
 
 
@@ -61,7 +63,7 @@ class WorkerMetrics(WorkerObserver):
 
     Args:
         name: of the worker, with its host.
-        options: its queues and slots.
+        options: its queues, and whether it has slots of a kind.
         loop_watch: how late its event loop is.
 
     Attributes:
@@ -97,7 +99,6 @@ class WorkerMetrics(WorkerObserver):
         )
 
     def _make(self) -> None:
-        self._slots = self._gauge(the.SLOTS)
         self._busy = self._gauge(the.BUSY_SLOTS)
         self._started = self._counter(the.TASKS_STARTED)
         self._retried = self._counter(the.TASKS_RETRIED)
@@ -125,7 +126,6 @@ class WorkerMetrics(WorkerObserver):
         for reason in ReplaceReason:
             self._replaced.labels(reason.name.lower())
         for kind, slots in ((QueueKind.STEPS, options.slots), (QueueKind.RUNS, options.run_slots)):
-            self._slots.labels(kind.value).set(slots)
             self._busy.labels(kind.value)
             for queue in options.queues if slots else ():
                 labels = (self._queues.of(queue), kind.value)
@@ -249,6 +249,7 @@ class _Looks(Collector):
         """What there is, without a look at anything."""
         looked_at = (
             the.WORKER_STATE,
+            the.SLOTS,
             the.LEASE_LEFT,
             the.LOOP_LAG,
             the.CHILDREN,
@@ -261,6 +262,8 @@ class _Looks(Collector):
         """The present values."""
         sizes = self._sizes()
         yield family(the.WORKER_STATE, {(self._metrics.seen.state(),): 1})
+        slots = self._metrics.seen.slots()
+        yield family(the.SLOTS, {(kind.value,): slots.get(kind, 0) for kind in QueueKind})
         yield family(the.LEASE_LEFT, {(): self._metrics.least_lease_share})
         yield family(the.LOOP_LAG, {(): self._loop_watch.worst_seconds})
         yield family(the.CHILDREN, {(): len(sizes)})

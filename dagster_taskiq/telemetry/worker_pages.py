@@ -59,6 +59,7 @@ class WorkerPages:
         """Look at a worker and the running event loop, which is its own."""
         self._metrics.seen = Seen(
             lambda: worker.state if self._health.is_ready else "starting",
+            lambda: worker.slots,
             lambda: worker.child_pids,
         )
         self._health.loop_watch.start()

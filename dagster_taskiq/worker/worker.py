@@ -165,6 +165,11 @@ class Worker:
         return self._state()
 
     @property
+    def slots(self) -> dict[QueueKind, int]:
+        """How many tasks of each kind it can execute at once."""
+        return {station.kind: station.slot_count for station in self._stations}
+
+    @property
     def child_pids(self) -> list[int]:
         """Of the children in its slots."""
         return self._guard.groups

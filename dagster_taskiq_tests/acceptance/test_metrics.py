@@ -94,8 +94,8 @@ def test_what_a_worker_does_and_what_waits_is_told(stack: Stack) -> None:
     process.await_ready()
     assert worker.get("/health") == (200, "The worker is running.\n")
     waits.await_message("Sending step")  # said just before it is sent
-    told = exporter(stack, "far")
     assert stack.run("with_hooks").status.value == "FAILURE"
+    told = exporter(stack, "far")  # late, as its readings are kept for some seconds
     _check_worker(worker)
     until(lambda: told.value("queue_depth", **FAR) == 1, "the exporter sees the far queue")
     _check_exporter(told, is_blind=stack.broker is not None and "amqp" in stack.broker.address)
@@ -123,6 +123,7 @@ def _check_worker(worker: Served) -> None:
     assert worker.value("worker_children") == 1
     assert (worker.value("worker_children_memory_bytes") or 0) > 2**20
     assert worker.value("worker_state", state="running") == 1
+    assert worker.value("worker_slots", kind="steps") == 1
 
 
 def _check_exporter(told: Served, *, is_blind: bool) -> None:
@@ -135,6 +136,9 @@ def _check_exporter(told: Served, *, is_blind: bool) -> None:
     assert age is None if is_blind else 0 <= age < 600
     assert told.value("queue_workers", **STEPS) == told.value("queue_slots", **STEPS) == 1
     assert told.value("workers", state="running") == 1
+    assert told.value("tasks_sent_total", **STEPS) == 2
+    for outcome in ("succeeded", "failed"):
+        assert told.value("tasks_ended_total", **STEPS, outcome=outcome) == 1
     status, text = told.get("/demand")
     assert status == 200
     assert '"far": 1' in text

@@ -382,7 +382,7 @@ def test_a_worker_says_which_of_its_tasks_has_ended_and_that_its_broker_is_away(
                 lambda *_: FakeSlot(),
             ),
         )
-        assert worker.state == "running"
+        assert (worker.state, worker.slots) == ("running", {QueueKind.STEPS: 1})
         running = asyncio.create_task(worker.run())
         await asyncio.wait_for(ready.wait(), SECONDS)
         queues.freeze()

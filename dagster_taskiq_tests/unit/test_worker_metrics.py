@@ -100,7 +100,6 @@ def test_the_way_of_a_task_is_counted(metrics: WorkerMetrics) -> None:
     metrics.stored(envelope, 5000)
     metrics.released(envelope)
     assert value(metrics, "busy_slots", kind="steps") == 0
-    assert value(metrics, "slots", kind="steps") == 2
     assert value(metrics, "tasks_started_total", **QUEUE) == 1
     assert value(metrics, "tasks_retried_total", **QUEUE) == 0
     assert value(metrics, "tasks_ended_total", **QUEUE, outcome="success") == 1
@@ -230,13 +229,15 @@ def test_children_are_looked_at_when_it_is_asked(metrics: WorkerMetrics) -> None
         asked.append(1)
         return [os.getpid(), 2**22 - 1]
 
-    metrics.seen = Seen(lambda: "draining", pids)
+    metrics.seen = Seen(lambda: "draining", lambda: {QueueKind.STEPS: 2}, pids)
     assert value(metrics, "children") == 1
     memory = value(metrics, "children_memory_bytes")
     assert memory == value(metrics, "largest_child_memory_bytes")
     assert memory is not None
     assert memory > 2**20
     assert value(metrics, "state", state="draining") == 1
+    assert value(metrics, "slots", kind="steps") == 2
+    assert value(metrics, "slots", kind="runs") == 0
     assert len(asked) == 1
 
 
@@ -325,7 +326,7 @@ def test_a_loop_that_hangs_is_seen_from_another_thread(monkeypatch: pytest.Monke
     monkeypatch.setattr(health_module, "LONGEST_LAG_SECONDS", 0.1)
     with closing(WorkerPages("127.0.0.1", 0, OPTIONS)) as pages:
         pages.ready()
-        worker = cast("Worker", SimpleNamespace(state="running", child_pids=[]))
+        worker = cast("Worker", SimpleNamespace(state="running", slots={}, child_pids=[]))
 
         async def hang() -> None:
             pages.watch(worker)
