@@ -148,8 +148,8 @@ RENEWALS = _histogram(
 )
 LEASE_LEFT = _gauge(
     "worker_lease_left_ratio",
-    "The least that was left of a lease at its renewal in the last minute; 1 is all of it, and "
-    "below 1/3 steps are stopped.",
+    "The least that was left of a claim's lease in the last minute; 1 is all of it, 5/6 is usual, "
+    "and below 1/3 steps are stopped.",
 )
 AWAY = _gauge(
     "worker_server_away",

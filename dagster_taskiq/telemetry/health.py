@@ -19,9 +19,8 @@ from dagster_taskiq.worker.observer import LeaseRenewal, WorkerObserver
 #: are stopped after 20 s without one.
 LONGEST_LAG_SECONDS = 5.0
 
-#: Share of a lease without a renewal that is too much: three in a row have failed, or the keeper
-#: of the leases is stuck.
-_LONGEST_LEASE_SHARE = INTERRUPT_AFTER_LEASE_SHARE * 3 / 4
+#: What must be left of a lease: below it, three renewals in a row have failed.
+_LEAST_LEASE_SHARE = 1 - INTERRUPT_AFTER_LEASE_SHARE * 3 / 4
 
 #: States of a healthy worker that takes nothing now, with what they mean.
 _NOTES = {"draining": "The worker drains: it takes no new tasks, and ends when its tasks have."}
@@ -53,8 +52,7 @@ class WorkerHealth(WorkerObserver):
         self._is_ready = False
         self._failed_task = ""
         self._outage: tuple[float, str] | None = None
-        #: By task id: until when the lease of a claimed task should have been renewed, and for how
-        #: long each renewal is good.
+        #: By task id: when the lease was renewed last, and how long it is.
         self._leases: dict[str, tuple[float, float]] = {}
 
     def ready(self) -> None:
@@ -65,8 +63,7 @@ class WorkerHealth(WorkerObserver):
 
     def claimed(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
-        seconds = envelope.lease_seconds * _LONGEST_LEASE_SHARE
-        self._leases[envelope.task_id] = (self._now() + seconds, seconds)
+        self._leases[envelope.task_id] = self._now(), envelope.lease_seconds
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
@@ -75,8 +72,8 @@ class WorkerHealth(WorkerObserver):
     def renewed(self, renewal: LeaseRenewal) -> None:
         """See ``WorkerObserver``."""
         sent_at = self._now() - renewal.seconds
-        for task_id, (due_at, seconds) in self._leases.items():
-            self._leases[task_id] = (max(due_at, sent_at + seconds), seconds)
+        for task_id, (renewed_at, seconds) in self._leases.items():
+            self._leases[task_id] = max(renewed_at, sent_at), seconds
 
     def outage(self, address: str, error: ServerError) -> None:
         """See ``WorkerObserver``."""
@@ -96,6 +93,16 @@ class WorkerHealth(WorkerObserver):
     def is_ready(self) -> bool:
         """Whether the worker takes tasks, or has done so."""
         return self._is_ready
+
+    @property
+    def least_lease_share(self) -> float:
+        """The least that is left of a lease now; 1 is all of it."""
+        return min([1 - age / lease for age, lease in self._ages()], default=1.0)
+
+    def _ages(self) -> list[tuple[float, float]]:
+        """Of each lease how long ago it was renewed, and how long it is; in seconds."""
+        now = self._now()
+        return [(now - renewed_at, seconds) for renewed_at, seconds in list(self._leases.values())]
 
     def causes(self, state: str) -> list[Cause]:
         """Why the worker is not healthy; empty if it is.
@@ -125,13 +132,12 @@ class WorkerHealth(WorkerObserver):
         if self._outage is not None:
             since, text = self._outage
             return f"The worker has not renewed its claims for {self._now() - since:.0f} s: {text}"
-        now = self._now()
-        late = [seconds for due_at, seconds in list(self._leases.values()) if now > due_at]
+        late = [age for age, lease in self._ages() if 1 - age / lease < _LEAST_LEASE_SHARE]
         if not late:
             return ""
         return (
-            f"The worker has not renewed {len(late)} of its claims for more than {min(late):.0f} s,"
-            " and nothing says why; see its log."
+            f"The worker has not renewed {len(late)} of its claims for up to {max(late):.0f} s: the "
+            "backend has not answered."
         )
 
     @staticmethod

@@ -51,7 +51,8 @@ class Reading:
     @property
     def problems(self) -> list[str]:
         """What is wrong with the servers, in sentences."""
-        return [it for it in (self.problem, *(it.problem for it in self.overview.servers)) if it]
+        said = (self.problem, *(server.problem for server in self.overview.servers))
+        return [text for text in dict.fromkeys(said) if text]
 
 
 def metrics_of(reading: Reading, queues: Iterable[str]) -> Iterator[Metric]:

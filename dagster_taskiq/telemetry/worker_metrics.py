@@ -19,6 +19,7 @@ from dagster_taskiq.messages.results import Outcome, Place
 from dagster_taskiq.telemetry import definitions as the
 from dagster_taskiq.telemetry.definitions import Definition
 from dagster_taskiq.telemetry.exposition import family
+from dagster_taskiq.telemetry.health import WorkerHealth
 from dagster_taskiq.telemetry.loop_watch import LoopWatch
 from dagster_taskiq.telemetry.peaks import Peak
 from dagster_taskiq.telemetry.queue_labels import QueueLabels
@@ -64,23 +65,24 @@ class WorkerMetrics(WorkerObserver):
     Args:
         name: of the worker, with its host.
         options: its queues, and whether it has slots of a kind.
-        loop_watch: how late its event loop is.
+        health: knows how late its event loop is, and its renewals are.
 
     Attributes:
         registry: what there is to read.
         seen: what else there is to see; set once the worker exists.
     """
 
-    def __init__(self, name: str, options: WorkerOptions, loop_watch: LoopWatch) -> None:
+    def __init__(self, name: str, options: WorkerOptions, health: WorkerHealth) -> None:
         self.registry = CollectorRegistry()
         self.seen = Seen()
         self._queues = QueueLabels(options.queues)
+        self._health = health
         self._lost_shares = Peak()
         self._broker_away: set[QueueKind] = set()
         self._make()
         self._fill(options)
         self._gauge(the.WORKER_INFO).labels(name, __version__).set(1)
-        self.registry.register(_Looks(self, loop_watch))
+        self.registry.register(_Looks(self, health.loop_watch))
         ProcessCollector(registry=self.registry)
 
     def _counter(self, definition: Definition) -> Counter:
@@ -144,7 +146,7 @@ class WorkerMetrics(WorkerObserver):
     @property
     def least_lease_share(self) -> float:
         """See ``LEASE_LEFT``."""
-        return 1 - (self._lost_shares.largest() or 0.0)
+        return min(1 - (self._lost_shares.largest() or 0.0), self._health.least_lease_share)
 
     # --- what the worker tells ---
 

@@ -32,7 +32,7 @@ class WorkerPages:
     def __init__(self, host: str, port: int, options: WorkerOptions) -> None:
         self._health = WorkerHealth()
         name = f"{options.name}@{socket.gethostname()}"
-        self._metrics = WorkerMetrics(name, options, self._health.loop_watch)
+        self._metrics = WorkerMetrics(name, options, self._health)
         self._server = PageServer(
             host,
             port,

@@ -29,7 +29,6 @@ from dagster_taskiq.telemetry import pages as pages_module
 from dagster_taskiq.telemetry.definitions import WORKER_METRICS
 from dagster_taskiq.telemetry.exporter import Exporter
 from dagster_taskiq.telemetry.health import WorkerHealth
-from dagster_taskiq.telemetry.loop_watch import LoopWatch
 from dagster_taskiq.telemetry.pages import Page, PageServer
 from dagster_taskiq.telemetry.peaks import WINDOW_SECONDS, Peak
 from dagster_taskiq.telemetry.queue_labels import MOST_UNKNOWN, OTHER, QueueLabels
@@ -62,7 +61,7 @@ class Clock:
 
 @pytest.fixture
 def metrics() -> WorkerMetrics:
-    return WorkerMetrics("w@h", OPTIONS, LoopWatch())
+    return WorkerMetrics("w@h", OPTIONS, WorkerHealth())
 
 
 def value(metrics: WorkerMetrics, name: str, **labels: str) -> float | None:
@@ -221,6 +220,18 @@ def test_renewals_are_measured(metrics: WorkerMetrics) -> None:
     assert value(metrics, "lease_renewal_seconds_sum") == 0.5
 
 
+def test_a_lease_that_is_not_renewed_is_seen_before_anybody_answers() -> None:
+    """A server that is frozen answers no renewal that could be measured."""
+    clock = Clock()
+    health = ready_health(clock)
+    metrics = WorkerMetrics("w@h", OPTIONS, health)
+    health.claimed(STEP_TASK)
+    clock.now += 24
+    assert value(metrics, "lease_left_ratio") == pytest.approx(0.2)
+    health.released(STEP_TASK)
+    assert value(metrics, "lease_left_ratio") == 1
+
+
 def test_children_are_looked_at_when_it_is_asked(metrics: WorkerMetrics) -> None:
     """One that has just ended is left out, and a second scrape does not look again at once."""
     asked = []
@@ -257,6 +268,7 @@ def test_the_worst_of_a_minute_is_forgotten_after_it() -> None:
     assert peak.largest() is None
     peak.note(1.0)
     assert peak.largest() == 1.0
+    assert len(peak._values) == 1
 
 
 # --- health ---
@@ -316,7 +328,7 @@ def test_claims_that_nobody_renews_are_said_though_no_outage_is() -> None:
     clock.now += 13
     assert texts(health) == []
     clock.now += 2
-    assert "has not renewed 1 of its claims for more than 15 s" in texts(health)[0]
+    assert "has not renewed 1 of its claims for up to 16 s" in texts(health)[0]
     health.released(STEP_TASK)
     assert texts(health) == []
 
