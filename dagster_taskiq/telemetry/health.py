@@ -136,8 +136,8 @@ class WorkerHealth(WorkerObserver):
         if not late:
             return ""
         return (
-            f"The worker has not renewed {len(late)} of its claims for up to {max(late):.0f} s: the "
-            "backend has not answered."
+            f"The worker has not renewed {len(late)} of its claims for up to {max(late):.0f} s: "
+            "the backend has not answered."
         )
 
     @staticmethod
