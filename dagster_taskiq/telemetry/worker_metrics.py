@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from dagster_taskiq.backend import ClaimAnswer
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
-from dagster_taskiq.messages.results import Outcome, Place
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.telemetry import definitions as the
 from dagster_taskiq.telemetry.definitions import Definition
 from dagster_taskiq.telemetry.exposition import family
@@ -182,7 +182,9 @@ class WorkerMetrics(WorkerObserver):
         if ending.run_seconds is not None:
             self._run_times.labels(*labels).observe(ending.run_seconds)
 
-    def stored(self, envelope: Envelope, size_bytes: int) -> None:
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
         """See ``WorkerObserver``."""
         self._result_sizes.labels(*self._labels(envelope)).observe(size_bytes)
 

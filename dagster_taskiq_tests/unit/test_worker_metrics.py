@@ -23,7 +23,7 @@ import pytest
 from dagster_taskiq.backend import ClaimAnswer
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.messages.results import Outcome
+from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.telemetry import health as health_module
 from dagster_taskiq.telemetry import pages as pages_module
 from dagster_taskiq.telemetry.definitions import WORKER_METRICS
@@ -46,6 +46,7 @@ SECONDS = 20.0
 OPTIONS = WorkerOptions("w", ("dagster",), slots=2, run_slots=1)
 QUEUE = {"queue": "dagster", "kind": "steps"}
 AWAY = UnreachableServerError("redis://a", "Cannot reach redis://a: refused.")
+RESULT = TaskResult(Outcome.FINISHED, PLACE)
 RUN = replace(STEP_TASK, name=TaskName.EXECUTE_JOB, step_key=None, attempt=0)
 
 
@@ -73,7 +74,7 @@ def test_all_metrics_of_the_table_are_there_and_no_others(metrics: WorkerMetrics
     metrics.ended(STEP_TASK, Ending(Outcome.FINISHED, 0.0, 1.0))
     metrics.dropped(STEP_TASK, ClaimAnswer.DONE)
     metrics.claimed(STEP_TASK)
-    metrics.stored(STEP_TASK, 1)
+    metrics.completed(STEP_TASK, RESULT, is_cancelled=False, size_bytes=1)
     found = {}
     for family in metrics.registry.collect():
         if not family.name.startswith("process_"):
@@ -96,7 +97,7 @@ def test_the_way_of_a_task_is_counted(metrics: WorkerMetrics) -> None:
     assert value(metrics, "busy_slots", kind="steps") == 1
     metrics.began(envelope, PLACE)
     metrics.ended(envelope, Ending(Outcome.FINISHED, 0.1, 2.0, step_end="success"))
-    metrics.stored(envelope, 5000)
+    metrics.completed(envelope, RESULT, is_cancelled=False, size_bytes=5000)
     metrics.released(envelope)
     assert value(metrics, "busy_slots", kind="steps") == 0
     assert value(metrics, "tasks_started_total", **QUEUE) == 1

@@ -296,8 +296,11 @@ class Witness(WorkerObserver):
     def ended(self, envelope: Envelope, ending: Any) -> None:
         self._note("ended", ending)
 
-    def stored(self, envelope: Envelope, size_bytes: int) -> None:
-        self.details["stored"] = size_bytes
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
+        self._note("completed", (result, is_cancelled))
+        self.details["size"] = size_bytes
 
     def released(self, envelope: Envelope) -> None:
         self._note("released")
