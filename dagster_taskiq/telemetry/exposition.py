@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, disable_created_metrics
@@ -26,9 +27,12 @@ def family(definition: Definition, values: Mapping[tuple[str, ...], float]) -> M
 
 def metrics_page(registry: CollectorRegistry) -> MakePage:
     """The page with all metrics of a registry."""
+    turn = threading.Lock()
 
     def page(accept: str) -> Page:
         encode, content_type = choose_encoder(accept)
-        return Page(encode(registry), content_type=content_type)
+        # several at once would take the interpreter from the worker's event loop
+        with turn:
+            return Page(encode(registry), content_type=content_type)
 
     return page
