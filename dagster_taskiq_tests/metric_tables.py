@@ -1,6 +1,6 @@
 """The tables of docs/metrics.md: ``python -m dagster_taskiq_tests.metric_tables`` writes them.
 
-They are made of ``telemetry.definitions``, as the metrics themselves are. A test compares.
+They are made of ``monitoring.definitions``, as the metrics themselves are. A test compares.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dagster_taskiq
-from dagster_taskiq.telemetry.definitions import (
+from dagster_taskiq.monitoring.definitions import (
     EXPORTER_METRICS,
     WORKER_METRICS,
     Definition,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 
 import click
 
+from dagster_taskiq.cli.monitoring import DEFAULT_HOST, load_metrics
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.queues import queue_option
-from dagster_taskiq.cli.telemetry import DEFAULT_HOST, load_metrics
 from dagster_taskiq.connections import find_running_servers
 from dagster_taskiq.worker.log_writer import log_to_standard_error
 
@@ -46,17 +46,30 @@ def exporter(port: int, host: str, queues: tuple[str, ...], config_yaml: str | N
     find_running_servers(settings)  # so that a mistake in the settings ends the command
     names = dict.fromkeys([settings.default_queue, *queues])
     with (
+        _signals_kept() as wait_for_one,
         log_to_standard_error("INFO", "%(asctime)s %(levelname)s %(message)s"),
         closing(make(host, port, lambda: find_running_servers(settings), names)) as served,
     ):
-        told = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: told.set())
         served.start()
         logger.info(
             "Metrics are on %s/metrics, health on /health, the demand of queues on /demand.",
             served.url,
         )
         served.read()  # says in the log which server is away
-        told.wait()
+        wait_for_one()
         logger.info("Stopping.")
+
+
+@contextmanager
+def _signals_kept() -> Iterator[Callable[[], object]]:
+    """Have SIGINT and SIGTERM wait until they are asked for.
+
+    For all threads that are started meanwhile: a handler that wakes the main thread could find it
+    holding the very lock that it needs for that.
+    """
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield lambda: signal.sigwait(numbers)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -23,13 +23,13 @@ from dagster_taskiq.cli.celery_arguments import (
     read_celery_arguments,
     split_names,
 )
+from dagster_taskiq.cli.monitoring import DEFAULT_HOST, worker_pages
 from dagster_taskiq.cli.options import (
     check_platform,
     config_yaml_option,
     read_settings,
     say_errors,
 )
-from dagster_taskiq.cli.telemetry import DEFAULT_HOST, worker_pages
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_servers
 from dagster_taskiq.defaults import (
@@ -46,7 +46,7 @@ from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from dagster_taskiq.telemetry.worker_pages import WorkerPages
+    from dagster_taskiq.monitoring.worker_pages import WorkerPages
 
 logger = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.monitoring import exporter as module
+from dagster_taskiq.monitoring.definitions import EXPORTER_METRICS, MetricType
+from dagster_taskiq.monitoring.exporter import Exporter
+from dagster_taskiq.monitoring.queue_labels import MOST_UNKNOWN, OTHER
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.telemetry import exporter as module
-from dagster_taskiq.telemetry.definitions import EXPORTER_METRICS, MetricType
-from dagster_taskiq.telemetry.exporter import Exporter
-from dagster_taskiq.telemetry.queue_labels import MOST_UNKNOWN, OTHER
 from dagster_taskiq_tests.unit.overview_scene import RUN, Scene, step, worker
 from dagster_taskiq_tests.unit.test_worker_metrics import get
 

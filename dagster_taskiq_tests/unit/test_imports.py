@@ -25,7 +25,7 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
-    "executor launcher telemetry",
+    "executor launcher monitoring",
     "demo",
     "cli",
 ]

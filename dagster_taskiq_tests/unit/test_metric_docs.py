@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dagster_taskiq.cli import main
-from dagster_taskiq.telemetry.definitions import EXPORTER_METRICS, WORKER_METRICS, MetricType
+from dagster_taskiq.monitoring.definitions import EXPORTER_METRICS, WORKER_METRICS, MetricType
 from dagster_taskiq_tests.cli_runner import cli_runner
 from dagster_taskiq_tests.metric_tables import PAGE, written
 from dagster_taskiq_tests.unit.test_imports import PACKAGE

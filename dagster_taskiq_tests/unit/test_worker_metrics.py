@@ -24,16 +24,16 @@ from dagster_taskiq.backend import ClaimAnswer
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, TaskResult
-from dagster_taskiq.telemetry import health as health_module
-from dagster_taskiq.telemetry import pages as pages_module
-from dagster_taskiq.telemetry.definitions import WORKER_METRICS
-from dagster_taskiq.telemetry.exporter import Exporter
-from dagster_taskiq.telemetry.health import WorkerHealth
-from dagster_taskiq.telemetry.pages import Page, PageServer
-from dagster_taskiq.telemetry.peaks import WINDOW_SECONDS, Peak
-from dagster_taskiq.telemetry.queue_labels import MOST_UNKNOWN, OTHER, QueueLabels
-from dagster_taskiq.telemetry.worker_metrics import OUTCOMES, Seen, WorkerMetrics
-from dagster_taskiq.telemetry.worker_pages import WorkerPages
+from dagster_taskiq.monitoring import health as health_module
+from dagster_taskiq.monitoring import pages as pages_module
+from dagster_taskiq.monitoring.definitions import WORKER_METRICS
+from dagster_taskiq.monitoring.exporter import Exporter
+from dagster_taskiq.monitoring.health import WorkerHealth
+from dagster_taskiq.monitoring.pages import Page, PageServer
+from dagster_taskiq.monitoring.peaks import WINDOW_SECONDS, Peak
+from dagster_taskiq.monitoring.queue_labels import MOST_UNKNOWN, OTHER, QueueLabels
+from dagster_taskiq.monitoring.worker_metrics import OUTCOMES, Seen, WorkerMetrics
+from dagster_taskiq.monitoring.worker_pages import WorkerPages
 from dagster_taskiq.worker.leases import StopReason
 from dagster_taskiq.worker.observer import Ending, LeaseRenewal
 from dagster_taskiq.worker.options import WorkerOptions

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from dagster_taskiq.telemetry.peaks import Peak
+from dagster_taskiq.monitoring.peaks import Peak
 
 #: How often the event loop says that it goes round.
 TICK_SECONDS = 0.5

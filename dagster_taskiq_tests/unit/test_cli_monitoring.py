@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.cli import main
-from dagster_taskiq.telemetry.exporter import Exporter
-from dagster_taskiq.telemetry.pages import PageServer
+from dagster_taskiq.monitoring.exporter import Exporter
+from dagster_taskiq.monitoring.pages import PageServer
 from dagster_taskiq_tests.cli_runner import cli_runner
 from dagster_taskiq_tests.unit.test_cli_worker_start import START, invoked
 from dagster_taskiq_tests.unit.test_worker_metrics import get
@@ -29,7 +28,7 @@ NOWHERE = "redis://127.0.0.1:1/0"
 @pytest.fixture
 def _without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
-        if name.startswith("dagster_taskiq.telemetry"):
+        if name.startswith("dagster_taskiq.monitoring"):
             monkeypatch.delitem(sys.modules, name)
         elif name.partition(".")[0] == "prometheus_client":
             monkeypatch.setitem(sys.modules, name, None)
@@ -86,26 +85,26 @@ def test_an_exporter_starts_while_its_server_is_away(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", NOWHERE)
     answers: list[tuple[int, str]] = []
 
+    main_thread = threading.get_ident()
+
     class Scraped(Exporter):
         def start(self) -> None:
             super().start()
             threading.Thread(target=self._scrape).start()
 
         def _scrape(self) -> None:
-            answers.append(get(self, "/metrics"))
-            os.kill(os.getpid(), signal.SIGTERM)
+            try:
+                answers.append(get(self, "/metrics"))
+            finally:
+                signal.pthread_kill(main_thread, signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(exporter_module, "load_metrics", lambda _: Scraped)
-    try:
-        done = cli_runner().invoke(main, ["exporter", "--port", "0"])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    done = cli_runner().invoke(main, ["exporter", "--port", "0"])
     assert done.exit_code == 0, done.output
     ((status, text),) = answers
     assert status == 200
     assert 'dagster_taskiq_server_up{role="broker"} 0.0' in text
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
 
 
 def test_an_exporter_with_wrong_settings_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

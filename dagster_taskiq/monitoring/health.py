@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope
-from dagster_taskiq.telemetry.loop_watch import LoopWatch
+from dagster_taskiq.monitoring.loop_watch import LoopWatch
 from dagster_taskiq.worker.observer import LeaseRenewal, WorkerObserver
 
 #: How late the event loop may be. Its first renewal of a usual lease is due after 5 s, and steps

@@ -16,13 +16,13 @@ from dagster_taskiq.backend import ClaimAnswer
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.telemetry import definitions as the
-from dagster_taskiq.telemetry.definitions import Definition
-from dagster_taskiq.telemetry.exposition import family
-from dagster_taskiq.telemetry.health import WorkerHealth
-from dagster_taskiq.telemetry.loop_watch import LoopWatch
-from dagster_taskiq.telemetry.peaks import Peak
-from dagster_taskiq.telemetry.queue_labels import QueueLabels
+from dagster_taskiq.monitoring import definitions as the
+from dagster_taskiq.monitoring.definitions import Definition
+from dagster_taskiq.monitoring.exposition import family
+from dagster_taskiq.monitoring.health import WorkerHealth
+from dagster_taskiq.monitoring.loop_watch import LoopWatch
+from dagster_taskiq.monitoring.peaks import Peak
+from dagster_taskiq.monitoring.queue_labels import QueueLabels
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.leases import StopReason
 from dagster_taskiq.worker.observer import Ending, LeaseRenewal, WorkerObserver

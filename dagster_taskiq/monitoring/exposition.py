@@ -9,8 +9,8 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dagster_taskiq.telemetry.definitions import Definition, MetricType
-from dagster_taskiq.telemetry.pages import MakePage, Page
+from dagster_taskiq.monitoring.definitions import Definition, MetricType
+from dagster_taskiq.monitoring.pages import MakePage, Page
 
 # a second line for each counter and each histogram, which Prometheus itself does not use
 disable_created_metrics()  # type: ignore[no-untyped-call]

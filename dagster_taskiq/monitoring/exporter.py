@@ -23,11 +23,11 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import CONNECT_TIMEOUT_SECONDS
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.messages.attempt_ends import Counter
+from dagster_taskiq.monitoring import definitions as the
+from dagster_taskiq.monitoring.exposition import family, metrics_page
+from dagster_taskiq.monitoring.overview_metrics import Reading, demand_of, metrics_of
+from dagster_taskiq.monitoring.pages import Page, PageServer, lines
 from dagster_taskiq.overview import Overview, ServerView, reach_servers, read_backend, read_overview
-from dagster_taskiq.telemetry import definitions as the
-from dagster_taskiq.telemetry.exposition import family, metrics_page
-from dagster_taskiq.telemetry.overview_metrics import Reading, demand_of, metrics_of
-from dagster_taskiq.telemetry.pages import Page, PageServer, lines
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from dagster_taskiq.messages.attempt_ends import Counted
 from dagster_taskiq.messages.attempt_ends import Counter as HistoryCounter
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.monitoring import definitions as the
+from dagster_taskiq.monitoring.exposition import family
+from dagster_taskiq.monitoring.queue_labels import QueueLabels
 from dagster_taskiq.overview import Overview, QueueView, TaskStatus
-from dagster_taskiq.telemetry import definitions as the
-from dagster_taskiq.telemetry.exposition import family
-from dagster_taskiq.telemetry.queue_labels import QueueLabels
 
 #: What is counted of the end of a task.
 _ENDED = (Counted.SUCCEEDED, Counted.FAILED, Counted.LOST, Counted.CANCELLED)

@@ -11,7 +11,7 @@ from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.worker.options import WorkerOptions
 
 if TYPE_CHECKING:
-    from dagster_taskiq.telemetry.worker_pages import WorkerPages
+    from dagster_taskiq.monitoring.worker_pages import WorkerPages
 
 #: Listened on where no host is named, so that only who asks for it opens a port to others.
 DEFAULT_HOST = "127.0.0.1"
@@ -21,13 +21,13 @@ _LIBRARY = "prometheus_client"
 
 
 def load_metrics(name: str) -> Any:
-    """A part of ``telemetry``, by ``module:name``.
+    """A part of ``monitoring``, by ``module:name``.
 
     Raises:
         ConfigError: the extra ``metrics`` is not installed.
     """
     try:
-        return resolve_name(f"dagster_taskiq.telemetry.{name}")
+        return resolve_name(f"dagster_taskiq.monitoring.{name}")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != _LIBRARY:
             raise

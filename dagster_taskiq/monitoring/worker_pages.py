@@ -7,10 +7,10 @@ import socket
 from collections.abc import Callable
 from http import HTTPStatus
 
-from dagster_taskiq.telemetry.exposition import metrics_page
-from dagster_taskiq.telemetry.health import Cause, WorkerHealth
-from dagster_taskiq.telemetry.pages import Page, PageServer, lines
-from dagster_taskiq.telemetry.worker_metrics import Seen, WorkerMetrics
+from dagster_taskiq.monitoring.exposition import metrics_page
+from dagster_taskiq.monitoring.health import Cause, WorkerHealth
+from dagster_taskiq.monitoring.pages import Page, PageServer, lines
+from dagster_taskiq.monitoring.worker_metrics import Seen, WorkerMetrics
 from dagster_taskiq.worker.observer import Observers, WorkerObserver
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.worker import Worker
