@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dagster_taskiq._dagster.storage import has_database_server, postgresql_of
+from dagster_taskiq._dagster.instance_home import has_database_server, postgresql_of
 from dagster_taskiq.config.server_urls import DATABASE_OF_THE_INSTANCE, WITH_THE_INSTANCE
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.queue_names import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.identity import embedded_identity
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server
@@ -119,8 +119,7 @@ class _RestsError(Exception):
 
 def _started(settings: Settings, home: Path) -> ServerOptions:
     """The embedded server of a DAGSTER_HOME, which runs from now on."""
-    options = settings.server_options(use_embedded_server(home), None)
-    return replace(options, identity=embedded_identity(home))
+    return _embedded(settings, home, use_embedded_server(home))
 
 
 def _running(settings: Settings, home: Path) -> ServerOptions:
@@ -128,7 +127,11 @@ def _running(settings: Settings, home: Path) -> ServerOptions:
     url = find_embedded_server(home)
     if url is None:
         raise _RestsError
-    return settings.server_options(url, None)
+    return _embedded(settings, home, url)
+
+
+def _embedded(settings: Settings, home: Path, url: str) -> ServerOptions:
+    return replace(settings.server_options(url, None), identity=embedded_identity(home))
 
 
 def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:

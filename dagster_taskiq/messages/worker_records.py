@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from dagster_taskiq.defaults import (
@@ -35,6 +36,10 @@ _OF_THE_READER = ("is_trusted", "is_outdated")
 #: How many tasks a worker tells at most, and the most bytes that these are believed to take.
 MAX_RUNNING = 100
 _MAX_RUNNING_BYTES = 512 * 2**10
+
+
+#: The state of a worker that takes no new tasks until it is resumed.
+PAUSED = "paused"
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ class WorkerRecord:
         queues: that it listens on, as people name them.
         slots, busy_slots: how many steps it can and does run.
         run_slots, busy_run_slots: the same for whole runs.
-        state: ``running``, ``draining``, or ``no processes``: it can start none, and takes nothing.
+        state: ``running``, ``paused``, ``draining``, or ``no processes``: it can start none. In the
+            last three it takes nothing.
+        pause_reason: of who has paused it, for people.
         started_at: seconds since the epoch.
         refused: how many messages it has refused.
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
@@ -93,6 +100,7 @@ class WorkerRecord:
     run_slots: int = 0
     busy_run_slots: int = 0
     state: str = "running"
+    pause_reason: str = ""
     started_at: float = 0.0
     version: str = "unknown"
     refused: int = 0
@@ -214,3 +222,10 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "int": _count,
     "float": _seconds,
 }
+
+
+def is_named(record: WorkerRecord, name: str) -> bool:
+    """Whether NAME, NAME@HOST or @HOST means this worker; each may be a pattern, as of files."""
+    own, _, host = record.name.partition("@")
+    meant = (record.name, own, f"@{host}")
+    return name in meant or any(fnmatchcase(it, name) for it in meant)

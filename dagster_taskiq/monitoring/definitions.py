@@ -212,7 +212,12 @@ RUNNING = _gauge(
     "queue",
     "kind",
 )
-DEMAND = _gauge("queue_demand", "Those that wait and those that are executed.", "queue", "kind")
+DEMAND = _gauge(
+    "queue_demand",
+    "Those that wait and those that are executed; of a queue that is paused only the latter.",
+    "queue",
+    "kind",
+)
 QUEUE_SLOTS = _gauge(
     "queue_slots",
     "Slots of the workers that listen; one that listens to several queues counts for each.",
@@ -225,10 +230,11 @@ MISSING_SLOTS = _gauge(
 QUEUE_WORKERS = _gauge("queue_workers", "Workers that listen to it.", "queue", "kind")
 STUCK = _gauge(
     "queue_stuck",
-    "Whether tasks wait that no worker will take as things are.",
+    "Whether tasks wait that no worker will take as things are, and nobody has paused it.",
     "queue",
     "kind",
 )
+PAUSED_QUEUE = _gauge("queue_paused", "Whether it is paused for all workers.", "queue", "kind")
 WORKERS = _gauge("workers", "Workers in the list of workers.", "state")
 ALL_SLOTS = _gauge("slots", "Slots of all of them.", "kind")
 ALL_BUSY_SLOTS = _gauge("busy_slots", "Those of the slots that have a task.", "kind")
@@ -270,6 +276,7 @@ EXPORTER_METRICS: tuple[Definition, ...] = (
     MISSING_SLOTS,
     QUEUE_WORKERS,
     STUCK,
+    PAUSED_QUEUE,
     WORKERS,
     ALL_SLOTS,
     ALL_BUSY_SLOTS,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dagster_taskiq.defaults import INTERRUPT_AFTER_LEASE_SHARE
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.monitoring.loop_watch import LoopWatch
 from dagster_taskiq.worker.observer import LeaseRenewal, WorkerObserver
 
@@ -23,7 +24,10 @@ LONGEST_LAG_SECONDS = 5.0
 _LEAST_LEASE_SHARE = 1 - INTERRUPT_AFTER_LEASE_SHARE * 3 / 4
 
 #: States of a healthy worker that takes nothing now, with what they mean.
-_NOTES = {"draining": "The worker drains: it takes no new tasks, and ends when its tasks have."}
+_NOTES = {
+    "draining": "The worker drains: it takes no new tasks, and ends when its tasks have.",
+    PAUSED: "The worker is paused: it takes no new tasks until it is resumed.",
+}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import Metric
 from dagster_taskiq.messages.attempt_ends import Counted
 from dagster_taskiq.messages.attempt_ends import Counter as HistoryCounter
 from dagster_taskiq.messages.envelope import QueueKind
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import PAUSED, WorkerRecord
 from dagster_taskiq.monitoring import definitions as the
 from dagster_taskiq.monitoring.exposition import family
 from dagster_taskiq.monitoring.queue_labels import QueueLabels
@@ -72,14 +72,14 @@ def metrics_of(reading: Reading, queues: Iterable[str]) -> Iterator[Metric]:
 
 
 def demand_of(overview: Overview, queues: Iterable[str]) -> dict[str, dict[str, int]]:
-    """How many tasks of each queue wait or are executed, by kind and queue.
+    """The demand of each queue by kind and name, see ``DEMAND``.
 
     Args:
         queues: that are told of both kinds whatever is known of them.
     """
     demand = {kind.value: dict.fromkeys(queues, 0) for kind in QueueKind}
     for view in overview.queues:
-        demand[view.kind.value][view.name] = view.depth + view.running
+        demand[view.kind.value][view.name] = _demand(view)
     return demand
 
 
@@ -117,6 +117,7 @@ def _queues(overview: Overview, labels: QueueLabels) -> Iterator[Metric]:
         the.MISSING_SLOTS,
         the.QUEUE_WORKERS,
         the.STUCK,
+        the.PAUSED_QUEUE,
     ):
         yield family(each, {key: value for (name, key), value in sums.items() if name == each.name})
     yield family(the.OLDEST, oldest)
@@ -124,7 +125,7 @@ def _queues(overview: Overview, labels: QueueLabels) -> Iterator[Metric]:
 
 def _counts(view: QueueView, workers: Sequence[WorkerRecord]) -> Mapping[str, int]:
     slots = sum(_slots(it)[view.kind][0] for it in workers if it.name in view.workers)
-    demand = view.depth + view.running
+    demand = _demand(view)
     return {
         the.DEPTH.name: view.depth,
         the.RUNNING.name: view.running,
@@ -133,7 +134,13 @@ def _counts(view: QueueView, workers: Sequence[WorkerRecord]) -> Mapping[str, in
         the.MISSING_SLOTS.name: max(0, demand - slots),
         the.QUEUE_WORKERS.name: len(view.workers),
         the.STUCK.name: int(view.is_stuck),
+        the.PAUSED_QUEUE.name: int(view.pause is not None),
     }
+
+
+def _demand(view: QueueView) -> int:
+    """How many slots its tasks want; more workers would take nothing from a paused queue."""
+    return view.running + (0 if view.pause else view.depth)
 
 
 def _slots(worker: WorkerRecord) -> Mapping[QueueKind, tuple[int, int]]:
@@ -145,7 +152,9 @@ def _slots(worker: WorkerRecord) -> Mapping[QueueKind, tuple[int, int]]:
 
 
 def _workers(workers: Sequence[WorkerRecord] | None) -> Iterator[Metric]:
-    states: _Values = {} if workers is None else {("running",): 0, ("draining",): 0}
+    states: _Values = {}
+    if workers is not None:
+        states = {(state,): 0 for state in ("running", PAUSED, "draining")}
     slots: _Values = {}
     busy: _Values = {}
     for worker in workers or ():

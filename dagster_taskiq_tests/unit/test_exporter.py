@@ -19,6 +19,7 @@ from dagster_taskiq.brokers.memory import MemoryBroker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.monitoring import exporter as module
 from dagster_taskiq.monitoring.definitions import EXPORTER_METRICS, MetricType
@@ -146,6 +147,21 @@ def test_what_runs_and_what_waits_is_the_demand(watched: Watched) -> None:
     assert value(values, "tasks", state="running") == value(values, "runs") == 1
     assert value(values, "tasks", state="lost") == 0
     assert json.loads(get(watched.exporter, "/demand")[1])["steps"] == {"dagster": 2}
+
+
+def test_a_paused_queue_wants_no_more_workers(watched: Watched) -> None:
+    """They would take nothing; nor is somebody to be woken for it."""
+    scene = watched.scene
+    watched.do(
+        scene.beat(worker()),
+        scene.send(step("waits")),
+        scene.backend.pause_queue(QueuePause("dagster", "", time.time(), "h")),
+    )
+    values = watched.scrape()
+    assert value(values, "queue_depth", **STEPS) == value(values, "queue_paused", **STEPS) == 1
+    for name in ("queue_demand", "queue_missing_slots", "queue_stuck"):
+        assert value(values, name, **STEPS) == 0
+    assert json.loads(get(watched.exporter, "/demand")[1])["steps"] == {"dagster": 0}
 
 
 def test_workers_are_counted_by_their_states(watched: Watched) -> None:

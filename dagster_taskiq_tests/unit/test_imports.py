@@ -25,8 +25,9 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
-    "executor launcher monitoring",
-    "demo",
+    "steering",
+    "executor launcher stack monitoring",
+    "demo dev",
     "cli",
 ]
 
@@ -117,8 +118,6 @@ def test_there_are_no_cycles() -> None:
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
-    # only this command needs it
-    "cli": {"dagster_taskiq.demo.run.run_demo"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
 }
 
@@ -178,6 +177,13 @@ def _outside(prefix: str) -> set[str]:
         ("messages.envelope", {"dagster", "redis", "aio_pika"}),
         ("_dagster", {"taskiq", "redis", "aio_pika"}),
         ("config", {"taskiq", "redis", "aio_pika"}),
+        *(
+            (part, {"dagster", "taskiq"})
+            for part in sorted(TREES)
+            if part.startswith("config.") and part != "config.schema"
+        ),
+        ("connections", {"dagster", "taskiq", "redis", "aio_pika"}),
+        ("_dagster.instance_home", {"dagster", "taskiq"}),
         ("brokers", {"dagster"}),
         ("carrier", {"dagster", "redis", "aio_pika"}),
         ("brokers.memory", {"dagster", "redis", "aio_pika"}),

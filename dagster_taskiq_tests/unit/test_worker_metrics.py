@@ -24,6 +24,7 @@ from dagster_taskiq.backend import ClaimAnswer
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.monitoring import health as health_module
 from dagster_taskiq.monitoring import pages as pages_module
 from dagster_taskiq.monitoring.definitions import WORKER_METRICS
@@ -291,8 +292,9 @@ def test_a_worker_is_healthy_when_it_is_ready() -> None:
     assert "is not ready yet" in cause.text
     assert not cause.is_mended_by_restart
     health.ready()
-    assert texts(health) == texts(health, "draining") == []
-    assert "takes no new tasks" in health.note("draining")
+    assert texts(health) == texts(health, "draining") == texts(health, PAUSED) == []
+    for state in ("draining", PAUSED):
+        assert "takes no new tasks" in health.note(state)
 
 
 def test_a_worker_that_can_start_no_processes_is_not_healthy() -> None:
