@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from dagster_taskiq.cli.dashboard import dashboard
 from dagster_taskiq.cli.database import database_sql
 from dagster_taskiq.cli.options import check_platform, say_errors
 from dagster_taskiq.cli.queues import queue
@@ -47,5 +48,5 @@ def database() -> None:
 database.add_command(database_sql)
 for _command in (start, worker_list, worker_show, worker_ping, worker_terminate, worker_reload):
     worker.add_command(_command)
-for _command in (status, queue, task, run):
+for _command in (status, queue, task, run, dashboard):
     main.add_command(_command)
