@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import click
 
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.dashboard.access import Access, check_login
+from dagster_taskiq.dashboard.face import Address, Face
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 
 #: Where the login comes from: not from an option, which the list of processes would show.
@@ -70,37 +71,15 @@ def dashboard(
     token, DAGSTER_TASKIQ_DASHBOARD_BASIC_AUTH has user:password. docs/dashboard.md says more.
     """
     settings = read_settings(config_yaml)
-    _serve(settings, host, port, _prefix(path_prefix), hosts, allow_actions, _url(dagster_url))
-
-
-def _serve(
-    settings: Settings,
-    host: str,
-    port: int,
-    prefix: str,
-    hosts: tuple[str, ...],
-    allow_actions: bool,
-    dagster_url: str,
-) -> None:
-    try:
-        # here, as only this command needs what the extra brings
-        from dagster_taskiq.dashboard.access import Access, check_login  # noqa: PLC0415
-        from dagster_taskiq.dashboard.pages import Face  # noqa: PLC0415
-        from dagster_taskiq.dashboard.serving import (  # noqa: PLC0415
-            Address,
-            quiet_logs,
-            serve,
-        )
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
-            raise
-        raise DagsterTaskiqError(
-            f"The page needs {error.name}: pip install 'dagster-taskiq[dashboard]'"
-        ) from None
     token, basic = os.getenv(TOKEN_VARIABLE) or None, os.getenv(BASIC_VARIABLE) or None
     check_login(token, basic, TOKEN_VARIABLE, BASIC_VARIABLE)
-    access = Access(token, basic, hosts)
-    address = Address(host, port)
+    access, address = Access(token, basic, hosts), Address(host, port)
+    face = Face(
+        _prefix(path_prefix),
+        _url(dagster_url),
+        may_act=allow_actions,
+        may_log_out=token is not None,
+    )
     if access.is_open and not address.is_loopback:
         what = "sees everything" + (" and can stop workers" if allow_actions else "")
         click.echo(
@@ -108,8 +87,15 @@ def _serve(
             f"{BASIC_VARIABLE}.",
             err=True,
         )
-    face = Face(prefix, dagster_url, may_act=allow_actions, may_log_out=token is not None)
-    quiet_logs()
+    try:
+        # here, as the extra may be missing, and no other command needs it
+        from dagster_taskiq.dashboard.serving import serve  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        raise DagsterTaskiqError(
+            f"The page needs {error.name}: pip install 'dagster-taskiq[dashboard]'"
+        ) from None
     serve(settings, address, face, access, lambda url: click.echo(f"The page is at {url}"))
 
 

@@ -163,7 +163,7 @@ class Watch:
         if look.stale or look.problem:
             await self._disconnect()  # the next look finds the servers anew
         else:
-            self._memory.note(look.overview)
+            look = replace(look, overview=self._memory.note(look.overview))
         self._last_end = time.monotonic()
         self.look = replace(
             look,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS
 from dagster_taskiq.messages.worker_records import WorkerRecord
-from dagster_taskiq.overview import Overview, TaskStatus
+from dagster_taskiq.overview import Overview, TaskStatus, TaskView
 
 #: How far the charts go back.
 MEMORY_SECONDS = 3600.0
@@ -23,6 +23,9 @@ SILENT_SECONDS = 2.5 * HEARTBEAT_SECONDS
 #: How long a worker that is gone is remembered, and how many are.
 GONE_SECONDS = 900.0
 _MOST_GONE = 50
+
+#: How many tasks are remembered by their names.
+_MOST_TASKS = 5000
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,29 @@ class Memory:
         self._heard: dict[str, _Heard] = {}
         self._gone: deque[GoneWorker] = deque(maxlen=_MOST_GONE)
         self._last_note = 0.0
+        self._tasks: dict[str, TaskView] = {}
 
-    def note(self, overview: Overview) -> None:
-        """Keep what one look has brought."""
+    def note(self, overview: Overview) -> Overview:
+        """Keep what one look has brought; the same with the names of tasks that are known here.
+
+        What a worker has just taken is told by its next heartbeat alone, and what it had when it
+        died by none: but it was seen when it waited.
+        """
         self._note_sample(overview)
         self._note_workers(overview.workers)
+        known = {it.task_id: it for it in overview.tasks() if it.step_key is not None}
+        runs = [
+            replace(run, tasks=[self._named(task) for task in run.tasks]) for run in overview.runs
+        ]
+        # those that are still there, or were until now
+        self._tasks = {**dict(list(self._tasks.items())[-_MOST_TASKS:]), **known}
+        return replace(overview, runs=runs)
+
+    def _named(self, task: TaskView) -> TaskView:
+        seen = self._tasks.get(task.task_id)
+        if task.step_key is not None or seen is None or seen.run_id != task.run_id:
+            return task
+        return replace(task, step_key=seen.step_key, attempt=seen.attempt, queue=seen.queue)
 
     def _note_sample(self, overview: Overview) -> None:
         now = self._clock()

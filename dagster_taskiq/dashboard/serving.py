@@ -3,45 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import uvicorn
 
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_running_servers
 from dagster_taskiq.dashboard.access import Access
+from dagster_taskiq.dashboard.face import Address, Face
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.dashboard.orders import Orders
-from dagster_taskiq.dashboard.pages import Face
 from dagster_taskiq.dashboard.web import make_app
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 
 #: How long answers under way may take when the process is told to end.
 _END_SECONDS = 2
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the page listens."""
-
-    host: str
-    port: int
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this host reaches it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 def serve(
@@ -60,7 +41,10 @@ def serve(
     def find() -> Servers | None:
         return find_running_servers(settings)
 
+    _quieten_logs()
     find()  # a mistake in the settings is said now, and in the terminal
+    # Dagster says with each look that an instance has no dagster.yaml: once is enough
+    logging.getLogger("dagster").setLevel(logging.ERROR)
     with _listening(address) as listener:
         port = listener.getsockname()[1]
         own_names = {*access.hosts, address.host, socket.gethostname()}
@@ -124,7 +108,7 @@ class _Server(uvicorn.Server):
         self.handle_exit(number, None)
 
 
-def quiet_logs() -> None:
+def _quieten_logs() -> None:
     """Have this package's own lines written, and of libraries only what is wrong."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("dagster_taskiq").setLevel(logging.INFO)
+    logging.getLogger("dagster_taskiq.dashboard").setLevel(logging.INFO)

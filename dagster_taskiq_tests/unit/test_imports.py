@@ -26,7 +26,7 @@ STOREYS = [
     "carrier",
     "loop launch worker overview",
     "executor launcher",
-    "demo",
+    "demo dashboard",
     "cli",
 ]
 
@@ -119,6 +119,8 @@ LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
     # only this command needs it
     "cli": {"dagster_taskiq.demo.run.run_demo"},
+    # the extra that it needs may be missing
+    "cli.dashboard": {"dagster_taskiq.dashboard.serving.serve"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
 }
 
