@@ -87,6 +87,14 @@ WORKER_EXPIRES_SECONDS = 30.0
 #: How old a signed order to a worker may be, and how far the clocks of two hosts may differ.
 CONTROL_AGE_SECONDS = 300.0
 
+#: How many ended attempts the backend keeps of each group (see ``EndGroup``), and for how long. One
+#: takes some 600 bytes.
+HISTORY_ENDS = 300
+HISTORY_EXPIRES_SECONDS = 7 * 24 * 3600
+
+#: How often a run or a worker adds to the history what has ended, at most.
+HISTORY_SECONDS = 3.0
+
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0
 

@@ -1,4 +1,5 @@
-"""What a backend must do, in three roles: for the execution loop, for workers, for people.
+"""What a backend must do, in four roles: for the execution loop, for workers, for people, and to
+keep a history, which is in ``history``.
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dagster_taskiq.backend.history import HistoryBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
@@ -336,8 +338,8 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend):
-    """All three roles, on one server.
+class Backend(RunBackend, ClaimBackend, ControlBackend, HistoryBackend):
+    """All four roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
     the password, from every method.

@@ -35,7 +35,16 @@ from dagster_taskiq.backend.memory_server import (
     orders_of,
     results_of,
 )
-from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import HISTORY_ENDS, RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.messages.attempt_ends import (
+    AttemptEnd,
+    Counter,
+    HistoryBatch,
+    readable_counts,
+    readable_ends,
+    write_counter,
+    write_end,
+)
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
@@ -324,3 +333,24 @@ class MemoryBackend(Backend):
         """See ``ControlBackend``."""
         orders = await self._server.wait_for(orders_of(worker_id), timeout_seconds)
         return [order.encode() for order in orders]
+
+    # --- the history ---
+
+    async def add_history(self, batch: HistoryBatch) -> None:
+        """See ``HistoryBackend``."""
+        ends = [(end.group, write_end(self._signer, end)) for end in batch.ends]
+        counts = {write_counter(counter): count for counter, count in batch.counts.items()}
+        with self._server.reached() as session:
+            now = session.moment.seconds
+            session.put_history(session.history.with_batch(batch.batch_id, ends, counts, now))
+
+    async def ended(self, most: int = HISTORY_ENDS) -> list[AttemptEnd]:
+        """See ``HistoryBackend``."""
+        with self._server.reached() as session:
+            found = session.history.newest(most, session.moment.seconds)
+        return readable_ends(self._signer, found, time.time())
+
+    async def counts(self) -> dict[Counter, int]:
+        """See ``HistoryBackend``."""
+        with self._server.reached() as session:
+            return readable_counts(session.history.counts)

@@ -29,8 +29,8 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
+from dagster_taskiq.backend.postgresql_history import PostgresqlHistory
 from dagster_taskiq.backend.postgresql_schema import PART
-from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
@@ -61,7 +61,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(Backend):
+class PostgresqlBackend(PostgresqlHistory, Backend):
     """See ``Backend``.
 
     Args:
@@ -193,7 +193,9 @@ class PostgresqlBackend(Backend):
                 if number:
                     state = TaskState(word)
                     left = left_seconds if state is TaskState.CLAIMED else 0.0
-                    reports[batch[number - 1]] = TaskReport(state, _place_of(place), left or 0.0)
+                    reports[batch[number - 1]] = TaskReport(
+                        state, Place.in_text(place), left or 0.0
+                    )
                 else:
                     epoch = word
         return epoch, reports
@@ -386,14 +388,6 @@ class PostgresqlBackend(Backend):
 
     async def _notify(self, channel: str) -> None:
         await self._connections.call("SELECT pg_notify(%s, '')", [channel])
-
-
-def _place_of(text: str | None) -> Place | None:
-    """Where a task runs, for people; None where it does not say."""
-    try:
-        return Place.from_dict(json.loads(text)) if text else None
-    except (ValueError, RecursionError, MalformedResultError):
-        return None
 
 
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:

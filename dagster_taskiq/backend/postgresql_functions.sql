@@ -563,5 +563,6 @@ BEGIN
     SELECT ctid FROM {s}.orders WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
   DELETE FROM {s}.workers WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
+  PERFORM {s}.tidy_history{v}(10 * p_most);
   RETURN v_sum;
 END $$;

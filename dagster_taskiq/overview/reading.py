@@ -73,6 +73,7 @@ async def read_overview(
     broker: TaskBroker,
     queues: Iterable[str] = (),
     most_waiting: int = MOST_WAITING,
+    most_ended: int = 0,
 ) -> Overview:
     """What there is to see on broker and backend; how they answer is ``reach_servers``.
 
@@ -81,22 +82,28 @@ async def read_overview(
         backend, broker: on which ``startup`` was called.
         queues: that are shown though no worker listens on them and no task may wait there.
         most_waiting: how many of the tasks that wait in a queue are shown one by one.
+        most_ended: how many attempts that have ended are shown, of each ``EndGroup``.
 
     Raises:
         ServerError: one of the two is away or refuses.
     """
-    known = await read_backend(backend)
+    known = await read_backend(backend, most_ended)
     reader = _QueueReader(servers, backend, broker, known.workers, known.runs, most_waiting)
     return replace(known, queues=await reader.read(queues))
 
 
-async def read_backend(backend: Backend) -> Overview:
-    """Workers and runs alone, which are seen while the broker is away.
+async def read_backend(backend: Backend, most_ended: int = 0) -> Overview:
+    """Workers, runs and what has ended alone, which are seen while the broker is away.
+
+    Args:
+        most_ended: see ``read_overview``.
 
     Raises:
         ServerError: the backend is away or refuses.
     """
-    return Overview(workers=await backend.workers(), runs=await _read_runs(backend))
+    workers, runs = await backend.workers(), await _read_runs(backend)
+    ended = await backend.ended(most_ended) if most_ended else []
+    return Overview(workers=workers, runs=runs, ended=ended)
 
 
 # --- queues ---

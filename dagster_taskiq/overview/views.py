@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dagster_taskiq.backend import TaskState
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place
@@ -160,12 +161,18 @@ class ServerView:
 
 @dataclass(frozen=True)
 class Overview:
-    """All of it; a server's parts are of one moment after the other."""
+    """All of it; a server's parts are of one moment after the other.
+
+    Attributes:
+        ended: the attempts that ended last, the newest first, as many of each group as were asked
+            for.
+    """
 
     servers: Sequence[ServerView] = ()
     workers: Sequence[WorkerRecord] = ()
     queues: Sequence[QueueView] = ()
     runs: Sequence[RunView] = ()
+    ended: Sequence[AttemptEnd] = ()
 
     def tasks(self) -> Iterator[TaskView]:
         """The tasks that are executed or wait for a judgement, by run; then those that wait."""

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskReport, TaskState
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.messages.attempt_ends import HistoryBatch
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -31,6 +32,7 @@ from dagster_taskiq_tests.contract.backend_bench import (
     Bench,
     Kind,
     PrivateHarness,
+    an_end,
     private_bench,
     record,
     shared_bench,
@@ -827,6 +829,9 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "runs": backend.runs,
         "running": backend.running,
         "send_control": lambda: backend.send_control("w", "x"),
+        "add_history": lambda: backend.add_history(HistoryBatch([an_end("task")])),
+        "ended": backend.ended,
+        "counts": backend.counts,
         "product": backend.product,
         "tidy": backend.tidy,
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),

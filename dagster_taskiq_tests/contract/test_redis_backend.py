@@ -16,6 +16,7 @@ import redis
 from dagster_taskiq.backend import TaskState, open_backend
 from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import RefusedByServerError, UnreachableServerError
+from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -23,6 +24,7 @@ from dagster_taskiq_tests.contract.backend_bench import (
     Kind,
     PrivateRedisHarness,
     RedisHarness,
+    an_end,
     record,
     shared_bench,
 )
@@ -85,7 +87,7 @@ def test_the_record_of_a_run_that_is_over_goes_soon(bench: Bench, server: RedisH
 
 
 def test_every_key_but_the_epoch_expires(bench: Bench, server: RedisHarness) -> None:
-    """Runs, results, claims and workers leave nothing for ever."""
+    """Runs, results, claims and workers leave nothing for ever; the counters are for ever."""
     held, done, lost = bench.claimed(), bench.claimed(), bench.claimed()
     bench.complete(done)
     bench.expire(lost)
@@ -93,8 +95,10 @@ def test_every_key_but_the_epoch_expires(bench: Bench, server: RedisHarness) -> 
     bench.cancel(held.task_id, "task")
     bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30))
     bench.call(bench.backend.send_control("w", "x"))
+    counts = {Counter("queue", "steps", Counted.SENT): 1}
+    bench.call(bench.backend.add_history(HistoryBatch([an_end("task")], counts)))
     forever = {key.rpartition(":")[2] for key, ttl in server.ttls().items() if ttl < 0}
-    assert forever <= {"epoch", "workers"}
+    assert forever <= {"epoch", "workers", "counts"}
 
 
 @pytest.mark.parametrize("judge", ["cancel", "condemn"])
