@@ -79,11 +79,20 @@ def nice_top(highest: float) -> float:
     """The next round number from a value on, for the upper edge."""
     size = 1.0
     while size < 1e12:
-        for step in (1, 2, 5):
+        for step in (1, 2, 3, 4, 5, 6, 8):
             if highest <= step * size:
                 return step * size
         size *= 10
     return highest
+
+
+#: Round times, in seconds.
+_ROUND_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 18000, 36000)
+
+
+def nice_seconds(highest: float) -> float:
+    """The same for a time."""
+    return next((it for it in _ROUND_SECONDS if highest <= it), None) or nice_top(highest)
 
 
 def stacked_bars(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.dashboard.ended import EndMemory, Ends
 from dagster_taskiq.dashboard.memory import Memory, Sample, WorkerNews
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.overview import (
@@ -48,6 +49,7 @@ class Look:
         problem: what else went wrong, a sentence; empty for nothing.
         news: of each worker, by its id, and of those that are gone.
         samples: of the last hour, the oldest first.
+        ends: the attempts that have ended.
         began_at: when the first look began, which no sample is older than.
     """
 
@@ -60,6 +62,7 @@ class Look:
     problem: str = ""
     news: WorkerNews = field(default_factory=WorkerNews)
     samples: Sequence[Sample] = ()
+    ends: Ends = field(default_factory=Ends)
     began_at: float = 0.0
 
 
@@ -109,6 +112,7 @@ class Watch:
         self._queues = list(queues)
         self._opened: Opened | None = None
         self._memory = Memory()
+        self._ends = EndMemory()
         self._looking: asyncio.Task[None] | None = None
         self._last_end = float("-inf")  # monotonic
         self._stopping = asyncio.Event()
@@ -163,7 +167,8 @@ class Watch:
         if look.stale or look.problem:
             await self._disconnect()  # the next look finds the servers anew
         else:
-            look = replace(look, overview=self._memory.note(look.overview))
+            ends = self._ends.note(look.overview.ended, time.time())
+            look = replace(look, overview=self._memory.note(look.overview), ends=ends)
         self._last_end = time.monotonic()
         self.look = replace(
             look,
@@ -199,9 +204,16 @@ class Watch:
             known = await read_backend(opened_.backend)
             overview = replace(known, servers=views, queues=before.overview.queues)
             seen_at = before.seen_at if before.stale else before.at or None
-            return Look(overview=overview, stale=frozenset(["queues"]), seen_at=seen_at)
+            return Look(
+                overview=overview, stale=frozenset(["queues"]), seen_at=seen_at, ends=before.ends
+            )
         overview = await read_overview(
-            opened_.servers, opened_.backend, opened_.broker, self._queues, MOST_WAITING
+            opened_.servers,
+            opened_.backend,
+            opened_.broker,
+            self._queues,
+            MOST_WAITING,
+            self._ends.next_most,
         )
         return Look(overview=replace(overview, servers=views))
 
@@ -221,6 +233,7 @@ def _stale(before: Look, views: Sequence[ServerView] | None = None, problem: str
         stale=frozenset(["workers", "queues"]),
         seen_at=before.seen_at if before.stale else before.at or None,
         problem=problem,
+        ends=before.ends,
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dagster_taskiq.dashboard import charts
 from dagster_taskiq.dashboard.actions import ACTIONS, Action, Subject
+from dagster_taskiq.dashboard.ended import end_table, unknown_note
 from dagster_taskiq.dashboard.face import Face
 from dagster_taskiq.dashboard.looks import LOOK_SECONDS, Look
 from dagster_taskiq.dashboard.orders import Done
@@ -21,32 +23,56 @@ from dagster_taskiq.dashboard.rows import (
     unseen_notes,
     worker_rows,
 )
-from dagster_taskiq.dashboard.summary import alerts, figures, sampled_charts
+from dagster_taskiq.dashboard.summary import alerts, figures, hour_charts
 from dagster_taskiq.dashboard.words import DASH, count_of, moment
 from dagster_taskiq.version import __version__
 
-#: The parts of the page, in their order.
-PARTS = (
-    "alerts",
-    "figures",
-    "charts",
-    "orders",
-    "workers",
-    "queues",
-    "flight",
-    "servers",
-)
 
-#: Those of the page of one run.
-RUN_PARTS = ("alerts", "flight")
+class View(str, Enum):
+    """A page that is kept up to date."""
+
+    OVERVIEW = ""
+    RUN = "run"
+    ENDED = "ended"
+
+
+#: The parts of each page, in their order.
+PARTS: Mapping[View, Sequence[str]] = {
+    View.OVERVIEW: (
+        "alerts",
+        "figures",
+        "charts",
+        "orders",
+        "workers",
+        "queues",
+        "flight",
+        "ended",
+        "servers",
+    ),
+    View.RUN: ("alerts", "flight", "ended"),
+    View.ENDED: ("ended",),
+}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What somebody wants to see.
+
+    Attributes:
+        run_id: for the page of a run.
+    """
+
+    view: View = View.OVERVIEW
+    run_id: str = ""
 
 
 @dataclass
 class Pages:
-    """Makes HTML of looks; each part of a look is made once, for all viewers."""
+    """Makes HTML of looks; each page of a look is made once, for all its viewers."""
 
     face: Face
-    _made: dict[tuple[int, int, str], Mapping[str, str]] = field(default_factory=dict)
+    _state: tuple[int, int] = (-1, 0)
+    _made: dict[Wish, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._templates = Environment(
@@ -67,54 +93,55 @@ class Pages:
             look_seconds=LOOK_SECONDS,
         )
 
-    def parts(self, look: Look, done: Sequence[Done], run_id: str = "") -> Mapping[str, str]:
-        """The parts of the page by their names.
+    def parts(self, look: Look, done: Sequence[Done], wish: Wish) -> Mapping[str, str]:
+        """The parts of a page by their names.
 
         Args:
             done: what was ordered here, the last first.
-            run_id: for the page of one run.
         """
-        key = (look.number, len(done) and done[0].number, run_id)
-        if key not in self._made:
-            old = [it for it in self._made if it[:2] != key[:2]]
-            for it in old:
-                del self._made[it]
-            self._made[key] = self._make(look, done, run_id)
-        return self._made[key]
+        state = (look.number, done[0].number if done else 0)
+        if state != self._state:
+            self._state = state
+            self._made.clear()
+        if wish not in self._made:
+            self._made[wish] = self._make(look, done, wish)
+        return self._made[wish]
 
-    def _make(self, look: Look, done: Sequence[Done], run_id: str) -> Mapping[str, str]:
+    def _make(self, look: Look, done: Sequence[Done], wish: Wish) -> Mapping[str, str]:
         now, overview = look.at, look.overview
-        runs = run_rows(look, run_id)
+        runs = run_rows(look, wish.run_id)
         context: dict[str, Any] = {
             "look": look,
             "now": now,
-            "run_id": run_id,
+            "view": wish.view.value,
             "alerts": alerts(look),
             "figures": figures(look),
-            "charts": sampled_charts(look),
+            "charts": hour_charts(look),
             "orders": done,
             "workers": worker_rows(look),
             "queues": queue_rows(look),
             "runs": runs[:MOST_RUNS],
             "more_runs": max(0, len(runs) - MOST_RUNS),
+            "ended": end_table(look.ends, now, wish.run_id, are_all=wish.view is not View.OVERVIEW),
+            "ends_note": unknown_note(look.ends, now),
             "unseen": unseen_notes(overview.queues),
             "servers": [server_row(it) for it in overview.servers],
         }
-        names = RUN_PARTS if run_id else PARTS
         return {
             name: self._templates.get_template(f"part_{name}.html").render(context)
-            for name in names
+            for name in PARTS[wish.view]
         }
 
-    def page(self, look: Look, done: Sequence[Done], run_id: str = "") -> str:
-        """The whole page, or that of one run."""
-        events = self.face.path("events", **({"run": run_id} if run_id else {}))
+    def page(self, look: Look, done: Sequence[Done], wish: Wish) -> str:
+        """A whole page."""
+        query = {"view": wish.view.value, "run": wish.run_id}
         return self.render(
             "page.html",
-            parts=self.parts(look, done, run_id),
+            parts=self.parts(look, done, wish),
             look=look,
-            events=events,
-            run_id=run_id,
+            events=self.face.path("events", **{key: it for key, it in query.items() if it}),
+            view=wish.view.value,
+            run_id=wish.run_id,
         )
 
     def render(self, template: str, **context: Any) -> str:

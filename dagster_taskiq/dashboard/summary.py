@@ -5,10 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dagster_taskiq.dashboard.charts import Chart, Legend, line, nice_top
+from dagster_taskiq.dashboard.charts import (
+    BARS,
+    Chart,
+    Legend,
+    line,
+    nice_seconds,
+    nice_top,
+    quantile,
+    stacked_bars,
+)
+from dagster_taskiq.dashboard.ended import unknown_note, wait_seconds
 from dagster_taskiq.dashboard.looks import Look
-from dagster_taskiq.dashboard.memory import Sample
-from dagster_taskiq.dashboard.words import DASH, ago, count_of, duration
+from dagster_taskiq.dashboard.memory import MEMORY_SECONDS, Sample
+from dagster_taskiq.dashboard.words import DASH, ago, count_of, duration, short_duration
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndGroup
 from dagster_taskiq.overview import TaskStatus
 
 
@@ -117,15 +128,24 @@ def figures(look: Look) -> list[Figure]:
         ),
         Figure("Running", f"{len(running):,}", count_of(len(overview.runs), "run"), "calm"),
         Figure("Waiting", f"{depth:,}", oldest, "bad" if stuck else "calm"),
+        _failures(look),
     ]
+
+
+def _failures(look: Look) -> Figure:
+    last_hour = [it for it in look.ends.all if look.at - it.ended_at <= MEMORY_SECONDS]
+    final = sum(it.group is EndGroup.FAILED for it in last_hour)
+    retried = sum(it.group is EndGroup.RETRIED for it in last_hour)
+    aside = f"{retried:,} tried again" if retried else "in the last hour"
+    return Figure("Failed, last hour", f"{final:,}", aside, "bad" if final else "calm")
 
 
 # --- charts ---
 
 
-def sampled_charts(look: Look) -> list[Chart]:
-    """The charts of what the page has seen itself."""
-    return [_depth_chart(look), _slot_chart(look)]
+def hour_charts(look: Look) -> list[Chart]:
+    """The charts of the last hour."""
+    return [_depth_chart(look), _slot_chart(look), _rate_chart(look), _wait_chart(look)]
 
 
 def _depth_chart(look: Look) -> Chart:
@@ -159,6 +179,92 @@ def _slot_chart(look: Look) -> Chart:
         ],
         lines=[line(slots, look.at, top, "calm"), line(busy, look.at, top, "busy")],
         note=_since(look.samples, look),
+    )
+
+
+#: What the bars of ended attempts are made of, from the bottom.
+_GROUPS = {
+    EndGroup.FAILED: ("failed", "bad"),
+    EndGroup.RETRIED: ("retried", "warn"),
+    EndGroup.CANCELLED: ("cancelled", "calm"),
+    EndGroup.SUCCEEDED: ("succeeded", "good"),
+}
+
+
+def _by_minute(look: Look) -> list[list[AttemptEnd]]:
+    """The attempts that have ended in each minute of the last hour, the oldest minute first."""
+    minutes: list[list[AttemptEnd]] = [[] for _ in range(BARS)]
+    for end in look.ends.all:
+        age = int((look.at - end.ended_at) // (MEMORY_SECONDS / BARS))
+        if age < BARS:
+            minutes[BARS - 1 - max(0, age)].append(end)
+    return minutes
+
+
+def _rate_chart(look: Look) -> Chart:
+    columns = [
+        [sum(it.group is group for it in minute) for group in _GROUPS]
+        for minute in _by_minute(look)
+    ]
+    titles = [
+        f"{BARS - number} min ago: "
+        + (
+            ", ".join(
+                f"{count:,} {name}"
+                for count, (name, _) in zip(column, _GROUPS.values(), strict=True)
+                if count
+            )
+            or "none"
+        )
+        for number, column in enumerate(columns)
+    ]
+    top = nice_top(max(map(sum, columns)))
+    sums = [sum(column[number] for column in columns) for number in range(len(_GROUPS))]
+    tones = [tone for _, tone in _GROUPS.values()]
+    legends = [
+        Legend(name, f"{total:,}", tone)
+        for total, (name, tone) in zip(sums, _GROUPS.values(), strict=True)
+        if total or tone in ("bad", "good")
+    ]
+    return Chart(
+        "Ended a minute",
+        f"{top:,.0f}",
+        legends,
+        bars=stacked_bars(columns, tones, titles, top),
+        note=unknown_note(look.ends, look.at),
+    )
+
+
+def _wait_chart(look: Look) -> Chart:
+    half: list[tuple[float, float]] = []
+    most: list[tuple[float, float]] = []
+    everything: list[float] = []
+    minute_seconds = MEMORY_SECONDS / BARS
+    for number, minute in enumerate(_by_minute(look)):
+        waits = [seconds for it in minute if (seconds := wait_seconds(it)) is not None]
+        if waits:
+            at = look.at - (BARS - number - 0.5) * minute_seconds
+            half.append((at, quantile(waits, 0.5)))
+            most.append((at, quantile(waits, 0.95)))
+            everything += waits
+    top = nice_seconds(max((seconds for _, seconds in most), default=1.0))
+    values = [quantile(everything, share) if everything else None for share in (0.5, 0.95)]
+    names = (("median", "busy"), ("95 %", "warn"))
+    legends = [
+        Legend(name, short_duration(value), tone)
+        for value, (name, tone) in zip(values, names, strict=True)
+    ]
+    gap_seconds = 3 * minute_seconds
+    lines = [
+        line(most, look.at, top, "warn", gap_seconds),
+        line(half, look.at, top, "busy", gap_seconds),
+    ]
+    return Chart(
+        "Wait before a start",
+        short_duration(top),
+        legends,
+        lines=lines,
+        note=unknown_note(look.ends, look.at),
     )
 
 

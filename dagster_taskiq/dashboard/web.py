@@ -28,7 +28,7 @@ from dagster_taskiq.dashboard.face import Face
 from dagster_taskiq.dashboard.gate import Gate
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.dashboard.orders import Orders
-from dagster_taskiq.dashboard.pages import Pages
+from dagster_taskiq.dashboard.pages import Pages, View, Wish
 from dagster_taskiq.dashboard.rows import title_of
 from dagster_taskiq.dashboard.words import short_id
 from dagster_taskiq.messages.plain_text import plain_name
@@ -62,6 +62,7 @@ def make_app(watch: Watch, orders: Orders, face: Face, access: Access, name: str
         routes=[
             Route("/", web.overview),
             Route("/runs/{run_id}", web.run),
+            Route("/ended", web.ended),
             Route("/events", web.events),
             Route("/static/{name}", web.static),
             Route("/login", web.login, methods=["GET", "POST"]),
@@ -95,32 +96,42 @@ class _Web:
 
     async def overview(self, request: Request) -> Response:
         """All of it."""
-        return HTMLResponse(self._pages.page(await self._watch.latest(), self._orders.recent()))
+        return await self._page(Wish())
+
+    async def ended(self, request: Request) -> Response:
+        """What has ended."""
+        return await self._page(Wish(View.ENDED))
 
     async def run(self, request: Request) -> Response:
         """One run."""
-        run_id = plain_name(request.path_params["run_id"])
+        return await self._page(Wish(View.RUN, plain_name(request.path_params["run_id"])))
+
+    async def _page(self, wish: Wish) -> Response:
         look = await self._watch.latest()
-        return HTMLResponse(self._pages.page(look, self._orders.recent(), run_id))
+        return HTMLResponse(self._pages.page(look, self._orders.recent(), wish))
 
     async def events(self, request: Request) -> Response:
         """What changes of a page, as it does."""
         if self._viewers >= MAX_VIEWERS:
             return PlainTextResponse(f"There are {MAX_VIEWERS} viewers already.\n", 503)
-        run_id = plain_name(request.query_params.get("run", ""))
+        query = request.query_params
+        views = [it for it in View if it.value == query.get("view", "")]
+        if not views:
+            raise HTTPException(404)
+        wish = Wish(views[0], plain_name(query.get("run", "")))
         headers = {"X-Accel-Buffering": "no"}  # a proxy would hold back what is streamed
         return StreamingResponse(
-            self._changes(run_id), headers=headers, media_type="text/event-stream"
+            self._changes(wish), headers=headers, media_type="text/event-stream"
         )
 
-    async def _changes(self, run_id: str) -> AsyncIterator[str]:
+    async def _changes(self, wish: Wish) -> AsyncIterator[str]:
         self._viewers += 1
         try:
             sent: Mapping[str, str] = {}
             number = -1
             while (look := await self._watch.after(number)) is not None:
                 number = look.number
-                parts = self._pages.parts(look, self._orders.recent(), run_id)
+                parts = self._pages.parts(look, self._orders.recent(), wish)
                 news = {name: html for name, html in parts.items() if sent.get(name) != html}
                 sent = parts
                 yield f"data: {json.dumps(news)}\n\n"
