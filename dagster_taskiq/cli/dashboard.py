@@ -91,10 +91,11 @@ def dashboard(
         # here, as the extra may be missing, and no other command needs it
         from dagster_taskiq.dashboard.serving import serve  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        package = str(error.name).partition(".")[0]
+        if package not in _EXTRA:
             raise
         raise DagsterTaskiqError(
-            f"The page needs {error.name}: pip install 'dagster-taskiq[dashboard]'"
+            f"The page needs {package}: pip install 'dagster-taskiq[dashboard]'"
         ) from None
     serve(settings, address, face, access, lambda url: click.echo(f"The page is at {url}"))
 

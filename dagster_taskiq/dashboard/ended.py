@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dagster_taskiq.dashboard.memory import MEMORY_SECONDS
-from dagster_taskiq.dashboard.words import DASH, ago, duration, short_duration, short_id
+from dagster_taskiq.dashboard.words import DASH, ago, short_duration, short_id
 from dagster_taskiq.defaults import HISTORY_ENDS
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndGroup, EndOutcome
 
@@ -147,7 +147,7 @@ def end_table(ends: Ends, now: float, only: str = "", *, are_all: bool = False) 
 
 
 def _end_row(end: AttemptEnd, now: float) -> EndRow:
-    outcome = end.outcome.value + (", tried again" if end.is_retried else "")
+    outcome = end.outcome.value + (", retried" if end.is_retried else "")
     waited, lasted = wait_seconds(end), _run_seconds(end)
     return EndRow(
         task_id=end.task_id,
@@ -189,5 +189,5 @@ def unknown_note(ends: Ends, now: float) -> str:
     """What of the last hour is not known, a sentence; empty for nothing."""
     if not ends.known_since:
         return ""
-    first = duration(now - max(ends.known_since.values()))
-    return f"more has ended than is kept: complete for the last {first}"
+    minutes = int((now - max(ends.known_since.values())) // 60)
+    return f"more has ended than is kept: all of it is known for {minutes} min"

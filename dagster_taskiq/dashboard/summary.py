@@ -136,7 +136,7 @@ def _failures(look: Look) -> Figure:
     last_hour = [it for it in look.ends.all if look.at - it.ended_at <= MEMORY_SECONDS]
     final = sum(it.group is EndGroup.FAILED for it in last_hour)
     retried = sum(it.group is EndGroup.RETRIED for it in last_hour)
-    aside = f"{retried:,} tried again" if retried else "in the last hour"
+    aside = f"{retried:,} retried" if retried else "in the last hour"
     return Figure("Failed, last hour", f"{final:,}", aside, "bad" if final else "calm")
 
 
