@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -103,7 +104,7 @@ class Sending:
         for task in self._flights.unsent:
             flight = self._flights.find(task.task_id)
             assert flight is not None
-            flight.sent_at = self._now()
+            flight.sent_at, flight.sent_on = self._now(), time.time()
         self._flights.unsent = []
         self._outages.over("send")
 
