@@ -183,7 +183,7 @@ class Watch:
         if self._opened is None:
             servers = await asyncio.to_thread(self._find)
             if servers is None:
-                return Look(is_resting=True)
+                return Look(is_resting=True, ends=before.ends)
             self._opened = _open(servers)
         opened_ = self._opened
         views = await reach_servers(opened_.servers, opened_.backend, opened_.broker)
