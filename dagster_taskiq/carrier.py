@@ -105,9 +105,9 @@ class Carrier:
 
     async def queue_waits(self) -> QueueWaits:
         """Why tasks of this kind wait in their queues, as the workers are now."""
-        workers = await self._backend.workers()
+        workers, pauses = await self._backend.workers(), await self._backend.paused_queues()
         broker, signer = self._servers.broker.address, self._servers.signer
-        return QueueWaits(workers, self._kind, broker, signer)
+        return QueueWaits(workers, self._kind, broker, signer, pauses=pauses)
 
     async def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """The same reason, or what a worker says that gives a run's tasks back.

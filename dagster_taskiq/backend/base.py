@@ -1,5 +1,5 @@
-"""What a backend must do, in four roles: for the execution loop, for workers, for people, and to
-keep a history, which is in ``history``.
+"""What a backend must do, in five roles: for the execution loop, for workers, for people, to hold
+queues up, which is in ``pauses``, and to keep a history, which is in ``history``.
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dagster_taskiq.backend.history import HistoryBackend
+from dagster_taskiq.backend.pauses import PauseBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
@@ -338,8 +339,8 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend, HistoryBackend):
-    """All four roles, on one server.
+class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend, HistoryBackend):
+    """All roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
     the password, from every method.

@@ -30,6 +30,7 @@ from dagster_taskiq.backend.base import (
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
 from dagster_taskiq.backend.postgresql_history import PostgresqlHistory
+from dagster_taskiq.backend.postgresql_pauses import PostgresqlPauses
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.messages.results import Place
@@ -61,7 +62,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(PostgresqlHistory, Backend):
+class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
     """See ``Backend``.
 
     Args:
@@ -316,8 +317,7 @@ class PostgresqlBackend(PostgresqlHistory, Backend):
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        rows = await self._call("list_workers")
-        records = [self._record_of(worker_id, data) for worker_id, data in rows]
+        records = [self._record_of(*row) for row in await self._call("list_workers")]
         return sorted((it for it in records if it), key=lambda record: record.name)
 
     def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:

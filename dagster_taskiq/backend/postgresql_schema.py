@@ -59,6 +59,7 @@ PART = Part(
     migrations=(
         read_sql(str(__package__), "tables"),
         FUNCTION_SETS,
+        read_sql(str(__package__), "pauses"),
         read_sql(str(__package__), "history_tables"),
     ),
     oldest=1,

@@ -26,12 +26,10 @@ from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
     TaskBroker,
-    batches,
-    priority_of,
-    queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.outgoing import batches, priority_of, queue_of
 from dagster_taskiq.brokers.postgresql_floors import Floors, Row
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ServerError
@@ -297,3 +295,8 @@ class _PostgresqlListener(Listener):
             await asyncio.wait_for(self._broker.closing.wait(), pause * random.uniform(0.5, 1.5))
         except asyncio.TimeoutError:
             pass
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        self._queues = list(queues)
+        self._pause_seconds = _FIRST_LOOK_SECONDS
+        self._counts_at = 0.0

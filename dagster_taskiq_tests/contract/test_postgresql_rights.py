@@ -18,6 +18,7 @@ from dagster_taskiq.brokers.postgresql import PART as BROKER_PART
 from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.errors import RefusedByServerError
 from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract import broker_bench
@@ -114,6 +115,9 @@ def use_backend(bench: Bench) -> None:
     assert bench.call(bench.backend.ended())
     assert bench.call(bench.backend.counts())
     bench.call(bench.backend.tidy())
+    bench.call(bench.backend.pause_queue(QueuePause("queue", "", 1.5, "host")))
+    assert bench.call(bench.backend.paused_queues())
+    assert bench.call(bench.backend.resume_queue("queue"))
 
 
 async def use_broker(harness: broker_bench.PostgresHarness) -> None:

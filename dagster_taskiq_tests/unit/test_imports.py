@@ -25,6 +25,7 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
+    "steering",
     "executor launcher",
     "demo dashboard",
     "cli",
