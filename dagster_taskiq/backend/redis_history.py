@@ -27,8 +27,8 @@ from dagster_taskiq.servers.redis_rights import commands_of
 _GROUPS = tuple(EndGroup)
 
 #: KEYS batch, counts, the list of each group. ARGV how long the batch is known in s, how many ends
-#: are kept, for how long in s, how many counters grow; the name of each and by how much; then the
-#: number of the group of each end, from 1, and the end.
+#: are kept, for how long in s, how many counters grow; the name of each and by how much; then for
+#: each group how many ends it gets, and these.
 #:
 #: What none of ours has put there under one of the keys makes room.
 _ADD = Script(
@@ -43,15 +43,17 @@ for _ = 1, tonumber(ARGV[4]) do
   end
   next = next + 2
 end
-while next < #ARGV do
-  local list, added = KEYS[2 + tonumber(ARGV[next])], ARGV[next + 1]
-  if type(redis.pcall('LPUSH', list, added)) ~= 'number' then
-    redis.call('DEL', list)
-    redis.call('LPUSH', list, added)
+for index = 3, #KEYS do
+  local list, last = KEYS[index], next + tonumber(ARGV[next])
+  if last > next then
+    if type(redis.pcall('LPUSH', list, unpack(ARGV, next + 1, last))) ~= 'number' then
+      redis.call('DEL', list)
+      redis.call('LPUSH', list, unpack(ARGV, next + 1, last))
+    end
+    redis.call('LTRIM', list, 0, ARGV[2] - 1)
+    redis.call('EXPIRE', list, ARGV[3])
   end
-  redis.call('LTRIM', list, 0, ARGV[2] - 1)
-  redis.call('EXPIRE', list, ARGV[3])
-  next = next + 2
+  next = last + 1
 end
 return 1
 """
@@ -77,8 +79,10 @@ class RedisHistory(HistoryBackend):
         arguments.append(len(batch.counts))
         for counter, count in batch.counts.items():
             arguments += [write_counter(counter), count]
-        for end in batch.ends:
-            arguments += [_GROUPS.index(end.group) + 1, write_end(self._signer, end)]
+        for group in _GROUPS:
+            # more would push each other out, and are more than a script can take at once
+            ends = [end for end in batch.ends if end.group is group][-HISTORY_ENDS:]
+            arguments += [len(ends), *(write_end(self._signer, end) for end in ends)]
         keys = [self._store.key("batch:", batch.batch_id), self._counts, *self._lists]
         await self._store.run(_ADD, keys, arguments)
 

@@ -40,6 +40,8 @@ def plain_sentence(text: str) -> str:
 
 
 def _without_controls(text: str) -> str:
+    if text.isprintable():  # as nearly all are
+        return text
     return "".join("\N{REPLACEMENT CHARACTER}" if _is_hidden(it) else it for it in text)
 
 

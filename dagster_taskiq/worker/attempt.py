@@ -337,7 +337,10 @@ class Attempt:
                 continue
             if not is_stored:
                 logger.error("The result of task %s was refused: its lease had ended.", task_id)
-            return is_stored
+                return False
+            is_cancelled = lease.stop_reason is StopReason.CANCELLED
+            self._tools.observer.completed(self._envelope, result, is_cancelled=is_cancelled)
+            return True
 
     async def _end_unbegun(self, lease: Lease, result: TaskResult) -> None:
         """Have Dagster know of a launched run that could not start.

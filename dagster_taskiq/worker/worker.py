@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
+from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
 from dagster_taskiq.messages.control import OrderKind, OrderReader
@@ -39,6 +40,7 @@ from dagster_taskiq.worker.observer import (
 )
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
+from dagster_taskiq.worker.run_ends import RunEnds
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
@@ -81,9 +83,10 @@ class Worker:
         self._place = Place(self.name, worker_id, host, pid=0, slot=0)
         counts = CountingObserver()
         others = (observer,) if observer else ()
-        self._observer = Observers(LoggingObserver(), counts, *others)
         self._parts = parts or usual_parts(servers)
         self._backend = self._parts.backend
+        self._history = HistoryLog(self._backend)
+        self._observer = Observers(LoggingObserver(), counts, RunEnds(self._history), *others)
         self._guard = self._parts.guard
         orders = OrderReader(servers.signer, worker_id, self.name)
         self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
@@ -272,6 +275,7 @@ class Worker:
                 asyncio.create_task(station.keep_size(), name=f"{station.kind.value}-slots")
                 for station in self._stations
             ),
+            asyncio.create_task(self._history.run(), name="history"),
         ]
         if self._code_watch:
             others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
@@ -322,6 +326,7 @@ class Worker:
             await station.stop()
         await asyncio.to_thread(self._parts.finish_output)
         await self._listing.leave()
+        await self._history.send()
         await self._backend.shutdown()
         # last, since it kills whatever the lines above have left
         self._guard.close()

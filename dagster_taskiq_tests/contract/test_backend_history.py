@@ -109,7 +109,7 @@ def test_many_of_one_kind_push_out_no_failure(
     many = ends(1000, outcome, is_retried)
     for start in range(0, len(many), 250):
         add(bench, *many[start : start + 250])
-    found = ended(bench)
+    found = ended(bench, 5000)  # all that is kept
     assert {"lost", "failed"} < set(found)
     newest = [end.task_id for end in reversed(many)][:HISTORY_ENDS]
     assert [task_id for task_id in found if task_id not in ("lost", "failed")] == newest

@@ -245,7 +245,7 @@ def test_a_task_and_a_run_are_found_by_the_beginning_of_their_ids() -> None:
     assert lines("run", "show", "run")[:2] == ["run run", "loop alive"]
     ends = [call("task", "show", "zzz"), call("run", "show", "runn"), call("task", "show", "")]
     assert [it.exit_code for it in ends] == [1, 1, 1]
-    assert "No task in flight has the id 'zzz'." in ends[0].stderr
+    assert "No task in flight or ended lately has the id 'zzz'." in ends[0].stderr
     assert "Did you mean 'run'?" in ends[1].stderr
     assert "Several ids begin with ''" in ends[2].stderr
 

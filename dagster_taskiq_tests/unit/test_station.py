@@ -136,7 +136,7 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = play(scenario)
     assert len(parsed) == 2  # the message, and in it the header
     assert list(scene.backend.results) == [STEP_TASK.task_id]
-    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "released"]
+    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "completed", "released"]
 
 
 def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -357,7 +357,7 @@ def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
         assert (backend.records[-1].busy_slots, backend.records[-1].refused) == (1, 2)
         assert [it.task_id for it in backend.told] == [STEP_TASK.task_id]
         assert TaskResult.from_bytes(backend.results[STEP_TASK.task_id])
-        assert witness.heard[-2:] == ["ended", "released"]
+        assert witness.heard[-3:] == ["ended", "completed", "released"]
         assert backend.happened[-1] == "goodbye"
 
     asyncio.run(scenario())

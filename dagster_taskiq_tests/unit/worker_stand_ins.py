@@ -302,6 +302,9 @@ class Witness(WorkerObserver):
     def ended(self, envelope: Envelope, ending: Any) -> None:
         self._note("ended", ending)
 
+    def completed(self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool) -> None:
+        self._note("completed", (result, is_cancelled))
+
     def released(self, envelope: Envelope) -> None:
         self._note("released")
 
