@@ -45,7 +45,8 @@ _EXTRA = ("jinja2", "markupsafe", "starlette", "uvicorn")
 @click.option(
     "--allow-actions",
     is_flag=True,
-    help="Let who sees the page also order workers about: reload, drain.",
+    help="Let who sees the page also steer: pause, reload and drain workers, pause queues, cancel "
+    "steps.",
 )
 @click.option(
     "--dagster-url",
@@ -81,7 +82,7 @@ def dashboard(
         may_log_out=token is not None,
     )
     if access.is_open and not address.is_loopback:
-        what = "sees everything" + (" and can stop workers" if allow_actions else "")
+        what = "sees everything" + (" and can stop workers and steps" if allow_actions else "")
         click.echo(
             f"Warning: everybody who reaches {host} {what}: set {TOKEN_VARIABLE} or "
             f"{BASIC_VARIABLE}.",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.dashboard.actions import Action, Order
-from dagster_taskiq.dashboard.looks import opened
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.messages.plain_text import plain_reason
 
@@ -58,7 +57,7 @@ class Orders:
     async def give(self, action: Action, target: str, reason: str, user: str) -> Done:
         """Do it; what came of it is also written to the log of this process."""
         try:
-            text, is_refused = await self._do(action, target, reason), False
+            text, is_refused = await self._do(action, target, reason, user), False
         except DagsterTaskiqError as error:
             text, is_refused = str(error), True
         self._number += 1
@@ -69,12 +68,11 @@ class Orders:
         _log.log(level, "%s, by %s: %s", action.label, user or "a viewer of the page", text)
         return done
 
-    async def _do(self, action: Action, target: str, reason: str) -> str:
+    async def _do(self, action: Action, target: str, reason: str, user: str) -> str:
         servers = await asyncio.to_thread(self._find)
         if servers is None:
             raise DagsterTaskiqError("No process uses the embedded server: nothing is there.")
-        async with opened(servers) as connected:
-            return await action.do(Order(connected, target, reason))
+        return await action.do(Order(servers, target, reason, user))
 
     def recent(self) -> Sequence[Done]:
         """The last ones, the newest first."""

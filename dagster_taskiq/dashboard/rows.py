@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dagster_taskiq.dashboard.looks import MOST_WAITING, Look
 from dagster_taskiq.dashboard.words import DASH, ago, count_of, duration, short_duration, short_id
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import PAUSED, WorkerRecord
 from dagster_taskiq.overview import QueueView, RunView, ServerView, TaskStatus, TaskView
 
 #: The most runs, and tasks of one run, that the page shows in flight.
@@ -94,6 +94,7 @@ class WorkerRow:
     pid: int
     refused: int
     notes: Sequence[str]
+    is_paused: bool
     is_gone: bool = False
 
 
@@ -131,6 +132,7 @@ def _row_of(record: WorkerRecord, look: Look, state: str, tone: str) -> WorkerRo
         pid=record.pid,
         refused=record.refused,
         notes=list(_notes(record)),
+        is_paused=record.state == PAUSED,
     )
 
 
@@ -144,6 +146,8 @@ def _notes(record: WorkerRecord) -> Iterable[str]:
         yield "Its record is outdated by this host's clock."
     elif not record.is_trusted:
         yield "Its record is not signed with the signing key that is set here."
+    if record.state == PAUSED and record.pause_reason:
+        yield f"Paused: {record.pause_reason}"
     if record.other_backend:
         yield f"It gives back tasks whose backend is {record.other_backend}."
     if record.protocol != PROTOCOL:
@@ -179,17 +183,22 @@ class QueueRow:
     tone: str
     reason: str
     blindness: str
+    is_paused: bool
 
 
 def queue_rows(look: Look) -> list[QueueRow]:
     """The queues: what is stuck first, then what has tasks."""
     rows = [_queue_row(queue, look.at) for queue in look.overview.queues]
-    return sorted(rows, key=lambda it: (it.tone != "bad", not it.depth, not it.running))
+    return sorted(
+        rows, key=lambda it: (it.tone != "bad", not it.is_paused, not it.depth, not it.running)
+    )
 
 
 def _queue_row(queue: QueueView, now: float) -> QueueRow:
     state, tone = "idle", "calm"
-    if queue.is_stuck:
+    if queue.pause is not None:
+        state, tone = "paused", "warn"
+    elif queue.is_stuck:
         state, tone = "stuck", "bad"
     elif queue.depth:
         state, tone = "waiting", "warn" if queue.wait else "busy"
@@ -209,8 +218,9 @@ def _queue_row(queue: QueueView, now: float) -> QueueRow:
         workers=queue.workers,
         state=state,
         tone=tone,
-        reason=queue.wait.reason if queue.wait and queue.depth else "",
+        reason=queue.wait.reason if queue.wait and (queue.depth or queue.pause) else "",
         blindness=queue.blindness,
+        is_paused=queue.pause is not None,
     )
 
 
@@ -241,6 +251,7 @@ class TaskRow:
     since: float | None
     reason: str
     is_as_before: bool
+    is_step: bool
 
 
 @dataclass(frozen=True)
@@ -349,6 +360,7 @@ def _task_row(
         since=task.since,
         reason=task.reason,
         is_as_before=bool(task.reason) and task.reason == reason,
+        is_step=task.kind is not QueueKind.RUNS,
     )
 
 

@@ -95,7 +95,7 @@ def test_a_page_shows_and_empties_a_worker(kind: str, tmp_path: Path) -> None:
         assert worker.full_name in text
         assert ("not told" in text) == (kind == "rabbitmq")
         page.order("Drain")
-        page.await_text(f"Told {worker.full_name} to finish", "draining")
+        page.await_text(f"{worker.full_name} finishes its steps and stops.", "draining")
         run.open_gate()
         assert run.wait().is_success
         assert worker.wait() == 0
@@ -136,5 +136,5 @@ def test_a_death_is_seen_without_a_reload(tmp_path: Path) -> None:
             By.XPATH, f"//a[@aria-label='Drain {second.full_name}']"
         ).click()
         browser.click("Drain")
-        browser.await_text(f"Told {second.full_name} to finish")
+        browser.await_text(f"{second.full_name} finishes its steps and stops.")
         assert second.wait() == 0

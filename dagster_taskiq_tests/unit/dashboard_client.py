@@ -16,12 +16,13 @@ from starlette.types import ASGIApp, Message
 from dagster_taskiq.backend.memory import MemoryBackend
 from dagster_taskiq.brokers.memory import MemoryBroker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.dashboard import looks
+from dagster_taskiq.dashboard import actions, looks
 from dagster_taskiq.dashboard.access import Access
 from dagster_taskiq.dashboard.face import Face
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.dashboard.orders import Orders
 from dagster_taskiq.dashboard.web import make_app
+from dagster_taskiq.steering import helm
 from dagster_taskiq_tests.unit.overview_scene import Scene
 
 
@@ -39,7 +40,11 @@ class Page:
             looks, "open_backend", lambda _, signer: MemoryBackend(scene.state, signer)
         )
         monkeypatch.setattr(looks, "open_broker", lambda _: MemoryBroker(scene.queues))
+        monkeypatch.setattr(helm, "open_backend", lambda *_: scene.backend)
+        monkeypatch.setattr(helm, "open_broker", lambda _: MemoryBroker(scene.queues))
+        monkeypatch.setattr(helm, "open_bell", lambda *_: None)
         monkeypatch.setattr(looks, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(actions, "ANSWER_SECONDS", 0.02)
 
     def _find(self) -> Servers | None:
         return None if self.is_resting else self.scene.servers

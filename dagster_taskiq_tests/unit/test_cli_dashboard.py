@@ -61,7 +61,10 @@ def test_an_open_page_for_others_is_warned_of(served: Served, host: str, is_warn
     lines = done.stderr.splitlines()
     assert len(lines) == is_warned
     if is_warned:
-        assert f"everybody who reaches {host} sees everything and can stop workers" in lines[0]
+        assert (
+            f"everybody who reaches {host} sees everything and can stop workers and steps"
+            in lines[0]
+        )
 
 
 def test_a_login_comes_from_the_environment(

@@ -186,7 +186,7 @@ def test_orders_are_given_where_they_are_allowed(page: Page, acting: Browser) ->
     assert "SameSite=strict" in form.headers["set-cookie"]
     assert acting.post("/order", fields_of(form.text)).status_code == 303
     assert orders(page.scene) == ["terminate"]
-    assert "Ordered here Drain Told a@one to finish its steps and stop." in acting.text()
+    assert "Ordered here Drain Told a@one, which has not answered yet" in acting.text()
 
 
 def test_orders_are_not_given_where_they_are_not_allowed(page: Page) -> None:
