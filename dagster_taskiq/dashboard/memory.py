@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -117,7 +117,14 @@ class Memory:
         ]
         # those that are still there, or were until now
         self._tasks = {**dict(list(self._tasks.items())[-_MOST_TASKS:]), **known}
-        return replace(overview, runs=runs)
+        running = Counter(
+            (task.kind, task.queue)
+            for run in runs
+            for task in run.tasks
+            if task.status is TaskStatus.RUNNING
+        )
+        queues = [replace(it, running=running[it.kind, it.name]) for it in overview.queues]
+        return replace(overview, runs=runs, queues=queues)
 
     def _named(self, task: TaskView) -> TaskView:
         seen = self._tasks.get(task.task_id)

@@ -20,7 +20,11 @@ from dagster_taskiq.dashboard.looks import Look
 from dagster_taskiq.dashboard.memory import MEMORY_SECONDS, Sample
 from dagster_taskiq.dashboard.words import DASH, ago, count_of, duration, short_duration
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndGroup
+from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import TaskStatus
+
+#: How many workers an alert names.
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,26 @@ def _alerts(look: Look) -> Iterator[Alert]:
 
 
 def _worker_alerts(look: Look) -> Iterator[Alert]:
-    names = {it.worker_id: it.name for it in look.overview.workers}
-    for worker_id, seconds in look.news.silent_seconds.items():
-        if worker_id in names and "workers" not in look.stale:
-            title = f"{names[worker_id]} is silent"
-            text = f"No heartbeat for {duration(seconds)}; after 30 s it is not listed any more."
-            yield Alert("warn", title, text, "workers")
-    for gone in look.news.gone:
-        if gone.was_silent:
-            text = f"Its heartbeats ended without a word, noticed {ago(gone.at, look.at)}."
-            yield Alert("warn", f"{gone.record.name} was lost", text, "workers")
+    silent = [it for it in look.overview.workers if it.worker_id in look.news.silent_seconds]
+    if silent and "workers" not in look.stale:
+        seconds = max(look.news.silent_seconds[it.worker_id] for it in silent)
+        text = f"No heartbeat for {duration(seconds)}; after 30 s a worker is not listed any more."
+        yield Alert("warn", f"{_names(silent)} silent", text, "workers")
+    lost = [it for it in look.news.gone if it.was_silent]
+    if lost:
+        text = f"Heartbeats ended without a word, noticed last {ago(lost[0].at, look.at)}."
+        yield Alert("warn", f"{_names([it.record for it in lost])} lost", text, "workers")
     if not look.overview.workers and not look.stale and look.overview.servers:
         yield Alert("warn", "No worker is running", "Nothing that is sent is executed.", "workers")
+
+
+def _names(records: Sequence[WorkerRecord]) -> str:
+    """The subject of a sentence; names only the first ones of many."""
+    if len(records) == 1:
+        return f"Worker {records[0].name} is"
+    more = len(records) - _MOST_NAMES
+    names = ", ".join(it.name for it in records[:_MOST_NAMES])
+    return f"{len(records)} workers ({names}{f' and {more} more' if more > 0 else ''}) are"
 
 
 # --- figures ---
