@@ -26,7 +26,8 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
-from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
+from dagster_taskiq.config.schema import CONNECTION_SCHEMA
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError, UnloadableCodeError

@@ -1,5 +1,5 @@
-"""What a backend must do, in five roles: for the execution loop, for workers, for people, to hold
-queues up, which is in ``pauses``, and to keep a history, which is in ``history``.
+"""What a backend must do, in five roles: for the execution loop, for workers, for people, and two
+of modules of their own: to hold queues up (``pauses``), and to keep a history (``history``).
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of

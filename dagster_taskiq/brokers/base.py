@@ -341,18 +341,16 @@ class TaskBroker(AsyncBroker):
     async def product(self) -> str:
         """Name and version of the server, as it says them: ``Valkey 8.1.1``."""
 
+    @abstractmethod
     async def leave_note(self, run_id: str, note: bytes) -> None:
         """Leave a note where a run's loop may find it, which cannot be reached otherwise.
 
-        The newest note of a run counts, and no note is kept for long. A broker that has no place
-        for notes does nothing.
+        The newest note of a run counts, and no note is kept for long.
         """
-        del run_id, note
 
+    @abstractmethod
     async def take_note(self, run_id: str) -> bytes | None:
         """The note that was left for a run; the first question may only make the place for it."""
-        del run_id
-        return None
 
 
 class Outage:

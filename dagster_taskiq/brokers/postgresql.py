@@ -22,6 +22,7 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers.base import (
+    NOTE_EXPIRES_SECONDS,
     Admission,
     Delivery,
     Listener,
@@ -70,7 +71,11 @@ _FRAGMENTS = {
 PART = Part(
     version_table="broker_version",
     enter="enter_broker",
-    migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
+    migrations=(
+        read_sql(str(__package__), "tables"),
+        FUNCTION_SETS,
+        read_sql(str(__package__), "notes"),
+    ),
     oldest=1,
     functions=read_sql(str(__package__), "functions", _FRAGMENTS),
 )
@@ -177,6 +182,15 @@ class PostgresqlTaskBroker(TaskBroker):
         """See ``TaskBroker``."""
         with server_errors(self.address):
             return await self._connections.product()
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """See ``TaskBroker``."""
+        await self._call("leave_note", run_id, note, float(NOTE_EXPIRES_SECONDS))
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """See ``TaskBroker``."""
+        ((note,),) = await self._call("take_note", run_id)
+        return None if note is None else bytes(note)
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""

@@ -1,32 +1,17 @@
-"""How commands ask the servers what there is to see."""
+"""How commands ask the backend; ``looking`` asks the broker too, which takes Taskiq."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import replace
 from typing import TypeVar
 
-import click
-
 from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_running_servers
-from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.messages.worker_records import WorkerRecord
-from dagster_taskiq.overview import (
-    MOST_WAITING,
-    Overview,
-    reach_servers,
-    read_backend,
-    read_overview,
-)
 
 T = TypeVar("T")
-
-_RESTS = "No process uses the embedded server: there is nothing to see."
 
 
 def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T | None:
@@ -35,11 +20,14 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
     Raises:
         ServerError: the backend is away or refuses.
     """
+    servers = find_running_servers(settings)
+    return None if servers is None else ask_servers(servers, ask)
 
-    async def asked() -> T | None:
-        servers = find_running_servers(settings)
-        if servers is None:
-            return None
+
+def ask_servers(servers: Servers, ask: Callable[[Backend], Awaitable[T]]) -> T:
+    """The same of servers that are known."""
+
+    async def asked() -> T:
         backend = open_backend(servers.backend, servers.signer)
         try:
             await backend.startup()
@@ -53,69 +41,3 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
 def read_workers(settings: Settings) -> list[WorkerRecord]:
     """The workers that are listed, by name; errors as of ``ask_backend``."""
     return ask_backend(settings, lambda backend: backend.workers()) or []
-
-
-def look(settings: Settings, *queues: str, most_ended: int = 0) -> Overview:
-    """All that there is to see; nothing where the embedded server rests, which is said.
-
-    Args:
-        queues: that are read though nobody may know of them.
-        most_ended: see ``read_overview``.
-
-    Raises:
-        DagsterTaskiqError: a server is away or refuses; with its own sentence.
-    """
-    overview = look_at_servers(settings, *queues, most_waiting=MOST_WAITING, most_ended=most_ended)
-    for server in overview.servers:
-        if server.problem:
-            raise DagsterTaskiqError(server.problem)
-    if not overview.servers:
-        click.echo(_RESTS, err=True)
-    return overview
-
-
-def look_at_backend(settings: Settings, *, most_ended: int) -> Overview:
-    """What there is to see without the broker; nothing where the embedded server rests.
-
-    Args:
-        most_ended: see ``read_overview``.
-
-    Raises:
-        ServerError: the backend is away or refuses.
-    """
-    overview = ask_backend(settings, lambda backend: read_backend(backend, most_ended))
-    if overview is None:
-        click.echo(_RESTS, err=True)
-    return overview or Overview()
-
-
-def look_at_servers(
-    settings: Settings, *queues: str, most_waiting: int, most_ended: int = 0
-) -> Overview:
-    """The same, and only the servers where one of them is away.
-
-    Args:
-        most_waiting, most_ended: see ``read_overview``.
-    """
-    servers = find_running_servers(settings)
-    if servers is None:
-        return Overview()
-    names = [settings.default_queue, *queues]
-    return asyncio.run(_look(servers, names, most_waiting, most_ended))
-
-
-async def _look(
-    servers: Servers, queues: list[str], most_waiting: int, most_ended: int
-) -> Overview:
-    backend = open_backend(servers.backend, servers.signer)
-    broker = open_broker(servers.broker)
-    try:
-        views = await reach_servers(servers, backend, broker)
-        if any(view.problem for view in views):
-            return Overview(servers=views)
-        overview = await read_overview(servers, backend, broker, queues, most_waiting, most_ended)
-        return replace(overview, servers=views)
-    finally:
-        for connected in (broker, backend):
-            with suppress(ServerError):
-                await connected.shutdown()

@@ -37,8 +37,7 @@ def queue_shape(queue: QueueView) -> dict[str, Any]:
         "oldest_sent_at": queue.oldest_sent_at,
         "running": queue.running,
         "workers": list(queue.workers),
-        "pause": queue.pause
-        and {key: it for key, it in asdict(queue.pause).items() if key != "queue"},
+        "pause": queue.pause and _pause_shape(queue.pause),
         "is_stuck": queue.is_stuck,
         "wait": queue.wait and {"kind": queue.wait.kind.value, "reason": queue.wait.reason},
         "blindness": queue.blindness or None,

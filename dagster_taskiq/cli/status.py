@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look_at_servers, read_workers
+from dagster_taskiq.cli.asking import read_workers
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
+from dagster_taskiq.cli.looking import look_at_servers
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.queues import check_queues, echo_queues, queue_option
 from dagster_taskiq.cli.shapes import queue_shape, server_shape, worker_shape

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look, look_at_backend
 from dagster_taskiq.cli.ended_tasks import (
     Wanted,
     echo_end,
@@ -19,6 +18,8 @@ from dagster_taskiq.cli.ended_tasks import (
     states_option,
 )
 from dagster_taskiq.cli.finding import full_id
+from dagster_taskiq.cli.later import Later
+from dagster_taskiq.cli.looking import look, look_at_backend
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import task_shape, unseen_shape
 from dagster_taskiq.cli.tables import (
@@ -50,7 +51,7 @@ _UNREADABLE = "They are too long for a look, or not signed as they must be by th
 
 @click.group()
 def task() -> None:
-    """Show steps and runs that wait or are executed."""
+    """Show steps and runs that wait or are executed, and cancel them."""
 
 
 @click.group()
@@ -250,3 +251,12 @@ def echo_unseen(queues: Sequence[QueueView]) -> None:
             tasks = count_of(it.unseen, "more task" if it.waiting else "task")
             text = f"Not shown: {tasks} in queue {it.name} ({it.kind.value}). {why}"
             echo_sentence(text, is_aside=True)
+
+
+task.add_command(
+    Later(
+        "cancel",
+        "task_orders:task_cancel",
+        "Cancel an attempt of a step: it fails, with the reason and without a retry.",
+    )
+)

@@ -1,14 +1,14 @@
-"""``worker show`` and ``worker ping``: one worker from near."""
+"""``worker show``: one worker from near."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.backend import Backend
 from dagster_taskiq.cli.asking import ask_backend
-from dagster_taskiq.cli.finding import no_worker
+from dagster_taskiq.cli.completing import complete_worker
+from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import task_shape, worker_shape
 from dagster_taskiq.cli.tables import (
@@ -17,22 +17,18 @@ from dagster_taskiq.cli.tables import (
     echo_json,
     echo_table,
     json_option,
-    plain_line,
     short_id,
     time_since,
 )
 from dagster_taskiq.cli.tasks import title_of
-from dagster_taskiq.cli.worker_orders import timeout_option
-from dagster_taskiq.cli.workers import explain_names, state_of
+from dagster_taskiq.cli.workers import state_of
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.messages.control import OrderKind
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, TaskView, is_named, read_backend
-from dagster_taskiq.steering.workers import answers_of, give_order
 
 
 @click.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_worker)
 @json_option
 @config_yaml_option
 @say_errors
@@ -87,37 +83,3 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
         rows.append((task, run, title_of(it), attempt, age, queue, slot, pid))
     click.echo()
     echo_table(rows)
-
-
-@click.command("ping")
-@click.argument("name")
-@timeout_option
-@config_yaml_option
-@say_errors
-@explain_names
-def worker_ping(name: str, timeout: float, config_yaml: str | None) -> None:
-    """Ask a worker for a sign of life, and say how long its answer took.
-
-    The exit code is 1 where it does not answer in time, or one of several does not.
-    """
-    settings = read_settings(config_yaml)
-
-    async def ping(backend: Backend) -> tuple[Sequence[WorkerRecord], Mapping[str, float]]:
-        running = await backend.workers()
-        named = [it for it in running if is_named(it, name)]
-        if not named:
-            raise DagsterTaskiqError(no_worker(name, running))
-        told = await give_order(backend, settings.signer(), named, OrderKind.PING)
-        for refusal in told.refusals:
-            raise DagsterTaskiqError(f"The ping would be of no use: {refusal}")
-        return named, await answers_of(backend, told, timeout)
-
-    records, seconds = ask_backend(settings, ping) or ([], {})
-    for record in records:
-        if record.worker_id in seconds:
-            milliseconds = 1000 * seconds[record.worker_id]
-            click.echo(plain_line(f"{record.name} has answered within {milliseconds:.0f} ms."))
-    silent = ", ".join(it.name for it in records if it.worker_id not in seconds)
-    if silent or not records:
-        has_not = plain_line(f"No answer within {timeout:g} s from {silent}.")
-        raise DagsterTaskiqError(has_not if silent else no_worker(name, []))

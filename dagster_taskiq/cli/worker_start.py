@@ -23,6 +23,7 @@ from dagster_taskiq.cli.celery_arguments import (
     read_celery_arguments,
     split_names,
 )
+from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.options import (
     check_platform,
     config_yaml_option,
@@ -62,6 +63,7 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     "-q",
     "queues",
     multiple=True,
+    shell_complete=complete_queue,
     help="Queue to listen on. Repeat it, or give several with commas.",
 )
 @click.option(

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import click
 
 from dagster_taskiq.cli.asking import read_workers
-from dagster_taskiq.cli.finding import no_worker
+from dagster_taskiq.cli.completing import complete_worker
+from dagster_taskiq.cli.finding import explain_names, no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import worker_shape
 from dagster_taskiq.cli.tables import echo_json, echo_table, json_option
-from dagster_taskiq.messages.envelope import PROTOCOL
+from dagster_taskiq.messages.queue_names import PROTOCOL
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import is_named
 
 NOBODY = "No worker is running."
 
-_name_argument = click.argument("name", required=False)
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def explain_names(command: F) -> F:
-    """Add to a command's help how its NAME is read."""
-    command.__doc__ = f"""{command.__doc__}
-
-    NAME is a worker's name, NAME@HOST one of several workers of that name, @HOST means all workers
-    of a host. Each may be a pattern, in quotes: 'short-*'."""
-    return command
+_name_argument = click.argument("name", required=False, shell_complete=complete_worker)
 
 
 @click.command("list")

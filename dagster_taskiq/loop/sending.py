@@ -96,6 +96,7 @@ class Sending:
         self._sent_at = self._now()
         if not self._flights.unsent:
             return
+        sent_on = time.time()  # before, as a worker may have begun before the server has confirmed
         try:
             self._dispatcher.submit(self._flights.unsent)
         except ServerError as error:
@@ -104,7 +105,7 @@ class Sending:
         for task in self._flights.unsent:
             flight = self._flights.find(task.task_id)
             assert flight is not None
-            flight.sent_at, flight.sent_on = self._now(), time.time()
+            flight.sent_at, flight.sent_on = self._now(), sent_on
         self._flights.unsent = []
         self._outages.over("send")
 

@@ -26,12 +26,19 @@ from dagster_taskiq.defaults import (
 from dagster_taskiq.errors import MalformedTaskError, TooLargeError
 from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 
-#: Raised when what runs and workers send each other changes. Tasks of each version wait in physical
-#: queues of their own, so that no worker takes one that only a worker of another version can run.
-PROTOCOL = 2
+__all__ = [
+    "PROTOCOL",
+    "Envelope",
+    "QueueKind",
+    "TaskName",
+    "physical_queue",
+    "run_task_id",
+    "step_task_id",
+]
 
 #: Namespace of our task ids, made once with ``uuid4``.
 _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
@@ -46,13 +53,6 @@ class TaskName(str, Enum):
     EXECUTE_PLAN = "execute_plan"
     EXECUTE_JOB = "execute_job"
     RESUME_JOB = "resume_job"
-
-
-class QueueKind(str, Enum):
-    """Steps and runs wait in separate physical queues, so that runs never starve their steps."""
-
-    STEPS = "steps"
-    RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -204,16 +204,6 @@ def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
 def run_task_id(run_id: str, resume_number: int) -> str:
     """The id of a run's execution; ``resume_number`` is 0 for the first."""
     return str(uuid.uuid5(_TASK_ID_NAMESPACE, f"run\0{run_id}\0{resume_number}"))
-
-
-def physical_queue(key_prefix: str, kind: QueueKind, queue: str, protocol: int = PROTOCOL) -> str:
-    """The name on the server of the queue for tasks of one kind and version.
-
-    Args:
-        queue: as people name it.
-    """
-    version = "" if protocol == 1 else f"-{protocol}"
-    return f"{key_prefix}.{kind.value}{version}.{queue}"
 
 
 def _text(header: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:

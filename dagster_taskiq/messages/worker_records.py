@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from typing import Any
 
 from dagster_taskiq.defaults import (
@@ -221,3 +222,10 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "int": _count,
     "float": _seconds,
 }
+
+
+def is_named(record: WorkerRecord, name: str) -> bool:
+    """Whether NAME, NAME@HOST or @HOST means this worker; each may be a pattern, as of files."""
+    own, _, host = record.name.partition("@")
+    meant = (record.name, own, f"@{host}")
+    return name in meant or any(fnmatchcase(it, name) for it in meant)

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from dagster_taskiq.backend import Backend, TaskState
 from dagster_taskiq.backend.base import RunReport
@@ -14,7 +13,8 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.brokers.looks import WaitingTask
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
 from dagster_taskiq.messages.worker_records import PAUSED, RunningTask, WorkerRecord
@@ -39,13 +39,6 @@ _REASONS: Mapping[TaskState, tuple[str, str]] = {
 
 #: Of a step whose run nobody executes; what becomes of the run is Dagster's affair.
 _WITHOUT_LOOP = "The process of its run is gone, and no worker executes a step of such a run."
-
-
-def is_named(record: WorkerRecord, name: str) -> bool:
-    """Whether NAME, NAME@HOST or @HOST means this worker; each may be a pattern, as of files."""
-    own, _, host = record.name.partition("@")
-    meant = (record.name, own, f"@{host}")
-    return name in meant or any(fnmatchcase(it, name) for it in meant)
 
 
 async def reach_servers(servers: Servers, backend: Backend, broker: TaskBroker) -> list[ServerView]:

@@ -8,7 +8,7 @@ from enum import Enum
 
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place

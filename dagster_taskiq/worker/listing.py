@@ -14,8 +14,8 @@ from dagster_taskiq.backend import Backend
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
 from dagster_taskiq.errors import ServerError
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
 from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__

@@ -7,7 +7,8 @@ import time
 from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.answers import cause_of
 from dagster_taskiq.worker.observer import WorkerObserver

@@ -22,7 +22,7 @@ from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
 from dagster_taskiq.messages.control import OrderKind, OrderReader
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.servers.patience import Patience

@@ -139,6 +139,8 @@ async def use_broker(harness: broker_bench.PostgresHarness) -> None:
         given_back = await consumer.take()
         await given_back.release()
         assert await consumer.finish() == "c"
+        await broker.leave_note("run", b"note")
+        assert await broker.take_note("run") == b"note"
 
 
 def test_all_functions_work_for_a_user_who_may_create_nothing(database: Database) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from dagster_taskiq.cli import asking
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
@@ -167,7 +166,7 @@ def test_the_night_is_told_without_the_broker(
     def away(_: object) -> None:
         raise UnreachableServerError("amqp://h", "Cannot reach amqp://h.")
 
-    monkeypatch.setattr(asking, "open_broker", away)
+    monkeypatch.setattr(looking, "open_broker", away)
     assert steps("--state", "failed,lost") == ["broke", "again", "gone"]
     assert call("task", "list").exit_code == 1
 

@@ -19,7 +19,7 @@ from click.testing import Result
 
 from dagster_taskiq.backend.memory import MemoryBackend
 from dagster_taskiq.brokers.memory import MemoryBroker
-from dagster_taskiq.cli import asking, main
+from dagster_taskiq.cli import asking, looking, main
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import MOST_WAITING
@@ -49,10 +49,11 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Scene:
 def _scene(monkeypatch: pytest.MonkeyPatch, *, is_searchable: bool) -> Scene:
     scene = Scene(is_searchable=is_searchable)
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", ONE if is_searchable else TWO)
-    monkeypatch.setattr(
-        asking, "open_backend", lambda _, signer: MemoryBackend(scene.state, signer)
-    )
-    monkeypatch.setattr(asking, "open_broker", lambda _: MemoryBroker(scene.queues))
+    for module in (asking, looking):
+        monkeypatch.setattr(
+            module, "open_backend", lambda _, signer: MemoryBackend(scene.state, signer)
+        )
+    monkeypatch.setattr(looking, "open_broker", lambda _: MemoryBroker(scene.queues))
     return scene
 
 

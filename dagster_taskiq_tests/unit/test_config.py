@@ -13,8 +13,9 @@ import pytest
 from dagster_taskiq import defaults
 from dagster_taskiq.config.celery_names import CELERY_SETTINGS
 from dagster_taskiq.config.config_source import ConfigSource
+from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings, check_config
+from dagster_taskiq.config.settings import Settings, check_config
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer

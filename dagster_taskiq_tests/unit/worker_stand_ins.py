@@ -241,6 +241,9 @@ class FakeBroker(TaskBroker):
     async def leave_note(self, run_id: str, note: bytes) -> None:
         self.notes[run_id] = note
 
+    async def take_note(self, run_id: str) -> bytes | None:
+        return self.notes.get(run_id)
+
     async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
         return set()
 
