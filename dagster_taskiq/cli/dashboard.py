@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import click
 
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
+from dagster_taskiq.cli.queues import queue_option
 from dagster_taskiq.dashboard.access import Access, check_login
 from dagster_taskiq.dashboard.face import Address, Face
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
@@ -55,6 +56,7 @@ _EXTRA = ("jinja2", "markupsafe", "starlette", "uvicorn")
     default="",
     help="Of Dagster's UI, for links to runs: http://dagster.example.com.",
 )
+@queue_option
 @config_yaml_option
 @say_errors
 def dashboard(
@@ -64,6 +66,7 @@ def dashboard(
     hosts: tuple[str, ...],
     allow_actions: bool,
     dagster_url: str,
+    queues: tuple[str, ...],
     config_yaml: str | None,
 ) -> None:
     """Show servers, workers, queues, runs and steps on a web page, until Ctrl-C.
@@ -98,7 +101,7 @@ def dashboard(
         raise DagsterTaskiqError(
             f"The page needs {package}: pip install 'dagster-taskiq[dashboard]'"
         ) from None
-    serve(settings, address, face, access, lambda url: click.echo(f"The page is at {url}"))
+    serve(settings, queues, address, face, access, lambda url: click.echo(f"The page is at {url}"))
 
 
 def _prefix(text: str) -> str:

@@ -211,7 +211,7 @@ class Watch:
             opened_.servers,
             opened_.backend,
             opened_.broker,
-            self._queues,
+            [*self._queues, *self._memory.queues()],
             MOST_WAITING,
             self._ends.next_most,
         )

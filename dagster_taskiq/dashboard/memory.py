@@ -24,6 +24,9 @@ SILENT_SECONDS = 2.5 * HEARTBEAT_SECONDS
 GONE_SECONDS = 900.0
 _MOST_GONE = 50
 
+#: How many queues are remembered.
+_MOST_QUEUES = 500
+
 #: How many tasks are remembered by their names.
 _MOST_TASKS = 5000
 
@@ -102,6 +105,7 @@ class Memory:
         self._gone: deque[GoneWorker] = deque(maxlen=_MOST_GONE)
         self._last_note = 0.0
         self._tasks: dict[str, TaskView] = {}
+        self._queues: dict[str, float] = {}
 
     def note(self, overview: Overview) -> Overview:
         """Keep what one look has brought; the same with the names of tasks that are known here.
@@ -111,6 +115,8 @@ class Memory:
         """
         self._note_sample(overview)
         self._note_workers(overview.workers)
+        now = self._clock()
+        self._queues.update((it.name, now) for it in overview.queues if it.depth or it.workers)
         known = {it.task_id: it for it in overview.tasks() if it.step_key is not None}
         runs = [
             replace(run, tasks=[self._named(task) for task in run.tasks]) for run in overview.runs
@@ -171,6 +177,16 @@ class Memory:
             {key: seconds for key, seconds in silences.items() if seconds > SILENT_SECONDS},
             [it for it in self._gone if at - it.at < GONE_SECONDS],
         )
+
+    def queues(self) -> list[str]:
+        """Names of the queues that had tasks or workers in the last hour.
+
+        RabbitMQ lists no queues: one that its last worker has left would be seen no more.
+        """
+        now = self._clock()
+        recent = sorted(self._queues.items(), key=lambda it: it[1], reverse=True)[:_MOST_QUEUES]
+        self._queues = {name: at for name, at in recent if now - at <= MEMORY_SECONDS}
+        return list(self._queues)
 
     def samples(self) -> list[Sample]:
         """Those of the last hour, the oldest first."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -26,11 +26,17 @@ _END_SECONDS = 2
 
 
 def serve(
-    settings: Settings, address: Address, face: Face, access: Access, say: Callable[[str], None]
+    settings: Settings,
+    queues: Iterable[str],
+    address: Address,
+    face: Face,
+    access: Access,
+    say: Callable[[str], None],
 ) -> None:
     """Show the page until a signal ends the process.
 
     Args:
+        queues: that are shown though nobody may know of them.
         say: tells the user where the page is.
 
     Raises:
@@ -49,7 +55,7 @@ def serve(
         port = listener.getsockname()[1]
         own_names = {*access.hosts, address.host, socket.gethostname()}
         access = replace(access, hosts=own_names)
-        watch = Watch(find, [settings.default_queue])
+        watch = Watch(find, [settings.default_queue, *queues])
         app = make_app(watch, Orders(find), face, access, f"_{port}")
         host = f"[{address.host}]" if ":" in address.host else address.host
         say(f"http://{host}:{port}{face.path()}")

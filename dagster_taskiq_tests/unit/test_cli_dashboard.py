@@ -40,7 +40,8 @@ def call(*arguments: str) -> Result:
 def test_it_listens_on_this_host_alone_unless_told(served: Served) -> None:
     done = call()
     assert (done.exit_code, done.output) == (0, "")
-    _, address, face, access, _ = served.arguments
+    _, queues, address, face, access, _ = served.arguments
+    assert queues == ()
     assert (address.host, address.port, face.prefix, face.may_act) == (
         "127.0.0.1",
         3030,
@@ -74,7 +75,7 @@ def test_a_login_comes_from_the_environment(
     monkeypatch.setenv("DAGSTER_TASKIQ_DASHBOARD_TOKEN", "t" * 16)
     monkeypatch.setenv("DAGSTER_TASKIQ_DASHBOARD_BASIC_AUTH", "ann:secret")
     assert call("--host", "0.0.0.0").output == ""
-    access = served.arguments[3]
+    access = served.arguments[4]
     assert (access.token, access.basic) == ("t" * 16, "ann:secret")
     assert "secret" not in repr(access)
     assert "ttt" not in repr(access)
@@ -90,7 +91,7 @@ def test_a_login_comes_from_the_environment(
 )
 def test_a_prefix_is_given_as_people_write_it(served: Served, given: str, prefix: str) -> None:
     call("--path-prefix", given)
-    assert served.arguments[2].prefix == prefix
+    assert served.arguments[3].prefix == prefix
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_address_of_dagster_may_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("DAGSTER_TASKIQ_DAGSTER_URL", "https://dagster.example.com/")
     call()
-    assert served.arguments[2].run_in_dagster("r") == "https://dagster.example.com/runs/r"
+    assert served.arguments[3].run_in_dagster("r") == "https://dagster.example.com/runs/r"
 
 
 def test_without_the_extra_it_says_what_to_install() -> None:

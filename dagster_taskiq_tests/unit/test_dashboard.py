@@ -154,6 +154,18 @@ def test_it_says_what_it_cannot_tell(blind: Page) -> None:
         assert "Not shown: 1 task in queue dagster (steps)." in text
 
 
+def test_a_queue_that_its_last_worker_has_left_is_still_seen(blind: Page) -> None:
+    """RabbitMQ lists no queues: the page knows it from before, and status with -q alone."""
+    with blind.client() as browser:
+        do(
+            blind.scene.beat(replace(worker(), queues=("gpu",))),
+            blind.scene.send(step("one", queue="gpu")),
+        )
+        until_read(browser, "gpu steps waiting 1")
+        do(blind.scene.backend.goodbye("w@h"))
+        assert "Queue gpu is stuck" in until_read(browser, "gpu steps stuck 1")
+
+
 def test_it_goes_on_without_the_broker(blind: Page) -> None:
     """Workers are seen, queues as they were; with the broker all is up to date again."""
     with blind.client() as browser:
