@@ -96,7 +96,8 @@ class Gate:
         if self._user(headers) is not None or path.startswith(_FOR_STRANGERS):
             return None
         if self._access.basic is None and _HTML in headers.get("accept", ""):
-            return RedirectResponse(f"{self._prefix}/login", 303)
+            then = f"?next={quote(path, safe='')}" if path != "/" else ""
+            return RedirectResponse(f"{self._prefix}/login{then}", 303)
         challenge = (
             {}
             if self._access.basic is None

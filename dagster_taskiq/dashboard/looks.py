@@ -26,6 +26,9 @@ from dagster_taskiq.overview import (
 #: Between two looks, while somebody looks at the page.
 LOOK_SECONDS = 2.0
 
+#: Looks take at most a quarter of the time, where there is so much that one takes long.
+_REST_SHARE = 3.0
+
 #: How long a page waits for a look before it is shown with the one before.
 PATIENCE_SECONDS = 4.0
 
@@ -98,7 +101,7 @@ async def _close(found: Opened) -> None:
 
 
 class Watch:
-    """Looks at the servers when it is asked, and not more often than every ``LOOK_SECONDS``.
+    """Looks at the servers when it is asked, and rests ``LOOK_SECONDS`` at least between looks.
 
     However many ask at once, there is one look at a time, on connections that stay open.
 
@@ -114,13 +117,13 @@ class Watch:
         self._memory = Memory()
         self._ends = EndMemory()
         self._looking: asyncio.Task[None] | None = None
-        self._last_end = float("-inf")  # monotonic
+        self._next_look = float("-inf")  # monotonic
         self._stopping = asyncio.Event()
         self.look = Look()
 
     async def latest(self) -> Look:
         """What there is to see now; the last look where the servers do not answer in time."""
-        if time.monotonic() - self._last_end >= LOOK_SECONDS:
+        if time.monotonic() >= self._next_look:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look(), name="look at the servers")
             # the look is everybody's: a viewer who goes away does not end it
@@ -133,7 +136,7 @@ class Watch:
             look = await self.latest()
             if look.number != number:
                 return look
-            rest = self._last_end + LOOK_SECONDS - time.monotonic()
+            rest = self._next_look - time.monotonic()
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), max(rest, 0.02))
         return None
@@ -153,7 +156,7 @@ class Watch:
     # --- one look ---
 
     async def _look(self) -> None:
-        began_at = time.time()
+        began, began_at = time.monotonic(), time.time()
         before = self.look
         try:
             look = await self._read(before)
@@ -169,7 +172,8 @@ class Watch:
         else:
             ends = self._ends.note(look.overview.ended, time.time())
             look = replace(look, overview=self._memory.note(look.overview), ends=ends)
-        self._last_end = time.monotonic()
+        now = time.monotonic()
+        self._next_look = now + max(LOOK_SECONDS, _REST_SHARE * (now - began))
         self.look = replace(
             look,
             number=before.number + 1,

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -61,7 +61,7 @@ def make_app(watch: Watch, orders: Orders, face: Face, access: Access, name: str
     return Starlette(
         routes=[
             Route("/", web.overview),
-            Route("/runs/{run_id}", web.run),
+            Route("/runs/{run_id:path}", web.run),
             Route("/ended", web.ended),
             Route("/events", web.events),
             Route("/static/{name}", web.static),
@@ -156,11 +156,13 @@ class _Web:
     async def login(self, request: Request) -> Response:
         """The form that asks for the token, and what becomes of it."""
         if request.method != "POST":
-            return HTMLResponse(self._pages.render("login.html", is_wrong=False))
+            then = request.query_params.get("next", "")
+            return HTMLResponse(self._pages.render("login.html", is_wrong=False, then=then))
         form = await _form_of(request)
+        then = form.get("next", "")
         if not self._access.is_token(form.get("token", "").strip()):
-            return HTMLResponse(self._pages.render("login.html", is_wrong=True), 401)
-        answer = RedirectResponse(self._face.path(), 303)
+            return HTMLResponse(self._pages.render("login.html", is_wrong=True, then=then), 401)
+        answer = RedirectResponse(self._face.prefix + _own_path(then), 303)
         self._set_cookie(request, answer, self.login_cookie, self._access.login_cookie(), "lax")
         return answer
 
@@ -253,6 +255,12 @@ def _action_of(key: str) -> Action:
     if key not in ACTIONS:
         raise HTTPException(404)
     return ACTIONS[key]
+
+
+def _own_path(path: str) -> str:
+    """A path that somebody has asked for, where it is one of this page."""
+    is_own = path.startswith("/") and not path.startswith("//")
+    return quote(path) if is_own else "/"
 
 
 async def _form_of(request: Request) -> dict[str, str]:

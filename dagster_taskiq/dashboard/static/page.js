@@ -71,6 +71,13 @@
     }
   }
 
+  // a tab that nobody looks at says how much needs somebody
+  const title = document.title;
+  function count() {
+    const problems = document.querySelectorAll(".alert.bad").length;
+    document.title = problems ? `(${problems}) ${title}` : title;
+  }
+
   // --- the stream ---
 
   function listen() {
@@ -80,6 +87,7 @@
       lastWord = Date.now();
       say("good", "live", "The page changes by itself.");
       show(JSON.parse(event.data));
+      count();
     };
     source.onerror = () => {
       if (source.readyState === EventSource.CLOSED) {
@@ -93,7 +101,7 @@
   // a window that nobody sees asks for nothing
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
-      source.close();
+      if (source) source.close();
       say("calm", "rests", "The page goes on when it is looked at.");
     } else {
       lastWord = Date.now();
