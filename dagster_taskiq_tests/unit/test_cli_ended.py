@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dagster_taskiq.cli import looking
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
