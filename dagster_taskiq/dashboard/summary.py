@@ -77,10 +77,13 @@ def _worker_alerts(look: Look) -> Iterator[Alert]:
         seconds = max(look.news.silent_seconds[it.worker_id] for it in silent)
         text = f"No heartbeat for {duration(seconds)}; after 30 s a worker is not listed any more."
         yield Alert("warn", f"{_names(silent)} silent", text, "workers")
-    lost = [it for it in look.news.gone if it.was_silent]
-    if lost:
-        text = f"Heartbeats ended without a word, noticed last {ago(lost[0].at, look.at)}."
-        yield Alert("warn", f"{_names([it.record for it in lost])} lost", text, "workers")
+    # one that was started again under its name is not missed
+    alive = {it.name for it in look.overview.workers}
+    lost = {it.record.name: it for it in reversed(look.news.gone) if it.was_silent}
+    missed = [it for name, it in lost.items() if name not in alive]
+    if missed:
+        text = f"Heartbeats ended without a word, noticed last {ago(missed[-1].at, look.at)}."
+        yield Alert("warn", f"{_names([it.record for it in missed])} lost", text, "workers")
     if not look.overview.workers and not look.stale and look.overview.servers:
         yield Alert("warn", "No worker is running", "Nothing that is sent is executed.", "workers")
 

@@ -18,6 +18,7 @@ from dagster_taskiq.dashboard.charts import (
     stacked_bars,
 )
 from dagster_taskiq.dashboard.ended import ALL_ENDS, FEW_ENDS, EndMemory, unknown_note
+from dagster_taskiq.dashboard.looks import Look
 from dagster_taskiq.dashboard.memory import (
     GONE_SECONDS,
     MEMORY_SECONDS,
@@ -25,10 +26,14 @@ from dagster_taskiq.dashboard.memory import (
     SILENT_SECONDS,
     Memory,
 )
+from dagster_taskiq.dashboard.summary import alerts
 from dagster_taskiq.dashboard.words import ago, duration, moment, short_duration
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndGroup, EndOutcome
-from dagster_taskiq.overview import Overview, RunView, TaskView
+from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.overview import Overview, RunView, ServerView, TaskView
 from dagster_taskiq_tests.unit.overview_scene import worker
+
+SERVER = ServerView(("broker", "backend"), "memory", "memory://test", 0.001)
 
 
 class Time:
@@ -79,6 +84,23 @@ def test_a_worker_that_says_goodbye_is_not_lost() -> None:
     watcher.watch(4, worker("done@h", sent_at=5.0))
     watcher.watch(2)
     assert watcher.gone() == [("done@h", False)]
+
+
+def test_a_lost_worker_that_was_started_again_is_not_missed() -> None:
+    """It stays among those that are gone, and needs nobody any more."""
+    watcher, dead, other = Watcher(), worker("a@h", sent_at=5.0), worker("b@h", sent_at=5.0)
+    watcher.watch(SILENT_SECONDS + 4, dead, other)
+    watcher.watch(2)
+
+    def missed(*records: WorkerRecord) -> list[str]:
+        overview = Overview(servers=[SERVER], workers=records)
+        found = alerts(Look(at=watcher.time.now, overview=overview, news=watcher.memory.news()))
+        return [it.title for it in found if it.title.endswith("lost")]
+
+    again = replace(dead, worker_id="another life")
+    assert missed(worker("c@h")) == ["2 workers (a@h, b@h) are lost"]
+    assert missed(again) == ["Worker b@h is lost"]
+    assert missed(again, other) == []
 
 
 def test_who_was_away_calls_nobody_lost() -> None:
