@@ -53,6 +53,11 @@ for _command in (
         "exporter:exporter",
         "Serve metrics of queues, workers and servers for Prometheus, until it is told to stop.",
     ),
+    Later(
+        "dashboard",
+        "dashboard:dashboard",
+        "Show servers, workers, queues, runs and steps on a web page, until Ctrl-C.",
+    ),
 ):
     main.add_command(_command)
 

@@ -507,6 +507,14 @@ class Stack:
             errors.seek(0)
             return subprocess.CompletedProcess(arguments, exit_code, output.read(), errors.read())
 
+    def background(self, *arguments: str) -> tuple[AnyProcess, Path]:
+        """Start ``dagster-taskiq`` with a command that goes on; its process, and its output."""
+        log = self.new_log(arguments[0])
+        with log.open("wb") as output:
+            process = self._popen(arguments, output, output)
+        self.exit_stack.callback(_end, process)
+        return process, log
+
     def _popen(
         self,
         arguments: Sequence[str],

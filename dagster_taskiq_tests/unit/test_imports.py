@@ -27,7 +27,7 @@ STOREYS = [
     "loop launch worker overview",
     "steering",
     "executor launcher stack monitoring",
-    "demo dev doctor",
+    "demo dev doctor dashboard",
     "cli",
 ]
 
@@ -118,6 +118,8 @@ def test_there_are_no_cycles() -> None:
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
+    # the extra that it needs may be missing
+    "cli.dashboard": {"dagster_taskiq.dashboard.serving.serve"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
 }
 
