@@ -16,8 +16,9 @@ from dagster_taskiq.backend import Backend, TaskState
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.notes import read_note
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits, WaitKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result
@@ -105,9 +106,9 @@ class Carrier:
 
     async def queue_waits(self) -> QueueWaits:
         """Why tasks of this kind wait in their queues, as the workers are now."""
-        workers = await self._backend.workers()
+        workers, pauses = await self._backend.workers(), await self._backend.paused_queues()
         broker, signer = self._servers.broker.address, self._servers.signer
-        return QueueWaits(workers, self._kind, broker, signer)
+        return QueueWaits(workers, self._kind, broker, signer, pauses=pauses)
 
     async def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """The same reason, or what a worker says that gives a run's tasks back.

@@ -502,6 +502,13 @@ BEGIN
   RETURN QUERY SELECT worker_id, record FROM {s}.workers WHERE expires_at > clock_timestamp();
 END $$;
 
+CREATE OR REPLACE FUNCTION {s}.list_lost_workers{v}()
+RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN QUERY SELECT worker_id, record FROM {s}.workers
+    WHERE expires_at <= clock_timestamp() AND expires_at > clock_timestamp() - interval '{lost} s';
+END $$;
+
 CREATE OR REPLACE FUNCTION {s}.list_running{v}()
 RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
 BEGIN
@@ -562,6 +569,33 @@ BEGIN
   DELETE FROM {s}.orders WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM {s}.orders WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
   DELETE FROM {s}.workers WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
+    SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() - interval '{lost} s'
+    LIMIT 10 * p_most));
+  PERFORM {s}.tidy_history{v}(10 * p_most);
   RETURN v_sum;
+END $$;
+
+
+-- A pause outlives a crash: nobody would notice that tasks of a paused queue are executed.
+CREATE OR REPLACE FUNCTION {s}.pause_queue{v}(p_queue text, p_pause bytea) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  INSERT INTO {s}.paused_queues (queue, pause) VALUES (p_queue, p_pause)
+    ON CONFLICT (queue) DO UPDATE SET pause = excluded.pause;
+END $$;
+
+-- Returns whether it was paused.
+CREATE OR REPLACE FUNCTION {s}.resume_queue{v}(p_queue text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  DELETE FROM {s}.paused_queues WHERE queue = p_queue;
+  RETURN FOUND;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.list_pauses{v}()
+RETURNS TABLE (name text, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN QUERY SELECT queue, pause FROM {s}.paused_queues;
 END $$;

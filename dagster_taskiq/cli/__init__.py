@@ -16,7 +16,7 @@ def main() -> None:
 
 @main.group()
 def worker() -> None:
-    """Start, list and stop workers."""
+    """Start, list, steer and stop workers."""
 
 
 @main.group()
@@ -40,8 +40,13 @@ for _command in (
     Later(
         "status", "status:status", "Show the servers, the queues and the workers that are alive."
     ),
-    Later("queue", "queues:queue", "Show queues."),
-    Later("task", "tasks:task", "Show steps and runs that wait or are executed."),
+    Later(
+        "doctor",
+        "doctor:doctor",
+        "Check what people get wrong: settings, servers, workers and Dagster's instance.",
+    ),
+    Later("queue", "queues:queue", "Show and steer queues."),
+    Later("task", "tasks:task", "Show steps and runs that wait or are executed, and cancel them."),
     Later("run", "tasks:run", "Show runs in flight."),
 ):
     main.add_command(_command)
@@ -56,19 +61,35 @@ for _command in (
     Later(
         "show",
         "worker_show:worker_show",
-        "Show a worker: what it runs and since when, slots, queues, version, last heard of.",
+        "Show a worker: what it runs and since when, slots, queues, versions, last heard of.",
     ),
     Later(
         "ping",
         "worker_ping:worker_ping",
         "Ask a worker for a sign of life, and say how long its answer took.",
     ),
-    Later("terminate", "workers:worker_terminate", "Tell a worker to finish its steps and stop."),
+    Later(
+        "terminate", "worker_orders:worker_terminate", "Tell a worker to finish its steps and stop."
+    ),
     Later(
         "reload",
-        "workers:worker_reload",
+        "worker_orders:worker_reload",
         "Tell a worker to run new code: its children are replaced between steps.",
     ),
+    Later(
+        "pause",
+        "worker_orders:worker_pause",
+        "Have a worker take no new tasks until it is resumed; what runs goes on.",
+    ),
+    Later(
+        "resume", "worker_orders:worker_resume", "Have a worker take tasks again that was paused."
+    ),
+    Later(
+        "slots",
+        "worker_orders:worker_slots",
+        "Give a worker another number of slots, until it is restarted.",
+    ),
+    Later("queue", "worker_orders:worker_queue", "Change on which queues a worker listens."),
 ):
     worker.add_command(_command)
 

@@ -8,6 +8,7 @@ import click
 
 from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.finding import nearest
+from dagster_taskiq.cli.later import Later
 from dagster_taskiq.cli.looking import look
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import queue_shape, task_shape
@@ -36,7 +37,7 @@ queue_option = click.option(
 
 @click.group()
 def queue() -> None:
-    """Show queues."""
+    """Show and steer queues."""
 
 
 @queue.command("list")
@@ -132,3 +133,28 @@ def echo_queues(queues: Sequence[QueueView]) -> None:
             echo_sentence(f"{it.name}, {it.kind.value}: {it.wait.reason}", is_red=it.is_stuck)
     for sentence in sorted({it.blindness for it in queues if it.blindness}):
         echo_sentence(f"{DASH}: {sentence}")
+
+
+for _command in (
+    Later(
+        "pause",
+        "queue_orders:queue_pause",
+        "Have no worker take steps or runs from a queue until it is resumed; what runs goes on.",
+    ),
+    Later(
+        "resume",
+        "queue_orders:queue_resume",
+        "Have workers take from a queue again that was paused.",
+    ),
+    Later(
+        "purge",
+        "queue_orders:queue_purge",
+        "End everything that waits in a queue; what workers execute goes on.",
+    ),
+    Later(
+        "move",
+        "queue_orders:queue_move",
+        "Send what waits in a queue to the queue TO; what workers execute goes on.",
+    ),
+):
+    queue.add_command(_command)

@@ -7,12 +7,13 @@ process's output. Objects that are costly to make and the same for many steps ar
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, MetadataValue, RunsFilter
 
 from dagster_taskiq._dagster.names import (
     DagsterExecutionInterruptedError,
@@ -37,7 +38,7 @@ from dagster_taskiq.errors import (
     TaskRefusedError,
     WrongInstanceError,
 )
-from dagster_taskiq.execution.attempt_log import already_begun
+from dagster_taskiq.execution.attempt_log import STARTED_AT, already_begun
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.step_plans import RunPlans
@@ -345,6 +346,7 @@ def _metadata(place: Place, queue: str) -> dict[str, Any]:
         "pid": str(os.getpid()),
         "slot": place.slot,
         "queue": queue,
+        STARTED_AT: MetadataValue.timestamp(time.time()),
     }
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_waits import QueueWait
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.time_limits import TimeLimits
@@ -27,6 +28,7 @@ class StepTask:
         priority: 0..10, higher first.
         make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
+        job: name of the run's job.
     """
 
     task_id: str
@@ -36,6 +38,7 @@ class StepTask:
     priority: int
     make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Inspection:
 class Dispatcher(ABC):
     """Carries the steps of one run; used from one thread.
 
-    Errors: ``ServerError`` from every method but ``wait`` and ``close``, after which the call may
-    be repeated; ``Patience`` knows for how long that is of use.
+    Errors: ``ServerError`` from every method but ``wait``, ``note_end`` and ``close``, after which
+    the call may be repeated; ``Patience`` knows for how long that is of use.
     """
 
     @abstractmethod
@@ -121,6 +124,13 @@ class Dispatcher(ABC):
     @abstractmethod
     def reopen(self, task_id: str) -> bool:
         """See ``RunBackend.reopen``."""
+
+    @abstractmethod
+    def note_end(self, end: AttemptEnd) -> None:
+        """Tell the history of an attempt that has ended, sooner or later, or never.
+
+        It returns at once, and raises nothing.
+        """
 
     @abstractmethod
     def close(self, *, leave_running: bool = False) -> None:

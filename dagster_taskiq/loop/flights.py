@@ -25,6 +25,7 @@ class Flight:
         attempt_in_run: number of the attempt in this run, from 1. ``task.attempt`` also counts the
             attempts of the run that this one executes again.
         sent_at: of the last time it was sent.
+        sent_on: the same in seconds since the epoch; None where this process has not sent it.
         claim: what was seen of the claim on it.
         place: where it was last seen running.
         absence: for how long neither broker nor backend know it.
@@ -38,6 +39,7 @@ class Flight:
     attempt_in_run: int
     sent_at: float
     claim: ClaimWatch
+    sent_on: float | None = None
     place: Place | None = None
     absence: AbsenceWatch = field(default_factory=AbsenceWatch)
     waits: WaitHistory = field(default_factory=WaitHistory)

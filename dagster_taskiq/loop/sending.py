@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -95,6 +96,7 @@ class Sending:
         self._sent_at = self._now()
         if not self._flights.unsent:
             return
+        sent_on = time.time()  # before, as a worker may have begun before the server has confirmed
         try:
             self._dispatcher.submit(self._flights.unsent)
         except ServerError as error:
@@ -103,7 +105,7 @@ class Sending:
         for task in self._flights.unsent:
             flight = self._flights.find(task.task_id)
             assert flight is not None
-            flight.sent_at = self._now()
+            flight.sent_at, flight.sent_on = self._now(), sent_on
         self._flights.unsent = []
         self._outages.over("send")
 
@@ -133,6 +135,7 @@ class Sending:
             priority=self._priority_of(step),
             make_payload=lambda: self._make_payload(step, cut_known_state(self._active, step)),
             limits=step_time_limits(step.tags),
+            job=self._context.dagster_run.job_name,
         )
         claim = ClaimWatch(self._settings.lease_seconds)
         return Flight(task, step, attempt - first_attempt + 1, sent_at=self._now(), claim=claim)

@@ -42,6 +42,8 @@ class Purpose(str, Enum):
     CONTROL = "control"
     WORKER = "worker"
     NOTE = "note"
+    PAUSE = "pause"
+    HISTORY = "history"
     KEY_ID = "key-id"
 
 

@@ -13,9 +13,11 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.brokers.looks import WaitingTask
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_names import QueueKind
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
-from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
+from dagster_taskiq.messages.worker_records import PAUSED, RunningTask, WorkerRecord
 from dagster_taskiq.overview.views import (
     Overview,
     QueueView,
@@ -65,6 +67,7 @@ async def read_overview(
     broker: TaskBroker,
     queues: Iterable[str] = (),
     most_waiting: int = MOST_WAITING,
+    most_ended: int = 0,
 ) -> Overview:
     """What there is to see on broker and backend; how they answer is ``reach_servers``.
 
@@ -73,22 +76,30 @@ async def read_overview(
         backend, broker: on which ``startup`` was called.
         queues: that are shown though no worker listens on them and no task may wait there.
         most_waiting: how many of the tasks that wait in a queue are shown one by one.
+        most_ended: how many attempts that have ended are shown, of each ``EndGroup``.
 
     Raises:
         ServerError: one of the two is away or refuses.
     """
-    known = await read_backend(backend)
-    reader = _QueueReader(servers, backend, broker, known.workers, known.runs, most_waiting)
+    known = await read_backend(backend, most_ended)
+    pauses = await backend.paused_queues()
+    reader = _QueueReader(servers, backend, broker, known.workers, known.runs, pauses, most_waiting)
     return replace(known, queues=await reader.read(queues))
 
 
-async def read_backend(backend: Backend) -> Overview:
-    """Workers and runs alone, which are seen while the broker is away.
+async def read_backend(backend: Backend, most_ended: int = 0) -> Overview:
+    """Workers, runs and what has ended alone, which are seen while the broker is away.
+
+    Args:
+        most_ended: see ``read_overview``.
 
     Raises:
         ServerError: the backend is away or refuses.
     """
-    return Overview(workers=await backend.workers(), runs=await _read_runs(backend))
+    workers, runs = await backend.workers(), await _read_runs(backend)
+    ended = await backend.ended(most_ended) if most_ended else []
+    lost_workers = await backend.lost_workers()
+    return Overview(workers=workers, lost_workers=lost_workers, runs=runs, ended=ended)
 
 
 # --- queues ---
@@ -107,13 +118,14 @@ class _QueueReader:
     broker: TaskBroker
     workers: Sequence[WorkerRecord]
     runs: Sequence[RunView]
+    pauses: Mapping[str, QueuePause]
     most_waiting: int
 
     async def read(self, names: Iterable[str]) -> list[QueueView]:
         """The queues that are known of, and those of the names, by name."""
         listed = await self.broker.queues_with_tasks() or set()
         found = {queue for physical in listed if (queue := self.servers.queue_of(physical))}
-        found |= {(kind, name) for name in names for kind in QueueKind}
+        found |= {(kind, name) for name in (*names, *self.pauses) for kind in QueueKind}
         for worker in self.workers:
             found |= {(kind, name) for kind in _kinds_of(worker) for name in worker.queues}
         running = Counter(
@@ -137,15 +149,29 @@ class _QueueReader:
             self.servers.broker.address,
             self.servers.signer,
             says_busy_steps=depth > 0,
+            pauses=self.pauses,
         )
         wait = waits.of(name)
         listening = [
             it.name
             for it in self.workers
-            if name in it.queues and kind in _kinds_of(it) and it.state != "draining"
+            if name in it.queues
+            and kind in _kinds_of(it)
+            and it.state not in ("draining", PAUSED)
+            and name not in self.pauses
         ]
         known = QueueView(
-            name, kind, depth, None, None, None, running, listening, wait, self._blindness()
+            name,
+            kind,
+            depth,
+            None,
+            None,
+            None,
+            running,
+            listening,
+            wait,
+            self.pauses.get(name),
+            self._blindness(),
         )
         if groups is None:
             return known
@@ -208,6 +234,7 @@ def _waiting_task(envelope: Envelope, priority: int, position: int, reason: str)
         run_id=envelope.run_id,
         state=TaskState.UNKNOWN,
         step_key=envelope.step_key or "",
+        job=envelope.job,
         attempt=envelope.attempt,
         queue=envelope.queue,
         priority=priority,
@@ -248,6 +275,7 @@ def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]
             view = replace(
                 view,
                 step_key=task.step_key,
+                job=task.job,
                 attempt=task.attempt,
                 queue=task.queue,
                 claimed_at=task.claimed_at,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dagster_taskiq.backend import TaskState
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_names import QueueKind
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -49,6 +51,7 @@ class TaskView:
         place: where it is executed.
         claimed_at: by the clock of its worker; seconds since the epoch.
         reason: why it is not executed, in sentences, beside the tasks before it; empty for none.
+        job: name of its run's job; empty where nobody has told.
     """
 
     task_id: str
@@ -63,6 +66,7 @@ class TaskView:
     place: Place | None = None
     claimed_at: float | None = None
     reason: str = ""
+    job: str = ""
 
     @property
     def status(self) -> TaskStatus:
@@ -96,6 +100,7 @@ class QueueView:
             What is no task of ours, or is not signed as it must be, is left out.
         running: how many tasks of it are known to be executed.
         workers: names of those that listen on it.
+        pause: who holds it up for all workers; None for nobody.
         wait: why a task would wait there, beside the tasks before it; None for no reason.
         blindness: why the server cannot tell, a sentence; empty where it can.
     """
@@ -109,6 +114,7 @@ class QueueView:
     running: int
     workers: Sequence[str]
     wait: QueueWait | None
+    pause: QueuePause | None = None
     blindness: str = ""
 
     @property
@@ -118,9 +124,9 @@ class QueueView:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether tasks wait that no worker will take as things are."""
-        is_busy = self.wait is not None and self.wait.kind is WaitKind.BUSY
-        return self.depth > 0 and self.wait is not None and not is_busy
+        """Whether tasks wait that no worker will take as things are, and nobody has wanted that."""
+        is_meant = self.wait is not None and self.wait.kind in (WaitKind.BUSY, WaitKind.PAUSED)
+        return self.depth > 0 and self.wait is not None and not is_meant
 
 
 @dataclass(frozen=True)
@@ -160,12 +166,21 @@ class ServerView:
 
 @dataclass(frozen=True)
 class Overview:
-    """All of it; a server's parts are of one moment after the other."""
+    """All of it; a server's parts are of one moment after the other.
+
+    Attributes:
+        workers: that live.
+        lost_workers: that do not, and have not signed off.
+        ended: the attempts that ended last, the newest first, as many of each group as were asked
+            for.
+    """
 
     servers: Sequence[ServerView] = ()
     workers: Sequence[WorkerRecord] = ()
     queues: Sequence[QueueView] = ()
     runs: Sequence[RunView] = ()
+    ended: Sequence[AttemptEnd] = ()
+    lost_workers: Sequence[WorkerRecord] = ()
 
     def tasks(self) -> Iterator[TaskView]:
         """The tasks that are executed or wait for a judgement, by run; then those that wait."""

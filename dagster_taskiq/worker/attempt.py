@@ -34,7 +34,7 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.worker.answers import cause_of, result_of
+from dagster_taskiq.worker.answers import cause_of, has_failed, result_of
 from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, StopReason
@@ -225,7 +225,7 @@ class Attempt:
         """The result of a task whose slot cannot be had ready."""
         result = TaskResult(Outcome.ERROR, claim.place, reason=failure)
         waited_seconds = time.monotonic() - self._taken_at
-        ending = Ending(result.outcome, waited_seconds, None, cause_of(result))
+        ending = Ending(result.outcome, waited_seconds, None, cause_of(result), has_failed=True)
         self._tools.observer.ended(self._envelope, ending)
         return result
 
@@ -258,7 +258,14 @@ class Attempt:
             timers.cancel()
         waited_seconds = started_at - self._taken_at
         run_seconds = time.monotonic() - started_at
-        ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
+        ending = Ending(
+            result.outcome,
+            waited_seconds,
+            run_seconds,
+            cause_of(result),
+            left_behind,
+            has_failed(result),
+        )
         self._tools.observer.ended(envelope, ending)
         return result
 
@@ -337,7 +344,10 @@ class Attempt:
                 continue
             if not is_stored:
                 logger.error("The result of task %s was refused: its lease had ended.", task_id)
-            return is_stored
+                return False
+            is_cancelled = lease.stop_reason is StopReason.CANCELLED
+            self._tools.observer.completed(self._envelope, result, is_cancelled=is_cancelled)
+            return True
 
     async def _end_unbegun(self, lease: Lease, result: TaskResult) -> None:
         """Have Dagster know of a launched run that could not start.

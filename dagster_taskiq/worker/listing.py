@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
+import dagster
+
+from dagster_taskiq._dagster.fingerprint import own_fingerprint
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
-from dagster_taskiq.errors import ServerError
+from dagster_taskiq.errors import ConfigError, ServerError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.memory_gauge import MemoryGauge
 from dagster_taskiq.worker.observer import CountingObserver
-from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.steering import Steering
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ class Listing:
     Args:
         backend: which has the list.
         servers: the broker that the worker listens on, and the keys that it accepts.
-        options: its queues and slots.
+        steering: its queues and slots, and whether it is paused.
         place: its name, id and host.
         counts: what it does just now.
         state: for the listing, see ``WorkerRecord``.
@@ -48,7 +53,7 @@ class Listing:
         self,
         backend: Backend,
         servers: Servers,
-        options: WorkerOptions,
+        steering: Steering,
         place: Place,
         counts: CountingObserver,
         state: Callable[[], str],
@@ -56,13 +61,15 @@ class Listing:
     ) -> None:
         self._backend = backend
         self._servers = servers
-        self._options = options
+        self._steering = steering
         self._place = place
         self._counts = counts
         self._state = state
         self._on_outage = on_outage
         self._started_at = time.time()
         self._pings: deque[str] = deque(maxlen=_REMEMBERED_PINGS)
+        self._memory = MemoryGauge()
+        self._storage = ""
         self._is_entered = False
 
     async def enter(self) -> None:
@@ -77,12 +84,22 @@ class Listing:
     async def run(self) -> None:
         """Send a heartbeat now and then, and have the backend tidied, until cancelled."""
         tidies_at = time.monotonic() + _TIDY_SECONDS * random.random()
+        await self._find_storage()
         while True:
+            self._memory.look()
             await asyncio.sleep(HEARTBEAT_SECONDS)
             await self.update()
             if time.monotonic() >= tidies_at:
                 tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
                 await self._tidy()
+
+    async def _find_storage(self) -> None:
+        try:
+            self._storage = await asyncio.to_thread(own_fingerprint)
+        except (ConfigError, RuntimeError) as error:  # the latter without threads
+            logger.debug("The listing does not say which Dagster instance this is: %s", error)
+        else:
+            await self.update()
 
     async def _tidy(self) -> None:
         try:
@@ -114,18 +131,19 @@ class Listing:
             logger.warning("Could not sign off: %s The listing will show it for a while.", error)
 
     async def _send(self) -> None:
-        options, counts = self._options, self._counts
+        steering, counts = self._steering, self._counts
         record = WorkerRecord(
             worker_id=self._place.worker_id,
             name=self._place.worker,
             host=self._place.host,
             pid=os.getpid(),
-            queues=options.queues,
-            slots=options.slots,
-            run_slots=options.run_slots,
+            queues=tuple(steering.queues),
+            slots=steering.slots[QueueKind.STEPS],
+            run_slots=steering.slots[QueueKind.RUNS],
             busy_slots=counts.busy[QueueKind.STEPS],
             busy_run_slots=counts.busy[QueueKind.RUNS],
             state=self._state(),
+            pause_reason=steering.pause_reason,
             started_at=self._started_at,
             version=__version__,
             refused=counts.refused_count,
@@ -134,6 +152,12 @@ class Listing:
             other_backend=counts.other_backend,
             broker=self._servers.broker.address,
             pings=tuple(self._pings),
+            done=counts.done_count,
+            failed=counts.failed_count,
+            memory_bytes=self._memory.found_bytes,
+            dagster=dagster.__version__,
+            python=platform.python_version(),
+            storage=self._storage,
             sent_at=time.time(),
         )
         running = list(counts.running.values())

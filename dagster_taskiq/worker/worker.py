@@ -4,8 +4,8 @@ A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseK
 their claims and stops what may not go on; the guard kills what the worker cannot.
 
 Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
-``guard``, ``reload`` and perhaps ``code-watch``. When one of them fails the worker stops loudly.
-Stopping is one ordered list, ``_stop``.
+``guard``, ``reload``, ``steering``, ``steps-slots``, ``runs-slots`` and perhaps ``code-watch``.
+When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
+from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
-from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.control import OrderKind, OrderReader
 from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.worker.admission import StationAdmission
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
-from dagster_taskiq.worker.control_mailbox import ControlMailbox
+from dagster_taskiq.worker.control_mailbox import ControlMailbox, told
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
 from dagster_taskiq.worker.listing import Listing
 from dagster_taskiq.worker.observer import (
@@ -38,9 +40,11 @@ from dagster_taskiq.worker.observer import (
 )
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
+from dagster_taskiq.worker.run_ends import RunEnds
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
+from dagster_taskiq.worker.steering import Steering
 from dagster_taskiq.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
@@ -79,14 +83,16 @@ class Worker:
         self._place = Place(self.name, worker_id, host, pid=0, slot=0)
         counts = CountingObserver()
         others = (observer,) if observer else ()
-        self._observer = Observers(LoggingObserver(), counts, *others)
         self._parts = parts or usual_parts(servers)
         self._backend = self._parts.backend
+        self._history = HistoryLog(self._backend)
+        self._observer = Observers(LoggingObserver(), counts, RunEnds(self._history), *others)
         self._guard = self._parts.guard
         orders = OrderReader(servers.signer, worker_id, self.name)
         self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
+        self._steering = Steering(servers, self._backend, options)
         self._listing = Listing(
-            self._backend, servers, options, self._place, counts, self._state, self._revive
+            self._backend, servers, self._steering, self._place, counts, self._state, self._revive
         )
         self._control = ControlMailbox(
             self._backend,
@@ -94,8 +100,11 @@ class Worker:
             orders,
             self._leases,
             self._observer,
-            self.drain,
-            self.reload,
+            {
+                **self._steering.orders,
+                OrderKind.TERMINATE: told(self.drain),
+                OrderKind.RELOAD: told(self.reload),
+            },
             self._listing.answer_ping,
         )
         self._stations = list(self._make_stations())
@@ -113,15 +122,15 @@ class Worker:
             queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             signer, observer = self._servers.signer, self._observer
             admission = StationAdmission(
-                kind, options.queues, signer, observer, self._backend, self.name
+                kind, self._steering.ever_served, signer, observer, self._backend, self.name
             )
             yield Station(
                 kind,
                 self._parts.open_broker(kind, queues, admission),
-                [
-                    self._parts.make_slot(self._slot_options(kind, number), self._observer)
-                    for number in range(1, count + 1)
-                ],
+                lambda number, kind=kind: self._parts.make_slot(  # type: ignore[misc]
+                    self._slot_options(kind, number), self._observer
+                ),
+                count,
                 self._make_tools(),
             )
 
@@ -235,6 +244,7 @@ class Worker:
             await self._code_watch.start()
         for station in self._stations:
             await station.start()
+        await self._steering.start(self._stations)
         await self._listing.enter()
         logger.info(
             "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
@@ -260,6 +270,12 @@ class Worker:
             asyncio.create_task(self._control.run(), name="control"),
             asyncio.create_task(self._guard.monitor(self._leases.stop_unguarded), name="guard"),
             asyncio.create_task(self._reload_when_told(), name="reload"),
+            asyncio.create_task(self._steering.run(), name="steering"),
+            *(
+                asyncio.create_task(station.keep_size(), name=f"{station.kind.value}-slots")
+                for station in self._stations
+            ),
+            asyncio.create_task(self._history.run(), name="history"),
         ]
         if self._code_watch:
             others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
@@ -310,6 +326,7 @@ class Worker:
             await station.stop()
         await asyncio.to_thread(self._parts.finish_output)
         await self._listing.leave()
+        await self._history.send()
         await self._backend.shutdown()
         # last, since it kills whatever the lines above have left
         self._guard.close()
@@ -334,4 +351,6 @@ class Worker:
         """For the listing, see ``WorkerRecord``."""
         if self._drain.is_set():
             return "draining"
-        return "no processes" if any(it.is_short for it in self._stations) else "running"
+        if any(it.is_short for it in self._stations):
+            return "no processes"
+        return PAUSED if self._steering.is_paused else "running"

@@ -25,7 +25,12 @@ OTHERS: Mapping[str, set[str]] = {
         "exceptions.ChannelNotFoundEntity",
         "exceptions.ConnectionNotAllowed",
     },
-    "cli": {"click.ClickException", "click.UsageError", "argparse.ArgumentTypeError"},
+    "cli": {
+        "argparse.ArgumentTypeError",
+        "click.BadParameter",
+        "click.ClickException",
+        "click.UsageError",
+    },
     "config.parsers": {"TypeError"},  # caught in the same function
     "demo.jobs": {"ConnectionError"},  # a step of the demo fails
     "stack.signals": {"Interrupted"},  # a BaseException, as KeyboardInterrupt is

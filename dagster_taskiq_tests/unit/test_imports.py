@@ -25,8 +25,9 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
+    "steering",
     "executor launcher stack",
-    "demo dev",
+    "demo dev doctor",
     "cli",
 ]
 

@@ -61,7 +61,7 @@ class Scene:
     """A station of steps with two slots."""
 
     def __init__(self, signer: Signer = UNSIGNED) -> None:
-        self.slots = [FakeSlot(number) for number in (1, 2)]
+        self.slots: list[FakeSlot] = []
         self.backend = FakeBackend()
         self.witness = Witness()
         admission = StationAdmission(
@@ -84,8 +84,12 @@ class Scene:
             signer,
             self.witness,
         )
-        self.station = Station(QueueKind.STEPS, self.broker, self.slots, tools)
+        self.station = Station(QueueKind.STEPS, self.broker, self._make_slot, 2, tools)
         self.drain = asyncio.Event()
+
+    def _make_slot(self, number: int) -> FakeSlot:
+        self.slots.append(FakeSlot(number))
+        return self.slots[-1]
 
     async def settled(self, *expected: str) -> None:
         """Wait until messages are settled so, whatever their order."""
@@ -132,7 +136,7 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = play(scenario)
     assert len(parsed) == 2  # the message, and in it the header
     assert list(scene.backend.results) == [STEP_TASK.task_id]
-    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "released"]
+    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "completed", "released"]
 
 
 def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -353,7 +357,7 @@ def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
         assert (backend.records[-1].busy_slots, backend.records[-1].refused) == (1, 2)
         assert [it.task_id for it in backend.told] == [STEP_TASK.task_id]
         assert TaskResult.from_bytes(backend.results[STEP_TASK.task_id])
-        assert witness.heard[-2:] == ["ended", "released"]
+        assert witness.heard[-3:] == ["ended", "completed", "released"]
         assert backend.happened[-1] == "goodbye"
 
     asyncio.run(scenario())

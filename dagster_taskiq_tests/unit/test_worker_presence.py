@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import platform
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import dagster
+import pytest
+
+from dagster_taskiq._dagster.fingerprint import storage_fingerprint
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.control import OrderReader, cancel_order, ping_order, worker_order
+from dagster_taskiq.messages.control import OrderKind, OrderReader, cancel_order, worker_order
 from dagster_taskiq.messages.envelope import QueueKind
-from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.results import Outcome, Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.worker.control_mailbox import ControlMailbox
-from dagster_taskiq.worker.leases import StopReason
+from dagster_taskiq.worker import listing
+from dagster_taskiq.worker.control_mailbox import ControlMailbox, told
 from dagster_taskiq.worker.listing import Listing
-from dagster_taskiq.worker.observer import CountingObserver
+from dagster_taskiq.worker.observer import CountingObserver, Ending
 from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.steering import Steering
+from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import Witness
 
 PLACE = Place("w@h", "worker-id", "h", 0, 0)
@@ -39,10 +48,11 @@ class Scene:
         self.state = "running"
         self.outages = 0
         options = ServerOptions("redis://fake")
+        servers = Servers(options, options, Signer())
         self.listing = Listing(
             self.backend,
-            Servers(options, options, Signer()),
-            WorkerOptions("w", ("q",), 3),
+            servers,
+            Steering(servers, self.backend, WorkerOptions("w", ("q",), 3)),
             PLACE,
             self.counts,
             lambda: self.state,
@@ -54,6 +64,13 @@ class Scene:
 
     async def workers(self) -> list[WorkerRecord]:
         return await self.backend.workers()
+
+    async def until(self, is_so: Callable[[WorkerRecord], bool]) -> None:
+        """Wait for a record of which something is so."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not any(map(is_so, await self.workers())):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
 
 
 def test_a_worker_is_listed_as_it_is_now() -> None:
@@ -74,6 +91,60 @@ def test_a_worker_is_listed_as_it_is_now() -> None:
         assert await scene.workers() == []
 
     asyncio.run(test())
+
+
+def test_a_worker_says_what_it_has_done_and_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many tasks it has ended, its memory, its versions, and the instance's storage."""
+    (tmp_path / "dagster.yaml").touch()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(listing, "HEARTBEAT_SECONDS", 0.01)
+
+    async def test() -> None:
+        scene = Scene()
+        for outcome, has_failed in [
+            (Outcome.FINISHED, False),
+            (Outcome.FINISHED, False),
+            (Outcome.FINISHED, True),
+            (Outcome.REFUSED, False),
+        ]:
+            scene.counts.ended(STEP_TASK, Ending(outcome, 0, 1, has_failed=has_failed))
+        await scene.listing.enter()
+        running = asyncio.create_task(scene.listing.run())
+        try:
+            await scene.until(lambda it: it.memory_bytes > 0)
+        finally:
+            running.cancel()
+        (record,) = await scene.workers()
+        assert (record.done, record.failed) == (2, 1)
+        assert 10 * 2**20 < record.memory_bytes < 2**40
+        assert (record.dagster, record.python) == (dagster.__version__, platform.python_version())
+        assert record.storage == storage_fingerprint(tmp_path)
+
+    asyncio.run(test())
+
+
+def test_a_worker_without_an_instance_does_not_name_its_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one whose dagster.yaml Dagster cannot use; it is listed all the same."""
+    (tmp_path / "dagster.yaml").write_text("storage: {nonsense: 1}")
+    monkeypatch.setattr(listing, "HEARTBEAT_SECONDS", 0.01)
+
+    async def test() -> None:
+        scene = Scene()
+        running = asyncio.create_task(scene.listing.run())
+        try:
+            await scene.until(lambda _: True)
+        finally:
+            running.cancel()
+        (record,) = await scene.workers()
+        assert record.storage == ""
+
+    for home in ("", str(tmp_path)):
+        monkeypatch.setenv("DAGSTER_HOME", home)
+        asyncio.run(test())
 
 
 def test_a_ping_is_answered_by_a_heartbeat_that_names_it() -> None:
@@ -121,13 +192,13 @@ class FakeLeases:
     """Holds one task."""
 
     def __init__(self) -> None:
-        self.stopped: list[tuple[str, StopReason]] = []
+        self.stopped: list[tuple[str, str]] = []
 
     def find(self, task_id: str) -> str | None:
         return task_id if task_id == "held" else None
 
-    def stop(self, lease: str, reason: StopReason) -> None:
-        self.stopped.append((lease, reason))
+    def cancel(self, lease: str, why: str) -> None:
+        self.stopped.append((lease, why))
 
 
 def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
@@ -154,8 +225,10 @@ def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
             reader,
             leases,
             observer,
-            drain,
-            lambda: calls.append("reload"),
+            {
+                OrderKind.TERMINATE: told(drain),
+                OrderKind.RELOAD: told(lambda: calls.append("reload")),
+            },
             note_ping,
         )
         task = asyncio.create_task(mailbox.run())
@@ -175,11 +248,11 @@ def test_each_order_is_obeyed() -> None:
         worker_order(Signer(), ME, "reload"),
         cancel_order(Signer(), "held", "enough"),
         cancel_order(Signer(), "elsewhere", "enough"),
-        ping_order(Signer(), ME, "a ping"),
+        worker_order(Signer(), ME, OrderKind.PING, "a ping"),
         worker_order(Signer(), ME, "dance"),
     ]
     assert obey(orders, leases, Witness()) == ["reload", "a ping", "drain"]
-    assert leases.stopped == [("held", StopReason.CANCELLED)]
+    assert leases.stopped == [("held", "enough")]
 
 
 def test_an_order_that_is_refused_is_heard_of() -> None:
