@@ -48,6 +48,11 @@ for _command in (
     Later("queue", "queues:queue", "Show and steer queues."),
     Later("task", "tasks:task", "Show steps and runs that wait or are executed, and cancel them."),
     Later("run", "tasks:run", "Show runs in flight."),
+    Later(
+        "exporter",
+        "exporter:exporter",
+        "Serve metrics of queues, workers and servers for Prometheus, until it is told to stop.",
+    ),
 ):
     main.add_command(_command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -48,7 +49,8 @@ async def reach_servers(servers: Servers, backend: Backend, broker: TaskBroker) 
         if not views[0].problem:
             await broker.startup()
         return views
-    return [await _reach(("broker",), broker), await _reach(("backend",), backend)]
+    # together, as one that is away may take seconds to be found so
+    return list(await asyncio.gather(_reach(("broker",), broker), _reach(("backend",), backend)))
 
 
 async def _reach(roles: tuple[str, ...], server: Backend | TaskBroker) -> ServerView:

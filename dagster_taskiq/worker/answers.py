@@ -9,10 +9,8 @@ from dagster_taskiq.worker.child_messages import Answer, Executed
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.slot_base import ChildDied
 
-#: How the serialized events of Dagster say that an attempt has ended; the quotes in what a user
-#: has put into an event are escaped.
-_SUCCESS = '"event_type_value": "STEP_SUCCESS"'
-_FAILURES = tuple(f'"event_type_value": "{name}"' for name in ("STEP_FAILURE", "STEP_UP_FOR_RETRY"))
+#: What a child says of a step that has failed, see ``TaskRunner``.
+_FAILED_ENDS = ("failure", "up_for_retry")
 
 
 def result_of(answer: Answer | ChildDied, lease: Lease, verdict: str) -> TaskResult:
@@ -49,20 +47,16 @@ def cause_of(result: TaskResult) -> str:
     return result.reason or str((result.error or {}).get("message", ""))
 
 
-def has_failed(result: TaskResult) -> bool:
+def has_failed(result: TaskResult, step_end: str) -> bool:
     """Whether a task came to no good end: a step's attempt, or a run; one that was stopped, too.
 
-    False of one that is for another worker. Of the events only the last ones are looked at, as
-    text: the worker's event loop parses none.
+    False of one that is for another worker.
+
+    Args:
+        step_end: what a step came to by its own events, see ``TaskRunner``; empty of a run.
     """
     if result.outcome in (Outcome.REFUSED, Outcome.COPY):
         return False
     if result.outcome is not Outcome.FINISHED or result.error or result.exit_code:
         return True
-    # hooks write events behind the end
-    for event in reversed(result.events):
-        if _SUCCESS in event:
-            return False
-        if any(failure in event for failure in _FAILURES):
-            return True
-    return False
+    return step_end in _FAILED_ENDS

@@ -242,7 +242,7 @@ class Attempt:
             timers.limits.soft_seconds,
         )
         started_at = time.monotonic()
-        left_behind = ""
+        left_behind = step_end = ""
         try:
             answer = await slot.run(
                 order,
@@ -251,7 +251,8 @@ class Attempt:
                 lambda: self._note_start(lease.claim),
             )
             result = result_of(answer, lease, timers.verdict)
-            left_behind = answer.left_behind if isinstance(answer, Executed) else ""
+            if isinstance(answer, Executed):
+                left_behind, step_end = answer.left_behind, answer.step_end
         except SlotError as error:
             result = self._result_without_child(place, error)
         finally:
@@ -264,7 +265,9 @@ class Attempt:
             run_seconds,
             cause_of(result),
             left_behind,
-            has_failed(result),
+            has_failed(result, step_end),
+            step_end,
+            lease.stop_reason.name if lease.stop_reason else "",
         )
         self._tools.observer.ended(envelope, ending)
         return result
@@ -346,7 +349,9 @@ class Attempt:
                 logger.error("The result of task %s was refused: its lease had ended.", task_id)
                 return False
             is_cancelled = lease.stop_reason is StopReason.CANCELLED
-            self._tools.observer.completed(self._envelope, result, is_cancelled=is_cancelled)
+            self._tools.observer.completed(
+                self._envelope, result, is_cancelled=is_cancelled, size_bytes=len(data)
+            )
             return True
 
     async def _end_unbegun(self, lease: Lease, result: TaskResult) -> None:

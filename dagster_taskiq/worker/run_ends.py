@@ -35,7 +35,9 @@ class RunEnds(WorkerObserver):
         if envelope.kind is QueueKind.RUNS:
             self._begun[envelope.task_id] = time.time()
 
-    def completed(self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool) -> None:
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
         """See ``WorkerObserver``."""
         # another worker may begin the one, and another process of the run goes on with the other
         is_elsewhere = result.outcome is Outcome.REFUSED or result.exit_code == EXIT_SUPERSEDED

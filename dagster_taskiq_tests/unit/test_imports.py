@@ -26,7 +26,7 @@ STOREYS = [
     "carrier",
     "loop launch worker overview",
     "steering",
-    "executor launcher stack",
+    "executor launcher stack monitoring",
     "demo dev doctor",
     "cli",
 ]
