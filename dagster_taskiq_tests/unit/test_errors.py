@@ -32,6 +32,7 @@ OTHERS: Mapping[str, set[str]] = {
         "click.UsageError",
     },
     "config.parsers": {"TypeError"},  # caught in the same function
+    "dashboard.web": {"HTTPException"},  # Starlette answers with it
     "demo.jobs": {"ConnectionError"},  # a step of the demo fails
     "stack.signals": {"Interrupted"},  # a BaseException, as KeyboardInterrupt is
     "execution.storage_connections": {"DisconnectionError"},  # SQLAlchemy tries another connection
