@@ -84,6 +84,9 @@ IN_HAND_SECONDS = 15.0
 HEARTBEAT_SECONDS = 5.0
 WORKER_EXPIRES_SECONDS = 30.0
 
+#: How long a worker that was not heard of any more, and has not signed off, is listed as lost.
+LOST_WORKER_SECONDS = 600.0
+
 #: How old a signed order to a worker may be, and how far the clocks of two hosts may differ.
 CONTROL_AGE_SECONDS = 300.0
 

@@ -208,6 +208,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             epoch=self._client.epoch(),
             payload=json.dumps({RUN_ARGS_KEY: pack_value(self._arguments(run))}),
+            job=run.job_name,
         )
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,7 +28,7 @@ def has_database_server(home: Path) -> bool:
     Raises:
         ConfigError: Dagster cannot use its dagster.yaml.
     """
-    storage = _event_storage(home)
+    storage = event_storage_of(home)
     # Dagster's own storages are SQLite's; each of those on a server is a package of its own
     return storage is not None and storage.module_name.partition(".")[0] != "dagster"
 
@@ -38,10 +39,10 @@ def postgresql_of(home: Path) -> PostgresqlOfInstance | None:
     Raises:
         ConfigError: Dagster cannot use its dagster.yaml.
     """
-    storage = _event_storage(home)
+    storage = event_storage_of(home)
     if storage is None or storage.module_name.partition(".")[0] != "dagster_postgres":
         return None
-    with _unusable_config_as_error(home):
+    with unusable_config_as_error(home):
         utils: Any = import_module("dagster_postgres.utils")
         kind: Any = getattr(import_module(storage.module_name), storage.class_name)
         config, problems = process_schema(kind.config_type(), storage.config_dict)
@@ -56,13 +57,53 @@ def postgresql_of(home: Path) -> PostgresqlOfInstance | None:
     return PostgresqlOfInstance(url, provider and provider.get_token)
 
 
-def _event_storage(home: Path) -> ConfigurableClassData | None:
-    with _unusable_config_as_error(home):
-        return InstanceRef.from_dir(str(home)).event_storage_data
+def event_storage_of(home: Path) -> ConfigurableClassData | None:
+    """What the dagster.yaml of a DAGSTER_HOME says of its event log.
+
+    Raises:
+        ConfigError: Dagster cannot use it.
+    """
+    ref = instance_ref_of(home)
+    with unusable_config_as_error(home):
+        return ref.event_storage_data
+
+
+def instance_ref_of(home: Path) -> InstanceRef:
+    """What the dagster.yaml of a DAGSTER_HOME says; Dagster warns once that there is none.
+
+    Raises:
+        ConfigError: Dagster cannot use it.
+    """
+    with unusable_config_as_error(home), _warning_once(home):
+        return InstanceRef.from_dir(str(home))
+
+
+#: The homes of which this process has been told that they have no dagster.yaml.
+_TOLD_OF: set[Path] = set()
 
 
 @contextmanager
-def _unusable_config_as_error(home: Path) -> Iterator[None]:
+def _warning_once(home: Path) -> Iterator[None]:
+    """Keep Dagster from warning again that a home has no dagster.yaml."""
+    logger = logging.getLogger("dagster")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith("No dagster instance configuration file"):
+            return True
+        is_first = home not in _TOLD_OF
+        _TOLD_OF.add(home)
+        return is_first
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+
+
+@contextmanager
+def unusable_config_as_error(home: Path) -> Iterator[None]:
+    """Say that Dagster cannot use the dagster.yaml of a DAGSTER_HOME, as a ``ConfigError``."""
     try:
         yield
     except ConfigError:

@@ -305,6 +305,13 @@ class ControlBackend(ABC):
         """
 
     @abstractmethod
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """The workers that are silent since their last heartbeat expired, by name, as ``LOST``.
+
+        Each for ``LOST_WORKER_SECONDS``, as it described itself last. They are for people only.
+        """
+
+    @abstractmethod
     async def running(self) -> list[RunningTask]:
         """What the live workers said last that they execute, which may be over by now.
 

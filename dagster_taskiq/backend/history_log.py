@@ -64,22 +64,26 @@ class HistoryLog:
     async def send(self) -> None:
         """Add what was noted; what the backend does not take waits for the next time."""
         self._gather()
-        batch = self._unanswered or self._new_batch()
-        if not batch.ends and not batch.counts:
+        if self._unanswered is not None and not await self._add(self._unanswered):
             return
+        batch = self._new_batch()
+        if batch.ends or batch.counts:
+            await self._add(batch)
+
+    async def _add(self, batch: HistoryBatch) -> bool:
+        """Add a batch; whether that is over."""
         self._unanswered = batch
         try:
             await self._backend.add_history(batch)
         except ServerError as error:
             # the same batch again, which counts once though only its answer may have been lost
             logger.debug("The history waits: %s", error)
-            return
+            return False
         except Exception:
             # a run or a worker must not end for this, nor try it for ever
             logger.warning("%d ends are missing in the history.", len(batch.ends), exc_info=True)
         self._unanswered = None
-        if self._noted or self._counts:
-            await self.send()
+        return True
 
     def _gather(self) -> None:
         while self._noted:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from dagster_taskiq.backend import life
 from dagster_taskiq.backend.base import (
@@ -50,7 +49,8 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -287,11 +287,13 @@ class MemoryBackend(MemoryPauses, Backend):
         """See ``ControlBackend``."""
         with self._server.reached() as session:
             found = session.workers()
-        records = []
-        for worker_id, data in found.items():
-            with suppress(ValueError):
-                records.append(read_record(self._signer, worker_id, data, time.time()))
-        return sorted(records, key=lambda record: record.name)
+        return readable_records(self._signer, found, lambda *_: None)
+
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        with self._server.reached() as session:
+            found = session.lost_workers()
+        return as_lost(readable_records(self._signer, found, lambda *_: None))
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""

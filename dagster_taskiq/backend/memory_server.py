@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.backend.history import History
 from dagster_taskiq.backend.life import Moment, RunLife, TaskLife
+from dagster_taskiq.defaults import LOST_WORKER_SECONDS
 from dagster_taskiq.errors import UnreachableServerError
 
 
@@ -147,7 +148,9 @@ class Session:
             name: it for name, it in tables.mailboxes.items() if it.ends_at > moment.seconds
         }
         tables.workers = {
-            name: it for name, it in tables.workers.items() if it.ends_at > moment.seconds
+            name: it
+            for name, it in tables.workers.items()
+            if it.ends_at + LOST_WORKER_SECONDS > moment.seconds
         }
         tables.history = tables.history.at(moment.seconds)
 
@@ -194,6 +197,12 @@ class Session:
     def put_history(self, history: History) -> None:
         """Store what has ended, and the counters."""
         self._tables.history = history
+
+    def lost_workers(self) -> dict[str, bytes]:
+        """The records, by id, of workers that are silent and have not signed off."""
+        live, since = self._live_workers(), self.moment.seconds - LOST_WORKER_SECONDS
+        workers = self._tables.workers.items()
+        return {key: it.data for key, it in workers if key not in live and it.ends_at > since}
 
     def _live_workers(self) -> dict[str, _StoredWorker]:
         workers = self._tables.workers.items()

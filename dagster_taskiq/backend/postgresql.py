@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -38,7 +37,8 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -317,16 +317,17 @@ class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        records = [self._record_of(*row) for row in await self._call("list_workers")]
-        return sorted((it for it in records if it), key=lambda record: record.name)
+        return self._readable(await self._call("list_workers"))
 
-    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
-        try:
-            return read_record(self._signer, worker_id, data, time.time())
-        except ValueError as error:
-            # anybody who can write there can have put it there
-            self._unreadable.note(f"The record of worker {worker_id}", str(error))
-            return None
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        return as_lost(self._readable(await self._call("list_lost_workers")))
+
+    def _readable(self, rows: list[tuple[Any, ...]]) -> list[WorkerRecord]:
+        note = self._unreadable.note
+        return readable_records(
+            self._signer, dict(rows), lambda it, why: note(f"The record of worker {it}", why)
+        )
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""

@@ -21,6 +21,7 @@ from dagster_taskiq.defaults import (
     CLOSED_RECORD_EXPIRES_SECONDS,
     HISTORY_ENDS,
     HISTORY_EXPIRES_SECONDS,
+    LOST_WORKER_SECONDS,
     RUN_RECORD_EXPIRES_SECONDS,
 )
 from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, read_sql
@@ -51,6 +52,7 @@ DECLARE
     "most_ends": str(HISTORY_ENDS),
     "history": str(HISTORY_EXPIRES_SECONDS),
     "batch": str(BATCH_EXPIRES_SECONDS),
+    "lost": f"{LOST_WORKER_SECONDS:g}",
 }
 
 PART = Part(

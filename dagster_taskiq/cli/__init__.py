@@ -40,9 +40,19 @@ for _command in (
     Later(
         "status", "status:status", "Show the servers, the queues and the workers that are alive."
     ),
+    Later(
+        "doctor",
+        "doctor:doctor",
+        "Check what people get wrong: settings, servers, workers and Dagster's instance.",
+    ),
     Later("queue", "queues:queue", "Show and steer queues."),
     Later("task", "tasks:task", "Show steps and runs that wait or are executed, and cancel them."),
     Later("run", "tasks:run", "Show runs in flight."),
+    Later(
+        "exporter",
+        "exporter:exporter",
+        "Serve metrics of queues, workers and servers for Prometheus, until it is told to stop.",
+    ),
     Later(
         "dashboard",
         "dashboard:dashboard",
@@ -61,7 +71,7 @@ for _command in (
     Later(
         "show",
         "worker_show:worker_show",
-        "Show a worker: what it runs and since when, slots, queues, version, last heard of.",
+        "Show a worker: what it runs and since when, slots, queues, versions, last heard of.",
     ),
     Later(
         "ping",

@@ -41,3 +41,12 @@ def ask_servers(servers: Servers, ask: Callable[[Backend], Awaitable[T]]) -> T:
 def read_workers(settings: Settings) -> list[WorkerRecord]:
     """The workers that are listed, by name; errors as of ``ask_backend``."""
     return ask_backend(settings, lambda backend: backend.workers()) or []
+
+
+def read_all_workers(settings: Settings) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+    """The same, and the workers that are lost."""
+
+    async def ask(backend: Backend) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        return await backend.workers(), await backend.lost_workers()
+
+    return ask_backend(settings, ask) or ([], [])

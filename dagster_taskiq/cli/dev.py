@@ -90,7 +90,7 @@ def dev(
     options = DevOptions(
         config_yaml=config_yaml,
         dagster=[*_dagster_options(given), "--log-level", log_level, *dagster_arguments],
-        worker=_worker_options(given, config_yaml, log_level),
+        worker=_worker_options(given, log_level),
         host=given["host"],
         port=given["port"],
     )
@@ -107,10 +107,10 @@ def _dagster_options(given: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _worker_options(given: Mapping[str, Any], config_yaml: str | None, log_level: str) -> list[str]:
+def _worker_options(given: Mapping[str, Any], log_level: str) -> list[str]:
     found = ["--name", "dev", "--drain-timeout", str(_DRAIN_SECONDS), "--loglevel", log_level]
-    for option, value in (("-c", given["concurrency"]), ("-y", config_yaml)):
-        found += [] if value is None else [option, str(value)]
+    if given["concurrency"] is not None:
+        found += ["-c", str(given["concurrency"])]
     for queue in given["queues"]:
         found += ["-q", queue]
     return [*found, "--reload"] if given["reload"] else found

@@ -23,6 +23,8 @@ def server_shape(server: ServerView) -> dict[str, Any]:
 def worker_shape(record: WorkerRecord) -> dict[str, Any]:
     """A worker, as it describes itself."""
     values = {key: it for key, it in asdict(record).items() if key != "pings"}
+    for name in ("memory_bytes", "dagster", "python", "storage"):
+        values[name] = values[name] or None
     return {key: list(it) if isinstance(it, tuple) else it for key, it in values.items()}
 
 
@@ -60,6 +62,7 @@ def _flight_shape(task: TaskView) -> dict[str, Any]:
         "run_id": task.run_id,
         "kind": task.kind and task.kind.value,
         "step_key": task.step_key or None,
+        "job": task.job or None,
         "attempt": task.attempt,
         "queue": task.queue,
         "state": task.status.value,
@@ -72,7 +75,6 @@ def _flight_shape(task: TaskView) -> dict[str, Any]:
         "pid": place and place.pid,
         "slot": place and place.slot,
         "reason": task.reason or None,
-        "job": None,
         "started_at": None,
         "ended_at": None,
         "is_retried": None,
@@ -85,6 +87,7 @@ def _end_shape(end: AttemptEnd) -> dict[str, Any]:
         "run_id": end.run_id,
         "kind": end.kind,
         "step_key": end.step_key or None,
+        "job": end.job or None,
         "attempt": end.attempt,
         "queue": end.queue,
         "state": end.outcome.value,
@@ -97,7 +100,6 @@ def _end_shape(end: AttemptEnd) -> dict[str, Any]:
         "pid": None,
         "slot": end.slot,
         "reason": end.reason or None,
-        "job": end.job or None,
         "started_at": end.started_at,
         "ended_at": end.ended_at,
         "is_retried": end.is_retried,

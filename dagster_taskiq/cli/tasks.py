@@ -180,6 +180,7 @@ def _echo_task(found: TaskView, overview: Overview) -> None:
         {
             "task": found.task_id,
             "run": found.run_id,
+            "job": found.job or DASH,
             "step": title_of(found),
             "attempt": DASH if found.attempt is None else str(found.attempt),
             "state": f"{found.status.value} for {time_since(found.since)}",

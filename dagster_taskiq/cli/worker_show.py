@@ -21,7 +21,7 @@ from dagster_taskiq.cli.tables import (
     time_since,
 )
 from dagster_taskiq.cli.tasks import title_of
-from dagster_taskiq.cli.workers import state_of
+from dagster_taskiq.cli.workers import memory_of, state_of
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, TaskView, is_named, read_backend
@@ -34,25 +34,43 @@ from dagster_taskiq.overview import Overview, TaskView, is_named, read_backend
 @say_errors
 @explain_names
 def worker_show(name: str, as_json: bool, config_yaml: str | None) -> None:
-    """Show a worker: what it runs and since when, slots, queues, version, last heard of.
+    """Show a worker: what it runs and since when, slots, queues, versions, last heard of.
 
-    The exit code is 1 where no worker of that name is running.
+    The exit code is 1 where no worker of that name is running; one that is lost is shown for ten
+    minutes.
     """
     overview = ask_backend(read_settings(config_yaml), read_backend) or Overview()
-    records = [it for it in overview.workers if is_named(it, name)]
+    alive, lost = (
+        [it for it in found if is_named(it, name)]
+        for found in (overview.workers, overview.lost_workers)
+    )
+    records = [*alive, *lost]
     tasks = {it.worker_id: overview.tasks_of_worker(it) for it in records}
     if as_json:
-        shapes = [
-            {**worker_shape(it), "tasks": list(map(task_shape, tasks[it.worker_id]))}
+        shapes = {
+            it.worker_id: {
+                **worker_shape(it),
+                "tasks": list(map(task_shape, tasks[it.worker_id])),
+            }
             for it in records
-        ]
-        echo_json({"workers": shapes})
+        }
+        echo_json(
+            {
+                "workers": [shapes[it.worker_id] for it in alive],
+                "lost_workers": [shapes[it.worker_id] for it in lost],
+            }
+        )
     for number, record in enumerate([] if as_json else records):
         if number:
             click.echo()
         _echo_worker(record, tasks[record.worker_id])
-    if all(it.is_outdated for it in records):
+    if all(it.is_outdated for it in alive):
         raise DagsterTaskiqError(no_worker(name, overview.workers))
+
+
+def _state_and_why(record: WorkerRecord) -> str:
+    why = f": {record.pause_reason}" if record.pause_reason else ""
+    return state_of(record) + why
 
 
 def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
@@ -60,12 +78,16 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
     echo_fields(
         {
             "worker": record.name,
-            "state": state_of(record),
+            "state": _state_and_why(record),
             "queues": ", ".join(record.queues),
             "slots": f"{steps[0]} of {steps[1]} for steps busy, {runs[0]} of {runs[1]} for runs",
-            "lives": f"for {time_since(record.started_at)}, pid {record.pid}",
+            "ended": f"{record.done} tasks done, {record.failed} failed, since its start",
+            "started": f"{time_since(record.started_at)} ago, pid {record.pid}",
             "heard of": f"{time_since(record.sent_at)} ago",
+            "memory": f"{memory_of(record)} with its children" if record.memory_bytes else DASH,
             "version": f"{record.version}, protocol {record.protocol}",
+            "dagster": f"{record.dagster} on Python {record.python}" if record.dagster else DASH,
+            "storage": record.storage or DASH,
             "broker": record.broker or DASH,
             "keys": ", ".join(record.key_ids) or "none",
             "refused": f"{record.refused} messages",
@@ -74,12 +96,12 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
     if not tasks:
         click.echo("runs      nothing")
         return
-    rows = [("runs", "run", "step", "try", "for", "queue", "slot", "pid")]
+    rows = [("runs", "run", "job", "step", "try", "for", "queue", "slot", "pid")]
     for it in tasks:
         attempt = DASH if it.attempt is None else str(it.attempt)
         slot, pid = (str(it.place.slot), str(it.place.pid)) if it.place else (DASH, DASH)
         age, queue = time_since(it.claimed_at), it.queue or DASH
         run, task = short_id(it.run_id), short_id(it.task_id)
-        rows.append((task, run, title_of(it), attempt, age, queue, slot, pid))
+        rows.append((task, run, it.job or DASH, title_of(it), attempt, age, queue, slot, pid))
     click.echo()
     echo_table(rows)

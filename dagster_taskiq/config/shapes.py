@@ -19,9 +19,6 @@ from dagster_taskiq.errors import ConfigError
 class Shape(ABC):
     """What may be given for one setting."""
 
-    #: In words, to end a sentence with.
-    words: str
-
     @abstractmethod
     def check(self, name: str, value: Any) -> Any:
         """The value, with what it takes from environment variables put in.
@@ -33,22 +30,12 @@ class Shape(ABC):
             ConfigError: it is of another shape, or a variable is not set.
         """
 
-    def refusal(self, name: str, value: Any) -> ConfigError:
-        """That something else was expected."""
-        given = "nothing" if value is None else f"a value of type {type(value).__name__}"
-        return ConfigError(f"{name}: expected {self.words}, not {given}.")
-
 
 @dataclass(frozen=True)
 class Nullable(Shape):
     """What ``inner`` says, or nothing."""
 
     inner: Shape
-
-    @property
-    def words(self) -> str:  # type: ignore[override]
-        """Those of ``inner``."""
-        return self.inner.words
 
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
@@ -58,8 +45,6 @@ class Nullable(Shape):
 class Anything(Shape):
     """What only the setting's own parser can check."""
 
-    words = "anything"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         return value
@@ -68,38 +53,32 @@ class Anything(Shape):
 class Options(Shape):
     """A mapping whose keys the setting's own parser checks."""
 
-    words = "a mapping"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if not isinstance(value, Mapping):
-            raise self.refusal(name, value)
+            raise _refusal(name, value, "a mapping")
         return value
 
 
 class Text(Shape):
     """A text, or the environment variable that has it."""
 
-    words = "a text or {env: NAME}"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if isinstance(value, str) or _names_variable(value):
             return from_env(value)
-        raise self.refusal(name, value)
+        raise _refusal(name, value, "a text or {env: NAME}")
 
 
 class Integer(Shape):
     """An integer, or the environment variable that has it."""
-
-    words = "an integer or {env: NAME}"
 
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if not _names_variable(value):
-            raise self.refusal(name, value)
+            raise _refusal(name, value, "an integer or {env: NAME}")
         try:
             return int(from_env(value))
         except ValueError:
@@ -110,13 +89,11 @@ class Integer(Shape):
 class Number(Shape):
     """A number, or the environment variable that has it."""
 
-    words = "a number or {env: NAME}"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if isinstance(value, (int, float)) or _names_variable(value):
             return from_env(value)
-        raise self.refusal(name, value)
+        raise _refusal(name, value, "a number or {env: NAME}")
 
 
 @dataclass(frozen=True)
@@ -125,15 +102,10 @@ class ListOf(Shape):
 
     item: Shape
 
-    @property
-    def words(self) -> str:  # type: ignore[override]
-        """Such as "a list"."""
-        return "a list"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if not isinstance(value, list):
-            raise self.refusal(name, value)
+            raise _refusal(name, value, "a list")
         return [self.item.check(f"{name}[{place}]", item) for place, item in enumerate(value)]
 
 
@@ -143,35 +115,27 @@ class Choice(Shape):
 
     names: tuple[str, ...]
 
-    @property
-    def words(self) -> str:  # type: ignore[override]
-        """All that is allowed."""
-        allowed = ", ".join(f"{{{name}: {{}}}}" for name in self.names)
-        return f"{allowed} or {{env: NAME}}"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if _names_variable(value):
             return from_env(value)
-        if not isinstance(value, Mapping) or len(value) != 1:
-            raise self.refusal(name, value)
-        ((chosen, inner),) = value.items()
-        if chosen not in self.names or inner not in (None, {}):
-            raise self.refusal(name, value)
-        return {chosen: {}}
+        if isinstance(value, Mapping) and len(value) == 1:
+            ((chosen, inner),) = value.items()
+            if chosen in self.names and inner in (None, {}):
+                return {chosen: {}}
+        allowed = ", ".join(f"{{{name}: {{}}}}" for name in self.names)
+        raise _refusal(name, value, f"{allowed} or {{env: NAME}}")
 
 
 class TagLimit(Shape):
     """A limit of Dagster's executors to the steps with a tag."""
 
-    words = "a mapping of key, limit and perhaps value"
-
     def check(self, name: str, value: Any) -> Any:
         """See ``Shape``."""
         if not isinstance(value, Mapping):
-            raise self.refusal(name, value)
+            raise _refusal(name, value, "a mapping of key, limit and perhaps value")
         if not {"key", "limit"} <= set(value) <= {"key", "limit", "value"}:
-            raise self.refusal(name, value)
+            raise _refusal(name, value, "a mapping of key, limit and perhaps value")
         limit, of = value["limit"], value.get("value", "")
         if not isinstance(value["key"], str):
             raise ConfigError(f"{name}.key: expected a text.")
@@ -189,3 +153,8 @@ class TagLimit(Shape):
 
 def _names_variable(value: Any) -> bool:
     return isinstance(value, Mapping) and set(value) == {"env"} and isinstance(value["env"], str)
+
+
+def _refusal(name: str, value: Any, expected: str) -> ConfigError:
+    given = "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return ConfigError(f"{name}: expected {expected}, not {given}.")

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,13 @@ class DevHome:
         path: of it.
         is_private: whether its embedded server is used by this command alone.
         notice: which it is and why, a sentence.
+        launcher_config: of the user's own launcher, where that serves.
     """
 
     path: Path
     is_private: bool
     notice: str
+    launcher_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -75,7 +77,9 @@ def dev_home(launcher_config: Mapping[str, Any]) -> Iterator[DevHome]:
     config = _read(home)
     present = mapping(f"{home / _FILE}: run_launcher", config.get("run_launcher"))
     if present.get("class") == _CLASS and present.get("module") in _MODULES:
-        yield DevHome(home, False, f"DAGSTER_HOME is {home}, whose own run launcher serves.")
+        notice = f"DAGSTER_HOME is {home}, whose own run launcher serves."
+        own = mapping(f"{home / _FILE}: run_launcher.config", present.get("config"))
+        yield DevHome(home, False, notice, own)
         return
     with _temporary("taskiq-dev-", None) as path:
         _link(home, path)

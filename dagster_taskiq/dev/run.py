@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from dagster import DagsterInstance
 
 from dagster_taskiq._dagster.names import read_env_file
+from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
 from dagster_taskiq.config.setting import settings_of
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.config.settings_file import load_yaml, read_block
 from dagster_taskiq.connections import find_servers
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.dev.checks import check_port, check_webserver
-from dagster_taskiq.dev.home import dev_home
+from dagster_taskiq.dev.home import DevHome, dev_home
 from dagster_taskiq.dev.logs import Logs
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.stack.homes import SERVER_STOP_SECONDS, dagster_home
@@ -45,9 +49,10 @@ class DevOptions:
     """What ``dev`` starts.
 
     Attributes:
-        config_yaml: file of the worker's settings.
+        config_yaml: file of the worker's and the launcher's settings; None for those of the
+            user's own launcher, or of the environment.
         dagster: arguments of ``dagster dev``.
-        worker: arguments of ``dagster-taskiq worker start``.
+        worker: arguments of ``dagster-taskiq worker start``, but for ``-y``.
         host, port: of the UI; without a port the web server looks for one.
     """
 
@@ -92,13 +97,13 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
     with ExitStack() as stack:
         # first, as settings and DAGSTER_HOME may be in it
         os.environ.update(read_env_file(str(Path.cwd())))
-        settings = _settings(options)
         home = stack.enter_context(dev_home(_launcher_config(options)))
         logs.say(home.notice)
+        options = stack.enter_context(_with_settings_of_launcher(options, home))
         stop_seconds = SERVER_STOP_SECONDS if home.is_private else SHARED_SERVER_STOP_SECONDS
         stack.enter_context(dagster_home(home.path, stop_seconds))
         with interrupts.at_once():
-            _prepare(settings, logs)
+            _prepare(options, logs)
         stack.callback(logs.close)
         processes = Processes(interrupts.is_forced)
         stack.callback(_stop, processes, logs)
@@ -114,15 +119,6 @@ def _run(options: DevOptions, interrupts: Interrupts, logs: Logs) -> str:
             time.sleep(LOOK_SECONDS)
 
 
-def _settings(options: DevOptions) -> Settings:
-    """Those of the worker.
-
-    Raises:
-        ConfigError: they cannot be used.
-    """
-    return Settings.from_config(load_yaml(options.config_yaml) if options.config_yaml else {})
-
-
 def _launcher_config(options: DevOptions) -> dict[str, Any]:
     """What the launcher takes of the same, as it stands there.
 
@@ -133,20 +129,39 @@ def _launcher_config(options: DevOptions) -> dict[str, Any]:
     return {name: value for name, value in block.items() if name in taken}
 
 
+@contextmanager
+def _with_settings_of_launcher(options: DevOptions, home: DevHome) -> Iterator[DevOptions]:
+    """The worker's settings: those of ``-y``, else those of the user's own launcher.
+
+    They name the servers to which the launcher sends its runs.
+    """
+    if options.config_yaml or not home.launcher_config:
+        yield options
+        return
+    with tempfile.TemporaryDirectory(prefix="taskiq-dev-") as directory:
+        path = Path(directory) / "settings.yaml"
+        block = {"execution": {"config": dict(home.launcher_config)}}
+        path.write_text(yaml.safe_dump(block), encoding="utf8")
+        yield replace(options, config_yaml=str(path))
+
+
 def _commands(options: DevOptions) -> Mapping[str, Sequence[str]]:
     """Arguments of Python for each process, in the order in which they are started."""
+    settings = ["-y", options.config_yaml] if options.config_yaml else []
     return {
-        WORKER: ["-m", "dagster_taskiq", "worker", "start", *options.worker],
+        WORKER: ["-m", "dagster_taskiq", "worker", "start", *settings, *options.worker],
         DAGSTER: ["-W", _UNSAID, "-m", "dagster", "dev", *options.dagster],
     }
 
 
-def _prepare(settings: Settings, logs: Logs) -> None:
+def _prepare(options: DevOptions, logs: Logs) -> None:
     """Start the embedded server if it is meant, and make Dagster's tables once for all processes.
 
     Raises:
-        ConfigError: Dagster cannot use its dagster.yaml.
+        ConfigError: the settings cannot be used, or Dagster cannot use its dagster.yaml.
     """
+    settings = Settings.from_config(load_yaml(options.config_yaml) if options.config_yaml else {})
+    _set_urls(settings)
     servers = find_servers(settings)
     own = servers.embedded_home is not None
     where = "the embedded server" if own else servers.broker.address
@@ -159,6 +174,13 @@ def _prepare(settings: Settings, logs: Logs) -> None:
             f"Dagster's instance cannot be opened ({type(error).__name__}): run `dagster instance "
             "info` to see why."
         ) from error
+
+
+def _set_urls(settings: Settings) -> None:
+    """Let jobs whose executor names no servers use those of the worker."""
+    backend_url = None if settings.backend_url == WITH_THE_INSTANCE else settings.backend_url
+    urls = {BROKER_URL_VARIABLE: settings.broker_url, BACKEND_URL_VARIABLE: backend_url}
+    os.environ.update({name: url for name, url in urls.items() if url and not os.getenv(name)})
 
 
 def _stop(processes: Processes, logs: Logs) -> None:

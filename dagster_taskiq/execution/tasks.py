@@ -51,6 +51,9 @@ from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 ARGS_KEY = "execute_step_args_packed"
 RUN_ARGS_KEY = "execute_job_args_packed"
 
+#: What a step came to by the event that ends it, and which none of our outcomes tells.
+_STEP_ENDS = {f"STEP_{it.upper()}": it for it in ("success", "failure", "up_for_retry", "skipped")}
+
 #: Exit code of a run's process that ended without having finished its run.
 EXIT_UNFINISHED = 4
 
@@ -65,6 +68,9 @@ class TaskRunner:
         keeps_connections: whether the database of Dagster's storage may be left connected.
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
+
+    Attributes:
+        step_end: what the last step came to, for metrics; empty where no event has said it.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class TaskRunner:
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
         refuses_copies: bool = False,
     ) -> None:
+        self.step_end = ""
         self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
@@ -178,11 +185,13 @@ class TaskRunner:
         on_loaded: Callable[[], None],
     ) -> TaskResult:
         events: list[str] = []
+        self.step_end = ""
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
             for event in self._step_events(args, executable, place, queue, on_loaded):
-                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+                events.append(serialize_value(event))
+                self.step_end = _STEP_ENDS.get(event.event_type_value, self.step_end)
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
                 Outcome.FINISHED,

@@ -391,6 +391,7 @@ class Client(Dispatcher):
             payload=json.dumps(payload),
             code_location=code_location(payload),
             limits=task.limits,
+            job=task.job,
         )
 
 

@@ -28,6 +28,7 @@ class StepTask:
         priority: 0..10, higher first.
         make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
+        job: name of the run's job.
     """
 
     task_id: str
@@ -37,6 +38,7 @@ class StepTask:
     priority: int
     make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
+    job: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dagster_taskiq._dagster.replay import is_end_of_attempt
 from dagster_taskiq.execution.attempt_log import last_start
 from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
+from dagster_taskiq.messages.plain_text import plain_sentence
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 
 #: How the classes of errors begin that have what was raised as their cause.
@@ -27,6 +28,7 @@ class Reporting:
 
     def __init__(self, run: LoopRun) -> None:
         self._dispatcher = run.dispatcher
+        self._flights = run.flights
         self._run_id = run.context.run_id
         self._job = run.context.dagster_run.job_name
 
@@ -52,7 +54,10 @@ class Reporting:
             "" if outcome is EndOutcome.SUCCEEDED else _reason_of(result, last),
             place=result.place,
             started_at=last_start(told),
-            is_retried=last is not None and last.is_step_up_for_retry,
+            # while the run stops, what a step's policy asks for is not done
+            is_retried=last is not None
+            and last.is_step_up_for_retry
+            and not self._flights.is_stopping,
         )
 
     def unexecuted(self, flight: Flight, reason: str) -> None:
@@ -90,7 +95,7 @@ class Reporting:
                 slot=place.slot if is_known else None,
                 sent_at=flight.sent_on,
                 started_at=started_at,
-                reason=reason,
+                reason=plain_sentence(reason),
             )
         )
 

@@ -135,6 +135,7 @@ class Sending:
             priority=self._priority_of(step),
             make_payload=lambda: self._make_payload(step, cut_known_state(self._active, step)),
             limits=step_time_limits(step.tags),
+            job=self._context.dagster_run.job_name,
         )
         claim = ClaimWatch(self._settings.lease_seconds)
         return Flight(task, step, attempt - first_attempt + 1, sent_at=self._now(), claim=claim)

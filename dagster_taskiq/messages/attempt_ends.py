@@ -77,7 +77,7 @@ class AttemptEnd:
         sent_at: when it was sent, by the run's clock; None where the reporter has not seen it.
         started_at: when a process began with it, by that host's clock; None where none is known to
             have.
-        reason: why it has not succeeded, one capped sentence; empty for no reason.
+        reason: why it has not succeeded, as of ``plain_sentence``; empty for no reason.
     """
 
     task_id: str

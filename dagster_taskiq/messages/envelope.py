@@ -77,6 +77,7 @@ class Envelope:
         backend: address of that backend, for people.
         sent_at: by the sender's clock, seconds since the epoch; 0 from one that does not say.
         code_location: which code a step is of, see ``code_locations``; empty for a run.
+        job: name of the run's job, for people; empty from a sender that does not say.
         protocol: of the sender.
     """
 
@@ -96,6 +97,7 @@ class Envelope:
     state: str | None = None
     backend: str = ""
     sent_at: float = 0.0
+    job: str = ""
     protocol: int = PROTOCOL
 
     @property
@@ -181,6 +183,7 @@ class Envelope:
                 limits=_limits(header["limits"]),
                 code_location=_text(header, "code_location", may_be_empty=True),
                 **_origin(header),
+                job=plain_name(_text(header, "job", may_be_empty=True)) if "job" in header else "",
                 protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ def plain_sentence(text: str) -> str:
 
 
 def _without_controls(text: str) -> str:
-    if text.isprintable():  # as nearly all are
+    if text.isprintable():  # as nearly all are, and a list of workers has thousands
         return text
     return "".join("\N{REPLACEMENT CHARACTER}" if _is_hidden(it) else it for it in text)
 

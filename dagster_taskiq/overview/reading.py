@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -48,7 +49,8 @@ async def reach_servers(servers: Servers, backend: Backend, broker: TaskBroker) 
         if not views[0].problem:
             await broker.startup()
         return views
-    return [await _reach(("broker",), broker), await _reach(("backend",), backend)]
+    # together, as one that is away may take seconds to be found so
+    return list(await asyncio.gather(_reach(("broker",), broker), _reach(("backend",), backend)))
 
 
 async def _reach(roles: tuple[str, ...], server: Backend | TaskBroker) -> ServerView:
@@ -98,7 +100,8 @@ async def read_backend(backend: Backend, most_ended: int = 0) -> Overview:
     """
     workers, runs = await backend.workers(), await _read_runs(backend)
     ended = await backend.ended(most_ended) if most_ended else []
-    return Overview(workers=workers, runs=runs, ended=ended)
+    lost_workers = await backend.lost_workers()
+    return Overview(workers=workers, lost_workers=lost_workers, runs=runs, ended=ended)
 
 
 # --- queues ---
@@ -233,6 +236,7 @@ def _waiting_task(envelope: Envelope, priority: int, position: int, reason: str)
         run_id=envelope.run_id,
         state=TaskState.UNKNOWN,
         step_key=envelope.step_key or "",
+        job=envelope.job,
         attempt=envelope.attempt,
         queue=envelope.queue,
         priority=priority,
@@ -273,6 +277,7 @@ def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]
             view = replace(
                 view,
                 step_key=task.step_key,
+                job=task.job,
                 attempt=task.attempt,
                 queue=task.queue,
                 claimed_at=task.claimed_at,

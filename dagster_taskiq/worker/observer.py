@@ -25,6 +25,7 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.worker_records import RunningTask
+from dagster_taskiq.worker.slot_base import ReplaceReason
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class Ending:
         run_seconds: from its beginning to its end; None where it could not begin.
         cause: why it ended other than by its own end; empty where there is nothing to say.
         left_behind: what keeps its child from taking another task, in words; empty if nothing.
+        has_failed: whether it came to no good end; see ``answers.has_failed``.
+        step_end: what a step came to by its own events, see ``TaskRunner``; empty if unknown.
+        stopped_by: name of the ``StopReason`` for which it was stopped; empty if it was not.
     """
 
     outcome: Outcome
@@ -53,6 +57,9 @@ class Ending:
     run_seconds: float | None
     cause: str = ""
     left_behind: str = ""
+    has_failed: bool = False
+    step_end: str = ""
+    stopped_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,14 @@ class WorkerObserver:
     def ended(self, envelope: Envelope, ending: Ending) -> None:
         """A task has ended in its slot; its result is not stored yet."""
 
-    def completed(self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool) -> None:
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
         """The result of a task is stored, which ends its claim.
 
         Args:
             is_cancelled: whether it was stopped for a cancel.
+            size_bytes: of the result, as it is stored.
         """
 
     def released(self, envelope: Envelope) -> None:
@@ -130,13 +140,25 @@ class WorkerObserver:
     def outage_over(self, address: str) -> None:
         """The backend renews claims again."""
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """A station cannot listen to its broker; said once, until ``broker_back``."""
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """The station listens again."""
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """A slot gives up its child for a new one.
 
         Args:
             slot: its number.
             pid: of the child that goes.
-            reason: in words.
+        """
+
+    def failed(self, task: str) -> None:
+        """A background task of the worker has ended, which must not: the worker stops.
+
+        Args:
+            task: its name.
         """
 
 
@@ -202,6 +224,8 @@ class CountingObserver(WorkerObserver):
         busy: how many tasks of each kind are claimed now.
         running: those tasks by their ids, the longest claimed first.
         refused_count: how many messages and orders were refused.
+        done_count, failed_count: how many tasks have ended, with success or not; without those
+            that are for another worker.
     """
 
     _given_back: tuple[str, float] = "", 0.0
@@ -209,7 +233,7 @@ class CountingObserver(WorkerObserver):
     def __init__(self) -> None:
         self.busy: Counter[QueueKind] = Counter()
         self.running: dict[str, RunningTask] = {}
-        self.refused_count = 0
+        self.refused_count = self.done_count = self.failed_count = 0
 
     @property
     def other_backend(self) -> str:
@@ -231,7 +255,15 @@ class CountingObserver(WorkerObserver):
             attempt=envelope.attempt,
             queue=envelope.queue,
             claimed_at=time.time(),
+            job=envelope.job,
         )
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        if ending.has_failed:
+            self.failed_count += 1
+        elif ending.outcome is Outcome.FINISHED:
+            self.done_count += 1
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
@@ -284,9 +316,11 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("ended", envelope, ending)
 
-    def completed(self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool) -> None:
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
         """See ``WorkerObserver``."""
-        self._tell("completed", envelope, result, is_cancelled=is_cancelled)
+        self._tell("completed", envelope, result, is_cancelled=is_cancelled, size_bytes=size_bytes)
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
@@ -312,6 +346,18 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("outage_over", address)
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_away", kind, error)
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_back", kind)
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """See ``WorkerObserver``."""
         self._tell("child_replaced", slot, pid, reason)
+
+    def failed(self, task: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("failed", task)

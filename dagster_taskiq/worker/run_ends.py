@@ -8,6 +8,7 @@ from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.plain_text import plain_sentence
 from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.answers import cause_of
@@ -34,7 +35,9 @@ class RunEnds(WorkerObserver):
         if envelope.kind is QueueKind.RUNS:
             self._begun[envelope.task_id] = time.time()
 
-    def completed(self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool) -> None:
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
         """See ``WorkerObserver``."""
         # another worker may begin the one, and another process of the run goes on with the other
         is_elsewhere = result.outcome is Outcome.REFUSED or result.exit_code == EXIT_SUPERSEDED
@@ -57,7 +60,7 @@ class RunEnds(WorkerObserver):
                 slot=place.slot,
                 sent_at=envelope.sent_at or None,
                 started_at=self._begun.get(envelope.task_id),
-                reason=reason,
+                reason=plain_sentence(reason),
             )
         )
 

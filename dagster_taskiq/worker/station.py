@@ -126,6 +126,11 @@ class Station:
         await self._broker.shutdown()
 
     @property
+    def slot_count(self) -> int:
+        """How many tasks it can execute at once."""
+        return len(self._slots)
+
+    @property
     def is_short(self) -> bool:
         """Whether it takes no tasks, since it cannot start processes for them."""
         return self._slots.is_short

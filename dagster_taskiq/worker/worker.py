@@ -166,6 +166,23 @@ class Worker:
             max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
         )
 
+    # --- what there is to see; any thread may ask ---
+
+    @property
+    def state(self) -> str:
+        """See ``WorkerRecord``."""
+        return self._state()
+
+    @property
+    def slots(self) -> dict[QueueKind, int]:
+        """How many tasks of each kind it can execute at once."""
+        return {station.kind: station.slot_count for station in self._stations}
+
+    @property
+    def child_pids(self) -> list[int]:
+        """Of the children in its slots."""
+        return self._guard.groups
+
     # --- life ---
 
     async def run(self) -> bool:
@@ -291,6 +308,7 @@ class Worker:
         for task in done:
             if task.get_name() != "drain" and not self._drain.is_set():
                 error = task.exception()
+                self._observer.failed(task.get_name())
                 raise WorkerFailedError(
                     f"The worker's task {task.get_name()!r} ended: {error!r}. It stops, since it "
                     "cannot keep its promises without it."

@@ -484,9 +484,19 @@ class Stack:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def try_cli(self, *arguments: str, is_fresh: bool = False) -> subprocess.CompletedProcess[str]:
-        """Call ``dagster-taskiq``, whatever comes of it; ``is_fresh`` as with ``worker``."""
-        wide = {"COLUMNS": "200"}
+    def try_cli(
+        self,
+        *arguments: str,
+        is_fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Call ``dagster-taskiq``, whatever comes of it.
+
+        Args:
+            is_fresh: as with ``worker``.
+            environment: more variables.
+        """
+        wide = {"COLUMNS": "200", **(environment or {})}
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
             process = self._popen(arguments, output, errors, wide, is_fresh=is_fresh)
             try:

@@ -106,6 +106,7 @@ def use_backend(bench: Bench) -> None:
     running = [RunningTask("task", "run", "step", 1, "queue", 1.5)]
     bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30, running=running))
     assert bench.call(bench.backend.workers())
+    assert not bench.call(bench.backend.lost_workers())
     bench.call(bench.backend.running())
     bench.call(bench.backend.send_control("w", "order"))
     assert bench.control("w") == [b"order"]

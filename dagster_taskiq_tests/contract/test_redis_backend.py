@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from dagster_taskiq.backend import TaskState, open_backend
-from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, LOST_WORKER_SECONDS
 from dagster_taskiq.errors import RefusedByServerError, UnreachableServerError
 from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
@@ -174,6 +174,18 @@ def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
 
     with private_redis() as server:
         asyncio.run(scenario(server))
+
+
+def test_older_versions_take_no_lost_worker_for_a_live_one(
+    bench: Bench, server: RedisHarness
+) -> None:
+    """They ask for the key of its record alone, which has the short life that it always had."""
+    bench.call(bench.backend.heartbeat(record("a"), expires_seconds=30))
+    assert 25 <= server.client.ttl(server.key("worker:a")) <= 30
+    kept = server.client.ttl(server.key("last:a"))
+    assert LOST_WORKER_SECONDS + 25 <= kept <= LOST_WORKER_SECONDS + 30
+    server.client.delete(server.key("last:a"), server.key("worker:a"))
+    assert bench.call(bench.backend.lost_workers()) == []
 
 
 # --- what none of ours has written ---

@@ -128,11 +128,13 @@ def test_a_step_is_acked_beside_its_execution() -> None:
     assert scene.attempt.state is State.OVER
     assert scene.witness.heard == ["claimed", "began", "ended", "completed", "released"]
     assert scene.result().events == ("an event",)
+    assert scene.witness.details["size"] == len(scene.backend.results[STEP_TASK.task_id])
     order = scene.slot.orders[0]
     assert isinstance(order, Execute)
     assert (order.payload, order.place.pid) == (STEP_TASK.payload, scene.slot.pid)
     ending = scene.witness.details["ended"]
     assert ending.outcome is Outcome.FINISHED
+    assert (ending.step_end, ending.stopped_by) == ("success", "")
     assert 0 <= ending.waited_seconds < SECONDS
     assert 0 <= ending.run_seconds < SECONDS
 
@@ -234,6 +236,7 @@ def test_a_stopped_step_gets_its_grace_and_is_killed_then(reason: StopReason) ->
         return ChildDied(-9, scene.slot.pid)
 
     scene = play(envelope, acting(act))
+    assert scene.witness.details["ended"].stopped_by == reason.name
     assert [it for it in scene.happened if it in ("interrupted", "killed")] == [
         "interrupted",
         "killed",

@@ -1814,7 +1814,7 @@ def test_the_history_is_told_of_each_attempt(
         assert end.sent_at is not None
         assert end.started_at is not None
         assert end.sent_at - 60 < end.started_at <= end.ended_at <= time.time()
-        assert end.reason.strip() == ("" if end.outcome is WON else "ValueError: never")
+        assert end.reason == ("" if end.outcome is WON else "ValueError: never")
 
 
 def test_the_history_says_why_an_attempt_failed(
@@ -1823,7 +1823,7 @@ def test_the_history_says_why_an_attempt_failed(
     """What the step's code has raised, or, where it could not begin, why."""
     fake.on_wait = lambda _: time.sleep(0.005)  # Dagster waits for retries by its own clock
     execute(jobs.retry_job, instance)
-    reasons = {(end.step_key, end.attempt): end.reason.strip() for end in fake.ended}
+    reasons = {(end.step_key, end.attempt): end.reason for end in fake.ended}
     assert reasons == {
         ("third_time", 1): "ValueError: attempt 0",
         ("third_time", 2): "ValueError: attempt 1",
@@ -1836,7 +1836,7 @@ def test_the_history_says_why_an_attempt_failed(
     error = SerializableErrorInfo("SomeError: no such module\n", [], "SomeError")
     deliver(fake, "one", TaskResult(Outcome.ERROR, PLACE, error=pack_value(error)))
     execute(jobs.single_job, instance)
-    assert [end.reason.strip() for end in fake.ended] == ["SomeError: no such module"]
+    assert [end.reason for end in fake.ended] == ["SomeError: no such module"]
 
 
 def test_the_history_tells_lost_attempts_from_failed_ones(
@@ -1913,3 +1913,19 @@ def test_a_cancel_of_which_no_word_comes_is_in_the_history(
     interrupt_once(fake, 10, lambda: None)
     execute(jobs.single_job, instance, {"lease_seconds": 30.0, "cancel_grace_seconds": 30.0})
     assert told(fake) == [("one", 1, CANCELLED, False, "w@h")]
+
+
+def test_what_a_policy_asks_for_while_the_run_stops_is_not_tried_again(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The step fails by itself, before it hears of the cancel."""
+    fake.plan["never"] = [HOLD]
+
+    def then() -> None:
+        (task,) = (it for it in fake.sent if it.step_key == "never")
+        if fake.cancelled and task.task_id not in fake.executed:
+            fake.finish(task)
+
+    interrupt_once(fake, 10, then)
+    execute(jobs.exhausted_job, instance)
+    assert ("never", 1, FAILED, False, "w@h") in told(fake)

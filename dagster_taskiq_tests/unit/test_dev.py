@@ -15,6 +15,7 @@ from dagster._cli.dev import dev_command as dagsters
 
 from dagster_taskiq.cli import main
 from dagster_taskiq.cli.dev import dev as dev_command
+from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.dev import run as dev_run
 from dagster_taskiq.dev.checks import check_port, check_webserver
 from dagster_taskiq.dev.home import DevHome, dev_home
@@ -61,11 +62,12 @@ def test_without_a_home_a_temporary_one_serves(
 @pytest.mark.parametrize("module", ["dagster_taskiq", "dagster_taskiq.launcher"])
 def test_a_home_with_our_launcher_serves_itself(module: str, home: Path) -> None:
     """With the user's own settings of the launcher."""
-    text = f"run_launcher: {{module: {module}, class: TaskiqRunLauncher, config: {{}}}}"
+    text = f"run_launcher: {{module: {module}, class: TaskiqRunLauncher, config: {{broker: b}}}}"
     (home / "dagster.yaml").write_text(text)
     with dev_home({"default_queue": "q"}) as made:
         assert made.path == home.resolve()
         assert "own run launcher" in made.notice
+        assert made.launcher_config == {"broker": "b"}
     assert (home / "dagster.yaml").read_text() == text
 
 
@@ -205,7 +207,7 @@ def test_what_dagster_and_the_worker_are_given(
     ]
     assert found.worker == [
         *("--name", "dev", "--drain-timeout", "1", "--loglevel", "debug"),
-        *("-c", "4", "-y", str(settings), "-q", "one", "-q", "two", "--reload"),
+        *("-c", "4", "-q", "one", "-q", "two", "--reload"),
     ]
     assert (found.host, found.port) == ("0.0.0.0", 3001)
     assert found.config_yaml == str(settings)
@@ -341,3 +343,54 @@ def test_an_env_file_of_the_directory_counts(
     lines = [it.removeprefix("worker  | ") for it in text.splitlines() if it.startswith("worker")]
     config = yaml.safe_load("\n".join(lines))["run_launcher"]["config"]
     assert config == {"broker": {"env": "MINE"}, "default_queue": "q"}
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize("is_given", [True, False])
+def test_the_worker_has_the_settings_of_the_users_own_launcher(
+    is_given: bool,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Else it would wait at other servers than those to which the runs go; ``-y`` comes first."""
+    (home / "dagster.yaml").write_text(
+        "run_launcher: {module: dagster_taskiq, class: TaskiqRunLauncher, "
+        "config: {broker: {env: MINE}}}"
+    )
+    given = tmp_path / "settings.yaml"
+    given.write_text("execution: {config: {broker: redis://h}}")
+    commands = dev_run._commands
+
+    def shown(options: DevOptions) -> Mapping[str, list[str]]:
+        arguments = list(commands(options)[WORKER])
+        code = "import sys; print(open(sys.argv[1]).read())"
+        return {WORKER: ["-c", code, arguments[arguments.index("-y") + 1]]}
+
+    monkeypatch.setattr(dev_run, "_commands", shown)
+    monkeypatch.setattr(dev_run, "_prepare", lambda *_: None)
+    run_dev(DevOptions(config_yaml=str(given) if is_given else None))
+    text = capfd.readouterr().out
+    assert ("broker: redis://h" in text) == is_given
+    assert ("env: MINE" in text) != is_given
+
+
+def test_jobs_without_servers_of_their_own_meet_the_worker(
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By the variables that a bare ``taskiq_executor`` reads; one that is set stays."""
+    monkeypatch.setenv(BROKER_URL_VARIABLE, "")
+    monkeypatch.setenv(BACKEND_URL_VARIABLE, "redis://mine")
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("execution: {config: {broker: 'amqp://u:p@h', backend: 'redis://h'}}")
+    dev_run._prepare(DevOptions(config_yaml=str(settings)), Logs(("dev",)))
+    assert os.environ[BROKER_URL_VARIABLE] == "amqp://u:p@h"
+    assert os.environ[BACKEND_URL_VARIABLE] == "redis://mine"
+    assert capfd.readouterr().out == "dev | Steps and runs go to the worker over amqp://u:***@h.\n"
+    (home / "dagster.yaml").write_text("nonsense: true")
+    with pytest.raises(ConfigError, match="Dagster's instance cannot be opened"):
+        dev_run._prepare(DevOptions(config_yaml=str(settings)), Logs(("dev",)))

@@ -26,8 +26,8 @@ STOREYS = [
     "carrier",
     "loop launch worker overview",
     "steering",
-    "executor launcher stack",
-    "demo dev dashboard",
+    "executor launcher stack monitoring",
+    "demo dev doctor dashboard",
     "cli",
 ]
 

@@ -36,7 +36,7 @@ def ended(
     observer = RunEnds(log)
     if begins:
         observer.began(task, PLACE)
-    observer.completed(task, result, is_cancelled=is_cancelled)
+    observer.completed(task, result, is_cancelled=is_cancelled, size_bytes=1)
     observer.released(task)
     assert not observer._begun
 
