@@ -280,6 +280,15 @@ class TaskBroker(AsyncBroker):
         del queue, limit
         return None
 
+    async def places(self, queue: str, task_ids: Collection[str]) -> dict[str, int] | None:
+        """The places of those of the tasks that wait in a physical queue; the next one has 1.
+
+        Returns:
+            None from a broker that cannot look into its queue.
+        """
+        del queue, task_ids
+        return None
+
     async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
         """How many tasks of each priority wait in a physical queue, the highest first.
 

@@ -17,7 +17,6 @@ from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
 from dagster_taskiq._dagster.names import (
     DagsterExecutionInterruptedError,
     DagsterRunStatus,
-    EngineEventData,
     ExecuteRunArgs,
     ExecuteStepArgs,
     InstanceRef,
@@ -30,13 +29,14 @@ from dagster_taskiq._dagster.names import (
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
-from dagster_taskiq.defaults import QUEUE_WAIT_MARKER, SERVER_PATIENCE_SECONDS
+from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import (
     CopyOfStepError,
     EventsNotWrittenError,
     TaskRefusedError,
     WrongInstanceError,
 )
+from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_step_start
 from dagster_taskiq.execution.attempt_log import already_begun
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
@@ -92,7 +92,7 @@ class TaskRunner:
         name: TaskName,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_run_start_logged: Callable[[], None],
     ) -> TaskResult:
         """Execute or resume a whole run; this process is its process.
@@ -101,7 +101,7 @@ class TaskRunner:
             name: which of the two.
             payload: ``ExecuteRunArgs``, packed.
             place: where this is, for the run's events.
-            queue: that the run was taken from.
+            arrival: for the run's events.
             on_run_start_logged: called when the log says that the run has started.
 
         Returns:
@@ -114,7 +114,7 @@ class TaskRunner:
                 args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
                 instance = self._instance(args.instance_ref)
                 run = _startable_run(instance, args.run_id, name)
-                _report_run_start(instance, run, place, queue)
+                report_run_start(instance, run, place, arrival)
                 self._events.flush()
                 return _execute_run(instance, run, name, place, on_run_start_logged)
             except WrongInstanceError as refusal:
@@ -131,7 +131,7 @@ class TaskRunner:
         self,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> TaskResult:
         """Execute one step.
@@ -139,7 +139,7 @@ class TaskRunner:
         Args:
             payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
             place: where this is, for the step's events.
-            queue: that the step was taken from.
+            arrival: for the step's events.
             on_loaded: called when the code is loaded, before the step's part of it runs.
 
         Returns:
@@ -156,7 +156,7 @@ class TaskRunner:
             return run is not None and run.is_finished
 
         with capture_interrupts(), interrupts_end_no_attempt(is_run_over):
-            result = self._executed_plan(payload, place, queue, on_loaded)
+            result = self._executed_plan(payload, place, arrival, on_loaded)
             try:
                 self._events.flush()
             except EventsNotWrittenError as error:
@@ -173,14 +173,14 @@ class TaskRunner:
         self,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None],
     ) -> TaskResult:
         events: list[str] = []
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
-            for event in self._step_events(args, executable, place, queue, on_loaded):
+            for event in self._step_events(args, executable, place, arrival, on_loaded):
                 events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
@@ -207,7 +207,7 @@ class TaskRunner:
         args: ExecuteStepArgs,
         executable: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None],
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
@@ -222,7 +222,7 @@ class TaskRunner:
             attempts = known_state.get_retry_state().get_attempt_count(step_key)
             _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
         on_loaded()
-        yield _report_start(instance, run, step_key, place, queue)
+        yield report_step_start(instance, run, step_key, place, arrival)
         self._events.flush()  # who looks for the step after a crash must find that it began
         yield from execute_plan_iterator(
             execution_plan=plan,
@@ -307,14 +307,6 @@ def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Da
     return run
 
 
-def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, queue: str) -> None:
-    instance.report_engine_event(
-        f"Executing the run on worker {place.worker}.",
-        run,
-        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
-    )
-
-
 def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
     place = already_begun(instance, run_id, step_key, attempt)
     if place is None:
@@ -325,27 +317,6 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
         "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
         "See who can write to broker and backend."
     )
-
-
-def _report_start(
-    instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, queue: str
-) -> DagsterEvent:
-    return instance.report_engine_event(
-        f'Executing step "{step_key}" on worker {place.worker}.',
-        run,
-        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
-        step_key=step_key,
-    )
-
-
-def _metadata(place: Place, queue: str) -> dict[str, Any]:
-    return {
-        "worker": place.worker,
-        "host": place.host,
-        "pid": str(os.getpid()),
-        "slot": place.slot,
-        "queue": queue,
-    }
 
 
 def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:

@@ -16,6 +16,7 @@ messages travel. Its parts are objects that are handed to each other; each uses 
     Receiving       results, and tasks that workers give back
     Judge           decides over lost tasks by Dagster's log
     Stopping        the end of all of them
+    Waiting         says why tasks wait
     Reconciliation  what is waited for, compared with what broker and backend know
 """
 
@@ -29,6 +30,7 @@ from dagster import DagsterEvent
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
     DagsterExecutionInterruptedError,
+    EngineEventData,
     ExecutionPlan,
     ExecutionStep,
     InstanceConcurrencyContext,
@@ -47,6 +49,7 @@ from dagster_taskiq.loop.receiving import Receiving
 from dagster_taskiq.loop.reconciliation import Reconciliation
 from dagster_taskiq.loop.sending import MakePayload, Sending
 from dagster_taskiq.loop.stopping import Stopping
+from dagster_taskiq.loop.waiting import Waiting
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.tags import has_misleading_priority, task_priority
 
@@ -100,6 +103,12 @@ def core_execution_loop(
             context, active, concurrency, dispatcher, settings, make_payload, priority_of, now
         )
         try:
+            if link := settings.link_to(context.run_id):
+                yield DagsterEvent.engine_event(
+                    context,
+                    "The dashboard shows where this run's steps are.",
+                    EngineEventData(metadata=link),
+                )
             yield from loop.open()
             if context.resume_from_failure:
                 yield from loop.adopt()
@@ -147,7 +156,13 @@ class _Loop:
         stop_seconds = settings.lease_seconds + settings.cancel_grace_seconds
         self._stopping = Stopping(run, active, endings, outages, stop_seconds)
         self._reconciliation = Reconciliation(
-            run, outages, self._receiving, endings, judge, self._stopping
+            run,
+            outages,
+            self._receiving,
+            endings,
+            judge,
+            self._stopping,
+            Waiting(run, active, settings),
         )
 
     @property

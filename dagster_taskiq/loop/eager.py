@@ -10,9 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import Place, TaskResult
 
 
@@ -54,7 +56,8 @@ class EagerDispatcher(Dispatcher):
         task = self._waiting.popleft()
         # what would not survive the way to a worker must not work here
         payload = json.loads(json.dumps(task.make_payload()))
-        result = self._runner.execute_plan(payload, self._place, task.queue)
+        arrival = Arrival(task.queue, task.attempt)
+        result = self._runner.execute_plan(payload, self._place, arrival)
         return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
@@ -64,6 +67,10 @@ class EagerDispatcher(Dispatcher):
         """Report every task as waiting; none can be lost."""
         reports = {task.task_id: TaskReport(TaskState.UNKNOWN) for task in tasks}
         return Inspection(is_conclusive=False, reports=reports)
+
+    def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
+        """Return nothing: there are no queues."""
+        return QueueLook()
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """Return nothing: no result arrives unnoticed."""

@@ -32,6 +32,7 @@ from dagster_taskiq.errors import (
     SlotError,
     TooLargeError,
 )
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.worker.answers import cause_of, result_of
@@ -96,6 +97,7 @@ class Attempt:
         self._tools = tools
         self._is_draining = is_draining
         self._taken_at = time.monotonic()
+        self._waited_seconds: float | None = None
         self._acking: asyncio.Task[None] | None = None
         self._shortage: NoProcessError | None = None
 
@@ -190,6 +192,8 @@ class Attempt:
             is_step=self._envelope.kind is QueueKind.STEPS,
         )
         self.state = State.CLAIMED
+        if self._envelope.sent_at:  # clocks of hosts differ
+            self._waited_seconds = max(0.0, time.time() - self._envelope.sent_at)
         self._tools.leases.keep(lease)
         self._tools.observer.claimed(self._envelope)
         return lease
@@ -237,7 +241,7 @@ class Attempt:
             envelope.name,
             envelope.payload,
             place,
-            envelope.queue,
+            Arrival(envelope.queue, envelope.attempt, self._waited_seconds),
             envelope.code_location,
             timers.limits.soft_seconds,
         )

@@ -165,10 +165,10 @@ def _execute(
     else:
         if order.name is TaskName.EXECUTE_PLAN:
             with soft_time_limit(order.soft_timeout_seconds):
-                result = runner.execute_plan(payload, order.place, order.queue, leftovers.look)
+                result = runner.execute_plan(payload, order.place, order.arrival, leftovers.look)
         else:
             result = runner.execute_run(
-                order.name, payload, order.place, order.queue, on_run_start_logged
+                order.name, payload, order.place, order.arrival, on_run_start_logged
             )
     sys.stdout.flush()
     sys.stderr.flush()

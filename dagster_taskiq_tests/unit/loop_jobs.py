@@ -161,6 +161,23 @@ def failing_job() -> None:
     total([may_fail(one()), two()])
 
 
+@job(executor_def=taskiq_executor)
+def crowd_job() -> None:
+    for number in range(100):
+        one.alias(f"step_{number:02}")()
+
+
+@op(pool="narrow")
+def in_pool() -> None:
+    """It needs a slot of a pool."""
+
+
+@job(executor_def=taskiq_executor)
+def pool_job() -> None:
+    in_pool.alias("first")()
+    in_pool.alias("second")()
+
+
 @resource
 def broken_resource() -> None:
     raise ValueError("no such database")
