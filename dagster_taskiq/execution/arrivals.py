@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRun
 
 from dagster_taskiq._dagster.names import EngineEventData
+from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.results import Place
 
 
@@ -22,11 +24,44 @@ class Arrival:
         attempt: see ``Envelope``.
         waited_seconds: from when it was sent until a worker had claimed it, by the clocks of both
             hosts; None where its sender has not said when.
+        sent_at: by its sender's clock, seconds since the epoch; 0 as before.
+        trace: the context of the attempt's span; empty without tracing.
     """
 
     queue: str
     attempt: int
     waited_seconds: float | None = None
+    sent_at: float = 0.0
+    trace: TraceContext = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, envelope: Envelope, waited_seconds: float | None) -> Arrival:
+        """That of a message's task."""
+        return cls(
+            envelope.queue,
+            envelope.attempt,
+            waited_seconds,
+            envelope.sent_at,
+            envelope.trace,
+        )
+
+    @property
+    def claimed_at(self) -> float:
+        """By the clock of its sender, as far as the two agree; 0 where that has not said when."""
+        return self.sent_at + (self.waited_seconds or 0.0)
+
+    def attributes(self, run: DagsterRun, step_key: str, place: Place) -> dict[str, str | int]:
+        """What a span says of the execution of a step."""
+        return {
+            "dagster.run_id": run.run_id,
+            "dagster.job_name": run.job_name,
+            "dagster.step_key": step_key,
+            "dagster.attempt": self.attempt,
+            "dagster_taskiq.queue": self.queue,
+            "dagster_taskiq.worker": place.worker,
+            "dagster_taskiq.slot": place.slot,
+            "host.name": place.host,
+        }
 
 
 def report_run_start(
@@ -41,13 +76,25 @@ def report_run_start(
 
 
 def report_step_start(
-    instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, arrival: Arrival
+    instance: DagsterInstance,
+    run: DagsterRun,
+    step_key: str,
+    place: Place,
+    arrival: Arrival,
+    trace_id: str = "",
 ) -> DagsterEvent:
-    """Log that this process begins with a step; see ``attempt_log``."""
+    """Log that this process begins with a step; see ``attempt_log``.
+
+    Args:
+        trace_id: of its trace, for people; empty for none.
+    """
+    metadata = _metadata(place, arrival)
+    if trace_id:
+        metadata["trace id"] = trace_id
     return instance.report_engine_event(
         f'Executing step "{step_key}" on worker {place.worker}.',
         run,
-        EngineEventData(metadata=_metadata(place, arrival), marker_end=QUEUE_WAIT_MARKER),
+        EngineEventData(metadata=metadata, marker_end=QUEUE_WAIT_MARKER),
         step_key=step_key,
     )
 

@@ -29,6 +29,8 @@ from dagster_taskiq._dagster.names import (
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
+from dagster_taskiq._dagster.replay import is_end_of_attempt
+from dagster_taskiq.aio.tracing import StepTrace, Tracing
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import (
     CopyOfStepError,
@@ -37,7 +39,7 @@ from dagster_taskiq.errors import (
     WrongInstanceError,
 )
 from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_step_start
-from dagster_taskiq.execution.attempt_log import already_begun
+from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.step_plans import RunPlans
@@ -64,6 +66,7 @@ class TaskRunner:
         keeps_connections: whether the database of Dagster's storage may be left connected.
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
+        tracing: hears of each step.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class TaskRunner:
         keeps_connections: bool = True,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
         refuses_copies: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing or Tracing()
         self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
@@ -156,7 +161,7 @@ class TaskRunner:
             return run is not None and run.is_finished
 
         with capture_interrupts(), interrupts_end_no_attempt(is_run_over):
-            result = self._executed_plan(payload, place, arrival, on_loaded)
+            result = self._traced_plan(payload, place, arrival, on_loaded)
             try:
                 self._events.flush()
             except EventsNotWrittenError as error:
@@ -169,19 +174,40 @@ class TaskRunner:
                 )
         return result
 
-    def _executed_plan(
+    def _traced_plan(
         self,
         payload: Mapping[str, Any],
         place: Place,
         arrival: Arrival,
         on_loaded: Callable[[], None],
     ) -> TaskResult:
+        trace = self._tracing.step(arrival.trace)
+        outcome, reason = "interrupted", ""
+        try:
+            result = self._executed_plan(payload, place, arrival, on_loaded, trace)
+            if not result.is_cancelled:
+                outcome = "failed"
+            reason = result.reason or str((result.error or {}).get("message", ""))
+        finally:
+            trace.ended(outcome, reason)
+        return result
+
+    def _executed_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        arrival: Arrival,
+        on_loaded: Callable[[], None],
+        trace: StepTrace,
+    ) -> TaskResult:
         events: list[str] = []
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
-            for event in self._step_events(args, executable, place, arrival, on_loaded):
-                events.append(serialize_value(event))  # noqa: PERF401 - what came before an error counts
+            for event in self._step_events(args, executable, place, arrival, on_loaded, trace):
+                events.append(serialize_value(event))
+                if is_end_of_attempt(event):
+                    trace.note(*end_in_words(event))
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
                 Outcome.FINISHED,
@@ -209,6 +235,7 @@ class TaskRunner:
         place: Place,
         arrival: Arrival,
         on_loaded: Callable[[], None],
+        trace: StepTrace,
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
         run = _live_run(instance, args.run_id)
@@ -222,7 +249,8 @@ class TaskRunner:
             attempts = known_state.get_retry_state().get_attempt_count(step_key)
             _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
         on_loaded()
-        yield report_step_start(instance, run, step_key, place, arrival)
+        trace.begin(arrival.attributes(run, step_key, place), arrival.sent_at, arrival.claimed_at)
+        yield report_step_start(instance, run, step_key, place, arrival, trace.trace_id)
         self._events.flush()  # who looks for the step after a crash must find that it began
         yield from execute_plan_iterator(
             execution_plan=plan,

@@ -389,6 +389,7 @@ class Client(Dispatcher):
             payload=json.dumps(payload),
             code_location=code_location(payload),
             limits=task.limits,
+            trace=task.trace,
         )
 
 

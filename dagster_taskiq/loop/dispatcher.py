@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait
@@ -28,6 +29,7 @@ class StepTask:
         priority: 0..10, higher first.
         make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
+        trace: the context of the attempt's span; empty without tracing.
     """
 
     task_id: str
@@ -37,6 +39,7 @@ class StepTask:
     priority: int
     make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
+    trace: TraceContext = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import socket
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
+from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.execution.arrivals import Arrival
@@ -25,10 +26,16 @@ class EagerDispatcher(Dispatcher):
         events: writes what the loop reports.
         keeps_connections: see ``TaskRunner``.
         patience_seconds: see ``TaskRunner``.
+        tracing: see ``TaskRunner``.
     """
 
     def __init__(
-        self, events: EventWriter, *, keeps_connections: bool, patience_seconds: float
+        self,
+        events: EventWriter,
+        *,
+        keeps_connections: bool,
+        patience_seconds: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self._events = events
         host = socket.gethostname()
@@ -36,7 +43,7 @@ class EagerDispatcher(Dispatcher):
         self._waiting: deque[StepTask] = deque()
         self._waker = Waker()
         self._runner = TaskRunner(
-            keeps_connections=keeps_connections, patience_seconds=patience_seconds
+            keeps_connections=keeps_connections, patience_seconds=patience_seconds, tracing=tracing
         )
 
     def open(self) -> None:
@@ -56,7 +63,7 @@ class EagerDispatcher(Dispatcher):
         task = self._waiting.popleft()
         # what would not survive the way to a worker must not work here
         payload = json.loads(json.dumps(task.make_payload()))
-        arrival = Arrival(task.queue, task.attempt)
+        arrival = Arrival(task.queue, task.attempt, trace=task.trace)
         result = self._runner.execute_plan(payload, self._place, arrival)
         return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
 

@@ -17,13 +17,13 @@ from dagster_taskiq._dagster.names import (
     retry_or_fail_step,
     unpack_error,
 )
-from dagster_taskiq._dagster.replay import is_in_flight
+from dagster_taskiq._dagster.replay import is_end_of_attempt, is_in_flight
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.execution.attempt_log import outcome
+from dagster_taskiq.execution.attempt_log import FAILED_ERROR, LOST_ERROR, end_in_words, outcome
 from dagster_taskiq.loop.flights import Flight, LoopRun
-from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.messages.results import NOWHERE, Outcome, TaskResult
 
 
 class Endings:
@@ -65,9 +65,11 @@ class Endings:
                 error = event.engine_event_data.error
             else:
                 self._active.handle_event(event)
+                if is_end_of_attempt(event):
+                    _note_end(flight, event, result)
         if is_in_flight(self._active, flight.step.key):
             error = _error_of(flight, result, error)
-            yield from self._fail(flight, error, may_retry=not result.is_cancelled)
+            yield from self._fail(flight, error, result, may_retry=not result.is_cancelled)
         elif result.outcome is Outcome.UNLOGGED:
             yield DagsterEvent.engine_event(
                 self._context.for_step(flight.step),
@@ -82,11 +84,14 @@ class Endings:
         if states[flight.task_id] is TaskState.CANCELLED:
             self._flights.end(flight)
             message = f'Step "{flight.step.key}" was not executed. {reason}'
-            yield from self._fail(flight, plain_error(message, "StepError"), may_retry=False)
+            error = plain_error(message, FAILED_ERROR)
+            unexecuted = TaskResult(Outcome.ERROR, NOWHERE, reason=reason)
+            yield from self._fail(flight, error, unexecuted, may_retry=False)
 
     def note_withdrawn(self, flight: Flight) -> Iterator[DagsterEvent]:
         """Forget a cancelled task that never started, and say so in the log."""
         self._flights.drop(flight)
+        flight.trace.ended("withdrawn", "The run was stopped before a worker had started the step.")
         yield DagsterEvent.engine_event(
             self._context.for_step(flight.step),
             f'Withdrew step "{flight.step.key}" from queue "{flight.task.queue}" before a worker '
@@ -95,7 +100,7 @@ class Endings:
         )
 
     def _fail(
-        self, flight: Flight, error: SerializableErrorInfo, *, may_retry: bool
+        self, flight: Flight, error: SerializableErrorInfo, result: TaskResult, *, may_retry: bool
     ) -> Iterator[DagsterEvent]:
         """Log the end of an attempt that did not log one itself."""
         step_context = self._context.for_step(flight.step)
@@ -105,6 +110,22 @@ class Endings:
             event = fail_step(step_context, error)
         yield event
         self._active.handle_event(event)
+        _note_end(flight, event, result)
+
+
+def _note_end(flight: Flight, event: DagsterEvent, result: TaskResult) -> None:
+    """Tell the attempt's trace how it ended.
+
+    Args:
+        event: of its end.
+        result: of its task.
+    """
+    word, reason = end_in_words(event)
+    if word != "succeeded" and result.is_cancelled:
+        word = "cancelled"
+    elif word != "succeeded" and result.outcome is Outcome.DIED:
+        word = "lost"
+    flight.trace.ended(word, reason, result.place.worker, is_retried=event.is_step_up_for_retry)
 
 
 def _error_of(
@@ -121,6 +142,6 @@ def _error_of(
     return plain_error(
         f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
         f"{place.slot}, pid {place.pid}): {reason}",
-        "StepLost" if result.outcome is Outcome.DIED else "StepError",
+        LOST_ERROR if result.outcome is Outcome.DIED else FAILED_ERROR,
         raised,
     )

@@ -241,7 +241,7 @@ class Attempt:
             envelope.name,
             envelope.payload,
             place,
-            Arrival(envelope.queue, envelope.attempt, self._waited_seconds),
+            Arrival.of(envelope, self._waited_seconds),
             envelope.code_location,
             timers.limits.soft_seconds,
         )

@@ -163,8 +163,22 @@ def failing_job() -> None:
 
 @job(executor_def=taskiq_executor)
 def crowd_job() -> None:
-    for number in range(100):
+    for number in range(25):
         one.alias(f"step_{number:02}")()
+
+
+def on_trace() -> None:
+    """What a test has the step below do."""
+
+
+@op
+def traced() -> None:
+    on_trace()
+
+
+@job(executor_def=taskiq_executor)
+def traced_job() -> None:
+    traced()
 
 
 @op(pool="narrow")

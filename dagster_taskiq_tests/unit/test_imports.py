@@ -25,6 +25,7 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
+    "telemetry",
     "executor launcher",
     "demo",
     "cli",
@@ -120,6 +121,9 @@ LATE = {
     # only this command needs it
     "cli": {"dagster_taskiq.demo.run.run_demo"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
+    # only where there is something to trace for
+    "telemetry.traces": {"dagster_taskiq.telemetry.traces_otel.open_tracing"},
+    "telemetry.traces_otel": {"dagster_taskiq.telemetry.traces_setup.set_up_provider"},
 }
 
 
@@ -190,6 +194,7 @@ def _outside(prefix: str) -> set[str]:
         ("executor", {"taskiq", "redis", "aio_pika"}),
         ("execution", {"taskiq", "redis", "aio_pika"}),
         ("worker", {"click", "rich"}),
+        ("telemetry.traces", {"opentelemetry"}),
         ("worker.guard", {"dagster", "dagster_taskiq", "taskiq", "redis"}),
         ("worker.child", {"taskiq", "redis", "aio_pika"}),
     ],
