@@ -108,9 +108,9 @@ class Carrier:
 
     async def queue_waits(self) -> QueueWaits:
         """Why tasks of this kind wait in their queues, as the workers are now."""
-        workers = await self._backend.workers()
+        workers, pauses = await self._backend.workers(), await self._backend.paused_queues()
         broker, signer = self._servers.broker.address, self._servers.signer
-        return QueueWaits(workers, self._kind, broker, signer, says_busy_steps=True)
+        return QueueWaits(workers, self._kind, broker, signer, says_busy_steps=True, pauses=pauses)
 
     async def explained_waits(
         self, run_id: str, queues: Collection[str]

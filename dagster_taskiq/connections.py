@@ -119,8 +119,7 @@ class _RestsError(Exception):
 
 def _started(settings: Settings, home: Path) -> ServerOptions:
     """The embedded server of a DAGSTER_HOME, which runs from now on."""
-    options = settings.server_options(use_embedded_server(home), None)
-    return replace(options, identity=embedded_identity(home))
+    return _embedded(settings, home, use_embedded_server(home))
 
 
 def _running(settings: Settings, home: Path) -> ServerOptions:
@@ -128,7 +127,11 @@ def _running(settings: Settings, home: Path) -> ServerOptions:
     url = find_embedded_server(home)
     if url is None:
         raise _RestsError
-    return settings.server_options(url, None)
+    return _embedded(settings, home, url)
+
+
+def _embedded(settings: Settings, home: Path, url: str) -> ServerOptions:
+    return replace(settings.server_options(url, None), identity=embedded_identity(home))
 
 
 def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:

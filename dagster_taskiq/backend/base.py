@@ -1,5 +1,7 @@
 """What a backend must do, in three roles: for the execution loop, for workers, for people.
 
+A fourth role, ``pauses``, holds queues up.
+
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
 them, in one process. Tombstones live in the record of the run. Every operation is atomic and may be
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dagster_taskiq.backend.pauses import PauseBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
@@ -336,8 +339,8 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend):
-    """All three roles, on one server.
+class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend):
+    """All roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without
     the password, from every method.

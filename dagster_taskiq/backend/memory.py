@@ -28,6 +28,7 @@ from dagster_taskiq.backend.base import (
     TaskState,
     superseded_error,
 )
+from dagster_taskiq.backend.memory_pauses import MemoryPauses
 from dagster_taskiq.backend.memory_server import (
     MemoryServer,
     MemorySnapshot,
@@ -49,7 +50,7 @@ from dagster_taskiq.messages.worker_records import (
 __all__ = ["MemoryBackend", "MemoryServer", "MemorySnapshot"]
 
 
-class MemoryBackend(Backend):
+class MemoryBackend(MemoryPauses, Backend):
     """See ``Backend``.
 
     Args:

@@ -54,11 +54,14 @@ class _Tables:
     tasks: dict[str, dict[str, TaskLife]] = field(default_factory=dict)
     mailboxes: dict[Hashable, _Mailbox] = field(default_factory=dict)
     workers: dict[str, _StoredWorker] = field(default_factory=dict)
+    pauses: dict[str, bytes] = field(default_factory=dict)
 
     def copy(self) -> _Tables:
         """A snapshot, which later changes leave alone."""
         tasks = {run_id: dict(lives) for run_id, lives in self.tasks.items()}
-        return _Tables(dict(self.runs), tasks, dict(self.mailboxes), dict(self.workers))
+        return _Tables(
+            dict(self.runs), tasks, dict(self.mailboxes), dict(self.workers), dict(self.pauses)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Session:
         self._tables = tables
         self.moment = moment
         self._wake = wake
+
+    @property
+    def pauses(self) -> dict[str, bytes]:
+        """The pauses of queues, as signed, by queue."""
+        return self._tables.pauses
 
     # --- runs and tasks ---
 

@@ -29,6 +29,7 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
+from dagster_taskiq.backend.postgresql_pauses import PostgresqlPauses
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.refusals import Unreadable
@@ -61,7 +62,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(Backend):
+class PostgresqlBackend(PostgresqlPauses, Backend):
     """See ``Backend``.
 
     Args:
@@ -314,8 +315,7 @@ class PostgresqlBackend(Backend):
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        rows = await self._call("list_workers")
-        records = [self._record_of(worker_id, data) for worker_id, data in rows]
+        records = [self._record_of(*row) for row in await self._call("list_workers")]
         return sorted((it for it in records if it), key=lambda record: record.name)
 
     def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:

@@ -565,3 +565,28 @@ BEGIN
     SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
   RETURN v_sum;
 END $$;
+
+
+-- A pause outlives a crash: nobody would notice that tasks of a paused queue are executed.
+CREATE OR REPLACE FUNCTION {s}.pause_queue{v}(p_queue text, p_pause bytea) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  INSERT INTO {s}.paused_queues (queue, pause) VALUES (p_queue, p_pause)
+    ON CONFLICT (queue) DO UPDATE SET pause = excluded.pause;
+END $$;
+
+-- Returns whether it was paused.
+CREATE OR REPLACE FUNCTION {s}.resume_queue{v}(p_queue text) RETURNS boolean
+LANGUAGE plpgsql AS $$
+BEGIN
+{begin_durable}
+  DELETE FROM {s}.paused_queues WHERE queue = p_queue;
+  RETURN FOUND;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.list_pauses{v}()
+RETURNS TABLE (name text, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN QUERY SELECT queue, pause FROM {s}.paused_queues;
+END $$;

@@ -44,7 +44,11 @@ DECLARE
 PART = Part(
     version_table="version",
     enter="enter",
-    migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
+    migrations=(
+        read_sql(str(__package__), "tables"),
+        FUNCTION_SETS,
+        read_sql(str(__package__), "pauses"),
+    ),
     oldest=1,
     functions=read_sql(str(__package__), "functions", _FRAGMENTS),
 )

@@ -26,6 +26,7 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.redis_control import RedisControl
+from dagster_taskiq.backend.redis_pauses import RedisPauses
 from dagster_taskiq.backend.redis_store import BATCH, RedisStore, milliseconds, text_of
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedResultError
@@ -42,11 +43,11 @@ _NOT_ENDED = {state.value for state in NOT_ENDED}
 #: What the user of the server must be allowed.
 _COMMANDS = {
     *commands_of(script.text for script in scripts.ALL),
-    *"BLPOP EVALSHA MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
+    *"BLPOP EVALSHA HDEL HGETALL HSET MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
 }
 
 
-class RedisBackend(RedisControl, Backend):
+class RedisBackend(RedisControl, RedisPauses, Backend):
     """See ``Backend``.
 
     What cannot be decoded counts as unknown and is said once: anybody who can write to the server

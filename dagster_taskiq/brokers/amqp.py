@@ -36,8 +36,8 @@ from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
     TaskBroker,
-    batches,
 )
+from dagster_taskiq.brokers.outgoing import batches
 from dagster_taskiq.errors import ServerError, UnreachableServerError
 from dagster_taskiq.servers.kinds import ServerOptions
 
@@ -224,6 +224,8 @@ class _AmqpListener(Listener):
         self._broker = broker
         self._connection: AmqpConnection | None = None
         self._channel: AbstractChannel | None = None
+        #: In the order to look at them, and as they are on the channel.
+        self._names = list(broker.queues)
         self._queues: list[AbstractQueue] = []
         self._arrived: AbstractIncomingMessage | None = None
 
@@ -235,11 +237,12 @@ class _AmqpListener(Listener):
 
     async def _get(self, connection: AmqpConnection) -> AbstractIncomingMessage | None:
         # a connection that was given up may still take a while to close its channels
-        if self._connection is not connection or self._is_closed:
+        if self._connection is not connection or self._is_closed or not self._queues:
             await self._open(connection)
         for _ in self._queues:
             queue = self._queues.pop(0)  # whatever it has, it is the others' turn then
             self._queues.append(queue)
+            self._names.append(self._names.pop(0))
             message = await queue.get(fail=False)
             if message is not None:
                 return message
@@ -250,12 +253,13 @@ class _AmqpListener(Listener):
         return self._channel is None or self._channel.is_closed
 
     async def _open(self, connection: AmqpConnection) -> None:
-        for name in self._broker.queues:
+        for name in self._names:
             await connection.declare(name, again=True)  # it may be gone, which closed our channel
-        channel = await connection.channel()
-        await channel.set_qos(prefetch_count=1)
-        names = [queue.name for queue in self._queues] or self._broker.queues
-        self._queues = [await channel.get_queue(name, ensure=False) for name in names]
+        channel = self._channel
+        if channel is None or self._connection is not connection or channel.is_closed:
+            channel = await connection.channel()
+            await channel.set_qos(prefetch_count=1)
+        self._queues = [await channel.get_queue(name, ensure=False) for name in self._names]
         self._connection, self._channel = connection, channel
 
     async def wait(self) -> None:
@@ -283,6 +287,13 @@ class _AmqpListener(Listener):
         finally:
             self._channel.close_callbacks.discard(idle.end)
         return idle.first
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        # messages of the old ones may be in work on the channel, which so stays
+        self._names, self._queues = list(queues), []
+        message, self._arrived = self._arrived, None
+        if message is not None:
+            await self._delivery(message).release()
 
     def _delivery(self, message: AbstractIncomingMessage) -> Delivery:
         async def ack() -> None:

@@ -15,7 +15,8 @@ from pamqp.exceptions import PAMQPException
 from taskiq import BrokerMessage
 
 from dagster_taskiq.brokers.amqp_errors import our_message_is_enough, words_of_close
-from dagster_taskiq.brokers.base import NOTE_EXPIRES_SECONDS, priority_of, queue_of
+from dagster_taskiq.brokers.base import NOTE_EXPIRES_SECONDS
+from dagster_taskiq.brokers.outgoing import priority_of, queue_of
 from dagster_taskiq.defaults import MAX_PRIORITY
 from dagster_taskiq.servers.kinds import ServerOptions
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -19,7 +19,6 @@ from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
 from dagster_taskiq.brokers.parking import Parking
-from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import (
     ConfigError,
     MalformedTaskError,
@@ -36,10 +35,6 @@ LONGEST_RETRY_SECONDS = 2.0
 
 #: How long a note for a run is kept.
 NOTE_EXPIRES_SECONDS = 60
-
-#: How many bytes of messages are sent in one go. One round trip for a usual fan-out, and still
-#: little enough to get through within the time that a server has for its answer.
-MAX_BATCH_BYTES = 4 * 2**20
 
 
 class Delivery(AckableMessage):
@@ -90,6 +85,10 @@ class Listener(ABC):
     @abstractmethod
     async def wait(self) -> None:
         """Return when another look may find something; leaves nothing behind when cancelled."""
+
+    @abstractmethod
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        """Look at these queues from now on; a message that a wait has brought goes back."""
 
 
 class Admission(ABC):
@@ -155,7 +154,7 @@ class TaskBroker(AsyncBroker):
     #: URL without its password, for messages and logs.
     address: str
 
-    #: The physical queues to listen on.
+    #: The physical queues to listen on; ``listen_on`` changes them.
     queues: Sequence[str]
 
     #: Decides which messages are handed on, and hears of the others; None for all.
@@ -163,13 +162,34 @@ class TaskBroker(AsyncBroker):
 
     _is_shut_down: bool = False
 
+    #: Done when listeners have other queues to listen on; only while one waits.
+    _turned: asyncio.Future[None] | None = None
+
+    #: Whether it may have no queues to listen on only for now.
+    _has_turned = False
+
     async def shutdown(self) -> None:
         """Close the connections; listeners end, and unsettled messages go back to their queues.
 
         On Redis and PostgreSQL they go back only after ``IN_HAND_SECONDS``.
         """
         self._is_shut_down = True
+        self._end_waits()
         await super().shutdown()
+
+    def listen_on(self, queues: Sequence[str]) -> None:
+        """Have listeners listen on these queues from now on, also while they wait; on none: rest.
+
+        A message that was handed on is not affected. Called in the broker's event loop.
+        """
+        self.queues = tuple(queues)
+        self._has_turned = True
+        self._end_waits()
+
+    def _end_waits(self) -> None:
+        turned, self._turned = self._turned, None
+        if turned is not None:
+            turned.set_result(None)
 
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """A ``Delivery`` of one of the queues, each time the consumer asks."""
@@ -212,16 +232,20 @@ class TaskBroker(AsyncBroker):
         Raises:
             ConfigError: the broker has no queues to listen on.
         """
-        if not self.queues:
+        if not self.queues and not self._has_turned:
             raise ConfigError(f"The broker at {self.address} was opened without queues, to send.")
         listener, outage, parking = self.listener(), Outage(self.address), parking or Parking()
+        queues = self.queues
         while not self._is_shut_down:
             try:
-                delivery = None if parking.is_full else await _uninterrupted(listener.look())
+                if queues != self.queues:
+                    await to_its_end(listener.turn_to(self.queues))
+                    queues = self.queues
+                delivery = None if parking.is_full else await self._look(listener)
                 if delivery is None and not parking.is_empty:
                     await parking.look_away()
                 elif delivery is None:
-                    await listener.wait()
+                    await self._wait(listener)
                 outage.over()  # not after the look alone: the wait may be what is refused
             except ServerError as error:
                 if not self._is_shut_down:
@@ -229,6 +253,27 @@ class TaskBroker(AsyncBroker):
                 continue
             if delivery is not None:
                 yield delivery
+
+    async def _look(self, listener: Listener) -> Delivery | None:
+        return await _uninterrupted(listener.look()) if self.queues else None
+
+    async def _wait(self, listener: Listener) -> None:
+        """Wait as the listener does, or until there are other queues to listen on."""
+        if self._turned is None:
+            self._turned = asyncio.get_running_loop().create_future()
+        turned = self._turned
+        if not self.queues:
+            await asyncio.wait({turned})
+            return
+        waiting = asyncio.ensure_future(listener.wait())
+        try:
+            await asyncio.wait({waiting, turned}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            # cancelled once: it gives back what it has been brought meanwhile
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        if not waiting.cancelled():
+            waiting.result()
 
     @abstractmethod
     def listener(self) -> Listener:
@@ -305,18 +350,16 @@ class TaskBroker(AsyncBroker):
     async def product(self) -> str:
         """Name and version of the server, as it says them: ``Valkey 8.1.1``."""
 
+    @abstractmethod
     async def leave_note(self, run_id: str, note: bytes) -> None:
         """Leave a note where a run's loop may find it, which cannot be reached otherwise.
 
-        The newest note of a run counts, and no note is kept for long. A broker that has no place
-        for notes does nothing.
+        The newest note of a run counts, and no note is kept for long.
         """
-        del run_id, note
 
+    @abstractmethod
     async def take_note(self, run_id: str) -> bytes | None:
         """The note that was left for a run; the first question may only make the place for it."""
-        del run_id
-        return None
 
 
 class Outage:
@@ -360,40 +403,3 @@ async def _uninterrupted(look: Awaitable[Delivery | None]) -> Delivery | None:
             if delivery is not None:
                 await delivery.release()
         raise
-
-
-def queue_of(message: BrokerMessage) -> str:
-    """The physical queue that a message goes to.
-
-    Raises:
-        ConfigError: it names none.
-    """
-    queue = message.labels.get("queue_name")
-    if not queue:
-        raise ConfigError(
-            f"Task {message.task_id} cannot be sent: its label queue_name is missing."
-        )
-    return str(queue)
-
-
-def priority_of(message: BrokerMessage) -> int:
-    """The priority of a message, 0..10; that of a step that names none where it has none."""
-    try:
-        priority = int(message.labels.get("priority", DEFAULT_STEP_PRIORITY))
-    except (TypeError, ValueError):
-        priority = DEFAULT_STEP_PRIORITY
-    return max(MIN_PRIORITY, min(MAX_PRIORITY, priority))
-
-
-def batches(messages: Sequence[BrokerMessage]) -> Iterator[list[BrokerMessage]]:
-    """The messages in their order, in lists of at most ``MAX_BATCH_BYTES`` or of one message."""
-    batch: list[BrokerMessage] = []
-    size = 0
-    for message in messages:
-        size += len(message.message)
-        if batch and size > MAX_BATCH_BYTES:
-            yield batch
-            batch, size = [], len(message.message)
-        batch.append(message)
-    if batch:
-        yield batch

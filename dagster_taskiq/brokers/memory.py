@@ -22,11 +22,10 @@ from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
     TaskBroker,
-    priority_of,
-    queue_of,
 )
 from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
 from dagster_taskiq.brokers.memory_queue import Hold, MemoryQueue, MemoryTask
+from dagster_taskiq.brokers.outgoing import priority_of, queue_of
 from dagster_taskiq.errors import UnreachableServerError
 
 __all__ = ["MemoryBroker", "MemoryQueues"]
@@ -289,6 +288,9 @@ class _MemoryListener(Listener):
 
     async def wait(self) -> None:
         await self._server.wait(self._broker)
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        self._queues = list(queues)
 
     def _delivery(self, hold: Hold) -> Delivery:
         async def ack() -> None:

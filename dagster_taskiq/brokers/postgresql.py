@@ -22,16 +22,15 @@ from taskiq import BrokerMessage
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers.base import (
+    NOTE_EXPIRES_SECONDS,
     Admission,
     Delivery,
     Listener,
     TaskBroker,
-    batches,
-    priority_of,
-    queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.outgoing import batches, priority_of, queue_of
 from dagster_taskiq.brokers.postgresql_floors import Floors, Row
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ServerError
@@ -75,7 +74,11 @@ _FRAGMENTS = {
 PART = Part(
     version_table="broker_version",
     enter="enter_broker",
-    migrations=(read_sql(str(__package__), "tables"), FUNCTION_SETS),
+    migrations=(
+        read_sql(str(__package__), "tables"),
+        FUNCTION_SETS,
+        read_sql(str(__package__), "notes"),
+    ),
     oldest=1,
     functions=read_sql(str(__package__), "functions", _FRAGMENTS),
 )
@@ -186,6 +189,15 @@ class PostgresqlTaskBroker(TaskBroker):
         """See ``TaskBroker``."""
         with server_errors(self.address):
             return await self._connections.product()
+
+    async def leave_note(self, run_id: str, note: bytes) -> None:
+        """See ``TaskBroker``."""
+        await self._call("leave_note", run_id, note, float(NOTE_EXPIRES_SECONDS))
+
+    async def take_note(self, run_id: str) -> bytes | None:
+        """See ``TaskBroker``."""
+        ((note,),) = await self._call("take_note", run_id)
+        return None if note is None else bytes(note)
 
     def listener(self) -> Listener:
         """See ``TaskBroker``."""
@@ -304,3 +316,8 @@ class _PostgresqlListener(Listener):
             await asyncio.wait_for(self._broker.closing.wait(), pause * random.uniform(0.5, 1.5))
         except asyncio.TimeoutError:
             pass
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        self._queues = list(queues)
+        self._pause_seconds = _FIRST_LOOK_SECONDS
+        self._counts_at = 0.0

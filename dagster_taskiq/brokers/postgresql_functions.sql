@@ -235,3 +235,23 @@ BEGIN
     LIMIT 100 FOR UPDATE SKIP LOCKED);
   RETURN (SELECT count(*) FROM {s}.listeners WHERE queues = p_queues AND expires_at > v_now);
 END $$;
+
+
+-- The newest note of a run counts; what has expired goes with the next one, of whatever run.
+CREATE OR REPLACE FUNCTION {s}.leave_note{v}(p_run text, p_note bytea, p_seconds float8)
+RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+  v_now timestamptz := clock_timestamp();
+BEGIN
+{begin}
+  DELETE FROM {s}.notes WHERE run_id IN (SELECT run_id FROM {s}.notes WHERE expires_at <= v_now
+    ORDER BY run_id LIMIT 100 FOR UPDATE SKIP LOCKED);
+  INSERT INTO {s}.notes (run_id, note, expires_at)
+    VALUES (p_run, p_note, v_now + p_seconds * interval '1 s')
+    ON CONFLICT (run_id) DO UPDATE SET note = excluded.note, expires_at = excluded.expires_at;
+END $$;
+
+CREATE OR REPLACE FUNCTION {s}.take_note{v}(p_run text) RETURNS bytea LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN (SELECT note FROM {s}.notes WHERE run_id = p_run AND expires_at > clock_timestamp());
+END $$;

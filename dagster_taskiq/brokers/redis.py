@@ -27,12 +27,10 @@ from dagster_taskiq.brokers.base import (
     Delivery,
     Listener,
     TaskBroker,
-    batches,
-    priority_of,
-    queue_of,
 )
 from dagster_taskiq.brokers.in_hand import Held, InHand
 from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.outgoing import batches, priority_of, queue_of
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -267,6 +265,10 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
             rung = await self._redis.blpop(list(bells), timeout=SLOW_LOOK_SECONDS)
         return bells[rung[0]] if rung else None
 
+    async def ring(self, queue: str) -> None:
+        """Have the bell of a queue ring where tasks wait; a ring may have been taken in vain."""
+        await self._execute(scripts.WITHDRAW(scripts.keys_of(queue)))
+
     def _delivery(self, queue: str, task_id: bytes, payload: bytes, token: bytes) -> Delivery:
         held = Held(queue, task_id, token)
         self._in_hand.add(held)
@@ -339,8 +341,10 @@ class _RedisListener(Listener):
     def __init__(self, broker: RedisTaskBroker) -> None:
         self._broker = broker
         self._queues = list(broker.queues)
+        self._rung: str | None = None
 
     async def look(self) -> Delivery | None:
+        self._rung = None
         taken = await self._broker.take(self._queues)
         if taken is None:
             return None
@@ -352,7 +356,14 @@ class _RedisListener(Listener):
     async def wait(self) -> None:
         queue = await self._broker.wait_for_bell(self._queues)
         if queue is not None:
+            self._rung = queue
             self._begin_with(queue)
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        rung, self._rung = self._rung, None
+        self._queues = list(queues)
+        if rung is not None:
+            await self._broker.ring(rung)  # for another worker: we do not look there any more
 
     def _begin_with(self, queue: str) -> None:
         first = self._queues.index(queue)

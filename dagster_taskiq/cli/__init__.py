@@ -8,12 +8,22 @@ import click
 
 from dagster_taskiq.cli.database import database_sql
 from dagster_taskiq.cli.options import check_platform, say_errors
+from dagster_taskiq.cli.queue_orders import queue_move, queue_pause, queue_purge, queue_resume
 from dagster_taskiq.cli.queues import queue
 from dagster_taskiq.cli.status import status
+from dagster_taskiq.cli.task_orders import task_cancel
 from dagster_taskiq.cli.tasks import run, task
+from dagster_taskiq.cli.worker_orders import (
+    worker_pause,
+    worker_queue,
+    worker_reload,
+    worker_resume,
+    worker_slots,
+    worker_terminate,
+)
 from dagster_taskiq.cli.worker_show import worker_ping, worker_show
 from dagster_taskiq.cli.worker_start import start
-from dagster_taskiq.cli.workers import worker_list, worker_reload, worker_terminate
+from dagster_taskiq.cli.workers import worker_list
 from dagster_taskiq.version import __version__
 
 
@@ -36,7 +46,7 @@ def demo() -> None:
 
 @main.group()
 def worker() -> None:
-    """Start, list and stop workers."""
+    """Start, list, steer and stop workers."""
 
 
 @main.group()
@@ -45,7 +55,21 @@ def database() -> None:
 
 
 database.add_command(database_sql)
-for _command in (start, worker_list, worker_show, worker_ping, worker_terminate, worker_reload):
+for _command in (
+    start,
+    worker_list,
+    worker_show,
+    worker_ping,
+    worker_terminate,
+    worker_reload,
+    worker_pause,
+    worker_resume,
+    worker_slots,
+    worker_queue,
+):
     worker.add_command(_command)
+for _command in (queue_pause, queue_resume, queue_purge, queue_move):
+    queue.add_command(_command)
+task.add_command(task_cancel)
 for _command in (status, queue, task, run):
     main.add_command(_command)

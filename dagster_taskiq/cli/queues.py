@@ -34,7 +34,7 @@ queue_option = click.option(
 
 @click.group()
 def queue() -> None:
-    """Show queues."""
+    """Show and steer queues."""
 
 
 @queue.command("list")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, QueueView, ServerView, TaskView
 
@@ -35,10 +36,16 @@ def queue_shape(queue: QueueView) -> dict[str, Any]:
         "oldest_sent_at": queue.oldest_sent_at,
         "running": queue.running,
         "workers": list(queue.workers),
+        "pause": queue.pause
+        and {key: it for key, it in asdict(queue.pause).items() if key != "queue"},
         "is_stuck": queue.is_stuck,
         "wait": queue.wait and {"kind": queue.wait.kind.value, "reason": queue.wait.reason},
         "blindness": queue.blindness or None,
     }
+
+
+def _pause_shape(pause: QueuePause) -> dict[str, Any]:
+    return {"reason": pause.reason, "paused_at": pause.paused_at, "host": pause.host}
 
 
 def task_shape(task: TaskView) -> dict[str, Any]:

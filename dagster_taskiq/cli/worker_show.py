@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 
 import click
@@ -25,19 +22,13 @@ from dagster_taskiq.cli.tables import (
     time_since,
 )
 from dagster_taskiq.cli.tasks import title_of
+from dagster_taskiq.cli.worker_orders import timeout_option
 from dagster_taskiq.cli.workers import explain_names, state_of
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.messages.control import ping_order, refuses
-from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.control import OrderKind
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, TaskView, is_named, read_backend
-
-#: How long ``worker ping`` waits, unless told. A worker whose backend is PostgreSQL looks for
-#: orders every 5 s where there are a thousand.
-_PING_SECONDS = 10.0
-
-#: Pauses between two looks for answers: the first, and the longest.
-_FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.005, 0.1
+from dagster_taskiq.steering.workers import answers_of, give_order
 
 
 @click.command("show")
@@ -100,14 +91,7 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
 
 @click.command("ping")
 @click.argument("name")
-@click.option(
-    "--timeout",
-    "-t",
-    type=click.FloatRange(min=0, min_open=True),
-    default=_PING_SECONDS,
-    show_default=True,
-    help="Seconds to wait for the answer.",
-)
+@timeout_option
 @config_yaml_option
 @say_errors
 @explain_names
@@ -118,15 +102,15 @@ def worker_ping(name: str, timeout: float, config_yaml: str | None) -> None:
     """
     settings = read_settings(config_yaml)
 
-    async def ping(backend: Backend) -> tuple[list[WorkerRecord], Mapping[str, float]]:
+    async def ping(backend: Backend) -> tuple[Sequence[WorkerRecord], Mapping[str, float]]:
         running = await backend.workers()
         named = [it for it in running if is_named(it, name)]
         if not named:
             raise DagsterTaskiqError(no_worker(name, running))
-        for record in named:
-            if refusal := refuses(settings.signer(), record):
-                raise DagsterTaskiqError(f"The ping would be of no use: {refusal}")
-        return named, await _answers(backend, settings.signer(), named, timeout)
+        told = await give_order(backend, settings.signer(), named, OrderKind.PING)
+        for refusal in told.refusals:
+            raise DagsterTaskiqError(f"The ping would be of no use: {refusal}")
+        return named, await answers_of(backend, told, timeout)
 
     records, seconds = ask_backend(settings, ping) or ([], {})
     for record in records:
@@ -137,24 +121,3 @@ def worker_ping(name: str, timeout: float, config_yaml: str | None) -> None:
     if silent or not records:
         has_not = plain_line(f"No answer within {timeout:g} s from {silent}.")
         raise DagsterTaskiqError(has_not if silent else no_worker(name, []))
-
-
-async def _answers(
-    backend: Backend, signer: Signer, records: Sequence[WorkerRecord], timeout_seconds: float
-) -> Mapping[str, float]:
-    """After how many seconds each worker has answered, by its id; without those that have not."""
-    asked = {}
-    for record in records:
-        ping_id = uuid.uuid4().hex
-        asked[record.worker_id] = ping_id, time.monotonic()
-        await backend.send_control(record.worker_id, ping_order(signer, record, ping_id))
-    answers: dict[str, float] = {}
-    deadline, pause = time.monotonic() + timeout_seconds, _FIRST_LOOK_SECONDS
-    while len(answers) < len(asked) and time.monotonic() < deadline:
-        await asyncio.sleep(pause)
-        pause = min(1.5 * pause, _LONGEST_LOOK_SECONDS)
-        for record in await backend.workers():
-            ping_id, at = asked.get(record.worker_id, ("", 0.0))
-            if ping_id in record.pings and record.is_trusted:
-                answers.setdefault(record.worker_id, time.monotonic() - at)
-    return answers

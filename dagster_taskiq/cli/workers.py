@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from dagster_taskiq.backend import Backend
-from dagster_taskiq.cli.asking import ask_backend, read_workers
+from dagster_taskiq.cli.asking import read_workers
 from dagster_taskiq.cli.finding import no_worker
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import worker_shape
 from dagster_taskiq.cli.tables import echo_json, echo_table, json_option
-from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.messages.control import refuses, worker_order
 from dagster_taskiq.messages.envelope import PROTOCOL
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import is_named
 
-#: What ``worker terminate`` means without a name, as in dagster-celery.
-_DEFAULT_NAME = "dagster"
-
-_NOBODY = "No worker is running."
+NOBODY = "No worker is running."
 
 _name_argument = click.argument("name", required=False)
 
@@ -56,40 +49,7 @@ def worker_list(name: str | None, as_json: bool, config_yaml: str | None) -> Non
     if name is not None and all(record.is_outdated for record in records):
         raise click.ClickException(no_worker(name, running))
     if not records and not as_json:
-        click.echo(_NOBODY)
-
-
-@click.command("terminate")
-@_name_argument
-@click.option("--all", "-a", "all_", is_flag=True, help="Stop all workers.")
-@config_yaml_option
-@say_errors
-@explain_names
-def worker_terminate(name: str | None, all_: bool, config_yaml: str | None) -> None:
-    """Tell a worker to finish its steps and stop. Told twice, it stops now.
-
-    Without NAME and --all it tells the worker named "dagster", as dagster-celery does. The exit
-    code is 0 if no worker is running, and 1 if others are, but none of that NAME.
-    """
-    is_default = not name and not all_
-    name = _DEFAULT_NAME if is_default else name
-    for told in _tell_workers("terminate", name, all_, config_yaml, may_be_nobody=is_default):
-        click.echo(f"Told {told} to stop.")
-
-
-@click.command("reload")
-@_name_argument
-@click.option("--all", "-a", "all_", is_flag=True, help="Reload all workers.")
-@config_yaml_option
-@say_errors
-@explain_names
-def worker_reload(name: str | None, all_: bool, config_yaml: str | None) -> None:
-    """Tell a worker to run new code: its children are replaced between steps.
-
-    The exit code is 0 if no worker is running, and 1 if others are, but none of that NAME.
-    """
-    for told in _tell_workers("reload", name, all_, config_yaml):
-        click.echo(f"Told {told} to reload.")
+        click.echo(NOBODY)
 
 
 def _other_protocol(record: WorkerRecord) -> str:
@@ -122,46 +82,3 @@ def _rows(records: Sequence[WorkerRecord]) -> list[tuple[str, ...]]:
         )
         for record in records
     ]
-
-
-def _tell_workers(
-    kind: str,
-    name: str | None,
-    all_: bool,
-    config_yaml: str | None,
-    *,
-    may_be_nobody: bool = False,
-) -> list[str]:
-    """Send an order to the workers of that name or to all; the names of those that were told.
-
-    Args:
-        may_be_nobody: whether it is no error that others run, but none of that name.
-    """
-    if bool(name) == all_:
-        raise click.UsageError("Give either the NAME of a worker or --all.")
-
-    settings = read_settings(config_yaml)
-
-    async def tell(backend: Backend) -> list[str]:
-        running = await backend.workers()
-        records = [item for item in running if all_ or is_named(item, str(name))]
-        if running and not records and not may_be_nobody:
-            raise click.ClickException(no_worker(str(name), running))
-        refusals = [refuses(settings.signer(), record) for record in records]
-        told = [it for it, refusal in zip(records, refusals, strict=True) if not refusal]
-        for refusal in filter(None, refusals):
-            if not told:
-                raise ConfigError(f"The order to {kind} would be of no use: {refusal}")
-            warnings.warn(f"Not told to {kind}: {refusal}", stacklevel=1)
-        for record in told:
-            await backend.send_control(
-                record.worker_id, worker_order(settings.signer(), record, kind)
-            )
-        return [record.name for record in told]
-
-    names = ask_backend(settings, tell) or []
-    if not names:
-        # no error, as in dagster-celery: scripts stop the workers of a host that has none
-        advice = f"{no_worker(str(name), [])} Give a NAME, or --all."
-        warnings.warn(advice if may_be_nobody else _NOBODY, stacklevel=1)
-    return names

@@ -36,6 +36,7 @@ from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.queue_looks import queue_metadata, task_metadata
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitHistory, WaitKind
+from dagster_taskiq.messages.results import TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,9 @@ class LaunchWatch:
         report, result = self._client.look(run.run_id, envelope.task_id)
         if report.state is not TaskState.REFUSED:
             return
+        if result is not None and result.queue:
+            self._move(instance, run, launched, result)
+            return
         if launched.refused_since is None:
             launched.refused_since = now
         if result is not None and result.place.worker not in launched.refusals:
@@ -255,6 +259,22 @@ class LaunchWatch:
             return
         reasons = " ".join(f"Worker {name}: {why}" for name, why in launched.refusals.items())
         self._fail_unexecuted(instance, run, envelope, f"Each worker gave it back. {reasons}")
+
+    def _move(
+        self, instance: DagsterInstance, run: DagsterRun, launched: _Launched, result: TaskResult
+    ) -> None:
+        """Send a run to another queue, as somebody has asked."""
+        envelope = launched.envelope
+        if not self._client.reopen(run.run_id, envelope.task_id):
+            return
+        launched.envelope = replace(envelope, queue=result.queue, epoch=self._client.epoch())
+        self._client.submit(launched.envelope)
+        instance.report_engine_event(
+            f'The run moves from queue "{envelope.queue}" to queue "{result.queue}". '
+            f"{result.reason}",
+            run,
+            EngineEventData(metadata={"queue": result.queue}),
+        )
 
     def _fail_unexecuted(
         self, instance: DagsterInstance, run: DagsterRun, envelope: Envelope, reason: str

@@ -139,9 +139,13 @@ def _error_of(
     reason = result.reason or (raised.message.strip() if raised else "")
     reason = reason or "It ended without saying whether it had succeeded."
     place = result.place
+    where = (
+        ""  # it was taken out of its queue, by whom the reason says
+        if result.is_cancelled and not place.worker_id
+        else f" on worker {place.worker} (host {place.host}, slot {place.slot}, pid {place.pid})"
+    )
     return plain_error(
-        f'Step "{flight.step.key}" on worker {place.worker} (host {place.host}, slot '
-        f"{place.slot}, pid {place.pid}): {reason}",
+        f'Step "{flight.step.key}"{where}: {reason}',
         LOST_ERROR if result.outcome is Outcome.DIED else FAILED_ERROR,
         raised,
     )

@@ -61,6 +61,11 @@ class Judge:
         if state is TaskState.CANCELLED and is_stopping and not has_started:
             yield from self._endings.note_withdrawn(flight)
             return
+        if state is TaskState.CANCELLED and not has_started:
+            reason = "It was cancelled by an order before a worker had started it."
+            cancelled = TaskResult(Outcome.ERROR, NOWHERE, reason=reason, is_cancelled=True)
+            yield from self._endings.finish(flight, cancelled)
+            return
         may_reopen = state in _MAY_REOPEN and not is_stopping
         if may_reopen and not has_started:
             if self._dispatcher.reopen(flight.task_id):

@@ -57,6 +57,9 @@ class Receiving:
         if self._flights.is_stopping:
             yield from self._endings.note_withdrawn(flight)
             return
+        if result.queue:
+            yield from self._move(flight, result)
+            return
         if flight.refused_since is None:
             flight.refused_since = self._now()
         worker = result.place.worker
@@ -67,6 +70,18 @@ class Receiving:
                 f'Step "{flight.step.key}" waits for another worker: {worker} has given it back. '
                 f"{result.reason}",
                 EngineEventData(metadata={"queue": flight.task.queue}),
+            )
+
+    def _move(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
+        """Have the reconciliation send a task to another queue, as somebody has asked."""
+        old, new = flight.task.queue, result.queue
+        flight.task = replace(flight.task, queue=new)
+        if old != new:
+            yield DagsterEvent.engine_event(
+                self._context.for_step(flight.step),
+                f'Step "{flight.step.key}" moves from queue "{old}" to queue "{new}". '
+                f"{result.reason}",
+                EngineEventData(metadata={"queue": new}),
             )
 
     def send_to_another(self, flight: Flight) -> Iterator[DagsterEvent]:

@@ -1,9 +1,9 @@
 """Orders to workers: how they are written, and which ones a worker believes.
 
-``terminate``, ``reload`` and ``ping`` are for one worker, ``cancel`` for whichever worker holds a
-task. An order names its worker by name and id, or its task, and a worker refuses one that is for
-another. With a signing key it is signed, and says when it was given and a number of its own: one
-that came before, or that was given too long ago, is refused.
+A ``cancel`` is for whichever worker holds a task, all other kinds are for one worker. An order
+names its worker by name and id, or its task, and a worker refuses one that is for another. With a
+signing key it is signed, and says when it was given and a number of its own: one that came before,
+or that was given too long ago, is refused.
 
 A cancel is also kept in the record of its run, where each renewal of the claim finds it again. It
 cannot be replayed to any harm, since it names one attempt of a step and is never taken back.
@@ -15,6 +15,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 from dagster_taskiq.defaults import (
@@ -24,6 +25,7 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.errors import UntrustedError
 from dagster_taskiq.messages.plain_json import parse_object
+from dagster_taskiq.messages.plain_text import plain_reason
 from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
@@ -31,16 +33,42 @@ from dagster_taskiq.messages.worker_records import WorkerRecord
 _REMEMBERED_ORDERS = 100_000
 
 
-def worker_order(signer: Signer, worker: WorkerRecord, kind: str) -> str:
-    """An order to a worker, ready to be sent."""
-    addressee = {"worker_id": worker.worker_id, "worker": worker.name}
-    return _order(signer, {"kind": kind, **addressee})
+class OrderKind(str, Enum):
+    """The kinds of orders, with what else they say."""
+
+    #: Stop one task: ``task_id``, ``reason``.
+    CANCEL = "cancel"
+    #: Take no more tasks and stop when what runs has ended; a second one stops what runs.
+    TERMINATE = "terminate"
+    #: Give every slot a fresh child.
+    RELOAD = "reload"
+    #: Nothing but the answer.
+    PING = "ping"
+    #: Take no new tasks until resumed: ``reason``.
+    PAUSE = "pause"
+    RESUME = "resume"
+    #: Have so many slots: ``queue_kind``, ``slots``.
+    SLOTS = "slots"
+    #: Listen on more queues, or on fewer: ``queues``.
+    ADD_QUEUES = "add-queues"
+    REMOVE_QUEUES = "remove-queues"
+    #: Look which queues are paused by now.
+    LOOK_AT_QUEUES = "look-at-queues"
 
 
-def ping_order(signer: Signer, worker: WorkerRecord, ping_id: str) -> str:
-    """The order to send a heartbeat at once, which names this ping among its ``pings``."""
+def worker_order(
+    signer: Signer, worker: WorkerRecord, kind: str, ping_id: str = "", **details: Any
+) -> str:
+    """An order to a worker, ready to be sent.
+
+    Args:
+        kind: see ``OrderKind``; another one is ignored.
+        ping_id: the worker has obeyed when its record names this one among its ``pings``.
+        details: see ``OrderKind``.
+    """
     addressee = {"worker_id": worker.worker_id, "worker": worker.name}
-    return _order(signer, {"kind": "ping", "ping_id": ping_id, **addressee})
+    asked = {"ping_id": ping_id} if ping_id else {}
+    return _order(signer, {"kind": kind, **addressee, **asked, **details})
 
 
 def cancel_order(signer: Signer, task_id: str, reason: str) -> str:
@@ -49,7 +77,7 @@ def cancel_order(signer: Signer, task_id: str, reason: str) -> str:
     Args:
         reason: a sentence for people.
     """
-    return _order(signer, {"kind": "cancel", "task_id": task_id, "reason": reason})
+    return _order(signer, {"kind": OrderKind.CANCEL, "task_id": task_id, "reason": reason})
 
 
 def _order(signer: Signer, content: Mapping[str, Any]) -> str:
@@ -78,6 +106,11 @@ def refuses(signer: Signer, worker: WorkerRecord) -> str:
             f"here, so it is not relied on. {advice}"
         )
     return ""
+
+
+def reason_of(order: Mapping[str, Any]) -> str:
+    """Why an order was given, safe to show; empty where it does not say."""
+    return plain_reason(str(order.get("reason") or ""))
 
 
 class OrderReader:
@@ -109,23 +142,29 @@ class OrderReader:
                 second copy.
         """
         order = self._open(data)
-        if order.get("kind") != "cancel":  # which names its task instead, wherever that runs
+        # a cancel names its task instead, wherever that runs
+        if order.get("kind") != OrderKind.CANCEL:
             self._check_addressee(order)
         if self._signer.is_active:
             self._check_is_new(order)
         return order
 
-    def check_cancel(self, task_id: str, data: bytes | str) -> None:
-        """Check an order from the record of a run: that it cancels this task.
+    def check_cancel(self, task_id: str, data: bytes | str) -> str:
+        """Check an order from the record of a run: that it cancels this task; what it says why.
 
         Raises:
             UntrustedError: it does not.
         """
-        if not self._signer.is_active:
-            return
-        order = self._open(data)
-        if (order.get("kind"), order.get("task_id")) != ("cancel", task_id):
+        try:
+            order = self._open(data)
+        except UntrustedError:
+            if self._signer.is_active:
+                raise
+            return ""
+        named = order.get("kind"), order.get("task_id")
+        if self._signer.is_active and named != (OrderKind.CANCEL, task_id):
             raise UntrustedError("it is no order to cancel this task")
+        return reason_of(order)
 
     def _open(self, data: bytes | str) -> dict[str, Any]:
         sealed = data.encode(errors="replace") if isinstance(data, str) else data

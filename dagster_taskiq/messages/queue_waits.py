@@ -5,9 +5,10 @@ A run says it in its log; a launched run also when its start times out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 
 from dagster_taskiq.defaults import (
     BROKER_URL_VARIABLE,
@@ -19,8 +20,9 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.messages.control import refuses
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import PAUSED, WorkerRecord
 from dagster_taskiq.servers.kinds import is_same_address
 from dagster_taskiq.version import __version__
 
@@ -45,6 +47,8 @@ class WaitKind(str, Enum):
     UNTRUSTED = "untrusted"
     #: All slots are taken, or tasks before it come first.
     BUSY = "busy"
+    #: Somebody has paused the queue, or all workers that listen.
+    PAUSED = "paused"
     #: No reason of a queue: its run's own limits hold a step back, or a pool of Dagster.
     LIMITED = "limited"
 
@@ -95,6 +99,7 @@ class QueueWaits:
         signer: that it signs with.
         protocol: version of its tasks.
         says_busy_steps: whether busy step slots are a reason.
+        pauses: the queues that are paused.
     """
 
     def __init__(
@@ -106,8 +111,10 @@ class QueueWaits:
         protocol: int = PROTOCOL,
         *,
         says_busy_steps: bool = False,
+        pauses: Mapping[str, QueuePause] = MappingProxyType({}),
     ) -> None:
         self._kind = kind
+        self._pauses = pauses
         self._says_busy = kind is QueueKind.RUNS or says_busy_steps
         usable = [it for it in workers if self._slots(it)[1] and it.state != "draining"]
         self._workers = [it for it in usable if it.is_trusted]
@@ -122,6 +129,8 @@ class QueueWaits:
         Args:
             queue: as people name it.
         """
+        if pause := self._pauses.get(queue):
+            return QueueWait(WaitKind.PAUSED, _paused_queue(pause))
         listening = [it for it in self._workers if queue in it.queues]
         doubtful = next((it for it in self._untrusted if queue in it.queues), None)
         if listening:
@@ -154,6 +163,9 @@ class QueueWaits:
             return QueueWait(WaitKind.PROTOCOL, self._foreign(queue, listening))
         if refusals := [reason for it in able if (reason := refuses(self._signer, it))]:
             return QueueWait(WaitKind.REFUSED, _sentence(refusals[0]))
+        if all(it.state == PAUSED for it in able):
+            return QueueWait(WaitKind.PAUSED, self._paused(queue, able))
+        able = [it for it in able if it.state != PAUSED]
         near = [it for it in able if not it.broker or is_same_address(it.broker, self._broker)]
         if not near and not self._are_busy(able):
             return QueueWait(WaitKind.BROKER, self._elsewhere(queue, able))
@@ -188,6 +200,13 @@ class QueueWaits:
             f"{_version(__version__, self._protocol)}: it has {theirs}. Start a worker that has "
             "the run's version of dagster-taskiq."
         )
+
+    def _paused(self, queue: str, workers: Collection[WorkerRecord]) -> str:
+        theirs = _names(
+            f"{it.name} ({it.pause_reason.removesuffix('.')})" if it.pause_reason else it.name
+            for it in workers
+        )
+        return f'All workers of queue "{queue}" are paused: {theirs}.'
 
     def _elsewhere(self, queue: str, workers: Collection[WorkerRecord]) -> str:
         theirs = _names(f"{it.name} on {it.broker}" for it in workers)
@@ -258,6 +277,11 @@ class WaitHistory:
 
 def _word(kind: QueueKind) -> str:
     return "run" if kind is QueueKind.RUNS else "step"
+
+
+def _paused_queue(pause: QueuePause) -> str:
+    why = f": {pause.reason.removesuffix('.')}" if pause.reason else ""
+    return f'Queue "{pause.queue}" was paused on host {pause.host}{why}.'
 
 
 def _sentence(text: str) -> str:

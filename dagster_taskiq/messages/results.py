@@ -102,6 +102,8 @@ class TaskResult:
         exit_code: of a child process that died or of a run; negative is a signal's number.
         is_cancelled: from a child, whether it was interrupted; in a stored result, whether a cancel
             was the reason, which rules out a retry.
+        queue: of a task that is ``REFUSED``, the queue to send it to instead, as people name it;
+            empty for the one that it came from.
     """
 
     outcome: Outcome
@@ -111,6 +113,7 @@ class TaskResult:
     reason: str = ""
     exit_code: int | None = None
     is_cancelled: bool = False
+    queue: str = ""
 
     def to_bytes(self, signer: Signer | None = None, task_id: str = "") -> bytes:
         """The text for its reader; with a signer, the sealed result of a task.
@@ -144,6 +147,7 @@ class TaskResult:
                 raise TypeError("the error is no mapping")
             if not isinstance(values.get("reason"), str):
                 raise TypeError("the reason is no text")
+            values["queue"] = plain_name(values.get("queue", ""))
             return cls(
                 outcome=Outcome(values.pop("outcome")),
                 place=Place.from_dict(values.pop("place")),
@@ -157,6 +161,8 @@ class TaskResult:
 def _head_of(result: TaskResult) -> bytes:
     values = {**vars(result), "outcome": result.outcome.value, "place": vars(result.place)}
     values["events"] = [len(event.encode()) for event in result.events]
+    if not result.queue:
+        del values["queue"]  # which older versions do not know
     return json.dumps(values).encode()
 
 

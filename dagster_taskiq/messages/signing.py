@@ -42,6 +42,7 @@ class Purpose(str, Enum):
     CONTROL = "control"
     WORKER = "worker"
     NOTE = "note"
+    PAUSE = "pause"
     KEY_ID = "key-id"
 
 

@@ -37,6 +37,10 @@ MAX_RUNNING = 100
 _MAX_RUNNING_BYTES = 512 * 2**10
 
 
+#: The state of a worker that takes no new tasks until it is resumed.
+PAUSED = "paused"
+
+
 @dataclass(frozen=True)
 class RunningTask:
     """A task that a worker has claimed, as it says it beside its record.
@@ -67,7 +71,9 @@ class WorkerRecord:
         queues: that it listens on, as people name them.
         slots, busy_slots: how many steps it can and does run.
         run_slots, busy_run_slots: the same for whole runs.
-        state: ``running``, ``draining``, or ``no processes``: it can start none, and takes nothing.
+        state: ``running``, ``paused``, ``draining``, or ``no processes``: it can start none. In the
+            last three it takes nothing.
+        pause_reason: of who has paused it, for people.
         started_at: seconds since the epoch.
         refused: how many messages it has refused.
         key_ids: names of the keys that it verifies signatures with, see ``Signer``.
@@ -93,6 +99,7 @@ class WorkerRecord:
     run_slots: int = 0
     busy_run_slots: int = 0
     state: str = "running"
+    pause_reason: str = ""
     started_at: float = 0.0
     version: str = "unknown"
     refused: int = 0

@@ -15,8 +15,9 @@ from dagster_taskiq.brokers.looks import WaitingTask
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import MalformedTaskError, ServerError, UntrustedError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
-from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
+from dagster_taskiq.messages.worker_records import PAUSED, RunningTask, WorkerRecord
 from dagster_taskiq.overview.views import (
     Overview,
     QueueView,
@@ -86,7 +87,8 @@ async def read_overview(
         ServerError: one of the two is away or refuses.
     """
     known = await read_backend(backend)
-    reader = _QueueReader(servers, backend, broker, known.workers, known.runs, most_waiting)
+    pauses = await backend.paused_queues()
+    reader = _QueueReader(servers, backend, broker, known.workers, known.runs, pauses, most_waiting)
     return replace(known, queues=await reader.read(queues))
 
 
@@ -115,13 +117,14 @@ class _QueueReader:
     broker: TaskBroker
     workers: Sequence[WorkerRecord]
     runs: Sequence[RunView]
+    pauses: Mapping[str, QueuePause]
     most_waiting: int
 
     async def read(self, names: Iterable[str]) -> list[QueueView]:
         """The queues that are known of, and those of the names, by name."""
         listed = await self.broker.queues_with_tasks() or set()
         found = {queue for physical in listed if (queue := self.servers.queue_of(physical))}
-        found |= {(kind, name) for name in names for kind in QueueKind}
+        found |= {(kind, name) for name in (*names, *self.pauses) for kind in QueueKind}
         for worker in self.workers:
             found |= {(kind, name) for kind in _kinds_of(worker) for name in worker.queues}
         running = Counter(
@@ -145,15 +148,29 @@ class _QueueReader:
             self.servers.broker.address,
             self.servers.signer,
             says_busy_steps=depth > 0,
+            pauses=self.pauses,
         )
         wait = waits.of(name)
         listening = [
             it.name
             for it in self.workers
-            if name in it.queues and kind in _kinds_of(it) and it.state != "draining"
+            if name in it.queues
+            and kind in _kinds_of(it)
+            and it.state not in ("draining", PAUSED)
+            and name not in self.pauses
         ]
         known = QueueView(
-            name, kind, depth, None, None, None, running, listening, wait, self._blindness()
+            name,
+            kind,
+            depth,
+            None,
+            None,
+            None,
+            running,
+            listening,
+            wait,
+            self.pauses.get(name),
+            self._blindness(),
         )
         if groups is None:
             return known

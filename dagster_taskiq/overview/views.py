@@ -8,6 +8,7 @@ from enum import Enum
 
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -96,6 +97,7 @@ class QueueView:
             What is no task of ours, or is not signed as it must be, is left out.
         running: how many tasks of it are known to be executed.
         workers: names of those that listen on it.
+        pause: who holds it up for all workers; None for nobody.
         wait: why a task would wait there, beside the tasks before it; None for no reason.
         blindness: why the server cannot tell, a sentence; empty where it can.
     """
@@ -109,6 +111,7 @@ class QueueView:
     running: int
     workers: Sequence[str]
     wait: QueueWait | None
+    pause: QueuePause | None = None
     blindness: str = ""
 
     @property
@@ -118,9 +121,9 @@ class QueueView:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether tasks wait that no worker will take as things are."""
-        is_busy = self.wait is not None and self.wait.kind is WaitKind.BUSY
-        return self.depth > 0 and self.wait is not None and not is_busy
+        """Whether tasks wait that no worker will take as things are, and nobody has wanted that."""
+        is_meant = self.wait is not None and self.wait.kind in (WaitKind.BUSY, WaitKind.PAUSED)
+        return self.depth > 0 and self.wait is not None and not is_meant
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ _ARGUMENTS: dict[str, tuple[str | int, ...]] = {
     "HDEL": ("f",),
     "HEXISTS": ("f",),
     "HGET": ("f",),
+    "HGETALL": (),
     "HMGET": ("f",),
     "HSET": ("f", "v"),
     "HSETNX": ("f", "v"),

@@ -9,8 +9,8 @@ from typing import Any
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.errors import ServerError, UntrustedError
-from dagster_taskiq.messages.control import OrderReader
-from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
+from dagster_taskiq.messages.control import OrderKind, OrderReader, reason_of
+from dagster_taskiq.worker.leases import LeaseKeeper
 from dagster_taskiq.worker.observer import WorkerObserver
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,15 @@ _WAIT_SECONDS = 15.0
 _RETRY_SECONDS = 0.5
 
 
+def told(act: Callable[[], None]) -> Callable[[Mapping[str, Any]], Awaitable[None]]:
+    """What obeys an order that says nothing but its kind."""
+
+    async def obey(_order: Mapping[str, Any]) -> None:
+        act()
+
+    return obey
+
+
 class ControlMailbox:
     """Obeys the orders to one worker; ``run`` is its background task.
 
@@ -31,8 +40,8 @@ class ControlMailbox:
         orders: verifies what is in it.
         leases: stop a task that is to be cancelled.
         observer: hears of each order, also of one that is refused.
-        drain: called for an order to stop.
-        reload: called for an order to take up new code.
+        obey: what obeys an order of each kind but cancels and pings; it raises ``UntrustedError``
+            for one that it cannot read.
         answer_ping: called with the id of a ping.
     """
 
@@ -43,8 +52,7 @@ class ControlMailbox:
         orders: OrderReader,
         leases: LeaseKeeper,
         observer: WorkerObserver,
-        drain: Callable[[], None],
-        reload: Callable[[], None],
+        obey: Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]],
         answer_ping: Callable[[str], Awaitable[None]],
     ) -> None:
         self._backend = backend
@@ -52,8 +60,7 @@ class ControlMailbox:
         self._orders = orders
         self._leases = leases
         self._observer = observer
-        self._drain = drain
-        self._reload = reload
+        self._handlers = obey
         self._answer_ping = answer_ping
 
     async def run(self) -> None:
@@ -67,23 +74,21 @@ class ControlMailbox:
             for message in messages:
                 try:
                     order = self._orders.read(message)
-                except UntrustedError as error:
-                    self._observer.refused(self._backend.address, "an order", error)
-                else:
                     self._observer.ordered(order)
                     await self._obey(order)
+                except UntrustedError as error:
+                    self._observer.refused(self._backend.address, "an order", error)
 
     async def _obey(self, order: Mapping[str, Any]) -> None:
-        kind = order.get("kind")
-        if kind == "cancel":
+        kind = str(order.get("kind"))
+        if kind == OrderKind.CANCEL:
             lease = self._leases.find(str(order.get("task_id")))
             if lease is not None:
-                self._leases.stop(lease, StopReason.CANCELLED)
-        elif kind == "terminate":
-            self._drain()
-        elif kind == "reload":
-            self._reload()
-        elif kind == "ping":
-            await self._answer_ping(str(order.get("ping_id")))
-        else:
+                self._leases.cancel(lease, reason_of(order))
+        elif kind in self._handlers:
+            await self._handlers[kind](order)
+        elif kind != OrderKind.PING:
             logger.warning("Ignored a control message of an unknown kind: %r.", kind)
+            return
+        if "ping_id" in order:
+            await self._answer_ping(str(order["ping_id"]))

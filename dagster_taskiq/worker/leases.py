@@ -256,8 +256,9 @@ class LeaseKeeper:
         lease.is_resumable = renewal.is_resumable
         if lease.claim.token in self._leases:
             self.guard_group(lease, lease.group)
-        if renewal.cancel_order is not None and self._is_to_cancel(lease, renewal.cancel_order):
-            self.stop(lease, StopReason.CANCELLED)
+        why = self._why_to_cancel(lease, renewal.cancel_order)
+        if why is not None:
+            self.cancel(lease, why)
         elif not lease.is_step and self._hands_over and lease.is_resumable:
             self.stop(lease, StopReason.HANDED_OVER)
         elif lease.is_step and not renewal.is_run_alive and self._is_steady(lease):
@@ -268,16 +269,16 @@ class LeaseKeeper:
         if not lease.is_executed:
             self._look_at_process(lease)
 
-    def _is_to_cancel(self, lease: Lease, order: str) -> bool:
-        if order == lease.refused_order:
-            return False
+    def _why_to_cancel(self, lease: Lease, order: str | None) -> str | None:
+        """What an order in the run's record says; None without one that is to be obeyed."""
+        if order is None or order == lease.refused_order:
+            return None
         try:
-            self._orders.check_cancel(lease.claim.task_id, order)
+            return self._orders.check_cancel(lease.claim.task_id, order)
         except UntrustedError as error:
             lease.refused_order = order
             self._observer.refused(self._backend.address, "an order to cancel", error)
-            return False
-        return True
+            return None
 
     def _is_steady(self, lease: Lease) -> bool:
         """Whether the run's loop has had the time to say, in this epoch, that it lives."""
@@ -309,6 +310,11 @@ class LeaseKeeper:
         lease.stop_cause = cause or reason.value
         self._observer.stopped(lease.claim, lease.stop_cause)
         lease.on_stop()
+
+    def cancel(self, lease: Lease, why: str) -> None:
+        """Stop a task for an order; ``why`` is a sentence of who has given it, or empty."""
+        cause = f"{StopReason.CANCELLED.value}: {why.removesuffix('.')}" if why else ""
+        self.stop(lease, StopReason.CANCELLED, cause)
 
     def stop_unguarded(self, group: int) -> None:
         """Kill a process group that no guard would kill in time, and stop its task."""

@@ -20,7 +20,7 @@ from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.observer import CountingObserver
-from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.steering import Steering
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Listing:
     Args:
         backend: which has the list.
         servers: the broker that the worker listens on, and the keys that it accepts.
-        options: its queues and slots.
+        steering: its queues and slots, and whether it is paused.
         place: its name, id and host.
         counts: what it does just now.
         state: for the listing, see ``WorkerRecord``.
@@ -48,7 +48,7 @@ class Listing:
         self,
         backend: Backend,
         servers: Servers,
-        options: WorkerOptions,
+        steering: Steering,
         place: Place,
         counts: CountingObserver,
         state: Callable[[], str],
@@ -56,7 +56,7 @@ class Listing:
     ) -> None:
         self._backend = backend
         self._servers = servers
-        self._options = options
+        self._steering = steering
         self._place = place
         self._counts = counts
         self._state = state
@@ -114,18 +114,19 @@ class Listing:
             logger.warning("Could not sign off: %s The listing will show it for a while.", error)
 
     async def _send(self) -> None:
-        options, counts = self._options, self._counts
+        steering, counts = self._steering, self._counts
         record = WorkerRecord(
             worker_id=self._place.worker_id,
             name=self._place.worker,
             host=self._place.host,
             pid=os.getpid(),
-            queues=options.queues,
-            slots=options.slots,
-            run_slots=options.run_slots,
+            queues=tuple(steering.queues),
+            slots=steering.slots[QueueKind.STEPS],
+            run_slots=steering.slots[QueueKind.RUNS],
             busy_slots=counts.busy[QueueKind.STEPS],
             busy_run_slots=counts.busy[QueueKind.RUNS],
             state=self._state(),
+            pause_reason=steering.pause_reason,
             started_at=self._started_at,
             version=__version__,
             refused=counts.refused_count,

@@ -80,6 +80,25 @@ class SettlingReceiver(Receiver):
         broker.formatter = DeliveryFormatter()
         self._recover = recover
 
+    def grow(self) -> None:
+        """Have one more message in work at once."""
+        self._semaphore.release()
+        self.sem_prefetch.release()
+
+    async def shrink(self) -> None:
+        """Have one less; returns when a place is free, which stays so from then on."""
+        await self.sem_prefetch.acquire()
+        try:
+            await self._semaphore.acquire()
+        except asyncio.CancelledError:
+            self.sem_prefetch.release()
+            raise
+
+    @property
+    def _semaphore(self) -> asyncio.Semaphore:
+        assert self.sem is not None  # as the number of messages is limited
+        return self.sem
+
     async def callback(self, message: bytes | AckableMessage, raise_err: bool = False) -> None:
         """Run one message's task, then settle the message if the task has not."""
         assert isinstance(message, Delivery)

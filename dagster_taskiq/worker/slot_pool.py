@@ -24,7 +24,7 @@ class SlotPool:
     """
 
     def __init__(self, slots: Sequence[Slot], what: str) -> None:
-        self._slots = slots
+        self._slots = list(slots)
         self._what = what
         #: The last used one last.
         self._idle = list(reversed(slots))
@@ -62,6 +62,24 @@ class SlotPool:
         for slot in self._slots:
             slot.retire()
         await asyncio.gather(*(self._warm(slot) for slot in list(self._idle)))
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of the slots."""
+        return {slot.number for slot in self._slots}
+
+    async def add(self, slot: Slot) -> None:
+        """Have one more slot, which is warm then."""
+        self._slots.append(slot)
+        await self._warm(slot)
+        self._idle.append(slot)
+
+    async def remove(self) -> None:
+        """Give up the idle slot that was not used for the longest time; there must be one."""
+        slot = self._idle.pop(0)
+        self._slots.remove(slot)
+        self._lacking.discard(slot)
+        await slot.stop()
 
     def take(self, location: str) -> Slot:
         """Take out of the idle slots the one that costs a task of a code location the least.

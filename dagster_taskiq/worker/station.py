@@ -7,8 +7,10 @@ their steps, never take the slots that those need. What becomes of a task is tol
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers import Delivery, TaskBroker
 from dagster_taskiq.errors import CopyOfStepError, NoProcessError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
@@ -31,7 +33,8 @@ class Station:
         kind: of its tasks.
         broker: with the physical queues to listen on, and with the station's ``StationAdmission``;
             not yet started.
-        slots: not yet prepared.
+        make_slot: makes the slot of a number, not yet prepared.
+        count: how many slots it begins with.
         tools: of its attempts.
     """
 
@@ -39,17 +42,22 @@ class Station:
         self,
         kind: QueueKind,
         broker: TaskBroker,
-        slots: Sequence[Slot],
+        make_slot: Callable[[int], Slot],
+        count: int,
         tools: Tools,
     ) -> None:
         self.kind = kind
         self._broker = broker
-        self._slots = SlotPool(slots, kind.value)
+        self._make_slot = make_slot
+        self._slots = SlotPool([make_slot(number) for number in range(1, count + 1)], kind.value)
+        self._wanted = count
+        self._resized = asyncio.Event()
         self._tools = tools
         self._is_draining: Callable[[], bool] = lambda: False
         broker.is_worker_process = True
         for name in _TASK_NAMES[kind]:
             self._register(name)
+        self._receiver = SettlingReceiver(broker, count, self._recover)
 
     async def reach(self) -> None:
         """Reach the broker.
@@ -70,11 +78,41 @@ class Station:
     async def work(self, drain: asyncio.Event) -> None:
         """Take and execute tasks until told to drain; returns when the last one is done."""
         self._is_draining = drain.is_set
+        await self._receiver.listen(drain)
 
-        async def recover() -> None:
-            await self._slots.end_shortage(self._is_draining)
+    async def _recover(self) -> None:
+        await self._slots.end_shortage(self._is_draining)
 
-        await SettlingReceiver(self._broker, len(self._slots), recover).listen(drain)
+    def listen_on(self, queues: Sequence[str]) -> None:
+        """Take tasks from these physical queues from now on; from none: rest."""
+        self._broker.listen_on(queues)
+
+    def resize(self, count: int) -> None:
+        """Have so many slots, as soon as ``keep_size`` can: no task is stopped for it."""
+        self._wanted = count
+        self._resized.set()
+
+    async def keep_size(self) -> None:
+        """Have as many slots as are wanted, until cancelled."""
+        while True:
+            self._resized.clear()
+            while len(self._slots) < self._wanted:
+                await self._slots.add(self._make_slot(_lowest_free(self._slots.numbers)))
+                self._receiver.grow()
+            if len(self._slots) == self._wanted:
+                await self._resized.wait()
+            elif await self._has_free_place():
+                await self._slots.remove()
+
+    async def _has_free_place(self) -> bool:
+        """Wait for a slot that is idle and gets no task, or until another number is wanted."""
+        shrinking = asyncio.ensure_future(self._receiver.shrink())
+        resized = asyncio.ensure_future(self._resized.wait())
+        try:
+            await asyncio.wait({shrinking, resized}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_tasks([shrinking, resized])
+        return not shrinking.cancelled()
 
     async def reload(self) -> None:
         """Give every slot a fresh child: at once where it is idle, else after its task."""
@@ -113,3 +151,7 @@ class Station:
             self._tools.observer.refused(self._broker.address, "a message", error)
         finally:
             await self._slots.put_back(slot, is_needed=not self._is_draining())
+
+
+def _lowest_free(numbers: Collection[int]) -> int:
+    return next(number for number in itertools.count(1) if number not in numbers)

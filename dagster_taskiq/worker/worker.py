@@ -4,8 +4,8 @@ A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseK
 their claims and stops what may not go on; the guard kills what the worker cannot.
 
 Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
-``guard``, ``reload`` and perhaps ``code-watch``. When one of them fails the worker stops loudly.
-Stopping is one ordered list, ``_stop``.
+``guard``, ``reload``, ``steering``, ``steps-slots``, ``runs-slots`` and perhaps ``code-watch``.
+When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from typing import Any
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
-from dagster_taskiq.messages.control import OrderReader
+from dagster_taskiq.messages.control import OrderKind, OrderReader
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.worker.admission import StationAdmission
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.code_watch import CodeWatch
-from dagster_taskiq.worker.control_mailbox import ControlMailbox
+from dagster_taskiq.worker.control_mailbox import ControlMailbox, told
 from dagster_taskiq.worker.leases import LeaseKeeper, StopReason
 from dagster_taskiq.worker.listing import Listing
 from dagster_taskiq.worker.observer import (
@@ -41,6 +42,7 @@ from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
+from dagster_taskiq.worker.steering import Steering
 from dagster_taskiq.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,9 @@ class Worker:
         self._guard = self._parts.guard
         orders = OrderReader(servers.signer, worker_id, self.name)
         self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
+        self._steering = Steering(servers, self._backend, options)
         self._listing = Listing(
-            self._backend, servers, options, self._place, counts, self._state, self._revive
+            self._backend, servers, self._steering, self._place, counts, self._state, self._revive
         )
         self._control = ControlMailbox(
             self._backend,
@@ -94,8 +97,11 @@ class Worker:
             orders,
             self._leases,
             self._observer,
-            self.drain,
-            self.reload,
+            {
+                **self._steering.orders,
+                OrderKind.TERMINATE: told(self.drain),
+                OrderKind.RELOAD: told(self.reload),
+            },
             self._listing.answer_ping,
         )
         self._stations = list(self._make_stations())
@@ -113,15 +119,15 @@ class Worker:
             queues = [self._servers.physical_queue(kind, name) for name in options.queues]
             signer, observer = self._servers.signer, self._observer
             admission = StationAdmission(
-                kind, options.queues, signer, observer, self._backend, self.name
+                kind, self._steering.ever_served, signer, observer, self._backend, self.name
             )
             yield Station(
                 kind,
                 self._parts.open_broker(kind, queues, admission),
-                [
-                    self._parts.make_slot(self._slot_options(kind, number), self._observer)
-                    for number in range(1, count + 1)
-                ],
+                lambda number, kind=kind: self._parts.make_slot(  # type: ignore[misc]
+                    self._slot_options(kind, number), self._observer
+                ),
+                count,
                 self._make_tools(),
             )
 
@@ -236,6 +242,7 @@ class Worker:
             await self._code_watch.start()
         for station in self._stations:
             await station.start()
+        await self._steering.start(self._stations)
         await self._listing.enter()
         logger.info(
             "Worker %s is ready: %d step slots, %d run slots, queues %s, broker %s, backend %s; "
@@ -261,6 +268,11 @@ class Worker:
             asyncio.create_task(self._control.run(), name="control"),
             asyncio.create_task(self._guard.monitor(self._leases.stop_unguarded), name="guard"),
             asyncio.create_task(self._reload_when_told(), name="reload"),
+            asyncio.create_task(self._steering.run(), name="steering"),
+            *(
+                asyncio.create_task(station.keep_size(), name=f"{station.kind.value}-slots")
+                for station in self._stations
+            ),
         ]
         if self._code_watch:
             others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
@@ -335,4 +347,6 @@ class Worker:
         """For the listing, see ``WorkerRecord``."""
         if self._drain.is_set():
             return "draining"
-        return "no processes" if any(it.is_short for it in self._stations) else "running"
+        if any(it.is_short for it in self._stations):
+            return "no processes"
+        return PAUSED if self._steering.is_paused else "running"

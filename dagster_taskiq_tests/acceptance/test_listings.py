@@ -1,4 +1,4 @@
-"""What waits and runs, as the commands show it, on servers of each kind."""
+"""What waits and runs, as the commands show it and steer it, on servers of each kind."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
+from dagster import DagsterRunStatus
 
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
@@ -145,3 +146,79 @@ def test_a_worker_answers_while_its_event_loop_goes_round(place: Place) -> None:
         os.kill(place.worker.pid, signal.SIGCONT)
     assert "has answered" in place.call("worker", "ping", "on*")
     assert "Did you mean 'only'?" in place.call("worker", "ping", "onyl", exit_code=1)
+
+
+# --- steering ---
+
+
+def test_queues_and_tasks_are_steered(place: Place) -> None:
+    """A queue that is paused holds its steps; they are moved, cancelled, and removed."""
+    place.call("queue", "purge", "far", "--yes")  # what a step has left that was withdrawn
+    said = place.call("queue", "pause", "dagster", "--reason", "hands off")
+    assert said == "Queue dagster is paused; 1 worker obeys.\n"
+    moved, cancelled, purged = (place.stack.start("one_gated") for _ in range(3))
+    for run in (moved, cancelled, purged):
+        run.await_message("Sending step")
+    until(lambda: place.depths() == {"dagster": 3, "far": 0}, "all wait")
+    assert 'Queue "dagster" was paused on host' in place.call("status")
+    if place.is_blind:
+        assert "No task in flight" in place.call("task", "cancel", "00", exit_code=1)
+        cancelled.signal(signal.SIGTERM)
+        cancelled.wait()
+    else:
+        (task,) = place.tasks(cancelled)
+        said = place.call("task", "cancel", task["task_id"][:12], "--reason", "bad input")
+        assert "which no worker had started" in said
+        assert cancelled.wait().status is DagsterRunStatus.FAILURE
+        assert "bad input" in cancelled.failure("gated")
+    said = place.call("queue", "move", "dagster", "far", "--yes")
+    assert "Moved 2 steps and 0 runs from queue dagster to far." in said
+    assert ("Dropped 1 message whose task was over." in said) == place.is_blind
+    until(lambda: place.depths() == {"dagster": 0, "far": 2}, "both are moved")
+    moved.await_message('moves from queue "dagster" to queue "far". It was moved by')
+    assert place.call("worker", "queue", "add", "only", "far") == (
+        f"{place.worker.full_name} listens on dagster, far.\n"
+    )
+    runs = {run.run_id: run for run in (moved, purged)}
+    until(lambda: any(run.notes("started") for run in runs.values()), "one is executed")
+    (running,) = (run for run in runs.values() if run.notes("started"))
+    (waits,) = (run for run in runs.values() if run is not running)
+    assert "Ended 1 step and 0 runs from queue far." in place.call("queue", "purge", "far", "--yes")
+    assert waits.wait().status is DagsterRunStatus.FAILURE
+    assert 'Removed from queue "far" by' in waits.failure("gated")
+    _cancel_running(place, running)
+    place.call("worker", "queue", "remove", "only", "far")
+    assert "1 worker obeys" in place.call("queue", "resume", "dagster")
+    assert "is not paused" in place.call("queue", "resume", "dagster", exit_code=1)
+
+
+def _cancel_running(place: Place, run: Run) -> None:
+    place.call("worker", "ping", "only")  # its heartbeat tells what it runs
+    (task,) = place.tasks(run, "running")
+    said = place.call("task", "cancel", task["task_id"], "--reason", "too slow")
+    assert said == f"Told the worker of step gated of run {run.run_id} to stop it.\n"
+    assert run.wait().status is DagsterRunStatus.FAILURE
+    assert "too slow" in run.failure("gated")
+
+
+def test_a_worker_is_steered(place: Place) -> None:
+    """Its slots, a pause, and its end, which is waited for; the steps go where they may."""
+    name = place.worker.full_name
+    assert place.call("worker", "pause", "only", "--reason", "disk full") == (
+        f"{name} is paused; 0 of its tasks go on.\n"
+    )
+    runs = [place.stack.start("one_gated") for _ in range(2)]
+    until(lambda: place.depths()["dagster"] == 2, "both wait")
+    assert f'All workers of queue "dagster" are paused: {name} (disk full).' in place.call("status")
+    assert place.call("worker", "slots", "only", "2") == f"{name} has 2 slots for steps.\n"
+    assert "executes no runs" in place.call("worker", "slots", "only", "2", "--runs", exit_code=1)
+    assert place.call("worker", "resume", "only") == f"{name} takes tasks again.\n"
+    for run in runs:
+        run.await_notes("started")
+    said = place.call("worker", "slots", "only", "1")
+    assert said == f"{name} has 1 slot for steps, and 1 more until its task ends.\n"
+    said = place.call("worker", "terminate", "only", "--now", "--wait")
+    assert said == f"Told {name} to stop now.\n{name} is gone.\n"
+    for run in runs:
+        run.signal(signal.SIGTERM)
+        run.wait()

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskReport, TaskState
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -830,6 +831,9 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "product": backend.product,
         "tidy": backend.tidy,
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),
+        "pause_queue": lambda: backend.pause_queue(QueuePause("q", "", 1.0, "host")),
+        "resume_queue": lambda: backend.resume_queue("q"),
+        "paused_queues": backend.paused_queues,
     }
 
 

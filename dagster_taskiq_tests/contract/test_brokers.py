@@ -271,6 +271,84 @@ def test_a_task_that_is_sent_again_keeps_its_place_or_comes_twice(harness: Harne
     run(test())
 
 
+# --- other queues to listen on ---
+
+
+def test_an_idle_listener_turns_to_other_queues(harness: Harness) -> None:
+    async def test() -> None:
+        first, second = harness.queue("first"), harness.queue("second")
+        async with consuming(harness, first) as consumer, opened(harness) as sender:
+            await consumer.until_idle()
+            consumer.broker.listen_on([second])
+            await sender.kick_many([task(first, "elsewhere"), task(second, "here")])
+            assert await consumer.finish() == "here"
+            consumer.broker.listen_on([first, second])
+            assert await consumer.finish() == "elsewhere"
+
+    run(test())
+
+
+def test_a_listener_without_queues_rests_and_what_it_left_is_for_others(harness: Harness) -> None:
+    async def test() -> None:
+        queue = harness.queue()
+        async with consuming(harness, queue) as resting, consuming(harness, queue) as other:
+            await resting.until_idle()
+            resting.broker.listen_on([])
+            await resting.broker.kick_many([task(queue, f"{number}") for number in range(3)])
+            assert [await other.finish() for _ in range(3)] == ["0", "1", "2"]
+            assert not resting.ask().done()
+            await other.stop()
+            await resting.broker.kick(task(queue, "after"))
+            resting.broker.listen_on([queue])
+            assert await resting.finish() == "after"
+
+    run(test())
+
+
+def test_a_message_in_work_is_settled_whatever_is_listened_on(harness: Harness) -> None:
+    async def test() -> None:
+        queue, other = harness.queue(), harness.queue("other")
+        async with consuming(harness, queue) as consumer:
+            await consumer.broker.kick_many([task(queue, "acked"), task(queue, "released")])
+            acked, released = await consumer.take(), await consumer.take()
+            consumer.broker.listen_on([other])
+            consumer.ask()
+            await consumer.broker.kick(task(other, "next"))
+            next_one = await consumer.take()  # it has turned by now
+            await acked.ack()
+            await released.release()
+            await next_one.ack()
+            await eventually(lambda: _has_depth(consumer, queue, 1))
+            consumer.broker.listen_on([queue])
+            assert await consumer.finish() == "released"
+
+    run(test())
+
+
+async def _has_depth(consumer: Consumer, queue: str, depth: int) -> bool:
+    return await consumer.broker.depth(queue) == depth
+
+
+def test_turning_again_and_again_loses_nothing(harness: Harness) -> None:
+    async def test() -> None:
+        queues = [harness.queue(f"{number}") for number in range(3)]
+        sent = {f"{number}" for number in range(60)}
+        async with consuming(harness, *queues) as turning, opened(harness) as sender:
+            done: set[str] = set()
+            for number in range(60):
+                await sender.kick(task(queues[number % 3], f"{number}"))
+                turning.broker.listen_on([queues[number % 2]] if number % 5 else [])
+                pending = turning.ask()
+                if pending.done():
+                    done.add(await turning.finish())
+            turning.broker.listen_on(queues)
+            while done < sent:
+                done.add(await turning.finish())
+            assert [await sender.depth(queue) for queue in queues] == [0, 0, 0]
+
+    run(test())
+
+
 # --- settling ---
 
 
@@ -560,9 +638,9 @@ def test_a_message_for_another_worker_goes_back(harness: Harness, kind: Kind) ->
                 consumer.ask()
                 await eventually(are_seen_again)
             note = await sender.take_note("run")
-            assert note is None or note.startswith(b"note on theirs")
-            if kind != "postgres":  # which has no place for notes
-                assert note is not None
+            assert note is not None
+            assert note.startswith(b"note on theirs")
+            assert await sender.take_note("another run") is None
             async with consuming(harness, queue) as consumer:
                 seen = await consumer.finish_many(3, AT_ONCE_SECONDS)
                 assert seen == ["theirs 1", "theirs 2", "theirs 3"]

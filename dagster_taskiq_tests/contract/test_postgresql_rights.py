@@ -17,6 +17,7 @@ from dagster_taskiq.backend.postgresql_schema import PART as BACKEND_PART
 from dagster_taskiq.brokers.postgresql import PART as BROKER_PART
 from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.errors import RefusedByServerError
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract import broker_bench
@@ -109,6 +110,9 @@ def use_backend(bench: Bench) -> None:
     assert bench.control("w") == [b"order"]
     bench.call(bench.backend.goodbye("w"))
     bench.call(bench.backend.tidy())
+    bench.call(bench.backend.pause_queue(QueuePause("queue", "", 1.5, "host")))
+    assert bench.call(bench.backend.paused_queues())
+    assert bench.call(bench.backend.resume_queue("queue"))
 
 
 async def use_broker(harness: broker_bench.PostgresHarness) -> None:
@@ -131,6 +135,8 @@ async def use_broker(harness: broker_bench.PostgresHarness) -> None:
         given_back = await consumer.take()
         await given_back.release()
         assert await consumer.finish() == "c"
+        await broker.leave_note("run", b"note")
+        assert await broker.take_note("run") == b"note"
 
 
 def test_all_functions_work_for_a_user_who_may_create_nothing(database: Database) -> None:

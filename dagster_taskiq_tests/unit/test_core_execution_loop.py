@@ -49,7 +49,7 @@ from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.envelope import QueueKind, step_task_id
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 LEASE_SECONDS = 30.0
@@ -1114,6 +1114,51 @@ def test_an_outage_during_reconciliation_is_ridden_out(
     ran = execute(jobs.single_job, instance)
     assert ran.status is SUCCESS
     assert ran.said("Cannot reach redis://fake") == 2
+
+
+# --- steered from outside ---
+
+
+def test_a_step_that_is_moved_is_sent_to_the_other_queue(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The log says by whom; the move is no refusal, after which a step fails some time."""
+    fake.plan["one"] = [WAIT, RUN]
+
+    def move(number: int) -> None:
+        if number == 1:
+            (task,) = fake.sent
+            moved = TaskResult(Outcome.REFUSED, NOWHERE, reason="Moved by me.", queue="far")
+            fake.states[task.task_id] = TaskState.REFUSED
+            fake.stored[task.task_id] = moved
+            fake.arrived.append((task.task_id, TaskResult.from_bytes(moved.to_bytes())))
+
+    fake.on_wait = move
+    ran = execute(jobs.single_job, instance)
+    assert ran.status is SUCCESS
+    assert [task.queue for task in fake.sent] == ["dagster", "far"]
+    assert len({task.task_id for task in fake.sent}) == 1
+    said = 'Step "one" moves from queue "dagster" to queue "far". Moved by me.'
+    assert ran.said(said) == 1
+    assert ran.said("waits for another worker") == 0
+
+
+def test_a_step_that_somebody_has_cancelled_fails_without_a_retry(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Before a worker had started it, in the moment in which its worker gave it back, say."""
+    fake.plan["patient"] = [WAIT]
+
+    def cancel(_: int) -> None:
+        fake.states[fake.sent[0].task_id] = TaskState.CANCELLED
+
+    fake.on_wait = cancel
+    ran = execute(jobs.patient_job, instance)
+    assert ran.status is FAILURE
+    assert ran.error("patient") == (
+        'Step "patient": It was cancelled by an order before a worker had started it.'
+    )
+    assert len(fake.sent) == 1
 
 
 # --- why a step waits ---

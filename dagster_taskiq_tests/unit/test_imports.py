@@ -25,7 +25,7 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
-    "telemetry",
+    "steering telemetry",
     "executor launcher",
     "demo",
     "cli",

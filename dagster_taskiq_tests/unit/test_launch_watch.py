@@ -23,7 +23,7 @@ from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq_tests.acceptance import jobs
 
 #: For what must happen, on a loaded machine.
@@ -50,6 +50,7 @@ class FakeClient:
         self.is_looked_at = threading.Semaphore(0)
         self.looks: list[str] = []
         self.looked_into: list[str] = []
+        self.refusal = REFUSAL
 
     def physical_queue(self, queue: str) -> str:
         return f"physical {queue}"
@@ -67,7 +68,7 @@ class FakeClient:
 
     def look(self, *_: str) -> tuple[TaskReport, TaskResult | None]:
         is_refused = self.state is TaskState.REFUSED
-        return TaskReport(self.state), REFUSAL if is_refused else None
+        return TaskReport(self.state), self.refusal if is_refused else None
 
     def reopen(self, *_: str) -> bool:
         self.state = TaskState.UNKNOWN
@@ -298,6 +299,23 @@ def test_workers_of_another_version_alone_fail_a_run(
     assert client.cancelled == [envelope.run_id]
     messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
     assert any("The run was not executed. All workers are of another" in it for it in messages)
+
+
+def test_a_run_that_is_moved_is_sent_to_the_other_queue(
+    watch: LaunchWatch, client: FakeClient, clock: Clock, instance: DagsterInstance
+) -> None:
+    """And looked for there from then on."""
+    client.is_queued, client.state = True, TaskState.REFUSED
+    client.refusal = TaskResult(Outcome.REFUSED, NOWHERE, reason="Moved by me.", queue="far")
+    envelope = launched(instance)
+    watch.look_after(instance, envelope)
+    await_looks(client)
+    (moved,) = client.sent
+    assert (moved.task_id, moved.queue) == (envelope.task_id, "far")
+    await_looks(client)
+    assert client.looks[-1] == "far"
+    messages = [entry.message for entry in instance.all_logs(envelope.run_id)]
+    assert 'The run moves from queue "long" to queue "far". Moved by me.' in messages
 
 
 def test_a_run_that_a_worker_gives_back_goes_to_another(

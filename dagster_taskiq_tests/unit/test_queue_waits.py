@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from dagster_taskiq.messages.queue_looks import (
     queue_metadata,
     task_metadata,
 )
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import (
     Listeners,
     QueueWait,
@@ -241,3 +243,24 @@ def test_a_record_that_is_not_signed_decides_nothing() -> None:
             assert wait is not None
             assert wait.kind is WaitKind.UNTRUSTED
             assert reason in wait.reason
+
+
+# --- pauses ---
+
+
+def test_a_paused_queue_says_by_whom_and_why() -> None:
+    pause = QueuePause("q", "The warehouse is migrated.", 1.0, "host-a")
+    for workers in ([], [worker()]):
+        waits = QueueWaits(workers, QueueKind.STEPS, BROKER, Signer(), pauses={"q": pause})
+        assert waits.of("q") == QueueWait(
+            WaitKind.PAUSED, 'Queue "q" was paused on host host-a: The warehouse is migrated.'
+        )
+
+
+def test_paused_workers_are_a_reason_only_where_there_are_no_others() -> None:
+    paused = replace(worker(), state="paused", pause_reason="disk full")
+    waits = QueueWaits([paused], QueueKind.STEPS, BROKER, Signer())
+    assert waits.of("q") == QueueWait(
+        WaitKind.PAUSED, f'All workers of queue "q" are paused: {paused.name} (disk full).'
+    )
+    assert QueueWaits([paused, worker()], QueueKind.STEPS, BROKER, Signer()).of("q") is None

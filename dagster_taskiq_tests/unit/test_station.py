@@ -61,7 +61,7 @@ class Scene:
     """A station of steps with two slots."""
 
     def __init__(self, signer: Signer = UNSIGNED) -> None:
-        self.slots = [FakeSlot(number) for number in (1, 2)]
+        self.slots: list[FakeSlot] = []
         self.backend = FakeBackend()
         self.witness = Witness()
         admission = StationAdmission(
@@ -84,8 +84,12 @@ class Scene:
             signer,
             self.witness,
         )
-        self.station = Station(QueueKind.STEPS, self.broker, self.slots, tools)
+        self.station = Station(QueueKind.STEPS, self.broker, self._make_slot, 2, tools)
         self.drain = asyncio.Event()
+
+    def _make_slot(self, number: int) -> FakeSlot:
+        self.slots.append(FakeSlot(number))
+        return self.slots[-1]
 
     async def settled(self, *expected: str) -> None:
         """Wait until messages are settled so, whatever their order."""

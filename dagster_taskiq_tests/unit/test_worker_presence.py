@@ -9,17 +9,17 @@ from typing import Any
 
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.control import OrderReader, cancel_order, ping_order, worker_order
+from dagster_taskiq.messages.control import OrderKind, OrderReader, cancel_order, worker_order
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.worker.control_mailbox import ControlMailbox
-from dagster_taskiq.worker.leases import StopReason
+from dagster_taskiq.worker.control_mailbox import ControlMailbox, told
 from dagster_taskiq.worker.listing import Listing
 from dagster_taskiq.worker.observer import CountingObserver
 from dagster_taskiq.worker.options import WorkerOptions
+from dagster_taskiq.worker.steering import Steering
 from dagster_taskiq_tests.unit.worker_stand_ins import Witness
 
 PLACE = Place("w@h", "worker-id", "h", 0, 0)
@@ -39,10 +39,11 @@ class Scene:
         self.state = "running"
         self.outages = 0
         options = ServerOptions("redis://fake")
+        servers = Servers(options, options, Signer())
         self.listing = Listing(
             self.backend,
-            Servers(options, options, Signer()),
-            WorkerOptions("w", ("q",), 3),
+            servers,
+            Steering(servers, self.backend, WorkerOptions("w", ("q",), 3)),
             PLACE,
             self.counts,
             lambda: self.state,
@@ -121,13 +122,13 @@ class FakeLeases:
     """Holds one task."""
 
     def __init__(self) -> None:
-        self.stopped: list[tuple[str, StopReason]] = []
+        self.stopped: list[tuple[str, str]] = []
 
     def find(self, task_id: str) -> str | None:
         return task_id if task_id == "held" else None
 
-    def stop(self, lease: str, reason: StopReason) -> None:
-        self.stopped.append((lease, reason))
+    def cancel(self, lease: str, why: str) -> None:
+        self.stopped.append((lease, why))
 
 
 def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
@@ -154,8 +155,10 @@ def obey(orders: Sequence[str], leases: Any, observer: Witness) -> list[str]:
             reader,
             leases,
             observer,
-            drain,
-            lambda: calls.append("reload"),
+            {
+                OrderKind.TERMINATE: told(drain),
+                OrderKind.RELOAD: told(lambda: calls.append("reload")),
+            },
             note_ping,
         )
         task = asyncio.create_task(mailbox.run())
@@ -175,11 +178,11 @@ def test_each_order_is_obeyed() -> None:
         worker_order(Signer(), ME, "reload"),
         cancel_order(Signer(), "held", "enough"),
         cancel_order(Signer(), "elsewhere", "enough"),
-        ping_order(Signer(), ME, "a ping"),
+        worker_order(Signer(), ME, OrderKind.PING, "a ping"),
         worker_order(Signer(), ME, "dance"),
     ]
     assert obey(orders, leases, Witness()) == ["reload", "a ping", "drain"]
-    assert leases.stopped == [("held", StopReason.CANCELLED)]
+    assert leases.stopped == [("held", "enough")]
 
 
 def test_an_order_that_is_refused_is_heard_of() -> None:

@@ -15,6 +15,7 @@ from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, Renewal
 from dagster_taskiq.brokers import Admission, Delivery, TaskBroker
 from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq.worker.child_messages import Answer, Execute, Executed, Order, RunAnswer
@@ -157,6 +158,9 @@ class FakeBackend:
     async def workers(self) -> list[WorkerRecord]:
         return []
 
+    async def paused_queues(self) -> dict[str, QueuePause]:
+        return {}
+
     async def heartbeat(
         self, record: WorkerRecord, *, expires_seconds: float, running: Sequence[RunningTask]
     ) -> None:
@@ -237,6 +241,9 @@ class FakeBroker(TaskBroker):
     async def leave_note(self, run_id: str, note: bytes) -> None:
         self.notes[run_id] = note
 
+    async def take_note(self, run_id: str) -> bytes | None:
+        return self.notes.get(run_id)
+
     async def withdraw(self, queue: str, task_ids: Collection[str]) -> set[str]:
         return set()
 
@@ -261,6 +268,9 @@ class _FakeListener(Listener):
     async def wait(self) -> None:
         await self._broker._changed.wait()
         self._broker._changed.clear()
+
+    async def turn_to(self, queues: Sequence[str]) -> None:
+        pass
 
 
 class Witness(WorkerObserver):
