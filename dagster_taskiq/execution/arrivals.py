@@ -71,7 +71,10 @@ def report_run_start(
     instance.report_engine_event(
         f"Executing the run on worker {place.worker}.",
         run,
-        EngineEventData(metadata=_metadata(place, arrival), marker_end=QUEUE_WAIT_MARKER),
+        EngineEventData(
+            metadata=_metadata(place, arrival, resumed=arrival.attempt),
+            marker_end=QUEUE_WAIT_MARKER,
+        ),
     )
 
 
@@ -88,7 +91,7 @@ def report_step_start(
     Args:
         trace_id: of its trace, for people; empty for none.
     """
-    metadata = _metadata(place, arrival)
+    metadata = _metadata(place, arrival, attempt=arrival.attempt)
     if trace_id:
         metadata["trace id"] = trace_id
     return instance.report_engine_event(
@@ -99,15 +102,19 @@ def report_step_start(
     )
 
 
-def _metadata(place: Place, arrival: Arrival) -> dict[str, Any]:
-    """The table that Dagster's UI shows; ``attempt_log.place_in`` reads the place from it."""
+def _metadata(place: Place, arrival: Arrival, **count: int) -> dict[str, Any]:
+    """The table that Dagster's UI shows; ``attempt_log.place_in`` reads the place from it.
+
+    Args:
+        count: ``attempt`` of a step, from 1; of a run, how often it was resumed.
+    """
     found: dict[str, Any] = {
         "queue": arrival.queue,
         "worker": place.worker,
         "host": place.host,
         "slot": place.slot,
         "pid": str(os.getpid()),
-        "attempt": arrival.attempt,
+        **count,
     }
     if arrival.waited_seconds is not None:
         found["seconds waited"] = round(arrival.waited_seconds, 3)

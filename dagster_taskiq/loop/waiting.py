@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -73,7 +74,11 @@ class Waiting:
         known = queue_metadata(queue, wait, look, listeners)
         if len(flights) > _MOST_SINGLE:
             keys = [flight.step.key for flight in flights]
-            place = look.sentence(flights[0].task_id, keys[0])
+            # the first of them may have been taken meanwhile
+            first = min(
+                flights[:_MOST_PLACES], key=lambda it: look.places.get(it.task_id, math.inf)
+            )
+            place = look.sentence(first.task_id, first.step.key)
             yield DagsterEvent.engine_event(
                 self._context,
                 f'{len(keys)} steps wait in queue "{queue}". {wait.reason} {place}'.rstrip(),

@@ -123,6 +123,8 @@ class FakeDispatcher(Dispatcher):
         self.is_deleted = False
         self.why_waiting: dict[str, QueueWait] = {}
         self.listeners: dict[str, Listeners] = {}
+        #: Places whose tasks are taken before a look.
+        self.taken: set[int] = set()
         #: The queues that were looked into, each time.
         self.looks: list[str] = []
         self.trouble, self.troubled_at = "", float("-inf")
@@ -254,9 +256,11 @@ class FakeDispatcher(Dispatcher):
         return TaskReport(state, place, left) if left > 0 else TaskReport(TaskState.EXPIRED)
 
     def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
-        places = {task_id: place for place, task_id in enumerate(sorted(self.waiting), 1)}
+        waiting = [it.task_id for it in self.sent if it.task_id in self.waiting]
+        places = {it: place for place, it in enumerate(waiting, 1) if place not in self.taken}
         self.looks.append(queue)
-        return QueueLook(len(places), {task.task_id: places[task.task_id] for task in tasks})
+        ids = [task.task_id for task in tasks if task.task_id in places]
+        return QueueLook(len(self.waiting), {task_id: places[task_id] for task_id in ids})
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         return [(key, self.stored[key]) for key in task_ids if key in self.stored]
@@ -1240,6 +1244,7 @@ def test_of_many_steps_that_wait_one_event_tells(
                 fake.finish(task)
 
     fake.on_wait = happen
+    fake.taken = {1}
     ran = execute(jobs.crowd_job, instance)
     assert ran.status is SUCCESS
     told = waiting_events(ran, "wait")
@@ -1249,7 +1254,7 @@ def test_of_many_steps_that_wait_one_event_tells(
     ]
     for _, text, metadata in told:
         assert text.startswith('25 steps wait in queue "dagster". ')
-        assert text.endswith(" of 25 in the queue.")
+        assert text.endswith("step_01 has place 2 of 25 in the queue.")
         assert metadata["steps"].startswith("step_00, step_01, ")
         assert metadata["steps"].endswith("step_19 and 5 more")
     assert fake.looks == ["dagster"] * 2
