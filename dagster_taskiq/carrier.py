@@ -18,9 +18,10 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.notes import read_note
 from dagster_taskiq.messages.queue_looks import QueueLook
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, QueueWaits, WaitKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result

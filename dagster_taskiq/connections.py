@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dagster_taskiq._dagster.storage import has_database_server, postgresql_of
+from dagster_taskiq._dagster.instance_home import has_database_server, postgresql_of
 from dagster_taskiq.config.server_urls import DATABASE_OF_THE_INSTANCE, WITH_THE_INSTANCE
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.messages.envelope import QueueKind, physical_queue
+from dagster_taskiq.messages.queue_names import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.embedded.identity import embedded_identity
 from dagster_taskiq.servers.embedded.server import find_embedded_server, use_embedded_server

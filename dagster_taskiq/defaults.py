@@ -92,8 +92,19 @@ IN_HAND_SECONDS = 15.0
 HEARTBEAT_SECONDS = 5.0
 WORKER_EXPIRES_SECONDS = 30.0
 
+#: How long a worker that was not heard of any more, and has not signed off, is listed as lost.
+LOST_WORKER_SECONDS = 600.0
+
 #: How old a signed order to a worker may be, and how far the clocks of two hosts may differ.
 CONTROL_AGE_SECONDS = 300.0
+
+#: How many ended attempts the backend keeps of each group (see ``EndGroup``), and for how long. One
+#: takes some 600 bytes.
+HISTORY_ENDS = 300
+HISTORY_EXPIRES_SECONDS = 7 * 24 * 3600
+
+#: How often a run or a worker adds to the history what has ended, at most.
+HISTORY_SECONDS = 3.0
 
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0

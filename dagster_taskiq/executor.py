@@ -21,7 +21,8 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.aio.tracing import Tracing
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings
+from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, MetadataValue
 from typing_extensions import Self
 
 from dagster_taskiq._dagster.names import (
@@ -26,7 +27,8 @@ from dagster_taskiq._dagster.names import (
 )
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
-from dagster_taskiq.config.settings import CONNECTION_SCHEMA, Settings
+from dagster_taskiq.config.schema import CONNECTION_SCHEMA
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError, UnloadableCodeError
@@ -36,6 +38,7 @@ from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.launch.termination import Termination
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.envelope import (
     Envelope,
     TaskName,
@@ -74,6 +77,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._settings = settings
         self._opened: tuple[RunClient, LaunchWatch] | None = None
         self._opening = threading.Lock()
+        #: Tasks of runs that the history was told of as lost.
+        self._lost: set[str] = set()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -205,6 +210,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             epoch=self._client.epoch(),
             payload=json.dumps({RUN_ARGS_KEY: pack_value(self._arguments(run))}),
+            job=run.job_name,
         )
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
@@ -215,8 +221,9 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def _report_sent(self, run: DagsterRun, envelope: Envelope) -> QueueWait | None:
         """Log that a run was sent, and why it waits, if there is a reason and it is known."""
         queue, text = envelope.queue, f'Sent the run to queue "{envelope.queue}".'
+        link = self._settings.link_to(run.run_id)
         metadata: dict[str, Any] = {
-            **self._settings.link_to(run.run_id),
+            **({"dashboard": MetadataValue.url(link)} if link else {}),
             "queue": queue,
             "priority": envelope.priority,
             "task id": envelope.task_id,
@@ -286,7 +293,28 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             status, reason = self._health_of_waiting(run, task_id)
         else:
             status, reason = _health(report, result)
+            if report.state in (TaskState.EXPIRED, TaskState.LOST):
+                self._note_lost(run, task_id, str(reason))
         return CheckRunHealthResult(status, reason, run_worker_id=task_id)
+
+    def _note_lost(self, run: DagsterRun, task_id: str, reason: str) -> None:
+        """Tell the history, once, of a run whose worker is gone; Dagster decides what follows."""
+        if task_id in self._lost:
+            return
+        self._lost.add(task_id)
+        self._client.note_end(
+            AttemptEnd(
+                task_id=task_id,
+                run_id=run.run_id,
+                step_key="",
+                attempt=self._instance.count_resume_run_attempts(run.run_id),
+                queue=self._queue(run),
+                outcome=EndOutcome.LOST,
+                ended_at=time.time(),
+                job=run.job_name,
+                reason=reason,
+            )
+        )
 
     def _health_of_waiting(self, run: DagsterRun, task_id: str) -> tuple[WorkerStatus, str | None]:
         """Of a run that no worker has claimed: it waits, or was lost with its server's memory."""

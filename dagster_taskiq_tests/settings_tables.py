@@ -26,12 +26,21 @@ def written(text: str) -> str:
         ValueError: the comments around a table are missing.
     """
     for name, owner in TABLES.items():
-        before, start, rest = text.partition(f"<!-- table of {name}, generated -->\n")
-        _, end, after = rest.partition("<!-- end of table -->\n")
-        if not start or not end:
-            raise ValueError(f"The table of {name} has no place in the README.")
-        text = f"{before}{start}\n{_table(owner)}\n{end}{after}"
+        text = with_table(text, name, _table(owner))
     return text
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """A text with a table put between the comments that name it.
+
+    Raises:
+        ValueError: the comments are missing.
+    """
+    before, start, rest = text.partition(f"<!-- table of {name}, generated -->\n")
+    _, end, after = rest.partition("<!-- end of table -->\n")
+    if not start or not end:
+        raise ValueError(f"The table of {name} has no place in the text.")
+    return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def _table(owner: type) -> str:

@@ -40,6 +40,7 @@ from dagster._core.launcher import (
     RunLauncher,
     WorkerStatus,
 )
+from dagster._core.secrets.env_file import get_env_var_dict
 from dagster._core.storage.dagster_run import DagsterRunStatus
 from dagster._grpc.types import ExecuteRunArgs, ExecuteStepArgs
 from dagster._serdes import (
@@ -98,6 +99,7 @@ __all__ = [
     "pack_value",
     "plain_error",
     "process_schema",
+    "read_env_file",
     "retry_or_fail_step",
     "serialize_value",
     "tag_concurrency_limits_field",
@@ -106,6 +108,9 @@ __all__ = [
 ]
 
 tag_concurrency_limits_field = get_tag_concurrency_limits_config
+
+#: The variables in the file ``.env`` of a directory.
+read_env_file = get_env_var_dict
 
 
 def process_schema(schema: Mapping[str, Any], value: object) -> tuple[Any, list[str]]:

@@ -1,28 +1,20 @@
-"""Dagster's instance: its database, its event log, and where a worker finds it."""
+"""Dagster's instance: its database, its event log, and whether a worker finds it by itself."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dagster import DagsterInstance
 from dagster._core.events import DagsterEventType
 from dagster._core.events.log import EventLogEntry
-from dagster._core.instance import InstanceRef
 from dagster._core.storage.event_log import SqlEventLogStorage, SqlEventLogStorageTable
 from dagster._serdes import deserialize_value
-from dagster._serdes.config_class import ConfigurableClassData
 from sqlalchemy import select
-from sqlalchemy.engine import Engine, make_url
-
-from dagster_taskiq._dagster.names import process_schema
-from dagster_taskiq.errors import ConfigError
-from dagster_taskiq.servers.urls import redact
+from sqlalchemy.engine import Engine
 
 #: What Dagster imports when an instance with its usual storages is first opened, in a fifth of a
 #: second; those on PostgreSQL and MySQL share nearly all of it.
@@ -121,72 +113,6 @@ def is_own_instance(instance: DagsterInstance) -> bool:
     if not home or not instance.is_persistent:
         return False
     return Path(instance.root_directory).resolve() == Path(home).expanduser().resolve()
-
-
-def has_database_server(home: Path) -> bool:
-    """Whether the instance of a DAGSTER_HOME keeps its event log on a server, not in files.
-
-    Raises:
-        ConfigError: Dagster cannot use its dagster.yaml.
-    """
-    storage = _event_storage(home)
-    # Dagster's own storages are SQLite's; each of those on a server is a package of its own
-    return storage is not None and storage.module_name.partition(".")[0] != "dagster"
-
-
-@dataclass(frozen=True)
-class PostgresqlOfInstance:
-    """The PostgreSQL database of an instance's event log.
-
-    Attributes:
-        url: with its password, where it has one.
-        fresh_password: makes a token for each new connection, of dagster.yaml's ``auth_provider``.
-    """
-
-    url: str
-    fresh_password: Callable[[], str] | None
-
-
-def postgresql_of(home: Path) -> PostgresqlOfInstance | None:
-    """The database of the instance of a DAGSTER_HOME, if that is a PostgreSQL.
-
-    Raises:
-        ConfigError: Dagster cannot use its dagster.yaml.
-    """
-    storage = _event_storage(home)
-    if storage is None or storage.module_name.partition(".")[0] != "dagster_postgres":
-        return None
-    with _unusable_config_as_error(home):
-        utils: Any = import_module("dagster_postgres.utils")
-        kind: Any = getattr(import_module(storage.module_name), storage.class_name)
-        config, problems = process_schema(kind.config_type(), storage.config_dict)
-        if problems:
-            raise ConfigError(f"{home / 'dagster.yaml'}: {redact(' '.join(problems))}")
-        # older releases of dagster-postgres know no tokens
-        find_provider = getattr(utils, "get_token_provider_from_config", lambda _: None)
-        provider = find_provider(config)
-        # Dagster reads it with SQLAlchemy, which takes more than a URL may have
-        parsed = make_url(utils.pg_url_from_config(config)).set(drivername="postgresql")
-        url = parsed.render_as_string(hide_password=False).replace(" ", "%20")
-    return PostgresqlOfInstance(url, provider and provider.get_token)
-
-
-def _event_storage(home: Path) -> ConfigurableClassData | None:
-    with _unusable_config_as_error(home):
-        return InstanceRef.from_dir(str(home)).event_storage_data
-
-
-@contextmanager
-def _unusable_config_as_error(home: Path) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # of any kind; its text may have a password
-        raise ConfigError(
-            f"Dagster cannot use {home / 'dagster.yaml'} ({type(error).__name__}): run `dagster "
-            "instance info` there to see why."
-        ) from None
 
 
 #: The events that bound the attempts of a step, and those of the workers that begin with them.

@@ -1,6 +1,5 @@
-"""What a backend must do, in three roles: for the execution loop, for workers, for people.
-
-A fourth role, ``pauses``, holds queues up.
+"""What a backend must do, in five roles: for the execution loop, for workers, for people, and two
+of modules of their own: to hold queues up (``pauses``), and to keep a history (``history``).
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -20,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from dagster_taskiq.backend.history import HistoryBackend
 from dagster_taskiq.backend.pauses import PauseBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
@@ -305,6 +305,13 @@ class ControlBackend(ABC):
         """
 
     @abstractmethod
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """The workers that are silent since their last heartbeat expired, by name, as ``LOST``.
+
+        Each for ``LOST_WORKER_SECONDS``, as it described itself last. They are for people only.
+        """
+
+    @abstractmethod
     async def running(self) -> list[RunningTask]:
         """What the live workers said last that they execute, which may be over by now.
 
@@ -339,7 +346,7 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend):
+class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend, HistoryBackend):
     """All roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without

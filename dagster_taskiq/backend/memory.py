@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from dagster_taskiq.backend import life
 from dagster_taskiq.backend.base import (
@@ -36,12 +35,22 @@ from dagster_taskiq.backend.memory_server import (
     orders_of,
     results_of,
 )
-from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import HISTORY_ENDS, RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.messages.attempt_ends import (
+    AttemptEnd,
+    Counter,
+    HistoryBatch,
+    readable_counts,
+    readable_ends,
+    write_counter,
+    write_end,
+)
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -278,11 +287,13 @@ class MemoryBackend(MemoryPauses, Backend):
         """See ``ControlBackend``."""
         with self._server.reached() as session:
             found = session.workers()
-        records = []
-        for worker_id, data in found.items():
-            with suppress(ValueError):
-                records.append(read_record(self._signer, worker_id, data, time.time()))
-        return sorted(records, key=lambda record: record.name)
+        return readable_records(self._signer, found, lambda *_: None)
+
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        with self._server.reached() as session:
+            found = session.lost_workers()
+        return as_lost(readable_records(self._signer, found, lambda *_: None))
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""
@@ -325,3 +336,24 @@ class MemoryBackend(MemoryPauses, Backend):
         """See ``ControlBackend``."""
         orders = await self._server.wait_for(orders_of(worker_id), timeout_seconds)
         return [order.encode() for order in orders]
+
+    # --- the history ---
+
+    async def add_history(self, batch: HistoryBatch) -> None:
+        """See ``HistoryBackend``."""
+        ends = [(end.group, write_end(self._signer, end)) for end in batch.ends]
+        counts = {write_counter(counter): count for counter, count in batch.counts.items()}
+        with self._server.reached() as session:
+            now = session.moment.seconds
+            session.put_history(session.history.with_batch(batch.batch_id, ends, counts, now))
+
+    async def ended(self, most: int = HISTORY_ENDS) -> list[AttemptEnd]:
+        """See ``HistoryBackend``."""
+        with self._server.reached() as session:
+            found = session.history.newest(most, session.moment.seconds)
+        return readable_ends(self._signer, found, time.time())
+
+    async def counts(self) -> dict[Counter, int]:
+        """See ``HistoryBackend``."""
+        with self._server.reached() as session:
+            return readable_counts(session.history.counts)

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from dagster_taskiq.aio.remote_event import RemoteEvent
+from dagster_taskiq.backend.history import History
 from dagster_taskiq.backend.life import Moment, RunLife, TaskLife
+from dagster_taskiq.defaults import LOST_WORKER_SECONDS
 from dagster_taskiq.errors import UnreachableServerError
 
 
@@ -55,12 +57,18 @@ class _Tables:
     mailboxes: dict[Hashable, _Mailbox] = field(default_factory=dict)
     workers: dict[str, _StoredWorker] = field(default_factory=dict)
     pauses: dict[str, bytes] = field(default_factory=dict)
+    history: History = field(default_factory=History)
 
     def copy(self) -> _Tables:
         """A snapshot, which later changes leave alone."""
         tasks = {run_id: dict(lives) for run_id, lives in self.tasks.items()}
         return _Tables(
-            dict(self.runs), tasks, dict(self.mailboxes), dict(self.workers), dict(self.pauses)
+            dict(self.runs),
+            tasks,
+            dict(self.mailboxes),
+            dict(self.workers),
+            dict(self.pauses),
+            self.history,
         )
 
 
@@ -140,8 +148,11 @@ class Session:
             name: it for name, it in tables.mailboxes.items() if it.ends_at > moment.seconds
         }
         tables.workers = {
-            name: it for name, it in tables.workers.items() if it.ends_at > moment.seconds
+            name: it
+            for name, it in tables.workers.items()
+            if it.ends_at + LOST_WORKER_SECONDS > moment.seconds
         }
+        tables.history = tables.history.at(moment.seconds)
 
     # --- mailboxes and workers ---
 
@@ -177,6 +188,21 @@ class Session:
     def running(self) -> dict[str, bytes]:
         """What those that live execute, as it was signed."""
         return {key: it.running for key, it in self._live_workers().items()}
+
+    @property
+    def history(self) -> History:
+        """What has ended, and the counters."""
+        return self._tables.history
+
+    def put_history(self, history: History) -> None:
+        """Store what has ended, and the counters."""
+        self._tables.history = history
+
+    def lost_workers(self) -> dict[str, bytes]:
+        """The records, by id, of workers that are silent and have not signed off."""
+        live, since = self._live_workers(), self.moment.seconds - LOST_WORKER_SECONDS
+        workers = self._tables.workers.items()
+        return {key: it.data for key, it in workers if key not in live and it.ends_at > since}
 
     def _live_workers(self) -> dict[str, _StoredWorker]:
         workers = self._tables.workers.items()

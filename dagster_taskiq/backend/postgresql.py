@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,16 +28,17 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel_of
+from dagster_taskiq.backend.postgresql_history import PostgresqlHistory
 from dagster_taskiq.backend.postgresql_pauses import PostgresqlPauses
 from dagster_taskiq.backend.postgresql_schema import PART
-from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -62,7 +62,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(PostgresqlPauses, Backend):
+class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
     """See ``Backend``.
 
     Args:
@@ -194,7 +194,9 @@ class PostgresqlBackend(PostgresqlPauses, Backend):
                 if number:
                     state = TaskState(word)
                     left = left_seconds if state is TaskState.CLAIMED else 0.0
-                    reports[batch[number - 1]] = TaskReport(state, _place_of(place), left or 0.0)
+                    reports[batch[number - 1]] = TaskReport(
+                        state, Place.in_text(place), left or 0.0
+                    )
                 else:
                     epoch = word
         return epoch, reports
@@ -315,16 +317,17 @@ class PostgresqlBackend(PostgresqlPauses, Backend):
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        records = [self._record_of(*row) for row in await self._call("list_workers")]
-        return sorted((it for it in records if it), key=lambda record: record.name)
+        return self._readable(await self._call("list_workers"))
 
-    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
-        try:
-            return read_record(self._signer, worker_id, data, time.time())
-        except ValueError as error:
-            # anybody who can write there can have put it there
-            self._unreadable.note(f"The record of worker {worker_id}", str(error))
-            return None
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        return as_lost(self._readable(await self._call("list_lost_workers")))
+
+    def _readable(self, rows: list[tuple[Any, ...]]) -> list[WorkerRecord]:
+        note = self._unreadable.note
+        return readable_records(
+            self._signer, dict(rows), lambda it, why: note(f"The record of worker {it}", why)
+        )
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""
@@ -386,14 +389,6 @@ class PostgresqlBackend(PostgresqlPauses, Backend):
 
     async def _notify(self, channel: str) -> None:
         await self._connections.call("SELECT pg_notify(%s, '')", [channel])
-
-
-def _place_of(text: str | None) -> Place | None:
-    """Where a task runs, for people; None where it does not say."""
-    try:
-        return Place.from_dict(json.loads(text)) if text else None
-    except (ValueError, RecursionError, MalformedResultError):
-        return None
 
 
 def _batches(items: Sequence[str]) -> list[Sequence[str]]:

@@ -502,6 +502,13 @@ BEGIN
   RETURN QUERY SELECT worker_id, record FROM {s}.workers WHERE expires_at > clock_timestamp();
 END $$;
 
+CREATE OR REPLACE FUNCTION {s}.list_lost_workers{v}()
+RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
+BEGIN
+  RETURN QUERY SELECT worker_id, record FROM {s}.workers
+    WHERE expires_at <= clock_timestamp() AND expires_at > clock_timestamp() - interval '{lost} s';
+END $$;
+
 CREATE OR REPLACE FUNCTION {s}.list_running{v}()
 RETURNS TABLE (id text, data bytea) LANGUAGE plpgsql AS $$
 BEGIN
@@ -562,7 +569,9 @@ BEGIN
   DELETE FROM {s}.orders WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM {s}.orders WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
   DELETE FROM {s}.workers WHERE ctid = ANY (ARRAY(
-    SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() LIMIT 10 * p_most));
+    SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() - interval '{lost} s'
+    LIMIT 10 * p_most));
+  PERFORM {s}.tidy_history{v}(10 * p_most);
   RETURN v_sum;
 END $$;
 

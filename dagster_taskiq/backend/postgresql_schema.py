@@ -9,11 +9,21 @@ database is a copy of another one.
 A task is held while its ``state`` is ``claimed`` and ``lease_until`` lies ahead. In the states
 ``done`` and ``refused`` its ``token`` is that of the claim that has ended it. ``dropped_epoch`` is
 empty where the message that was dropped was of an older epoch.
+
+The history and its counters have nothing to do with the epoch, and are logged: what has failed in
+the night should outlive the crash that it has failed by.
 """
 
 from __future__ import annotations
 
-from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.backend.history import BATCH_EXPIRES_SECONDS
+from dagster_taskiq.defaults import (
+    CLOSED_RECORD_EXPIRES_SECONDS,
+    HISTORY_ENDS,
+    HISTORY_EXPIRES_SECONDS,
+    LOST_WORKER_SECONDS,
+    RUN_RECORD_EXPIRES_SECONDS,
+)
 from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, read_sql
 
 _FRAGMENTS = {
@@ -39,6 +49,10 @@ DECLARE
   v_done boolean;""",
     "closed": str(CLOSED_RECORD_EXPIRES_SECONDS),
     "open": str(RUN_RECORD_EXPIRES_SECONDS),
+    "most_ends": str(HISTORY_ENDS),
+    "history": str(HISTORY_EXPIRES_SECONDS),
+    "batch": str(BATCH_EXPIRES_SECONDS),
+    "lost": f"{LOST_WORKER_SECONDS:g}",
 }
 
 PART = Part(
@@ -48,7 +62,10 @@ PART = Part(
         read_sql(str(__package__), "tables"),
         FUNCTION_SETS,
         read_sql(str(__package__), "pauses"),
+        read_sql(str(__package__), "history_tables"),
     ),
     oldest=1,
-    functions=read_sql(str(__package__), "functions", _FRAGMENTS),
+    functions="\n".join(
+        read_sql(str(__package__), name, _FRAGMENTS) for name in ("functions", "history")
+    ),
 )

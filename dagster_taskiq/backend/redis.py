@@ -26,10 +26,10 @@ from dagster_taskiq.backend.base import (
     superseded_error,
 )
 from dagster_taskiq.backend.redis_control import RedisControl
+from dagster_taskiq.backend.redis_history import COMMANDS, RedisHistory
 from dagster_taskiq.backend.redis_pauses import RedisPauses
 from dagster_taskiq.backend.redis_store import BATCH, RedisStore, milliseconds, text_of
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
-from dagster_taskiq.errors import MalformedResultError
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -43,11 +43,12 @@ _NOT_ENDED = {state.value for state in NOT_ENDED}
 #: What the user of the server must be allowed.
 _COMMANDS = {
     *commands_of(script.text for script in scripts.ALL),
+    *COMMANDS,
     *"BLPOP EVALSHA HDEL HGETALL HSET MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
 }
 
 
-class RedisBackend(RedisControl, RedisPauses, Backend):
+class RedisBackend(RedisControl, RedisPauses, RedisHistory, Backend):
     """See ``Backend``.
 
     What cannot be decoded counts as unknown and is said once: anybody who can write to the server
@@ -170,7 +171,7 @@ class RedisBackend(RedisControl, RedisPauses, Backend):
                 batch, rest[::3], rest[1::3], rest[2::3], strict=True
             ):
                 reports[task] = TaskReport(
-                    self._state(run_id, task, state), _place_of(place), max(0, left_ms) / 1000
+                    self._state(run_id, task, state), Place.in_text(place), max(0, left_ms) / 1000
                 )
         return epoch, reports
 
@@ -322,14 +323,6 @@ class RedisBackend(RedisControl, RedisPauses, Backend):
                 self._store.record(run_id), f"the state of task {task_id} is {word!r}"
             )
             return TaskState.UNKNOWN
-
-
-def _place_of(data: bytes) -> Place | None:
-    """Where a task runs, for people; None where it does not say."""
-    try:
-        return Place.from_dict(json.loads(data)) if data else None
-    except (ValueError, RecursionError, MalformedResultError):
-        return None
 
 
 def _claim_arguments(claim: Claim) -> list[Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dagster_taskiq.backend.base import CONTROL_EXPIRES_SECONDS, ControlBackend
 from dagster_taskiq.backend.redis_store import BATCH, RedisStore, milliseconds, text_of
+from dagster_taskiq.defaults import LOST_WORKER_SECONDS
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
-    read_record,
+    as_lost,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -43,7 +45,11 @@ class RedisControl(ControlBackend):
         expires_ms = milliseconds(expires_seconds)
         async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
             key = self._store.key("worker:", record.worker_id)
-            pipeline.set(key, write_record(self._signer, record), px=expires_ms)
+            data = write_record(self._signer, record)
+            pipeline.set(key, data, px=expires_ms)
+            # a key of its own, since versions that know no lost workers take the other for life
+            key = self._store.key("last:", record.worker_id)
+            pipeline.set(key, data, px=expires_ms + milliseconds(LOST_WORKER_SECONDS))
             key = self._store.key("running:", record.worker_id)
             if running:
                 tasks = write_running(self._signer, record.worker_id, running)
@@ -59,36 +65,43 @@ class RedisControl(ControlBackend):
         """See ``ControlBackend``."""
         async with self._store.reached() as redis, redis.pipeline(transaction=True) as pipeline:
             pipeline.zrem(self._store.workers, worker_id)
-            parts = ("worker:", "running:", "control:")
+            parts = ("worker:", "last:", "running:", "control:")
             pipeline.unlink(*(self._store.key(part, worker_id) for part in parts))
             await pipeline.execute()
 
     async def workers(self) -> list[WorkerRecord]:
         """See ``ControlBackend``."""
-        stored = await self._of_workers("worker:")
-        records = [self._record_of(worker_id, data) for worker_id, data in stored.items()]
-        return sorted((it for it in records if it), key=lambda record: record.name)
+        (stored,) = await self._of_workers("worker:")
+        return self._readable("worker:", stored)
 
-    async def _of_workers(self, part: str) -> dict[str, bytes]:
-        """What the workers have stored under their ids, in keys that begin so."""
+    async def lost_workers(self) -> list[WorkerRecord]:
+        """See ``ControlBackend``."""
+        live, stored = await self._of_workers("worker:", "last:")
+        lost = {worker_id: data for worker_id, data in stored.items() if worker_id not in live}
+        return as_lost(self._readable("last:", lost))
+
+    async def _of_workers(self, *parts: str) -> list[dict[str, bytes]]:
+        """What the workers have stored under their ids, in keys that begin so; at one moment."""
         async with self._store.reached() as redis:
             members: Any = await redis.zrange(self._store.workers, 0, -1)
             ids = [text_of(item) for item in members]
             if not ids:
-                return {}
-            values: Any = await redis.mget([self._store.key(part, item) for item in ids])
-        return {worker_id: data for worker_id, data in zip(ids, values, strict=True) if data}
+                return [{} for _ in parts]
+            names = [self._store.key(part, item) for part in parts for item in ids]
+            values: Any = iter(await redis.mget(names))
+        # the names come first: of two iterators that end at once, zip asks the first one
+        return [{it: data for it, data in zip(ids, values) if data} for _ in parts]  # noqa: B905
 
-    def _record_of(self, worker_id: str, data: bytes) -> WorkerRecord | None:
-        try:
-            return read_record(self._signer, worker_id, data, time.time())
-        except ValueError as error:
-            self._store.say_unreadable(self._store.key("worker:", worker_id), str(error))
-            return None
+    def _readable(self, part: str, stored: Mapping[str, bytes]) -> list[WorkerRecord]:
+        def note(worker_id: str, problem: str) -> None:
+            self._store.say_unreadable(self._store.key(part, worker_id), problem)
+
+        return readable_records(self._signer, stored, note)
 
     async def running(self) -> list[RunningTask]:
         """See ``ControlBackend``."""
-        return readable_running(self._signer, await self._of_workers("running:"))
+        (stored,) = await self._of_workers("running:")
+        return readable_running(self._signer, stored)
 
     async def tidy(self) -> None:
         """See ``ControlBackend``: keys expire by themselves, but for a name in a set."""

@@ -2,8 +2,10 @@
 
 Keys, all under the prefix: ``epoch``; for a run its record ``run:<id>``, the lease of its loop
 ``run:<id>:loop`` and the mailbox ``run:<id>:mailbox``; for a task ``claim:<id>`` and
-``result:<id>``; for a worker its record ``worker:<id>``, what it executes ``running:<id>`` and
-its mailbox ``control:<id>``, with all of them in ``workers``.
+``result:<id>``; for a worker its record ``worker:<id>``, which outlives it as ``last:<id>``, what
+it executes ``running:<id>`` and its mailbox ``control:<id>``, with all of them in ``workers``. The
+history has one list for each ``EndGroup``, ``history:<group>``, the hash ``counts``, and
+``batch:<id>`` for a while; ``paused`` has the pauses of queues.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ and which can say more about a queue than Taskiq's own can.
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, suppress
@@ -18,6 +16,7 @@ from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.brokers.looks import Looks
+from dagster_taskiq.brokers.outage import Outage
 from dagster_taskiq.brokers.parking import Parking
 from dagster_taskiq.errors import (
     ConfigError,
@@ -26,12 +25,6 @@ from dagster_taskiq.errors import (
     ServerError,
     UntrustedError,
 )
-
-logger = logging.getLogger(__name__)
-
-#: Pauses between two tries of a listener to reach a lost server: the first, and the longest.
-FIRST_RETRY_SECONDS = 0.1
-LONGEST_RETRY_SECONDS = 2.0
 
 #: How long a note for a run is kept.
 NOTE_EXPIRES_SECONDS = 60
@@ -112,6 +105,10 @@ class Admission(ABC):
         Args:
             address: of its broker.
         """
+
+    def outage(self, error: ServerError | None) -> None:
+        """Hear once that the queues cannot be listened to, and with None that they can again."""
+        del error
 
 
 class TaskBroker(AsyncBroker, Looks):
@@ -234,7 +231,8 @@ class TaskBroker(AsyncBroker, Looks):
         """
         if not self.queues and not self._has_turned:
             raise ConfigError(f"The broker at {self.address} was opened without queues, to send.")
-        listener, outage, parking = self.listener(), Outage(self.address), parking or Parking()
+        listener, parking = self.listener(), parking or Parking()
+        outage = Outage(self.address, self.admission.outage if self.admission else None)
         queues = self.queues
         while not self._is_shut_down:
             try:
@@ -319,32 +317,6 @@ class TaskBroker(AsyncBroker, Looks):
     @abstractmethod
     async def take_note(self, run_id: str) -> bytes | None:
         """The note that was left for a run; the first question may only make the place for it."""
-
-
-class Outage:
-    """Tells the log once that a server is lost and once that it is back."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._since: float | None = None
-        self._pause_seconds = FIRST_RETRY_SECONDS
-
-    def pause_seconds(self, error: ServerError) -> float:
-        """Note a failed try; how long to wait before the next one."""
-        if self._since is None:
-            self._since = time.monotonic()
-            self._pause_seconds = FIRST_RETRY_SECONDS
-            logger.warning("%s Listening goes on when it is back.", error)
-        else:
-            self._pause_seconds = min(2 * self._pause_seconds, LONGEST_RETRY_SECONDS)
-        return self._pause_seconds
-
-    def over(self) -> None:
-        """Note that the server answers."""
-        if self._since is not None:
-            seconds = time.monotonic() - self._since
-            logger.warning("Listening to %s again after %.1f s.", self._address, seconds)
-            self._since = None
 
 
 async def _uninterrupted(look: Awaitable[Delivery | None]) -> Delivery | None:

@@ -1,22 +1,15 @@
-"""How commands ask the servers what there is to see."""
+"""How commands ask the backend; ``looking`` asks the broker too, which takes Taskiq."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from dataclasses import replace
 from typing import TypeVar
 
-import click
-
 from dagster_taskiq.backend import Backend, open_backend
-from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_running_servers
-from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.messages.worker_records import WorkerRecord
-from dagster_taskiq.overview import MOST_WAITING, Overview, reach_servers, read_overview
 
 T = TypeVar("T")
 
@@ -27,11 +20,14 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
     Raises:
         ServerError: the backend is away or refuses.
     """
+    servers = find_running_servers(settings)
+    return None if servers is None else ask_servers(servers, ask)
 
-    async def asked() -> T | None:
-        servers = find_running_servers(settings)
-        if servers is None:
-            return None
+
+def ask_servers(servers: Servers, ask: Callable[[Backend], Awaitable[T]]) -> T:
+    """The same of servers that are known."""
+
+    async def asked() -> T:
         backend = open_backend(servers.backend, servers.signer)
         try:
             await backend.startup()
@@ -47,46 +43,10 @@ def read_workers(settings: Settings) -> list[WorkerRecord]:
     return ask_backend(settings, lambda backend: backend.workers()) or []
 
 
-def look(settings: Settings, *queues: str) -> Overview:
-    """All that there is to see; nothing where the embedded server rests, which is said.
+def read_all_workers(settings: Settings) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+    """The same, and the workers that are lost."""
 
-    Args:
-        queues: that are read though nobody may know of them.
+    async def ask(backend: Backend) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        return await backend.workers(), await backend.lost_workers()
 
-    Raises:
-        DagsterTaskiqError: a server is away or refuses; with its own sentence.
-    """
-    overview = look_at_servers(settings, *queues, most_waiting=MOST_WAITING)
-    for server in overview.servers:
-        if server.problem:
-            raise DagsterTaskiqError(server.problem)
-    if not overview.servers:
-        click.echo("No process uses the embedded server: there is nothing to see.", err=True)
-    return overview
-
-
-def look_at_servers(settings: Settings, *queues: str, most_waiting: int) -> Overview:
-    """The same, and only the servers where one of them is away.
-
-    Args:
-        most_waiting: see ``read_overview``.
-    """
-    servers = find_running_servers(settings)
-    if servers is None:
-        return Overview()
-    return asyncio.run(_look(servers, [settings.default_queue, *queues], most_waiting))
-
-
-async def _look(servers: Servers, queues: list[str], most_waiting: int) -> Overview:
-    backend = open_backend(servers.backend, servers.signer)
-    broker = open_broker(servers.broker)
-    try:
-        views = await reach_servers(servers, backend, broker)
-        if any(view.problem for view in views):
-            return Overview(servers=views)
-        overview = await read_overview(servers, backend, broker, queues, most_waiting)
-        return replace(overview, servers=views)
-    finally:
-        for connected in (broker, backend):
-            with suppress(ServerError):
-                await connected.shutdown()
+    return ask_backend(settings, ask) or ([], [])

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.messages.worker_records import WorkerRecord
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def explain_names(command: F) -> F:
+    """Add to a command's help how its NAME is read."""
+    command.__doc__ = f"""{command.__doc__}
+
+    NAME is a worker's name, NAME@HOST one of several workers of that name, @HOST means all workers
+    of a host. Each may be a pattern, in quotes: 'short-*'."""
+    return command
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -23,6 +23,22 @@ config_yaml_option = click.option(
     help="YAML file with the settings, as in the config of a run: execution: config: broker: ...",
 )
 
+#: How long a command waits until a worker has obeyed, unless told. One whose backend is PostgreSQL
+#: looks for orders every 5 s where there are a thousand.
+ANSWER_SECONDS = 10.0
+
+timeout_option = click.option(
+    "--timeout",
+    "-t",
+    type=click.FloatRange(min=0, min_open=True),
+    default=ANSWER_SECONDS,
+    show_default=True,
+    help="Seconds to wait for the answer.",
+)
+reason_option = click.option(
+    "--reason", default="", help="For people: listings and the logs of runs show it."
+)
+
 
 def say_errors(command: F) -> F:
     """Turn errors of ours into one line and an exit code; anything else keeps its traceback."""

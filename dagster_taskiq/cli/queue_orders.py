@@ -9,11 +9,17 @@ from collections.abc import Awaitable, Callable
 import click
 from dagster import DagsterInstance
 
+from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.finding import nearest
-from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
+from dagster_taskiq.cli.options import (
+    ANSWER_SECONDS,
+    config_yaml_option,
+    read_settings,
+    reason_option,
+    say_errors,
+)
 from dagster_taskiq.cli.steering import overview_of, steer, yes_option
 from dagster_taskiq.cli.tables import count_of, plain_line
-from dagster_taskiq.cli.worker_orders import ANSWER_SECONDS, reason_option
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.queues import Emptied, move_tasks, pause_queue, purge, resume_queue
@@ -21,7 +27,7 @@ from dagster_taskiq.steering.workers import Told, answers_of
 
 
 @click.command("pause")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_queue)
 @reason_option
 @config_yaml_option
 @say_errors
@@ -39,7 +45,7 @@ def queue_pause(name: str, reason: str, config_yaml: str | None) -> None:
 
 
 @click.command("resume")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_queue)
 @config_yaml_option
 @say_errors
 def queue_resume(name: str, config_yaml: str | None) -> None:
@@ -68,7 +74,7 @@ async def _heard(helm: Helm, told: Told) -> str:
 
 
 @click.command("purge")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_queue)
 @reason_option
 @yes_option
 @config_yaml_option
@@ -93,8 +99,8 @@ def queue_purge(name: str, reason: str, yes: bool, config_yaml: str | None) -> N
 
 
 @click.command("move")
-@click.argument("name")
-@click.argument("to_name", metavar="TO")
+@click.argument("name", shell_complete=complete_queue)
+@click.argument("to_name", metavar="TO", shell_complete=complete_queue)
 @reason_option
 @yes_option
 @config_yaml_option

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look
+from dagster_taskiq.cli.completing import complete_queue
 from dagster_taskiq.cli.finding import nearest
+from dagster_taskiq.cli.later import Later
+from dagster_taskiq.cli.looking import look
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.shapes import queue_shape, task_shape
 from dagster_taskiq.cli.tables import (
@@ -28,6 +30,7 @@ queue_option = click.option(
     "-q",
     "queues",
     multiple=True,
+    shell_complete=complete_queue,
     help="Show this queue too; may be repeated. RabbitMQ does not list those without a worker.",
 )
 
@@ -56,7 +59,7 @@ def queue_list(queues: tuple[str, ...], as_json: bool, config_yaml: str | None) 
 
 
 @queue.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_queue)
 @json_option
 @config_yaml_option
 @say_errors
@@ -130,3 +133,28 @@ def echo_queues(queues: Sequence[QueueView]) -> None:
             echo_sentence(f"{it.name}, {it.kind.value}: {it.wait.reason}", is_red=it.is_stuck)
     for sentence in sorted({it.blindness for it in queues if it.blindness}):
         echo_sentence(f"{DASH}: {sentence}")
+
+
+for _command in (
+    Later(
+        "pause",
+        "queue_orders:queue_pause",
+        "Have no worker take steps or runs from a queue until it is resumed; what runs goes on.",
+    ),
+    Later(
+        "resume",
+        "queue_orders:queue_resume",
+        "Have workers take from a queue again that was paused.",
+    ),
+    Later(
+        "purge",
+        "queue_orders:queue_purge",
+        "End everything that waits in a queue; what workers execute goes on.",
+    ),
+    Later(
+        "move",
+        "queue_orders:queue_move",
+        "Send what waits in a queue to the queue TO; what workers execute goes on.",
+    ),
+):
+    queue.add_command(_command)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, QueueView, ServerView, TaskView
@@ -22,6 +23,8 @@ def server_shape(server: ServerView) -> dict[str, Any]:
 def worker_shape(record: WorkerRecord) -> dict[str, Any]:
     """A worker, as it describes itself."""
     values = {key: it for key, it in asdict(record).items() if key != "pings"}
+    for name in ("memory_bytes", "dagster", "python", "storage"):
+        values[name] = values[name] or None
     return {key: list(it) if isinstance(it, tuple) else it for key, it in values.items()}
 
 
@@ -36,8 +39,7 @@ def queue_shape(queue: QueueView) -> dict[str, Any]:
         "oldest_sent_at": queue.oldest_sent_at,
         "running": queue.running,
         "workers": list(queue.workers),
-        "pause": queue.pause
-        and {key: it for key, it in asdict(queue.pause).items() if key != "queue"},
+        "pause": queue.pause and _pause_shape(queue.pause),
         "is_stuck": queue.is_stuck,
         "wait": queue.wait and {"kind": queue.wait.kind.value, "reason": queue.wait.reason},
         "blindness": queue.blindness or None,
@@ -48,14 +50,19 @@ def _pause_shape(pause: QueuePause) -> dict[str, Any]:
     return {"reason": pause.reason, "paused_at": pause.paused_at, "host": pause.host}
 
 
-def task_shape(task: TaskView) -> dict[str, Any]:
-    """A task in flight."""
+def task_shape(task: TaskView | AttemptEnd) -> dict[str, Any]:
+    """A task in flight, or an attempt that has ended."""
+    return _end_shape(task) if isinstance(task, AttemptEnd) else _flight_shape(task)
+
+
+def _flight_shape(task: TaskView) -> dict[str, Any]:
     place = task.place
     return {
         "task_id": task.task_id,
         "run_id": task.run_id,
         "kind": task.kind and task.kind.value,
         "step_key": task.step_key or None,
+        "job": task.job or None,
         "attempt": task.attempt,
         "queue": task.queue,
         "state": task.status.value,
@@ -68,6 +75,34 @@ def task_shape(task: TaskView) -> dict[str, Any]:
         "pid": place and place.pid,
         "slot": place and place.slot,
         "reason": task.reason or None,
+        "started_at": None,
+        "ended_at": None,
+        "is_retried": None,
+    }
+
+
+def _end_shape(end: AttemptEnd) -> dict[str, Any]:
+    return {
+        "task_id": end.task_id,
+        "run_id": end.run_id,
+        "kind": end.kind,
+        "step_key": end.step_key or None,
+        "job": end.job or None,
+        "attempt": end.attempt,
+        "queue": end.queue,
+        "state": end.outcome.value,
+        "priority": None,
+        "position": None,
+        "sent_at": end.sent_at,
+        "claimed_at": None,
+        "worker": end.worker or None,
+        "host": end.host or None,
+        "pid": None,
+        "slot": end.slot,
+        "reason": end.reason or None,
+        "started_at": end.started_at,
+        "ended_at": end.ended_at,
+        "is_retried": end.is_retried,
     }
 
 

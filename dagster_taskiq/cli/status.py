@@ -7,17 +7,20 @@ from collections.abc import Sequence
 
 import click
 
-from dagster_taskiq.cli.asking import look_at_servers, read_workers
+from dagster_taskiq.cli.asking import read_workers
 from dagster_taskiq.cli.celery_arguments import read_status_arguments
+from dagster_taskiq.cli.looking import look_at_servers
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
 from dagster_taskiq.cli.queues import check_queues, echo_queues, queue_option
 from dagster_taskiq.cli.shapes import queue_shape, server_shape, worker_shape
 from dagster_taskiq.cli.tables import (
     count_of,
     echo_json,
+    echo_sentence,
     echo_table,
     in_red,
     json_option,
+    time_since,
 )
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import DagsterTaskiqError
@@ -94,6 +97,7 @@ def _show(overview: Overview, as_json: bool) -> None:
                 "servers": [server_shape(it) for it in overview.servers],
                 "queues": [queue_shape(it) for it in overview.queues],
                 "workers": [worker_shape(it) for it in overview.workers],
+                "lost_workers": [worker_shape(it) for it in overview.lost_workers],
             }
         )
     elif overview.servers:
@@ -106,6 +110,7 @@ def _show(overview: Overview, as_json: bool) -> None:
         click.echo()
     alive = _alive(overview.workers)
     if not as_json:
+        _echo_lost(overview.lost_workers)
         _echo_nodes(alive)
     elif not alive:
         raise click.ClickException(_NOBODY)
@@ -131,6 +136,12 @@ def _echo_nodes(records: list[WorkerRecord]) -> None:
     if not records:
         raise click.ClickException(_NOBODY)
     click.echo(f"\n{count_of(len(records), 'node')} online.")
+
+
+def _echo_lost(records: Sequence[WorkerRecord]) -> None:
+    for record in records:
+        ago = time_since(record.sent_at)
+        echo_sentence(f"->  {record.name}: lost, last heard of {ago} ago", is_red=True)
 
 
 def _alive(records: Sequence[WorkerRecord]) -> list[WorkerRecord]:

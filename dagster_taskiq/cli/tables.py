@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -32,20 +32,44 @@ def echo_json(shape: Mapping[str, Any]) -> None:
 
 
 def echo_table(
-    rows: Sequence[Sequence[str]], *, red: Collection[int] = (), indent: str = ""
+    rows: Sequence[Sequence[str]],
+    *,
+    red: Collection[int] = (),
+    below: Mapping[int, str] | None = None,
+    indent: str = "",
 ) -> None:
     """Write rows in columns, each as wide as its longest text: nothing is ever cut.
 
     Args:
         rows: usually the first one has the names of the columns.
         red: numbers of the rows that are marked in a terminal.
+        below: texts that stand below rows, by the numbers of these.
     """
-    plain = [[plain_line(cell) for cell in row] for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*plain, strict=True)]
+    plain, widths = _measured(rows)
     for number, row in enumerate(plain):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         line = indent + "  ".join(cells).rstrip()
         click.echo(in_red(line) if number in red else line)
+        if text := (below or {}).get(number):
+            echo_sentence(text, indent=f"{indent}  ")
+
+
+def fits(rows: Sequence[Sequence[str]]) -> bool:
+    """Whether each row of a table has room in a line: in a pipe always."""
+    _, widths = _measured(rows)
+    width = sum(widths) + 2 * (len(widths) - 1)
+    return not is_terminal(sys.stdout) or width <= shutil.get_terminal_size().columns
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether people read there, in lines of some width."""
+    return stream.isatty()
+
+
+def _measured(rows: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int]]:
+    """The cells as they are shown, and how wide the columns are."""
+    plain = [[plain_line(cell) for cell in row] for row in rows]
+    return plain, [max(len(cell) for cell in column) for column in zip(*plain, strict=True)]
 
 
 def echo_sentence(
@@ -57,22 +81,28 @@ def echo_sentence(
         is_red: whether it is marked in a terminal.
         is_aside: whether it goes to standard error.
     """
-    line = plain_line(text)
-    stream = sys.stderr if is_aside else sys.stdout
-    if stream.isatty():
-        width = shutil.get_terminal_size().columns
-        inner = f"{indent}  "
-        line = textwrap.fill(
-            line,
-            width,
-            initial_indent=indent,
-            subsequent_indent=inner,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    else:
-        line = indent + line
+    line = folded(text, sys.stderr if is_aside else sys.stdout, indent)
     click.echo(in_red(line) if is_red else line, err=is_aside)
+
+
+def folded(text: str, stream: TextIO, indent: str = "", hang: int = 2) -> str:
+    """A text in lines of a terminal's width, broken between words; in one line for a pipe.
+
+    Args:
+        indent: of the first line.
+        hang: how much further in the others begin, in characters.
+    """
+    line = plain_line(text)
+    if not is_terminal(stream):
+        return indent + line
+    return textwrap.fill(
+        line,
+        shutil.get_terminal_size().columns,
+        initial_indent=indent,
+        subsequent_indent=indent + " " * hang,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def plain_line(text: str) -> str:
@@ -101,6 +131,12 @@ def seconds_in_words(seconds: float) -> str:
         if whole >= 2 * size:
             return f"{whole // size} {unit}"
     return f"{whole} s"
+
+
+def size_in_words(size_bytes: int) -> str:
+    """Such as ``512 MiB`` or ``1.5 GiB``."""
+    mebibytes = size_bytes / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GiB"
 
 
 def short_id(text: str) -> str:

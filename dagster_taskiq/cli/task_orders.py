@@ -5,12 +5,11 @@ from __future__ import annotations
 import click
 
 from dagster_taskiq.cli.finding import full_id
-from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
+from dagster_taskiq.cli.options import config_yaml_option, read_settings, reason_option, say_errors
 from dagster_taskiq.cli.steering import overview_of, steer
 from dagster_taskiq.cli.tables import plain_line
-from dagster_taskiq.cli.worker_orders import reason_option
 from dagster_taskiq.errors import DagsterTaskiqError
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.overview import TaskView
 from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.tasks import CancelOutcome, cancel_task

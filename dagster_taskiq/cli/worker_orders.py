@@ -11,15 +11,21 @@ import click
 
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.cli.asking import ask_backend
-from dagster_taskiq.cli.finding import no_worker
-from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
+from dagster_taskiq.cli.completing import complete_queue, complete_worker
+from dagster_taskiq.cli.finding import explain_names, no_worker
+from dagster_taskiq.cli.options import (
+    config_yaml_option,
+    read_settings,
+    reason_option,
+    say_errors,
+    timeout_option,
+)
 from dagster_taskiq.cli.tables import count_of, plain_line
-from dagster_taskiq.cli.workers import NOBODY, explain_names
+from dagster_taskiq.cli.workers import NOBODY
 from dagster_taskiq.errors import ConfigError, DagsterTaskiqError
 from dagster_taskiq.messages.control import OrderKind
-from dagster_taskiq.messages.envelope import QueueKind
-from dagster_taskiq.messages.worker_records import WorkerRecord
-from dagster_taskiq.overview import is_named
+from dagster_taskiq.messages.queue_names import QueueKind
+from dagster_taskiq.messages.worker_records import WorkerRecord, is_named
 from dagster_taskiq.steering.workers import Told, answers_of, give_order
 from dagster_taskiq.worker.steering import MOST_SLOTS
 
@@ -28,23 +34,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: What ``worker terminate`` means without a name, as in dagster-celery.
 _DEFAULT_NAME = "dagster"
 
-#: How long a command waits until a worker has obeyed, unless told. One whose backend is PostgreSQL
-#: looks for orders every 5 s where there are a thousand.
-ANSWER_SECONDS = 10.0
-
 #: Pause between two looks whether workers that were told to stop are gone.
 _LOOK_SECONDS = 0.5
 
-timeout_option = click.option(
-    "--timeout",
-    "-t",
-    type=click.FloatRange(min=0, min_open=True),
-    default=ANSWER_SECONDS,
-    show_default=True,
-    help="Seconds to wait for the answer.",
-)
-reason_option = click.option(
-    "--reason", default="", help="For people: listings and the logs of runs show it."
+
+_queues_argument = click.argument(
+    "queues", metavar="QUEUE...", nargs=-1, required=True, shell_complete=complete_queue
 )
 
 
@@ -53,7 +48,9 @@ def _names_workers(verb: str) -> Callable[[F], F]:
 
     def add(command: F) -> F:
         all_option = click.option("--all", "-a", "all_", is_flag=True, help=f"{verb} all workers.")
-        return click.argument("name", required=False)(all_option(command))
+        return click.argument("name", required=False, shell_complete=complete_worker)(
+            all_option(command)
+        )
 
     return add
 
@@ -145,7 +142,7 @@ def worker_resume(name: str | None, all_: bool, timeout: float, config_yaml: str
 
 
 @click.command("slots")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_worker)
 @click.argument("count", type=click.IntRange(1, MOST_SLOTS))
 @click.option("--runs", is_flag=True, help="Slots for whole runs, not for steps.")
 @timeout_option
@@ -190,8 +187,10 @@ def _listens(record: WorkerRecord) -> str:
 
 
 @worker_queue.command("add")
-@click.argument("name")
-@click.argument("queues", metavar="QUEUE...", nargs=-1, required=True)
+@click.argument("name", shell_complete=complete_worker)
+@click.argument(
+    "queues", metavar="QUEUE...", nargs=-1, required=True, shell_complete=complete_queue
+)
 @timeout_option
 @config_yaml_option
 @say_errors
@@ -208,8 +207,10 @@ def worker_queue_add(
 
 
 @worker_queue.command("remove")
-@click.argument("name")
-@click.argument("queues", metavar="QUEUE...", nargs=-1, required=True)
+@click.argument("name", shell_complete=complete_worker)
+@click.argument(
+    "queues", metavar="QUEUE...", nargs=-1, required=True, shell_complete=complete_queue
+)
 @timeout_option
 @config_yaml_option
 @say_errors

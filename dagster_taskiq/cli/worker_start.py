@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,8 @@ from dagster_taskiq.cli.celery_arguments import (
     read_celery_arguments,
     split_names,
 )
+from dagster_taskiq.cli.completing import complete_queue
+from dagster_taskiq.cli.monitoring import DEFAULT_HOST, worker_pages
 from dagster_taskiq.cli.options import (
     check_platform,
     config_yaml_option,
@@ -45,6 +47,9 @@ from dagster_taskiq.worker.log_writer import log_to_standard_error
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.worker import Worker
 
+if TYPE_CHECKING:
+    from dagster_taskiq.monitoring.worker_pages import WorkerPages
+
 logger = logging.getLogger(__name__)
 
 #: Exit code of a worker that had to cancel steps in order to stop.
@@ -63,6 +68,7 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     "-q",
     "queues",
     multiple=True,
+    shell_complete=complete_queue,
     help="Queue to listen on. Repeat it, or give several with commas.",
 )
 @click.option(
@@ -133,6 +139,17 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     show_default=True,
     help="Seconds that running steps may still take when the worker is told to stop.",
 )
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Serve /metrics for Prometheus and /health on this port; 0 picks a free one.",
+)
+@click.option(
+    "--metrics-host",
+    default=DEFAULT_HOST,
+    show_default=True,
+    help="Address for that; 0.0.0.0 lets other hosts in.",
+)
 @click.option("--ready-fd", type=int, hidden=True, help="Descriptor to write to when ready.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED)
 def start(background: bool, **given: Any) -> None:
@@ -181,10 +198,11 @@ def _start_worker(
         # after our own set-up of logging, which it may change, and before anything is started
         if module := app_module(given["app"]):
             import_app(module)
-        servers = find_servers(settings)
-        if servers.notice:
-            logger.log(servers.notice_level, servers.notice)
-        exit_code = asyncio.run(_run_worker(servers, options, ready_fd))
+        with worker_pages(given["metrics_host"], given["metrics_port"], options) as pages:
+            servers = find_servers(settings)
+            if servers.notice:
+                logger.log(servers.notice_level, servers.notice)
+            exit_code = asyncio.run(_run_worker(servers, options, ready_fd, pages))
     sys.exit(exit_code)
 
 
@@ -249,7 +267,9 @@ def _take_secrets(settings: Settings) -> dict[str, str]:
     return take_variables(settings.signing_variables)
 
 
-async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | None) -> int:
+async def _run_worker(
+    servers: Servers, options: WorkerOptions, ready_fd: int | None, pages: WorkerPages | None
+) -> int:
     def tell_starter(word: bytes) -> None:
         """The process that has started the worker in the background reads one word."""
         nonlocal ready_fd
@@ -258,14 +278,26 @@ async def _run_worker(servers: Servers, options: WorkerOptions, ready_fd: int | 
             os.close(ready_fd)
             ready_fd = None
 
-    this = Worker(servers, options, lambda: tell_starter(READY), lambda: tell_starter(WAITING))
+    def on_ready() -> None:
+        if pages is not None:
+            pages.ready()
+        tell_starter(READY)
+
+    observer = pages.observer if pages is not None else None
+    this = Worker(servers, options, on_ready, lambda: tell_starter(WAITING), observer)
+    if pages is not None:
+        pages.watch(this)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, this.drain)
     # under nohup the worker is meant to outlive its terminal
     ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
     loop.add_signal_handler(signal.SIGHUP, _on_hangup, this, ends_with_terminal)
-    is_complete = await this.run()
+    try:
+        is_complete = await this.run()
+    finally:
+        if pages is not None:
+            pages.unwatch()
     if not is_complete:
         logger.warning("Stopped; steps that were still running have been cancelled.")
     return 0 if is_complete else EXIT_CUT_SHORT

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dagster import Field
-
 from dagster_taskiq.config.parsers import from_env
+from dagster_taskiq.config.shapes import Shape
 
 #: Takes a setting's name and what was given; raises ``ConfigError``.
 Parser = Callable[[str, Any], Any]
@@ -34,7 +33,7 @@ class Setting:
         text: what it means, in sentences.
         parse: makes the field's value of one that is given; None where the class does it, since
             the value depends on other settings.
-        schema: Dagster's type of it, or its whole field; None for one that Dagster does not check.
+        shape: what may be given; None where ``parse`` alone says it.
         schema_default: the default as the schema has it; None where it has none.
         variable: the environment variable that counts where the setting is not given.
         is_of_launcher: whether the launcher takes it too.
@@ -46,10 +45,18 @@ class Setting:
     default_text: str
     text: str
     parse: Parser | None
-    schema: Any
+    shape: Shape | None
     schema_default: Any
     variable: str
     is_of_launcher: bool
+
+    def check(self, value: Any) -> Any:
+        """What is given, of the right shape and with ``env:`` resolved.
+
+        Raises:
+            ConfigError: see ``Shape``.
+        """
+        return value if self.shape is None else self.shape.check(self.name, value)
 
     def read(self, value: Any, where: str = "") -> Any:
         """The field's value for what was given, which may be ``{env: NAME}``.
@@ -63,20 +70,6 @@ class Setting:
         assert self.parse is not None
         return self.parse(f"{where}{self.name}", from_env(value))
 
-    def to_field(self) -> Field:
-        """The setting in Dagster's schema."""
-        if isinstance(self.schema, Field):
-            return self.schema
-        description = f"{self.text} Default: {self.default_text}."
-        if self.schema_default is None:
-            return Field(self.schema, is_required=False, description=description)
-        return Field(
-            self.schema,
-            is_required=False,
-            default_value=self.schema_default,
-            description=description,
-        )
-
 
 def setting(
     default: Any,
@@ -85,7 +78,7 @@ def setting(
     *,
     default_text: str = "",
     name: str = "",
-    schema: Any = None,
+    shape: Shape | None = None,
     schema_default: Any = None,
     variable: str = "",
     is_of_launcher: bool = True,
@@ -104,7 +97,7 @@ def setting(
         "text": text,
         "default_text": default_text,
         "name": name,
-        "schema": schema,
+        "shape": shape,
         "schema_default": schema_default,
         "variable": variable,
         "is_of_launcher": is_of_launcher,

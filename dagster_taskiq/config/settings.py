@@ -10,21 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dagster import Any as AnyType
-from dagster import (
-    Array,
-    Field,
-    IntSource,
-    MetadataValue,
-    Noneable,
-    Permissive,
-    ScalarUnion,
-    Selector,
-    StringSource,
-)
-
 from dagster_taskiq import defaults
-from dagster_taskiq._dagster.names import process_schema, tag_concurrency_limits_field
 from dagster_taskiq.config import parsers
 from dagster_taskiq.config.config_source import ConfigSource
 from dagster_taskiq.config.server_urls import (
@@ -33,6 +19,17 @@ from dagster_taskiq.config.server_urls import (
     find_broker_url,
 )
 from dagster_taskiq.config.setting import nearest_hint, setting, settings_of
+from dagster_taskiq.config.shapes import (
+    Anything,
+    Choice,
+    Integer,
+    ListOf,
+    Nullable,
+    Number,
+    Options,
+    TagLimit,
+    Text,
+)
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer, parse_keys
 from dagster_taskiq.servers.kinds import (
@@ -46,8 +43,6 @@ from dagster_taskiq.servers.kinds import (
 )
 from dagster_taskiq.servers.tls import Tls
 from dagster_taskiq.servers.urls import redact
-
-_SECONDS = ScalarUnion(scalar_type=float, non_scalar_schema={"env": str})
 
 
 def _urls(kinds: tuple[ServerKind, ...]) -> str:
@@ -75,7 +70,7 @@ class Settings:
         f"URL of the broker: {_urls(KINDS)}; or `{DATABASE_OF_THE_INSTANCE}`, the PostgreSQL of "
         "Dagster's instance.",
         name="broker",
-        schema=Noneable(StringSource),
+        shape=Nullable(Text()),
         variable=defaults.BROKER_URL_VARIABLE,
         default_text="`dagster` where the instance is on PostgreSQL, else the embedded server of "
         "`$DAGSTER_HOME`",
@@ -86,7 +81,7 @@ class Settings:
         None,
         f"URL of the server that keeps results and claims: {_urls(BACKEND_KINDS)}.",
         name="backend",
-        schema=Noneable(StringSource),
+        shape=Nullable(Text()),
         variable=defaults.BACKEND_URL_VARIABLE,
         default_text=f"the broker if that is {_both()}, else where Dagster's instance is",
         is_secret=True,
@@ -97,7 +92,7 @@ class Settings:
         "Key that signs and verifies tasks, results and orders to workers, best as `{env: NAME}`; "
         "or a list of keys: the first one signs, all verify. Without any nothing is signed.",
         name="signing_key",
-        schema=Noneable(AnyType),
+        shape=Nullable(Anything()),
         variable=defaults.SIGNING_KEY_VARIABLE,
         is_secret=True,
     )
@@ -105,28 +100,28 @@ class Settings:
         (),
         parsers.items,
         "Modules that every worker imports before it takes a task.",
-        schema=Array(StringSource),
+        shape=ListOf(Text()),
     )
     source: ConfigSource = setting(
         ConfigSource,
         None,
         "More settings, under Celery's names where it knows them; the README has a table of them.",
         name="config_source",
-        schema=Noneable(Permissive()),
+        shape=Nullable(Options()),
         default_text="none",
     )
     default_queue: str = setting(
         defaults.DEFAULT_QUEUE,
         None,
         "Queue of a step or run without a queue tag.",
-        schema=Noneable(StringSource),
+        shape=Nullable(Text()),
     )
     retries: str = setting(
         "enabled",
         parsers.retry_mode,
         "Whether steps are retried: `disabled: {}` ignores retry policies, `deferred: {}` leaves "
         "them to whoever started the run.",
-        schema=Selector({"enabled": {}, "disabled": {}, "deferred": {}, "env": str}),
+        shape=Choice(("enabled", "disabled", "deferred")),
         schema_default={"enabled": {}},
         default_text="`enabled: {}`",
         is_of_launcher=False,
@@ -135,7 +130,7 @@ class Settings:
         None,
         parsers.positive_integer,
         "How many steps of one run may be queued or running at once.",
-        schema=Noneable(IntSource),
+        shape=Nullable(Integer()),
         default_text="no limit",
         is_of_launcher=False,
     )
@@ -144,14 +139,14 @@ class Settings:
         parsers.items,
         "How many steps of one run with a tag may be queued or running at once, as in Dagster's "
         "other executors.",
-        schema=tag_concurrency_limits_field(),  # type: ignore[no-untyped-call]
+        shape=ListOf(TagLimit()),
         is_of_launcher=False,
     )
     lease_seconds: float = setting(
         defaults.LEASE_SECONDS,
         parsers.lease_seconds,
         "How long a worker may be silent before its steps and runs count as lost.",
-        schema=_SECONDS,
+        shape=Number(),
         schema_default=defaults.LEASE_SECONDS,
     )
     cancel_grace_seconds: float = setting(
@@ -159,7 +154,7 @@ class Settings:
         parsers.seconds,
         "How long a cancelled step may clean up before it is killed; at most 5 s where the process "
         "of its run is dead.",
-        schema=_SECONDS,
+        shape=Number(),
         schema_default=defaults.CANCEL_GRACE_SECONDS,
     )
     server_patience_seconds: float = setting(
@@ -167,7 +162,7 @@ class Settings:
         parsers.seconds,
         "How long a run that begins or is launched, or a worker that starts, waits for a broker, "
         "backend or database that is away. 0 is to fail at once.",
-        schema=_SECONDS,
+        shape=Number(),
         schema_default=defaults.SERVER_PATIENCE_SECONDS,
     )
     max_message_bytes: int = setting(
@@ -177,7 +172,7 @@ class Settings:
         "run that has to send a longer task fails and names the step; of a longer result it reads "
         "in Dagster's log what came of the step. RabbitMQ has a limit of its own, "
         "`max_message_size`.",
-        schema=IntSource,
+        shape=Integer(),
         schema_default=defaults.MAX_MESSAGE_BYTES,
         default_text=f"{defaults.MAX_MESSAGE_BYTES} ({defaults.MAX_MESSAGE_BYTES // 2**20} MiB)",
     )
@@ -186,7 +181,7 @@ class Settings:
         None,
         "Where people reach `dagster-taskiq dashboard`, such as `https://host/taskiq`: each run's "
         "log in Dagster's UI has a link to its page there.",
-        schema=Noneable(StringSource),
+        shape=Nullable(Text()),
         variable=defaults.DASHBOARD_URL_VARIABLE,
         default_text="no link",
     )
@@ -224,11 +219,9 @@ class Settings:
         """Signs and verifies with these settings' keys, for their deployment."""
         return Signer(self.signing_keys, self.source.key_prefix, self.max_message_bytes)
 
-    def link_to(self, run_id: str) -> dict[str, MetadataValue[Any]]:
-        """The link to a run's page in the dashboard, for an event; nothing without its address."""
-        if not self.dashboard_url:
-            return {}
-        return {"dashboard": MetadataValue.url(f"{self.dashboard_url}/runs/{run_id}")}
+    def link_to(self, run_id: str) -> str:
+        """Where the dashboard shows a run; empty without its address."""
+        return f"{self.dashboard_url}/runs/{run_id}" if self.dashboard_url else ""
 
     def server_options(self, url: str, tls: Tls | None) -> ServerOptions:
         """How to reach one of the servers with these settings; see ``read_tls``."""
@@ -242,31 +235,30 @@ class Settings:
         )
 
 
-#: What the executor takes, and the YAML of a worker.
-EXECUTOR_SCHEMA: dict[str, Field] = {row.name: row.to_field() for row in settings_of(Settings)}
-
-#: What the launcher takes.
-CONNECTION_SCHEMA: dict[str, Field] = {
-    row.name: EXECUTOR_SCHEMA[row.name] for row in settings_of(Settings) if row.is_of_launcher
-}
-
-
 def check_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A value of the executor's schema with its ``env:`` parts resolved and its defaults set.
+    """Settings of a YAML file as Dagster hands them over: of the right shapes, ``env:`` resolved.
 
     Args:
         where: what to name in an error: a file or an argument.
 
     Raises:
-        ConfigError: in one line.
+        ConfigError: in one line, with everything that is wrong.
     """
     _check_keys(where, config)
-    value, problems = process_schema(EXECUTOR_SCHEMA, config)
+    known = {row.name: row for row in settings_of(Settings)}
+    checked: dict[str, Any] = {}
+    problems = []
+    for key, value in config.items():
+        if key not in known:
+            problems.append(f"There is no setting {key!r}.{nearest_hint(key, known)}")
+            continue
+        try:
+            checked[key] = known[key].check(value)
+        except ConfigError as error:
+            problems.append(str(error))
     if problems:
-        unknown = [key for key in config if key not in EXECUTOR_SCHEMA]
-        hints = "".join(nearest_hint(key, EXECUTOR_SCHEMA) for key in unknown)
-        raise ConfigError(redact(f"{where}: {' '.join(problems)}{hints}"))
-    return dict(value)
+        raise ConfigError(redact(f"{where}: {' '.join(problems)}"))
+    return checked
 
 
 def _check_keys(where: str, value: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from dagster_taskiq.config.parsers import mapping
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, check_config
+from dagster_taskiq.config.setting import settings_of
+from dagster_taskiq.config.settings import Settings, check_config
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.plain_text import yaml_problem
 
@@ -20,13 +21,22 @@ _BLOCKS = ("config", "taskiq", "celery")
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The ``execution: config:`` of a YAML file, checked against the executor's schema.
+    """The ``execution: config:`` of a YAML file, checked as the executor's is.
 
     dagster-celery's files work as they are. The other parts of a run's config may stand beside it.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, has an option that does not exist, or
             holds something, but no settings where they belong.
+    """
+    return check_config(read_block(path), str(path))
+
+
+def read_block(path: str | Path) -> Mapping[str, Any]:
+    """The same as it stands there, with what is ``{env: NAME}`` unread.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has settings where none belong.
     """
     where = str(path)
     document = mapping(where, _read(path))
@@ -43,7 +53,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     block = mapping(f"{where}: execution.{name}", execution.get(name))
     if name != "config" and set(block) == {"config"}:
         block = mapping(f"{where}: execution.{name}.config", block["config"])
-    return check_config(block, where)
+    return block
 
 
 def _read(path: str | Path) -> Any:
@@ -57,8 +67,9 @@ def _read(path: str | Path) -> Any:
 
 def _refuse_settings(where: str, found: Mapping[Any, Any], place: str) -> None:
     """Refuse keys that mean something in ``execution: config:`` and nothing where they stand."""
+    known = {row.name for row in settings_of(Settings)}
     for key in found:
-        if key in EXECUTOR_SCHEMA:
+        if key in known:
             raise ConfigError(
                 f"{where}: {key!r} stands {place}; it belongs below 'execution: config:'."
             )

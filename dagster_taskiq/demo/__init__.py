@@ -1,5 +1,5 @@
 """``dagster-taskiq demo``: a whole stack on one machine for ten seconds.
 
-``jobs`` is the job, and what ``example/`` deploys; ``run`` is the order of events; ``signals``,
-``processes``, ``progress`` and ``display`` are its tools.
+``jobs`` is the job, and what ``example/`` deploys; ``run`` is the order of events; ``processes``,
+``progress`` and ``display`` are its tools.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,11 +15,11 @@ from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.demo import jobs
 from dagster_taskiq.demo.display import Display
-from dagster_taskiq.demo.processes import Processes
+from dagster_taskiq.demo.processes import DemoProcesses
 from dagster_taskiq.demo.progress import Progress, Step
-from dagster_taskiq.demo.signals import Interrupted, Interrupts
 from dagster_taskiq.errors import DemoError
-from dagster_taskiq.servers.embedded.server import release_embedded_server
+from dagster_taskiq.stack.homes import dagster_home
+from dagster_taskiq.stack.signals import Interrupted, Interrupts
 
 #: By name: the queue and the slots of a worker. One slot shows that the higher priority goes
 #: first, two that long steps run side by side.
@@ -32,9 +30,6 @@ LOOK_SECONDS = 0.15
 
 #: A run that takes longer will not end; a slow machine takes twenty.
 RUN_SECONDS = 180.0
-
-#: How long the embedded server may take to stop.
-SERVER_STOP_SECONDS = 15.0
 
 _SETTINGS = "settings.yaml"
 
@@ -82,7 +77,7 @@ def _run(display: Display, interrupts: Interrupts) -> list[Step]:
     with ExitStack() as stack:
         home = stack.enter_context(_temporary_home())
         stack.enter_context(display)
-        processes = Processes(home)
+        processes = DemoProcesses(home)
         stack.callback(_stop, display, processes)
         with interrupts.at_once():
             display.phase("Starting the server")
@@ -110,7 +105,7 @@ def _worker_arguments(queue: str, slots: int) -> list[str]:
 
 
 def _watch(
-    interrupts: Interrupts, display: Display, processes: Processes, progress: Progress
+    interrupts: Interrupts, display: Display, processes: DemoProcesses, progress: Progress
 ) -> None:
     """Show the run until it has succeeded.
 
@@ -135,7 +130,7 @@ def _watch(
         raise DemoError(f"{text}\n{processes.logs()}")
 
 
-def _stop(display: Display, processes: Processes) -> None:
+def _stop(display: Display, processes: DemoProcesses) -> None:
     try:
         display.phase("Stopping the workers")
     finally:
@@ -150,30 +145,5 @@ def _temporary_home() -> Iterator[Path]:
         home = Path(directory).resolve()
         (home / "dagster.yaml").write_text(_DAGSTER_YAML, encoding="utf8")
         (home / _SETTINGS).write_text(_SETTINGS_YAML, encoding="utf8")
-        before = os.environ.get("DAGSTER_HOME")
-        os.environ["DAGSTER_HOME"] = str(home)
-        try:
+        with dagster_home(home):
             yield home
-        finally:
-            if before is None:
-                del os.environ["DAGSTER_HOME"]
-            else:
-                os.environ["DAGSTER_HOME"] = before
-            release_embedded_server(home)
-            _wait_for_end_of_server(home)
-
-
-def _wait_for_end_of_server(home: Path) -> None:
-    """Return when the embedded server's keeper has ended, whose last user we were."""
-    path = home / "dagster_taskiq" / "keeper.lock"
-    if not path.exists():
-        return
-    deadline = time.monotonic() + SERVER_STOP_SECONDS
-    with path.open("rb") as lock:
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.02)
-            else:
-                return

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, MetadataValue
 
 from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
+from dagster_taskiq.execution.attempt_log import STARTED_AT
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.results import Place
 
@@ -35,15 +37,15 @@ class Arrival:
     trace: TraceContext = field(default_factory=dict)
 
     @classmethod
-    def of(cls, envelope: Envelope, waited_seconds: float | None) -> Arrival:
-        """That of a message's task."""
-        return cls(
-            envelope.queue,
-            envelope.attempt,
-            waited_seconds,
-            envelope.sent_at,
-            envelope.trace,
-        )
+    def of(cls, envelope: Envelope, claimed_at: float) -> Arrival:
+        """That of a message's task.
+
+        Args:
+            claimed_at: by this host's clock, seconds since the epoch.
+        """
+        sent_at = envelope.sent_at
+        waited_seconds = max(0.0, claimed_at - sent_at) if sent_at else None  # clocks differ
+        return cls(envelope.queue, envelope.attempt, waited_seconds, sent_at, envelope.trace)
 
     @property
     def claimed_at(self) -> float:
@@ -115,6 +117,7 @@ def _metadata(place: Place, arrival: Arrival, **count: int) -> dict[str, Any]:
         "slot": place.slot,
         "pid": str(os.getpid()),
         **count,
+        STARTED_AT: MetadataValue.timestamp(time.time()),
     }
     if arrival.waited_seconds is not None:
         found["seconds waited"] = round(arrival.waited_seconds, 3)

@@ -6,7 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from dagster import DagsterEvent, DagsterEventType, DagsterInstance
+from dagster import (
+    DagsterEvent,
+    DagsterEventType,
+    DagsterInstance,
+    TimestampMetadataValue,
+)
 
 from dagster_taskiq._dagster.names import EventLogEntry
 from dagster_taskiq._dagster.replay import is_end_of_attempt
@@ -14,8 +19,8 @@ from dagster_taskiq._dagster.storage import read_step_log
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.messages.results import NOWHERE, Place
 
-#: Classes of the errors of ends that no worker has written: what was lost, and anything else.
-LOOP_ERRORS = LOST_ERROR, FAILED_ERROR = "StepLost", "StepError"
+#: Of the event of a worker's process that begins with a step: when, by its host's clock.
+STARTED_AT = "started at"
 
 
 def of_attempt(attempt: int, events: Iterable[DagsterEvent]) -> list[DagsterEvent]:
@@ -46,6 +51,13 @@ def last_place(events: Sequence[DagsterEvent]) -> Place:
     return next((place for place in reversed(places) if place), NOWHERE)
 
 
+def last_start(events: Sequence[DagsterEvent]) -> float | None:
+    """When a worker has last begun, by its host's clock, in seconds since the epoch."""
+    begun = [event for event in events if place_in(event)]
+    found = begun and begun[-1].engine_event_data.metadata.get(STARTED_AT)
+    return found.value if isinstance(found, TimestampMetadataValue) else None
+
+
 def already_begun(
     instance: DagsterInstance, run_id: str, step_key: str, attempt: int
 ) -> Place | None:
@@ -63,16 +75,20 @@ def already_begun(
     return last_place(events) if has_started(events) else None
 
 
-def outcome(
+def read_attempt(
     instance: DagsterInstance, run_id: str, step_key: str, attempt: int
 ) -> list[DagsterEvent]:
-    """What an attempt has come to, by Dagster's log: its outputs, and its end where it has one.
+    """What Dagster's log tells of an attempt: where it has begun, its outputs and its end.
 
     Args:
         attempt: of the step in this run, from 1.
     """
     entries = read_step_log(instance, run_id, step_key, with_outputs=True)
-    events = _of_one_attempt(entries, attempt)
+    return _of_one_attempt(entries, attempt)
+
+
+def outcome_in(events: Iterable[DagsterEvent]) -> list[DagsterEvent]:
+    """What an attempt has come to, by its events: its outputs, and its end where it has one."""
     return [it for it in events if is_end_of_attempt(it) or it.is_successful_output]
 
 
@@ -125,12 +141,10 @@ def end_in_words(event: DagsterEvent) -> tuple[str, str]:
     if event.is_step_success:
         return "succeeded", ""
     data: Any = event.event_specific_data
-    error = cause = data.error if data else None
-    while cause and cause.cause:
+    cause = data.error if data else None
+    while cause and cause.cause:  # Dagster's own words are around what the code has raised
         cause = cause.cause
-    # around what the step's code has raised, Dagster's words say nothing, and the loop's say where
-    said = (error, cause) if error and error.cls_name in LOOP_ERRORS else (cause,)
-    return "failed", " ".join(dict.fromkeys(it.message.strip() for it in said if it))
+    return "failed", cause.message.strip() if cause else ""
 
 
 def says_sent(event: DagsterEvent) -> bool:

@@ -52,6 +52,9 @@ from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 ARGS_KEY = "execute_step_args_packed"
 RUN_ARGS_KEY = "execute_job_args_packed"
 
+#: What a step came to by the event that ends it, and which none of our outcomes tells.
+_STEP_ENDS = {f"STEP_{it.upper()}": it for it in ("success", "failure", "up_for_retry", "skipped")}
+
 #: Exit code of a run's process that ended without having finished its run.
 EXIT_UNFINISHED = 4
 
@@ -67,6 +70,9 @@ class TaskRunner:
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
         tracing: hears of each step.
+
+    Attributes:
+        step_end: what the last step came to, for metrics; empty where no event has said it.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class TaskRunner:
         tracing: Tracing | None = None,
     ) -> None:
         self._tracing = tracing or Tracing()
+        self.step_end = ""
         self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
@@ -201,6 +208,7 @@ class TaskRunner:
         trace: StepTrace,
     ) -> TaskResult:
         events: list[str] = []
+        self.step_end = ""
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
@@ -208,6 +216,7 @@ class TaskRunner:
                 events.append(serialize_value(event))
                 if is_end_of_attempt(event):
                     trace.note(*end_in_words(event))
+                self.step_end = _STEP_ENDS.get(event.event_type_value, self.step_end)
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
                 Outcome.FINISHED,

@@ -6,19 +6,22 @@ that was away is reached again by the next call.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from dagster_taskiq.aio.loop_thread import LoopThread
+from dagster_taskiq.aio.loop_thread import LoopThread, end_tasks
 from dagster_taskiq.backend import Backend, TaskReport, TaskState, open_backend
+from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import DEFAULT_QUEUE
 from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
@@ -57,6 +60,8 @@ class RunClient:
         self._broker: TaskBroker
         self._backend: Backend
         self._carrier: Carrier
+        self._history: HistoryLog
+        self._telling: asyncio.Task[None] | None = None
 
     @property
     def has_worked(self) -> bool:
@@ -84,8 +89,17 @@ class RunClient:
 
         async def submit() -> None:
             await self._carrier.send([self._carrier.message_of(envelope)])
+            self._history.note_sent(envelope.queue, QueueKind.RUNS.value)
 
         self._call(submit)
+
+    def note_end(self, end: AttemptEnd) -> None:
+        """Tell the history of a run that has ended, once the servers were reached; it may be lost.
+
+        See ``HistoryLog``.
+        """
+        if self._thread is not None:
+            self._history.note_end(end)
 
     def look(self, run_id: str, task_id: str) -> tuple[TaskReport, TaskResult | None]:
         """What the backend knows of a run's task, and its result if it has one."""
@@ -213,13 +227,18 @@ class RunClient:
         self._broker = open_broker(self._servers.broker)
         self._backend = open_backend(self._servers.backend, self._servers.signer)
         self._carrier = Carrier(self._servers, QueueKind.RUNS, self._broker, self._backend)
+        self._history = HistoryLog(self._backend)
         try:
             await self._backend.startup()
             await self._broker.startup()
         except BaseException:
             await self._disconnect()
             raise
+        self._telling = asyncio.create_task(self._history.run(), name="history")
 
     async def _disconnect(self) -> None:
+        if self._telling is not None:
+            await end_tasks([self._telling])
+            await self._history.send()
         await self._broker.shutdown()
         await self._backend.shutdown()

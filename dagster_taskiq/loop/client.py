@@ -1,8 +1,8 @@
 """The execution loop's way to the workers: broker and backend on one event-loop thread.
 
-Two background tasks keep a run going while its loop computes or waits: ``collect`` takes results
-out of the run's mailbox and wakes the loop, ``keep-alive`` renews the lease that says that the run
-has a living loop (without it no step of the run is claimed any more).
+Background tasks keep a run going while its loop computes or waits: ``collect`` takes results out of
+the run's mailbox and wakes the loop, ``keep-alive`` renews the lease that says that the run has a
+living loop (without it no step of the run is claimed any more). ``history`` tells what has ended.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dagster_taskiq.aio.renewals import keep_renewing
 from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend import Backend, TaskState, open_backend
+from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.brokers import TaskBroker, open_bell, open_broker
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
@@ -36,6 +37,7 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import NOWHERE, TaskResult
@@ -87,6 +89,12 @@ class Client(Dispatcher):
         self._events = events
         self._servers = servers
         self._token = uuid.uuid4().hex
+        #: What the loop says of itself when it opens the run, and with each renewal.
+        self._said: dict[str, Any] = {
+            "generation": generation,
+            "token": self._token,
+            "is_resumable": is_resumable,
+        }
         self._inspected_epoch = ""
         #: By task id, the epoch that the task was first sent in.
         self._sent_in: dict[str, str] = {}
@@ -100,7 +108,6 @@ class Client(Dispatcher):
         self._waker = Waker()
         self._thread = LoopThread("dagster-taskiq-client")
         self._generation = generation
-        self._is_resumable = is_resumable
         self._is_open = False
         self._failure: BaseException | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -111,6 +118,7 @@ class Client(Dispatcher):
             self._waker.close()
             raise
         self._carrier = Carrier(servers, QueueKind.STEPS, self._broker, self._backend)
+        self._history = HistoryLog(self._backend)
 
     async def _make_connections(self) -> tuple[TaskBroker, Backend]:
         servers = self._servers
@@ -135,17 +143,14 @@ class Client(Dispatcher):
     async def _open_run(self) -> None:
         await self._backend.startup()
         epoch = await self._backend.open_run(
-            self._run_id,
-            generation=self._generation,
-            token=self._token,
-            is_resumable=self._is_resumable,
-            lease_seconds=self._lease_seconds,
+            self._run_id, lease_seconds=self._lease_seconds, **self._said
         )
         self._watch.note_epoch(epoch, time.monotonic())
         self._is_open = True
         self._background = [
             asyncio.create_task(self._collect(), name="collect"),
             asyncio.create_task(self._keep_alive(), name="keep-alive"),
+            asyncio.create_task(self._history.run(), name="history"),
         ]
         for task in self._background:
             task.add_done_callback(self._note_failure)
@@ -189,10 +194,7 @@ class Client(Dispatcher):
             await self._deliver_unverified(unverified)
 
     async def _deliver_unverified(self, results: Mapping[str, TaskResult]) -> None:
-        """Deliver those whose task is over: a forged one must not end a task that still runs.
-
-        The others are forgotten.
-        """
+        """Deliver those whose task is over; a forged one must not end a task, and is forgotten."""
         _, reports = await self._backend.inspect(self._run_id, list(results))
         for task_id, result in results.items():
             if reports[task_id].state is TaskState.DONE:
@@ -202,11 +204,10 @@ class Client(Dispatcher):
         self._waker.wake()
 
     async def _keep_alive(self) -> None:
-        never = asyncio.Event()
         await keep_renewing(
             self._renew_run,
             lambda: None if self._is_superseded else self._lease_seconds / RENEWALS_PER_LEASE,
-            never.wait,
+            asyncio.Event().wait,  # which is never set
         )
 
     async def _renew_run(self) -> bool:
@@ -214,11 +215,7 @@ class Client(Dispatcher):
         sent_at = time.monotonic()
         try:
             epoch = await self._backend.renew_run(
-                self._run_id,
-                generation=self._generation,
-                token=self._token,
-                is_resumable=self._is_resumable,
-                lease_seconds=self._lease_seconds,
+                self._run_id, lease_seconds=self._lease_seconds, **self._said
             )
         except ServerError as error:
             if sent_at > self._answered_at:
@@ -270,6 +267,8 @@ class Client(Dispatcher):
         messages = [self._carrier.message_of(self._envelope(task)) for task in tasks]
         self._events.flush()  # a loop that takes over must find in the log what was sent
         self._call(lambda: self._carrier.send(messages))
+        for task in tasks:
+            self._history.note_sent(task.queue, QueueKind.STEPS.value)
 
     def wait(self, timeout_seconds: float) -> list[tuple[str, TaskResult]]:
         """See ``Dispatcher``."""
@@ -281,10 +280,7 @@ class Client(Dispatcher):
             raise SupersededLoopError(
                 f"Run {self._run_id} has been taken over by another process: this one stops."
             )
-        results = []
-        while not self._arrived.empty():
-            results.append(self._arrived.get())
-        return results
+        return [self._arrived.get() for _ in range(self._arrived.qsize())]
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
         """See ``Dispatcher``."""
@@ -349,6 +345,10 @@ class Client(Dispatcher):
         self._sent_in[task_id] = self._inspected_epoch
         return self._call(lambda: self._backend.reopen(self._run_id, task_id))
 
+    def note_end(self, end: AttemptEnd) -> None:
+        """See ``Dispatcher``."""
+        self._history.note_end(end)
+
     def close(self, *, leave_running: bool = False) -> None:
         """See ``Dispatcher``."""
         try:
@@ -363,6 +363,7 @@ class Client(Dispatcher):
             if self._is_open and not leave_running:
                 await self._backend.close_run(self._run_id, token=self._token)
             await self._forget_handled()
+            await self._history.send()
         except ServerError as error:
             # its lease runs out by itself, which says the same a little later
             logger.warning("Run %s: cannot say that it is over: %s", self._run_id, error)
@@ -390,6 +391,7 @@ class Client(Dispatcher):
             code_location=code_location(payload),
             limits=task.limits,
             trace=task.trace,
+            job=task.job,
         )
 
 

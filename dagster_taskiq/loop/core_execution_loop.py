@@ -25,7 +25,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from dagster import DagsterEvent
+from dagster import DagsterEvent, MetadataValue
 
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
@@ -111,7 +111,7 @@ def core_execution_loop(
                 yield DagsterEvent.engine_event(
                     context,
                     "The dashboard shows where this run's steps are.",
-                    EngineEventData(metadata=link),
+                    EngineEventData(metadata={"dashboard": MetadataValue.url(link)}),
                 )
             yield from loop.open()
             if context.resume_from_failure:

@@ -12,6 +12,7 @@ from typing import Any
 
 from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait
 from dagster_taskiq.messages.results import TaskResult
@@ -30,6 +31,7 @@ class StepTask:
         make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
         trace: the context of the attempt's span; empty without tracing.
+        job: name of the run's job.
     """
 
     task_id: str
@@ -40,6 +42,7 @@ class StepTask:
     make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
     trace: TraceContext = field(default_factory=dict)
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class Inspection:
 class Dispatcher(ABC):
     """Carries the steps of one run; used from one thread.
 
-    Errors: ``ServerError`` from every method but ``wait`` and ``close``, after which the call may
-    be repeated; ``Patience`` knows for how long that is of use.
+    Errors: ``ServerError`` from every method but ``wait``, ``note_end`` and ``close``, after which
+    the call may be repeated; ``Patience`` knows for how long that is of use.
     """
 
     @abstractmethod
@@ -135,6 +138,13 @@ class Dispatcher(ABC):
     @abstractmethod
     def reopen(self, task_id: str) -> bool:
         """See ``RunBackend.reopen``."""
+
+    @abstractmethod
+    def note_end(self, end: AttemptEnd) -> None:
+        """Tell the history of an attempt that has ended, sooner or later, or never.
+
+        It returns at once, and raises nothing.
+        """
 
     @abstractmethod
     def close(self, *, leave_running: bool = False) -> None:

@@ -15,6 +15,7 @@ from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import Place, TaskResult
 
@@ -95,6 +96,9 @@ class EagerDispatcher(Dispatcher):
     def reopen(self, task_id: str) -> bool:
         """Return False: no task can be lost."""
         return False
+
+    def note_end(self, end: AttemptEnd) -> None:
+        """Do nothing: there is no backend with a history."""
 
     def close(self, *, leave_running: bool = False) -> None:
         """Forget what waits."""

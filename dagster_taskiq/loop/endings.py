@@ -17,13 +17,14 @@ from dagster_taskiq._dagster.names import (
     retry_or_fail_step,
     unpack_error,
 )
-from dagster_taskiq._dagster.replay import is_end_of_attempt, is_in_flight
+from dagster_taskiq._dagster.replay import is_in_flight
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.execution.attempt_log import FAILED_ERROR, LOST_ERROR, end_in_words, outcome
+from dagster_taskiq.execution.attempt_log import outcome_in, read_attempt
 from dagster_taskiq.loop.flights import Flight, LoopRun
-from dagster_taskiq.messages.results import NOWHERE, Outcome, TaskResult
+from dagster_taskiq.loop.reporting import Reporting
+from dagster_taskiq.messages.results import Outcome, TaskResult
 
 
 class Endings:
@@ -39,6 +40,7 @@ class Endings:
         self._dispatcher = run.dispatcher
         self._flights = run.flights
         self._active = active
+        self._reporting = Reporting(run)
 
     def finish(self, flight: Flight, result: TaskResult) -> Iterator[DagsterEvent]:
         """End an attempt by its result."""
@@ -55,7 +57,11 @@ class Endings:
             # what is in the log counts; the result has no events. Read only now, since a condemned
             # attempt may have ended after the log was read by which it was judged
             instance, run_id = self._context.instance, self._context.run_id
-            events = outcome(instance, run_id, flight.step.key, flight.attempt_in_run)
+            told = read_attempt(instance, run_id, flight.step.key, flight.attempt_in_run)
+            events = outcome_in(told)
+        else:
+            told = events
+        end = None
         for event in events:
             yield event
             if event.step_key != flight.step.key:
@@ -65,11 +71,11 @@ class Endings:
                 error = event.engine_event_data.error
             else:
                 self._active.handle_event(event)
-                if is_end_of_attempt(event):
-                    _note_end(flight, event, result)
         if is_in_flight(self._active, flight.step.key):
             error = _error_of(flight, result, error)
-            yield from self._fail(flight, error, result, may_retry=not result.is_cancelled)
+            end = self._fail(flight, error, may_retry=not result.is_cancelled)
+            yield end
+            self._active.handle_event(end)
         elif result.outcome is Outcome.UNLOGGED:
             yield DagsterEvent.engine_event(
                 self._context.for_step(flight.step),
@@ -77,6 +83,7 @@ class Endings:
                 f"{result.reason}",
                 EngineEventData(error=error),
             )
+        self._reporting.finished(flight, result, told, end)
 
     def fail_unexecuted(self, flight: Flight, reason: str) -> Iterator[DagsterEvent]:
         """Fail an attempt that no worker has taken, unless one has by now."""
@@ -84,14 +91,20 @@ class Endings:
         if states[flight.task_id] is TaskState.CANCELLED:
             self._flights.end(flight)
             message = f'Step "{flight.step.key}" was not executed. {reason}'
-            error = plain_error(message, FAILED_ERROR)
-            unexecuted = TaskResult(Outcome.ERROR, NOWHERE, reason=reason)
-            yield from self._fail(flight, error, unexecuted, may_retry=False)
+            self._reporting.unexecuted(flight, reason)
+            end = self._fail(flight, plain_error(message, "StepError"), may_retry=False)
+            yield end
+            self._active.handle_event(end)
+
+    def note_unheard(self, flight: Flight) -> None:
+        """Forget a task whose worker must have stopped it, though no word of that has come."""
+        self._flights.drop(flight)
+        self._reporting.cancelled(flight, "Its worker has stopped it, while the servers were away.")
 
     def note_withdrawn(self, flight: Flight) -> Iterator[DagsterEvent]:
         """Forget a cancelled task that never started, and say so in the log."""
         self._flights.drop(flight)
-        flight.trace.ended("withdrawn", "The run was stopped before a worker had started the step.")
+        self._reporting.cancelled(flight, "It was withdrawn before a worker had started it.")
         yield DagsterEvent.engine_event(
             self._context.for_step(flight.step),
             f'Withdrew step "{flight.step.key}" from queue "{flight.task.queue}" before a worker '
@@ -100,32 +113,13 @@ class Endings:
         )
 
     def _fail(
-        self, flight: Flight, error: SerializableErrorInfo, result: TaskResult, *, may_retry: bool
-    ) -> Iterator[DagsterEvent]:
+        self, flight: Flight, error: SerializableErrorInfo, *, may_retry: bool
+    ) -> DagsterEvent:
         """Log the end of an attempt that did not log one itself."""
         step_context = self._context.for_step(flight.step)
         if may_retry and not self._flights.is_stopping:
-            event = retry_or_fail_step(self._context, step_context, error, self._active)
-        else:
-            event = fail_step(step_context, error)
-        yield event
-        self._active.handle_event(event)
-        _note_end(flight, event, result)
-
-
-def _note_end(flight: Flight, event: DagsterEvent, result: TaskResult) -> None:
-    """Tell the attempt's trace how it ended.
-
-    Args:
-        event: of its end.
-        result: of its task.
-    """
-    word, reason = end_in_words(event)
-    if word != "succeeded" and result.is_cancelled:
-        word = "cancelled"
-    elif word != "succeeded" and result.outcome is Outcome.DIED:
-        word = "lost"
-    flight.trace.ended(word, reason, result.place.worker, is_retried=event.is_step_up_for_retry)
+            return retry_or_fail_step(self._context, step_context, error, self._active)
+        return fail_step(step_context, error)
 
 
 def _error_of(
@@ -146,6 +140,6 @@ def _error_of(
     )
     return plain_error(
         f'Step "{flight.step.key}"{where}: {reason}',
-        LOST_ERROR if result.outcome is Outcome.DIED else FAILED_ERROR,
+        "StepLost" if result.outcome is Outcome.DIED else "StepError",
         raised,
     )

@@ -26,6 +26,7 @@ class Flight:
         attempt_in_run: number of the attempt in this run, from 1. ``task.attempt`` also counts the
             attempts of the run that this one executes again.
         sent_at: of the last time it was sent.
+        sent_on: the same in seconds since the epoch; None where this process has not sent it.
         claim: what was seen of the claim on it.
         place: where it was last seen running.
         absence: for how long neither broker nor backend know it.
@@ -40,6 +41,7 @@ class Flight:
     attempt_in_run: int
     sent_at: float
     claim: ClaimWatch
+    sent_on: float | None = None
     place: Place | None = None
     absence: AbsenceWatch = field(default_factory=AbsenceWatch)
     waits: WaitHistory = field(default_factory=WaitHistory)
@@ -99,7 +101,7 @@ class Flights:
         unsent, self.unsent = self.unsent, []
         for task_id in {task.task_id for task in unsent}:
             flight = self._by_id[task_id]
-            flight.trace.ended("withdrawn", "The run was stopped before the step was sent.")
+            flight.trace.ended("cancelled", "The run was stopped before the step was sent.")
             self.drop(flight)
 
     def __contains__(self, flight: Flight) -> bool:

@@ -98,6 +98,7 @@ class Sending:
         if not self._flights.unsent:
             return
         began_at = time.time_ns()
+        sent_on = time.time()  # before, as a worker may have begun before the server has confirmed
         try:
             self._dispatcher.submit(self._flights.unsent)
         except ServerError as error:
@@ -107,7 +108,7 @@ class Sending:
         for task in self._flights.unsent:
             flight = self._flights.find(task.task_id)
             assert flight is not None
-            flight.sent_at = self._now()
+            flight.sent_at, flight.sent_on = self._now(), sent_on
             flight.trace.submitted(began_at, ended_at)
         self._flights.unsent = []
         self._outages.over("send")
@@ -142,6 +143,7 @@ class Sending:
             make_payload=lambda: self._make_payload(step, cut_known_state(self._active, step)),
             limits=step_time_limits(step.tags),
             trace=trace.context,
+            job=self._context.dagster_run.job_name,
         )
         return Flight(
             task,

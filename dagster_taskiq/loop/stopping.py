@@ -119,4 +119,4 @@ class Stopping:
             EngineEventData.interrupted([flight.step.key for flight in self._flights]),
         )
         for flight in self._flights:
-            self._flights.drop(flight)
+            self._endings.note_unheard(flight)

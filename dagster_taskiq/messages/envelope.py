@@ -28,12 +28,19 @@ from dagster_taskiq.defaults import (
 from dagster_taskiq.errors import MalformedTaskError, TooLargeError
 from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Purpose, Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 
-#: Raised when what runs and workers send each other changes. Tasks of each version wait in physical
-#: queues of their own, so that no worker takes one that only a worker of another version can run.
-PROTOCOL = 2
+__all__ = [
+    "PROTOCOL",
+    "Envelope",
+    "QueueKind",
+    "TaskName",
+    "physical_queue",
+    "run_task_id",
+    "step_task_id",
+]
 
 #: Namespace of our task ids, made once with ``uuid4``.
 _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
@@ -51,13 +58,6 @@ class TaskName(str, Enum):
     EXECUTE_PLAN = "execute_plan"
     EXECUTE_JOB = "execute_job"
     RESUME_JOB = "resume_job"
-
-
-class QueueKind(str, Enum):
-    """Steps and runs wait in separate physical queues, so that runs never starve their steps."""
-
-    STEPS = "steps"
-    RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Envelope:
         sent_at: by the sender's clock, seconds since the epoch; 0 from one that does not say.
         code_location: which code a step is of, see ``code_locations``; empty for a run.
         trace: the context of the attempt's span, see ``aio.tracing``; empty without tracing.
+        job: name of the run's job, for people; empty from a sender that does not say.
         protocol: of the sender.
     """
 
@@ -103,6 +104,7 @@ class Envelope:
     backend: str = ""
     sent_at: float = 0.0
     trace: TraceContext = field(default_factory=dict)
+    job: str = ""
     protocol: int = PROTOCOL
 
     @property
@@ -190,6 +192,7 @@ class Envelope:
                 code_location=_text(header, "code_location", may_be_empty=True),
                 **_origin(header),
                 trace=_trace(header),
+                job=plain_name(_text(header, "job", may_be_empty=True)) if "job" in header else "",
                 protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -213,16 +216,6 @@ def step_task_id(run_id: str, step_key: str, attempt: int) -> str:
 def run_task_id(run_id: str, resume_number: int) -> str:
     """The id of a run's execution; ``resume_number`` is 0 for the first."""
     return str(uuid.uuid5(_TASK_ID_NAMESPACE, f"run\0{run_id}\0{resume_number}"))
-
-
-def physical_queue(key_prefix: str, kind: QueueKind, queue: str, protocol: int = PROTOCOL) -> str:
-    """The name on the server of the queue for tasks of one kind and version.
-
-    Args:
-        queue: as people name it.
-    """
-    version = "" if protocol == 1 else f"-{protocol}"
-    return f"{key_prefix}.{kind.value}{version}.{queue}"
 
 
 def _text(header: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:

@@ -11,6 +11,9 @@ MAX_NAME_CHARACTERS = 255
 #: The same for a sentence, such as the reason of a death.
 MAX_REASON_CHARACTERS = 20_000
 
+#: The same for what stands in one line of a listing.
+MAX_SENTENCE_CHARACTERS = 500
+
 #: Control characters and escapes, marks that reorder text, line separators, surrogates.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -29,7 +32,16 @@ def plain_reason(text: str) -> str:
     return _shortened(plain, MAX_REASON_CHARACTERS)
 
 
+def plain_sentence(text: str) -> str:
+    """A sentence or two in one line without control characters, shortened where it is too long."""
+    # white space may be most of it, such as the indentation of a stack
+    line = " ".join(text[: 4 * MAX_SENTENCE_CHARACTERS].split())
+    return _shortened(_without_controls(line), MAX_SENTENCE_CHARACTERS)
+
+
 def _without_controls(text: str) -> str:
+    if text.isprintable():  # as nearly all are, and a list of workers has thousands
+        return text
     return "".join("\N{REPLACEMENT CHARACTER}" if _is_hidden(it) else it for it in text)
 
 

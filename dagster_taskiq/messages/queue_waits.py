@@ -19,7 +19,7 @@ from dagster_taskiq.defaults import (
     WAIT_REASON_SECONDS,
 )
 from dagster_taskiq.messages.control import refuses
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import PAUSED, WorkerRecord

@@ -83,6 +83,14 @@ class Place:
         except (TypeError, AttributeError) as error:
             raise MalformedResultError(f"it does not say where it ran: {error}") from None
 
+    @classmethod
+    def in_text(cls, text: bytes | str | None) -> Place | None:
+        """The place in a text of JSON, for people; None where it does not say."""
+        try:
+            return cls.from_dict(json.loads(text)) if text else None
+        except (ValueError, RecursionError, MalformedResultError):
+            return None
+
 
 #: Of a task that nobody is known to have executed.
 NOWHERE = Place(worker="unknown", worker_id="", host="unknown", pid=0, slot=0)

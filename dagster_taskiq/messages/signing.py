@@ -43,6 +43,7 @@ class Purpose(str, Enum):
     WORKER = "worker"
     NOTE = "note"
     PAUSE = "pause"
+    HISTORY = "history"
     KEY_ID = "key-id"
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, Field, asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from dagster_taskiq.defaults import (
@@ -31,6 +33,9 @@ MAX_RECORD_AGE_SECONDS = WORKER_EXPIRES_SECONDS + CONTROL_AGE_SECONDS
 #: What a reader makes of a record; no record says it of itself.
 _OF_THE_READER = ("is_trusted", "is_outdated")
 
+#: The state of a worker that has not been heard of for ``WORKER_EXPIRES_SECONDS``, and has not
+#: signed off. Its record is kept for some minutes, for people.
+LOST = "lost"
 
 #: How many tasks a worker tells at most, and the most bytes that these are believed to take.
 MAX_RUNNING = 100
@@ -51,6 +56,7 @@ class RunningTask:
         step_key: empty for a whole run.
         attempt: see ``Envelope``.
         claimed_at: by the worker's clock; seconds since the epoch.
+        job: name of the run's job; empty where its sender does not tell.
     """
 
     task_id: str
@@ -59,6 +65,7 @@ class RunningTask:
     attempt: int
     queue: str
     claimed_at: float
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class WorkerRecord:
         slots, busy_slots: how many steps it can and does run.
         run_slots, busy_run_slots: the same for whole runs.
         state: ``running``, ``paused``, ``draining``, or ``no processes``: it can start none. In the
-            last three it takes nothing.
+            last three it takes nothing. From ``lost_workers`` always ``LOST``.
         pause_reason: of who has paused it, for people.
         started_at: seconds since the epoch.
         refused: how many messages it has refused.
@@ -82,6 +89,13 @@ class WorkerRecord:
             empty without such tasks.
         broker: address of the broker that it listens to, without a password; empty if not told.
         pings: ids of the last pings that it has answered, see ``control.ping_order``.
+        done, failed: how many tasks have ended in it since its start: a step, or a whole run, with
+            success or not. An attempt that is tried again has failed.
+        memory_bytes: of the worker and all processes below it, where what some of them share
+            counts once; 0 where it is not known.
+        dagster, python: versions; empty where it does not tell.
+        storage: which storage its Dagster instance has, see ``storage_fingerprint``; empty where it
+            does not tell.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
             has no key.
@@ -108,6 +122,12 @@ class WorkerRecord:
     other_backend: str = ""
     broker: str = ""
     pings: tuple[str, ...] = ()
+    done: int = 0
+    failed: int = 0
+    memory_bytes: int = 0
+    dagster: str = ""
+    python: str = ""
+    storage: str = ""
     sent_at: float = 0.0
     is_trusted: bool = True
     is_outdated: bool = False
@@ -143,6 +163,29 @@ def read_record(signer: Signer, worker_id: str, data: bytes, now: float) -> Work
     is_old = abs(now - known["sent_at"]) > MAX_RECORD_AGE_SECONDS
     is_outdated = signer.is_active and is_trusted and is_old
     return WorkerRecord(**known, is_trusted=is_trusted and not is_outdated, is_outdated=is_outdated)
+
+
+def readable_records(
+    signer: Signer, stored: Mapping[str, bytes], note: Callable[[str, str], None]
+) -> list[WorkerRecord]:
+    """The records that are stored, by their workers' ids, in the order of their names.
+
+    Args:
+        note: is told the worker's id and the problem of each record that cannot be read, since
+            anybody who can write there can have put it there.
+    """
+    found = []
+    for worker_id, data in stored.items():
+        try:
+            found.append(read_record(signer, worker_id, data, time.time()))
+        except ValueError as error:
+            note(worker_id, str(error))
+    return sorted(found, key=lambda record: record.name)
+
+
+def as_lost(records: Iterable[WorkerRecord]) -> list[WorkerRecord]:
+    """The same records, of workers that are not heard of any more."""
+    return [replace(record, state=LOST) for record in records]
 
 
 def write_running(signer: Signer, worker_id: str, tasks: Sequence[RunningTask]) -> bytes:
@@ -221,3 +264,10 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "int": _count,
     "float": _seconds,
 }
+
+
+def is_named(record: WorkerRecord, name: str) -> bool:
+    """Whether NAME, NAME@HOST or @HOST means this worker; each may be a pattern, as of files."""
+    own, _, host = record.name.partition("@")
+    meant = (record.name, own, f"@{host}")
+    return name in meant or any(fnmatchcase(it, name) for it in meant)

@@ -9,9 +9,9 @@ A dash in a listing is a ``None`` here: the server cannot tell.
 
 from __future__ import annotations
 
+from dagster_taskiq.messages.worker_records import is_named
 from dagster_taskiq.overview.reading import (
     MOST_WAITING,
-    is_named,
     reach_servers,
     read_backend,
     read_overview,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from dagster_taskiq.backend import Backend, TaskState
 from dagster_taskiq.backend.base import RunReport
@@ -14,7 +14,8 @@ from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.brokers.looks import WaitingTask
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import MalformedTaskError, ServerError, UntrustedError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
 from dagster_taskiq.messages.worker_records import PAUSED, RunningTask, WorkerRecord
@@ -41,13 +42,6 @@ _REASONS: Mapping[TaskState, tuple[str, str]] = {
 _WITHOUT_LOOP = "The process of its run is gone, and no worker executes a step of such a run."
 
 
-def is_named(record: WorkerRecord, name: str) -> bool:
-    """Whether NAME, NAME@HOST or @HOST means this worker; each may be a pattern, as of files."""
-    own, _, host = record.name.partition("@")
-    meant = (record.name, own, f"@{host}")
-    return name in meant or any(fnmatchcase(it, name) for it in meant)
-
-
 async def reach_servers(servers: Servers, backend: Backend, broker: TaskBroker) -> list[ServerView]:
     """Start both, and say how they answer; one that is away is no error."""
     if servers.broker.address == servers.backend.address:
@@ -55,7 +49,8 @@ async def reach_servers(servers: Servers, backend: Backend, broker: TaskBroker) 
         if not views[0].problem:
             await broker.startup()
         return views
-    return [await _reach(("broker",), broker), await _reach(("backend",), backend)]
+    # together, as one that is away may take seconds to be found so
+    return list(await asyncio.gather(_reach(("broker",), broker), _reach(("backend",), backend)))
 
 
 async def _reach(roles: tuple[str, ...], server: Backend | TaskBroker) -> ServerView:
@@ -74,6 +69,7 @@ async def read_overview(
     broker: TaskBroker,
     queues: Iterable[str] = (),
     most_waiting: int = MOST_WAITING,
+    most_ended: int = 0,
 ) -> Overview:
     """What there is to see on broker and backend; how they answer is ``reach_servers``.
 
@@ -82,23 +78,30 @@ async def read_overview(
         backend, broker: on which ``startup`` was called.
         queues: that are shown though no worker listens on them and no task may wait there.
         most_waiting: how many of the tasks that wait in a queue are shown one by one.
+        most_ended: how many attempts that have ended are shown, of each ``EndGroup``.
 
     Raises:
         ServerError: one of the two is away or refuses.
     """
-    known = await read_backend(backend)
+    known = await read_backend(backend, most_ended)
     pauses = await backend.paused_queues()
     reader = _QueueReader(servers, backend, broker, known.workers, known.runs, pauses, most_waiting)
     return replace(known, queues=await reader.read(queues))
 
 
-async def read_backend(backend: Backend) -> Overview:
-    """Workers and runs alone, which are seen while the broker is away.
+async def read_backend(backend: Backend, most_ended: int = 0) -> Overview:
+    """Workers, runs and what has ended alone, which are seen while the broker is away.
+
+    Args:
+        most_ended: see ``read_overview``.
 
     Raises:
         ServerError: the backend is away or refuses.
     """
-    return Overview(workers=await backend.workers(), runs=await _read_runs(backend))
+    workers, runs = await backend.workers(), await _read_runs(backend)
+    ended = await backend.ended(most_ended) if most_ended else []
+    lost_workers = await backend.lost_workers()
+    return Overview(workers=workers, lost_workers=lost_workers, runs=runs, ended=ended)
 
 
 # --- queues ---
@@ -233,6 +236,7 @@ def _waiting_task(envelope: Envelope, priority: int, position: int, reason: str)
         run_id=envelope.run_id,
         state=TaskState.UNKNOWN,
         step_key=envelope.step_key or "",
+        job=envelope.job,
         attempt=envelope.attempt,
         queue=envelope.queue,
         priority=priority,
@@ -273,6 +277,7 @@ def _tasks_of(run: RunReport, told: Mapping[str, RunningTask]) -> list[TaskView]
             view = replace(
                 view,
                 step_key=task.step_key,
+                job=task.job,
                 attempt=task.attempt,
                 queue=task.queue,
                 claimed_at=task.claimed_at,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place
@@ -50,6 +51,7 @@ class TaskView:
         place: where it is executed.
         claimed_at: by the clock of its worker; seconds since the epoch.
         reason: why it is not executed, in sentences, beside the tasks before it; empty for none.
+        job: name of its run's job; empty where nobody has told.
     """
 
     task_id: str
@@ -64,6 +66,7 @@ class TaskView:
     place: Place | None = None
     claimed_at: float | None = None
     reason: str = ""
+    job: str = ""
 
     @property
     def status(self) -> TaskStatus:
@@ -163,12 +166,21 @@ class ServerView:
 
 @dataclass(frozen=True)
 class Overview:
-    """All of it; a server's parts are of one moment after the other."""
+    """All of it; a server's parts are of one moment after the other.
+
+    Attributes:
+        workers: that live.
+        lost_workers: that do not, and have not signed off.
+        ended: the attempts that ended last, the newest first, as many of each group as were asked
+            for.
+    """
 
     servers: Sequence[ServerView] = ()
     workers: Sequence[WorkerRecord] = ()
     queues: Sequence[QueueView] = ()
     runs: Sequence[RunView] = ()
+    ended: Sequence[AttemptEnd] = ()
+    lost_workers: Sequence[WorkerRecord] = ()
 
     def tasks(self) -> Iterator[TaskView]:
         """The tasks that are executed or wait for a judgement, by run; then those that wait."""

@@ -62,6 +62,8 @@ class ServerKind:
         extra: of our package, which brings the client library; empty where that is always there.
         bell: the same in ``brokers/``, of what tells runs' loops of results; None without.
         is_woken_by_broker: whether, as the backend, it had better leave that to the broker's bell.
+        facts: module and function in ``servers/`` that tell how the server is set, see
+            ``facts.read_facts``; empty where nothing is asked.
         has_ssl_parameters: whether TLS may be set in the URL, by kombu's ``ssl_`` parameters.
         client_url: the URL as the client library reads it.
     """
@@ -75,6 +77,7 @@ class ServerKind:
     extra: str = ""
     bell: str | None = None
     is_woken_by_broker: bool = False
+    facts: str = ""
     has_ssl_parameters: bool = False
     client_url: Callable[[str], str] = str
 
@@ -110,6 +113,7 @@ REDIS = ServerKind(
     refusals=REDIS_REFUSALS,
     broker="redis:RedisTaskBroker",
     backend="redis:RedisBackend",
+    facts="dagster_taskiq.servers.redis_facts:read_redis_facts",
     has_ssl_parameters=True,
 )
 
@@ -126,6 +130,7 @@ POSTGRESQL = ServerKind(
     refusals=POSTGRESQL_SERVER_REFUSALS,
     broker="postgresql:PostgresqlTaskBroker",
     backend="postgresql:PostgresqlBackend",
+    facts="dagster_taskiq.servers.postgresql_facts:read_postgresql_facts",
     extra="postgres",
     is_woken_by_broker=True,
     client_url=normalize_postgresql,

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from dagster_taskiq.messages.control import OrderKind
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.plain_text import plain_reason
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.steering.helm import Helm

@@ -15,7 +15,8 @@ from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.defaults import RESULT_EXPIRES_SECONDS
 from dagster_taskiq.errors import MalformedTaskError, UntrustedError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import Envelope, TaskName
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.steering.helm import Helm
 

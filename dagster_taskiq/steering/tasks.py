@@ -7,7 +7,8 @@ from enum import Enum
 from dagster_taskiq.backend import TaskState
 from dagster_taskiq.errors import MalformedTaskError, UntrustedError
 from dagster_taskiq.messages.control import cancel_order
-from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.overview import TaskStatus, TaskView
 from dagster_taskiq.steering.helm import Helm

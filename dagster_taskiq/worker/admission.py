@@ -8,7 +8,12 @@ from collections.abc import Collection
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.brokers import Admission
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
-from dagster_taskiq.errors import MalformedTaskError, OtherBackendError, UntrustedError
+from dagster_taskiq.errors import (
+    MalformedTaskError,
+    OtherBackendError,
+    ServerError,
+    UntrustedError,
+)
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.notes import write_note
 from dagster_taskiq.messages.signing import Signer
@@ -81,3 +86,10 @@ class StationAdmission(Admission):
     def refused(self, address: str, error: Exception) -> None:
         """See ``Admission``."""
         self._observer.refused(address, "a message", error)
+
+    def outage(self, error: ServerError | None) -> None:
+        """See ``Admission``."""
+        if error is None:
+            self._observer.broker_back(self._kind)
+        else:
+            self._observer.broker_away(self._kind, error)

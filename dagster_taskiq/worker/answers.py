@@ -9,6 +9,9 @@ from dagster_taskiq.worker.child_messages import Answer, Executed
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.slot_base import ChildDied
 
+#: What a child says of a step that has failed, see ``TaskRunner``.
+_FAILED_ENDS = ("failure", "up_for_retry")
+
 
 def result_of(answer: Answer | ChildDied, lease: Lease, verdict: str) -> TaskResult:
     """What a task came to.
@@ -42,3 +45,18 @@ def result_of(answer: Answer | ChildDied, lease: Lease, verdict: str) -> TaskRes
 def cause_of(result: TaskResult) -> str:
     """Why a task ended other than by its own end; empty where there is nothing to say."""
     return result.reason or str((result.error or {}).get("message", ""))
+
+
+def has_failed(result: TaskResult, step_end: str) -> bool:
+    """Whether a task came to no good end: a step's attempt, or a run; one that was stopped, too.
+
+    False of one that is for another worker.
+
+    Args:
+        step_end: what a step came to by its own events, see ``TaskRunner``; empty of a run.
+    """
+    if result.outcome in (Outcome.REFUSED, Outcome.COPY):
+        return False
+    if result.outcome is not Outcome.FINISHED or result.error or result.exit_code:
+        return True
+    return step_end in _FAILED_ENDS

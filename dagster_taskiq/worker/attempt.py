@@ -35,7 +35,7 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.worker.answers import cause_of, result_of
+from dagster_taskiq.worker.answers import cause_of, has_failed, result_of
 from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, StopReason
@@ -97,7 +97,6 @@ class Attempt:
         self._tools = tools
         self._is_draining = is_draining
         self._taken_at = time.monotonic()
-        self._waited_seconds: float | None = None
         self._acking: asyncio.Task[None] | None = None
         self._shortage: NoProcessError | None = None
 
@@ -192,8 +191,7 @@ class Attempt:
             is_step=self._envelope.kind is QueueKind.STEPS,
         )
         self.state = State.CLAIMED
-        if self._envelope.sent_at:  # clocks of hosts differ
-            self._waited_seconds = max(0.0, time.time() - self._envelope.sent_at)
+        self._arrival = Arrival.of(self._envelope, claimed_at=time.time())
         self._tools.leases.keep(lease)
         self._tools.observer.claimed(self._envelope)
         return lease
@@ -229,7 +227,7 @@ class Attempt:
         """The result of a task whose slot cannot be had ready."""
         result = TaskResult(Outcome.ERROR, claim.place, reason=failure)
         waited_seconds = time.monotonic() - self._taken_at
-        ending = Ending(result.outcome, waited_seconds, None, cause_of(result))
+        ending = Ending(result.outcome, waited_seconds, None, cause_of(result), has_failed=True)
         self._tools.observer.ended(self._envelope, ending)
         return result
 
@@ -241,12 +239,12 @@ class Attempt:
             envelope.name,
             envelope.payload,
             place,
-            Arrival.of(envelope, self._waited_seconds),
+            self._arrival,
             envelope.code_location,
             timers.limits.soft_seconds,
         )
         started_at = time.monotonic()
-        left_behind = ""
+        left_behind = step_end = ""
         try:
             answer = await slot.run(
                 order,
@@ -255,14 +253,24 @@ class Attempt:
                 lambda: self._note_start(lease.claim),
             )
             result = result_of(answer, lease, timers.verdict)
-            left_behind = answer.left_behind if isinstance(answer, Executed) else ""
+            if isinstance(answer, Executed):
+                left_behind, step_end = answer.left_behind, answer.step_end
         except SlotError as error:
             result = self._result_without_child(place, error)
         finally:
             timers.cancel()
         waited_seconds = started_at - self._taken_at
         run_seconds = time.monotonic() - started_at
-        ending = Ending(result.outcome, waited_seconds, run_seconds, cause_of(result), left_behind)
+        ending = Ending(
+            result.outcome,
+            waited_seconds,
+            run_seconds,
+            cause_of(result),
+            left_behind,
+            has_failed(result, step_end),
+            step_end,
+            lease.stop_reason.name if lease.stop_reason else "",
+        )
         self._tools.observer.ended(envelope, ending)
         return result
 
@@ -341,7 +349,12 @@ class Attempt:
                 continue
             if not is_stored:
                 logger.error("The result of task %s was refused: its lease had ended.", task_id)
-            return is_stored
+                return False
+            is_cancelled = lease.stop_reason is StopReason.CANCELLED
+            self._tools.observer.completed(
+                self._envelope, result, is_cancelled=is_cancelled, size_bytes=len(data)
+            )
+            return True
 
     async def _end_unbegun(self, lease: Lease, result: TaskResult) -> None:
         """Have Dagster know of a launched run that could not start.

@@ -161,7 +161,7 @@ def _find_code_here() -> None:
 def _execute(
     runner: TaskRunner, order: Execute, on_run_start_logged: Callable[[], None]
 ) -> Executed:
-    leftovers = Leftovers()
+    leftovers, step_end = Leftovers(), ""
     try:
         payload = _payload(order.payload)
     except ValueError as error:
@@ -171,6 +171,7 @@ def _execute(
         if order.name is TaskName.EXECUTE_PLAN:
             with soft_time_limit(order.soft_timeout_seconds):
                 result = runner.execute_plan(payload, order.place, order.arrival, leftovers.look)
+                step_end = runner.step_end
         else:
             result = runner.execute_run(
                 order.name, payload, order.place, order.arrival, on_run_start_logged
@@ -178,7 +179,7 @@ def _execute(
     sys.stdout.flush()
     sys.stderr.flush()
     left_behind = ", ".join(leftovers.put_back())
-    return Executed(result.to_bytes().decode(), left_behind, _resident_kib())
+    return Executed(result.to_bytes().decode(), left_behind, _resident_kib(), step_end)
 
 
 def _payload(text: str) -> dict[str, Any]:

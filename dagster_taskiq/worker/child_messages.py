@@ -118,11 +118,13 @@ class Executed:
         result: a ``TaskResult`` as text.
         left_behind: what keeps the child from taking another task, in words; empty if nothing.
         resident_kib: memory of the child.
+        step_end: see ``TaskRunner``; empty for a run.
     """
 
     result: str
     left_behind: str
     resident_kib: int
+    step_end: str = ""
 
 
 @dataclass(frozen=True)

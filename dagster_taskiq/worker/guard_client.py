@@ -100,6 +100,11 @@ class GuardClient:
         """Of the guard process; 0 before ``start``."""
         return self._process.pid if self._process else 0
 
+    @property
+    def groups(self) -> list[int]:
+        """Process groups of the children that there are; any thread may ask."""
+        return list(self._deadlines)
+
     async def monitor(self, on_unguarded: Callable[[int], None] = kill_group) -> None:
         """Replace a guard that ended or does not answer; nothing is killed by its end.
 

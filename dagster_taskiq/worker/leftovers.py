@@ -127,10 +127,10 @@ def _processes() -> frozenset[int]:
         getattr(vars(forkserver).get("_forkserver"), "_forkserver_pid", None),
         getattr(vars(resource_tracker).get("_resource_tracker"), "_pid", None),
     }
-    return frozenset(it for it in _below(os.getpid()) if it not in helpers and _runs(it))
+    return frozenset(it for it in processes_below(os.getpid()) if it not in helpers and _runs(it))
 
 
-def _below(pid: int) -> list[int]:
+def processes_below(pid: int) -> list[int]:
     """The processes below one, some of which may have ended by now."""
     if not _KERNEL_LISTS_CHILDREN:
         return [it.pid for it in psutil.Process(pid).children(recursive=True)]
@@ -139,7 +139,7 @@ def _below(pid: int) -> list[int]:
         for thread in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError):  # the thread has ended
                 children += map(int, (thread / "children").read_bytes().split())
-    return children + [it for child in children for it in _below(child)]
+    return children + [it for child in children for it in processes_below(child)]
 
 
 def _runs(pid: int) -> bool:

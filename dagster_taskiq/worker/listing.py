@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 
+import dagster
+
+from dagster_taskiq._dagster.fingerprint import own_fingerprint
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS, WORKER_EXPIRES_SECONDS
-from dagster_taskiq.errors import ServerError
-from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.errors import ConfigError, ServerError
 from dagster_taskiq.messages.plain_text import plain_name
+from dagster_taskiq.messages.queue_names import PROTOCOL, QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.version import __version__
+from dagster_taskiq.worker.memory_gauge import MemoryGauge
 from dagster_taskiq.worker.observer import CountingObserver
 from dagster_taskiq.worker.steering import Steering
 
@@ -63,6 +68,8 @@ class Listing:
         self._on_outage = on_outage
         self._started_at = time.time()
         self._pings: deque[str] = deque(maxlen=_REMEMBERED_PINGS)
+        self._memory = MemoryGauge()
+        self._storage = ""
         self._is_entered = False
 
     async def enter(self) -> None:
@@ -77,12 +84,22 @@ class Listing:
     async def run(self) -> None:
         """Send a heartbeat now and then, and have the backend tidied, until cancelled."""
         tidies_at = time.monotonic() + _TIDY_SECONDS * random.random()
+        await self._find_storage()
         while True:
+            self._memory.look()
             await asyncio.sleep(HEARTBEAT_SECONDS)
             await self.update()
             if time.monotonic() >= tidies_at:
                 tidies_at = time.monotonic() + _TIDY_SECONDS * random.uniform(0.5, 1.5)
                 await self._tidy()
+
+    async def _find_storage(self) -> None:
+        try:
+            self._storage = await asyncio.to_thread(own_fingerprint)
+        except (ConfigError, RuntimeError) as error:  # the latter without threads
+            logger.debug("The listing does not say which Dagster instance this is: %s", error)
+        else:
+            await self.update()
 
     async def _tidy(self) -> None:
         try:
@@ -135,6 +152,12 @@ class Listing:
             other_backend=counts.other_backend,
             broker=self._servers.broker.address,
             pings=tuple(self._pings),
+            done=counts.done_count,
+            failed=counts.failed_count,
+            memory_bytes=self._memory.found_bytes,
+            dagster=dagster.__version__,
+            python=platform.python_version(),
+            storage=self._storage,
             sent_at=time.time(),
         )
         running = list(counts.running.values())

@@ -1,11 +1,12 @@
 """What a worker's observers hear, and the two that every worker has: its log and its counters.
 
-    admitted --> claimed --> began --> ended --> released
+    admitted --> claimed --> began --> ended --> completed --> released
         '------> dropped
     given_back
 
 ``admitted`` may be the last word, where the message goes back to its queue. ``ended`` comes without
-``began`` where the slot had no child. ``released`` comes once for each ``claimed``, whatever
+``began`` where the slot had no child, and ``completed`` not at all where the claim was lost, or a
+run is left to another worker. ``released`` comes once for each ``claimed``, whatever
 becomes of the task.
 """
 
@@ -22,8 +23,9 @@ from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.refusals import Refusals
-from dagster_taskiq.messages.results import Outcome, Place
+from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.worker_records import RunningTask
+from dagster_taskiq.worker.slot_base import ReplaceReason
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ class Ending:
         run_seconds: from its beginning to its end; None where it could not begin.
         cause: why it ended other than by its own end; empty where there is nothing to say.
         left_behind: what keeps its child from taking another task, in words; empty if nothing.
+        has_failed: whether it came to no good end; see ``answers.has_failed``.
+        step_end: what a step came to by its own events, see ``TaskRunner``; empty if unknown.
+        stopped_by: name of the ``StopReason`` for which it was stopped; empty if it was not.
     """
 
     outcome: Outcome
@@ -52,6 +57,9 @@ class Ending:
     run_seconds: float | None
     cause: str = ""
     left_behind: str = ""
+    has_failed: bool = False
+    step_end: str = ""
+    stopped_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,16 @@ class WorkerObserver:
     def ended(self, envelope: Envelope, ending: Ending) -> None:
         """A task has ended in its slot; its result is not stored yet."""
 
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
+        """The result of a task is stored, which ends its claim.
+
+        Args:
+            is_cancelled: whether it was stopped for a cancel.
+            size_bytes: of the result, as it is stored.
+        """
+
     def released(self, envelope: Envelope) -> None:
         """A task that was claimed is not this worker's any more."""
 
@@ -122,13 +140,25 @@ class WorkerObserver:
     def outage_over(self, address: str) -> None:
         """The backend renews claims again."""
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """A station cannot listen to its broker; said once, until ``broker_back``."""
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """The station listens again."""
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """A slot gives up its child for a new one.
 
         Args:
             slot: its number.
             pid: of the child that goes.
-            reason: in words.
+        """
+
+    def failed(self, task: str) -> None:
+        """A background task of the worker has ended, which must not: the worker stops.
+
+        Args:
+            task: its name.
         """
 
 
@@ -194,6 +224,8 @@ class CountingObserver(WorkerObserver):
         busy: how many tasks of each kind are claimed now.
         running: those tasks by their ids, the longest claimed first.
         refused_count: how many messages and orders were refused.
+        done_count, failed_count: how many tasks have ended, with success or not; without those
+            that are for another worker.
     """
 
     _given_back: tuple[str, float] = "", 0.0
@@ -201,7 +233,7 @@ class CountingObserver(WorkerObserver):
     def __init__(self) -> None:
         self.busy: Counter[QueueKind] = Counter()
         self.running: dict[str, RunningTask] = {}
-        self.refused_count = 0
+        self.refused_count = self.done_count = self.failed_count = 0
 
     @property
     def other_backend(self) -> str:
@@ -223,7 +255,15 @@ class CountingObserver(WorkerObserver):
             attempt=envelope.attempt,
             queue=envelope.queue,
             claimed_at=time.time(),
+            job=envelope.job,
         )
+
+    def ended(self, envelope: Envelope, ending: Ending) -> None:
+        """See ``WorkerObserver``."""
+        if ending.has_failed:
+            self.failed_count += 1
+        elif ending.outcome is Outcome.FINISHED:
+            self.done_count += 1
 
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
@@ -241,10 +281,10 @@ class Observers(WorkerObserver):
     def __init__(self, *observers: WorkerObserver) -> None:
         self._observers = observers
 
-    def _tell(self, event: str, *details: object) -> None:
+    def _tell(self, event: str, *details: object, **named: object) -> None:
         for observer in self._observers:
             try:
-                getattr(observer, event)(*details)
+                getattr(observer, event)(*details, **named)
             except Exception:
                 logger.exception("%s failed to hear of %r.", type(observer).__name__, event)
 
@@ -276,6 +316,12 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("ended", envelope, ending)
 
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("completed", envelope, result, is_cancelled=is_cancelled, size_bytes=size_bytes)
+
     def released(self, envelope: Envelope) -> None:
         """See ``WorkerObserver``."""
         self._tell("released", envelope)
@@ -300,6 +346,18 @@ class Observers(WorkerObserver):
         """See ``WorkerObserver``."""
         self._tell("outage_over", address)
 
-    def child_replaced(self, slot: int, pid: int, reason: str) -> None:
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_away", kind, error)
+
+    def broker_back(self, kind: QueueKind) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("broker_back", kind)
+
+    def child_replaced(self, slot: int, pid: int, reason: ReplaceReason) -> None:
         """See ``WorkerObserver``."""
         self._tell("child_replaced", slot, pid, reason)
+
+    def failed(self, task: str) -> None:
+        """See ``WorkerObserver``."""
+        self._tell("failed", task)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import Admission, TaskBroker, open_bell, open_broker
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.guard_client import GuardClient

@@ -42,7 +42,7 @@ from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.observer import WorkerObserver
 from dagster_taskiq.worker.out_of_memory import count_oom_kills
-from dagster_taskiq.worker.slot_base import ChildDied, Slot
+from dagster_taskiq.worker.slot_base import ChildDied, ReplaceReason, Slot
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ class ChildSlot(Slot):
         self._writer: asyncio.StreamWriter | None = None
         self._exited: asyncio.Future[int] | None = None
         self._tasks_done = 0
-        #: Why the child is replaced before the next task, in words; empty if it is not.
-        self._spent_by = ""
+        #: Why the child is replaced before the next task; None if it is not.
+        self._spent_by: ReplaceReason | None = None
         self._has_task = False
         self._task_number = 0
         self._preparing = asyncio.Lock()
@@ -127,20 +127,20 @@ class ChildSlot(Slot):
 
     def retire(self) -> None:
         """See ``Slot``."""
-        self._spent_by = "it was asked for a fresh one"
+        self._spent_by = ReplaceReason.FRESH
 
-    def _reason_to_replace(self, location: str) -> str:
-        """Why the child must be replaced before a task of a location; empty if it need not be."""
+    def _reason_to_replace(self, location: str) -> ReplaceReason | None:
+        """Why the child must be replaced before a task of a location; None if it need not be."""
         assert self._exited is not None
         if self._spent_by:
             return self._spent_by
         if self._exited.done():
-            return "it has ended"
+            return ReplaceReason.ENDED
         has_other_code = self.location and location and self.location != location
-        return "it has executed other code" if has_other_code else ""
+        return ReplaceReason.OTHER_CODE if has_other_code else None
 
     async def _start(self) -> None:
-        self._spent_by = ""  # first, so that a `retire` that comes meanwhile counts
+        self._spent_by = None  # first, so that a `retire` that comes meanwhile counts
         self._oom_kills = count_oom_kills()
         process, ours = await self._fork()
         assert process.pid is not None
@@ -261,13 +261,13 @@ class ChildSlot(Slot):
 
     def _note_use(self, answer: Answer) -> None:
         if self._max_tasks and self._tasks_done >= self._max_tasks:
-            self._spent_by = f"it has executed {self._tasks_done} tasks"
+            self._spent_by = ReplaceReason.TASKS
         if not isinstance(answer, Executed):
             return
         if answer.left_behind:
-            self._spent_by = f"a task has left behind {answer.left_behind}"
+            self._spent_by = ReplaceReason.LEFTOVERS
         if self._max_memory_kib and answer.resident_kib > self._max_memory_kib:
-            self._spent_by = f"it holds {answer.resident_kib} KiB"
+            self._spent_by = ReplaceReason.MEMORY
 
     async def _next_message(self, timeout_seconds: float | None) -> Word | ChildDied:
         """The child's next message, or its death.
@@ -314,17 +314,17 @@ class ChildSlot(Slot):
 
     def interrupt(self) -> None:
         """See ``Slot``."""
-        self._spent_by = "its task was interrupted"
+        self._spent_by = ReplaceReason.INTERRUPTED
         self._signal(signal.SIGTERM)
 
     def warn(self) -> None:
         """See ``Slot``."""
-        self._spent_by = "its task was over its soft time limit"  # the exception may have torn it
+        self._spent_by = ReplaceReason.SOFT_LIMIT  # the exception may have torn it
         self._signal(SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
         """See ``Slot``."""
-        self._spent_by = "it was killed"
+        self._spent_by = ReplaceReason.KILLED
         if self._exited is not None and not self._exited.done():
             kill_group(self.pid)
             # it leads the group only a moment after its start

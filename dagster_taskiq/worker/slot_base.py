@@ -6,6 +6,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from dagster_taskiq.worker.child_messages import Answer, Order
 
@@ -37,6 +38,20 @@ class ChildDied:
             cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
             return f"its process was killed by {name}{cause}"
         return f"its process ended with exit code {self.exit_code}"
+
+
+class ReplaceReason(str, Enum):
+    """Why a slot gives up its child between two tasks."""
+
+    TASKS = "it has executed its number of tasks"
+    MEMORY = "it holds more memory than it may"
+    LEFTOVERS = "a task has left something behind in it"
+    OTHER_CODE = "it has executed other code"
+    FRESH = "it was asked for a fresh one"
+    INTERRUPTED = "its task was interrupted"
+    SOFT_LIMIT = "its task was over its soft time limit"
+    KILLED = "it was killed"
+    ENDED = "it has ended"
 
 
 class Slot(ABC):

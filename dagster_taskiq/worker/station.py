@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers import Delivery, TaskBroker
 from dagster_taskiq.errors import CopyOfStepError, NoProcessError
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import Envelope, TaskName
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.worker.attempt import Attempt
 from dagster_taskiq.worker.receiver import SettlingReceiver
 from dagster_taskiq.worker.slot_base import Slot
@@ -123,6 +124,11 @@ class Station:
         await self._slots.stop()
         await self._tools.run_watch.stop()
         await self._broker.shutdown()
+
+    @property
+    def slot_count(self) -> int:
+        """How many tasks it can execute at once."""
+        return len(self._slots)
 
     @property
     def is_short(self) -> bool:

@@ -15,8 +15,8 @@ from dagster_taskiq.backend import Backend
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import ServerError, UntrustedError
 from dagster_taskiq.messages.control import OrderKind
-from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.plain_text import plain_name, plain_reason
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.station import Station
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
+from dagster_taskiq.backend.history_log import HistoryLog
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.errors import EmbeddedServerError, ServerError, WorkerFailedError
 from dagster_taskiq.messages.control import OrderKind, OrderReader
-from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq.servers.patience import Patience
@@ -39,6 +40,7 @@ from dagster_taskiq.worker.observer import (
 )
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
+from dagster_taskiq.worker.run_ends import RunEnds
 from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
@@ -81,9 +83,10 @@ class Worker:
         self._place = Place(self.name, worker_id, host, pid=0, slot=0)
         counts = CountingObserver()
         others = (observer,) if observer else ()
-        self._observer = Observers(LoggingObserver(), counts, *others)
         self._parts = parts or usual_parts(servers)
         self._backend = self._parts.backend
+        self._history = HistoryLog(self._backend)
+        self._observer = Observers(LoggingObserver(), counts, RunEnds(self._history), *others)
         self._guard = self._parts.guard
         orders = OrderReader(servers.signer, worker_id, self.name)
         self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
@@ -163,6 +166,23 @@ class Worker:
             max_tasks=options.max_tasks_per_child if is_step else 1,
             max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
         )
+
+    # --- what there is to see; any thread may ask ---
+
+    @property
+    def state(self) -> str:
+        """See ``WorkerRecord``."""
+        return self._state()
+
+    @property
+    def slots(self) -> dict[QueueKind, int]:
+        """How many tasks of each kind it can execute at once."""
+        return {station.kind: station.slot_count for station in self._stations}
+
+    @property
+    def child_pids(self) -> list[int]:
+        """Of the children in its slots."""
+        return self._guard.groups
 
     # --- life ---
 
@@ -273,6 +293,7 @@ class Worker:
                 asyncio.create_task(station.keep_size(), name=f"{station.kind.value}-slots")
                 for station in self._stations
             ),
+            asyncio.create_task(self._history.run(), name="history"),
         ]
         if self._code_watch:
             others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
@@ -288,6 +309,7 @@ class Worker:
         for task in done:
             if task.get_name() != "drain" and not self._drain.is_set():
                 error = task.exception()
+                self._observer.failed(task.get_name())
                 raise WorkerFailedError(
                     f"The worker's task {task.get_name()!r} ended: {error!r}. It stops, since it "
                     "cannot keep its promises without it."
@@ -323,6 +345,7 @@ class Worker:
             await station.stop()
         await asyncio.to_thread(self._parts.finish_output)
         await self._listing.leave()
+        await self._history.send()
         await self._backend.shutdown()
         # last, since it kills whatever the lines above have left
         self._guard.close()

@@ -21,7 +21,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,13 +43,15 @@ from dagster import (
 from dagster._core.storage.tags import BACKFILL_ID_TAG, SCHEDULE_NAME_TAG, SENSOR_NAME_TAG
 
 from dagster_taskiq import TaskiqRunLauncher
-from dagster_taskiq.backend import open_backend
+from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.defaults import (
     BACKEND_URL_VARIABLE,
     BROKER_URL_VARIABLE,
     SIGNING_KEY_VARIABLE,
 )
+from dagster_taskiq.messages.attempt_ends import AttemptEnd
+from dagster_taskiq.messages.attempt_ends import Counter as EndCounter
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -482,9 +484,19 @@ class Stack:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def try_cli(self, *arguments: str, is_fresh: bool = False) -> subprocess.CompletedProcess[str]:
-        """Call ``dagster-taskiq``, whatever comes of it; ``is_fresh`` as with ``worker``."""
-        wide = {"COLUMNS": "200"}
+    def try_cli(
+        self,
+        *arguments: str,
+        is_fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Call ``dagster-taskiq``, whatever comes of it.
+
+        Args:
+            is_fresh: as with ``worker``.
+            environment: more variables.
+        """
+        wide = {"COLUMNS": "200", **(environment or {})}
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
             process = self._popen(arguments, output, errors, wide, is_fresh=is_fresh)
             try:
@@ -494,6 +506,14 @@ class Stack:
             output.seek(0)
             errors.seek(0)
             return subprocess.CompletedProcess(arguments, exit_code, output.read(), errors.read())
+
+    def background(self, *arguments: str) -> tuple[AnyProcess, Path]:
+        """Start ``dagster-taskiq`` with a command that goes on; its process, and its output."""
+        log = self.new_log(arguments[0])
+        with log.open("wb") as output:
+            process = self._popen(arguments, output, output)
+        self.exit_stack.callback(_end, process)
+        return process, log
 
     def _popen(
         self,
@@ -650,13 +670,24 @@ class Stack:
 
     def worker_records(self) -> list[WorkerRecord]:
         """The live workers, as they describe themselves."""
+        return self._ask_backend(lambda backend: backend.workers())
 
-        async def look() -> list[WorkerRecord]:
+    def ended(self, run_id: str) -> list[AttemptEnd]:
+        """What the history has of a run, the last end first."""
+        found = self._ask_backend(lambda backend: backend.ended())
+        return [end for end in found if end.run_id == run_id]
+
+    def counts(self) -> dict[EndCounter, int]:
+        """The counters of the history."""
+        return self._ask_backend(lambda backend: backend.counts())
+
+    def _ask_backend(self, ask: Callable[[Backend], Awaitable[T]]) -> T:
+        async def look() -> T:
             options = self.backend or self.broker
             assert options is not None
             backend = open_backend(replace(options, key_prefix=self.prefix), Signer())
             try:
-                return await backend.workers()
+                return await ask(backend)
             finally:
                 await backend.shutdown()
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
-from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
+from dagster_taskiq.defaults import BROKER_URL_VARIABLE
 from dagster_taskiq.servers.embedded.server import find_server_binary
-from dagster_taskiq_tests.server_processes import temporary_directory
+from dagster_taskiq_tests.acceptance.marked_commands import SECONDS, Command, marked_commands
 from dagster_taskiq_tests.server_sources import missing
-
-#: How long a thing may take on a busy machine.
-SECONDS = 120.0
-
-#: How long what a killed demo leaves may take to see that.
-GONE_SECONDS = 15.0
-
-VARIABLE = "DAGSTER_TASKIQ_TEST_DEMO"
 
 STEPS = {
     "orders": "short",
@@ -43,94 +29,11 @@ STEPS = {
 }
 
 
-@dataclass
-class Demo:
-    """A demo that runs in a session of its own, and where it keeps its files."""
-
-    process: subprocess.Popen[bytes]
-    directory: Path
-    mark: str
-
-    @property
-    def output(self) -> str:
-        return (self.directory / "output").read_text(encoding="utf8")
-
-    def files(self) -> list[str]:
-        """What it has in the directory for temporary files."""
-        return sorted(path.name for path in (self.directory / "tmp").iterdir())
-
-    def processes(self) -> list[str]:
-        """Commands of all that carry its mark, whoever their parent is by now."""
-        return [
-            " ".join(command) for command in map(self._command, psutil.process_iter()) if command
-        ]
-
-    def _command(self, process: psutil.Process) -> list[str]:
-        try:
-            if process.environ().get(VARIABLE) != self.mark:
-                return []
-            return process.cmdline()  # of a zombie there is none
-        except (psutil.Error, OSError):
-            return []
-
-    def runs(self, *parts: str) -> bool:
-        """Whether it has a process with these words in its command."""
-        return any(all(part in command for part in parts) for command in self.processes())
-
-    def wait_until(self, condition: Callable[[], bool], seconds: float = SECONDS) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, (self.output, self.processes())
-            time.sleep(0.02)
-
-    def wait_until_gone(self) -> None:
-        """Wait for the end of all its processes."""
-        self.wait_until(lambda: not self.processes(), GONE_SECONDS)
-
-    def end(self) -> int:
-        """Wait for its end; the exit code."""
-        return self.process.wait(SECONDS)
-
-
 @pytest.fixture
-def demo() -> Iterator[Callable[[], Demo]]:
+def demo() -> Iterator[Callable[..., Command]]:
     """Start the demo; whatever a failed test leaves of it is killed."""
-    with temporary_directory() as directory:
-        (directory / "tmp").mkdir()
-        started: list[Demo] = []
-
-        def start(**environment: str) -> Demo:
-            started.append(_start(directory, environment))
-            return started[-1]
-
-        try:
-            yield start
-        finally:
-            for demo in started:
-                demo.process.kill()
-                demo.process.wait()
-                # the guards and the keeper do the rest
-                demo.wait_until_gone()
-
-
-def _start(directory: Path, environment: dict[str, str]) -> Demo:
-    mark = uuid.uuid4().hex
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (BROKER_URL_VARIABLE, BACKEND_URL_VARIABLE, "DAGSTER_HOME")
-    }
-    with (directory / "output").open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dagster_taskiq", "demo"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=directory,
-            env={**inherited, VARIABLE: mark, "TMPDIR": str(directory / "tmp"), **environment},
-            start_new_session=True,
-        )
-    return Demo(process, directory, mark)
+    with marked_commands() as start:
+        yield lambda **environment: start("demo", **environment)
 
 
 @pytest.fixture
@@ -157,7 +60,7 @@ def _rows(output: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.usefixtures("_server")
-def test_every_step_is_in_the_table(demo: Callable[[], Demo]) -> None:
+def test_every_step_is_in_the_table(demo: Callable[[], Command]) -> None:
     """Both queues, a fan-out, a retry, children of two workers; then nothing is left."""
     this = demo()
     assert this.end() == 0, this.output
@@ -176,7 +79,7 @@ def test_every_step_is_in_the_table(demo: Callable[[], Demo]) -> None:
 
 
 #: A moment of the demo, as something that can be seen from outside.
-MOMENTS: dict[str, Callable[[Demo], bool]] = {
+MOMENTS: dict[str, Callable[[Command], bool]] = {
     "importing": lambda demo: demo.runs("dagster_taskiq", "demo"),
     "server starting": lambda demo: "Starting the server" in demo.output,
     "workers starting": lambda demo: demo.runs("worker start", "long-queue"),
@@ -189,7 +92,7 @@ MOMENTS: dict[str, Callable[[Demo], bool]] = {
 
 @pytest.mark.usefixtures("_server")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_ctrl_c_leaves_nothing(demo: Callable[[], Demo], moment: str) -> None:
+def test_ctrl_c_leaves_nothing(demo: Callable[[], Command], moment: str) -> None:
     """At whatever moment it comes: no process, no file, no traceback, exit code 130.
 
     An impatient second and third one do not cut the clean-up short.
@@ -210,7 +113,7 @@ def test_ctrl_c_leaves_nothing(demo: Callable[[], Demo], moment: str) -> None:
 
 
 @pytest.mark.usefixtures("_server")
-def test_sigterm_leaves_nothing(demo: Callable[[], Demo]) -> None:
+def test_sigterm_leaves_nothing(demo: Callable[[], Command]) -> None:
     """The same for a plain kill."""
     this = demo()
     this.wait_until(lambda: MOMENTS["first step running"](this))
@@ -223,7 +126,7 @@ def test_sigterm_leaves_nothing(demo: Callable[[], Demo]) -> None:
 
 @pytest.mark.usefixtures("_server")
 @pytest.mark.parametrize("moment", ["slots starting", "first step running"])
-def test_a_killed_demo_leaves_no_process(demo: Callable[[], Demo], moment: str) -> None:
+def test_a_killed_demo_leaves_no_process(demo: Callable[[], Command], moment: str) -> None:
     """The guards kill workers, run and children, and the embedded server misses its users."""
     this = demo()
     this.wait_until(lambda: MOMENTS[moment](this))
@@ -232,7 +135,7 @@ def test_a_killed_demo_leaves_no_process(demo: Callable[[], Demo], moment: str) 
     this.wait_until_gone()
 
 
-def test_a_worker_that_fails_ends_the_demo_with_its_log(demo: Callable[..., Demo]) -> None:
+def test_a_worker_that_fails_ends_the_demo_with_its_log(demo: Callable[..., Command]) -> None:
     """Here for a broker that is not there: the worker's own sentence is shown."""
     this = demo(**{BROKER_URL_VARIABLE: "redis://127.0.0.1:1/0"})
     assert this.end() == 1, this.output
@@ -243,7 +146,7 @@ def test_a_worker_that_fails_ends_the_demo_with_its_log(demo: Callable[..., Demo
 
 
 def test_without_a_server_it_says_the_two_ways_out(
-    demo: Callable[..., Demo], tmp_path: Path
+    demo: Callable[..., Command], tmp_path: Path
 ) -> None:
     """One line, no traceback, when there is no binary to embed."""
     # an empty package hides the one with the binary

@@ -28,6 +28,8 @@ from dagster_taskiq import TaskiqRunLauncher
 from dagster_taskiq.brokers import open_broker
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, Counted, EndOutcome
+from dagster_taskiq.messages.attempt_ends import Counter as EndCounter
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.tags import QUEUE_TAG, RUN_PRIORITY_TAG, TASK_ID_TAG
 from dagster_taskiq_tests.acceptance import launcher_jobs
@@ -149,6 +151,24 @@ def test_a_run_that_fails(final: Stack) -> None:
     health = run.await_death()
     assert health.status is WorkerStatus.FAILED
     assert "exit code 1" in str(health.msg)
+
+
+def test_the_history_is_told_of_runs(final: Stack) -> None:
+    """By the worker, whatever executes their steps; the launcher counts what it sends."""
+    won, lost = launch(final, "in_process_single"), launch(final, "fails")
+    for run, outcome in ((won, EndOutcome.SUCCEEDED), (lost, EndOutcome.FAILED)):
+        run_id = run.wait().run_id
+
+        def ends(run_id: str = run_id) -> list[AttemptEnd]:
+            return [end for end in final.ended(run_id) if end.kind == "runs"]
+
+        (end,) = until(ends, "the end of the run is told")
+        assert (end.outcome, end.worker.partition("@")[0]) == (outcome, "main")
+        assert end.sent_at is not None
+        assert end.started_at is not None
+        assert end.sent_at <= end.started_at <= end.ended_at
+    sent = EndCounter("dagster", "runs", Counted.SENT)
+    until(lambda: final.counts().get(sent, 0) >= 2, "the launcher has told what it sent")
 
 
 def test_many_runs_at_once(final: Stack) -> None:

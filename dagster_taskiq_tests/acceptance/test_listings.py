@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -45,6 +46,15 @@ class Place:
         done = self.stack.try_cli(*arguments, "--json", "-y", self.settings)
         assert done.returncode == exit_code, done.stdout + done.stderr
         return json.loads(done.stdout)
+
+    def await_instance(self) -> None:
+        """The worker says a moment after its start which instance it has."""
+
+        def is_told() -> bool:
+            (record,) = self.shape("worker", "list")["workers"]
+            return bool(record["storage"])
+
+        until(is_told, "the worker says which instance it has")
 
     def depths(self) -> dict[str, int]:
         """How many steps wait in each queue."""
@@ -86,6 +96,11 @@ def test_what_is_in_flight_is_seen(place: Place) -> None:
     for run in (runs, waits):
         run.open_gate()
         assert run.wait().is_success
+    place.call("worker", "ping", "only")  # its heartbeat tells what it has done
+    (record,) = place.shape("worker", "list")["workers"]
+    assert record["done"] >= 2
+    assert record["failed"] == 0
+    assert record["memory_bytes"] > 0
     unserved.signal(signal.SIGTERM)
     unserved.wait()
 
@@ -148,6 +163,55 @@ def test_a_worker_answers_while_its_event_loop_goes_round(place: Place) -> None:
     assert "Did you mean 'only'?" in place.call("worker", "ping", "onyl", exit_code=1)
 
 
+# --- the doctor ---
+
+
+def findings(place: Place, *arguments: str, exit_code: int = 0, **environment: str) -> Any:
+    """Level and text of each check, by its name."""
+    more = [*arguments, "--json", "-y", place.settings]
+    done = place.stack.try_cli("doctor", *more, environment=environment)
+    assert done.returncode == exit_code, done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    return {it["check"]: (it["level"], f"{it['summary']} {it['advice'] or ''}") for it in checks}
+
+
+def test_the_doctor_finds_nothing_wrong_where_nothing_is(place: Place) -> None:
+    """All checks that are about something here are green, or warn of what a test's servers lack."""
+    place.await_instance()
+    found = findings(place, "-m", "dagster_taskiq_tests.acceptance.limit_jobs")
+    lacks_log = "no append-only file" in found["redis_data"][1]
+    levels = {name: level for name, (level, _) in found.items()}
+    warned = {name for name, level in levels.items() if level == "WARN"}
+    assert warned <= ({"redis_data"} if lacks_log else set())
+    assert {"FAIL"} & set(levels.values()) == set()
+    green = {"broker", "backend", "workers", "queues", "probe", "same_instance", "io_managers"}
+    assert green <= {name for name, level in levels.items() if level == "ok"}
+    assert "dagster to a worker and the backend in " in found["probe"][1]
+    is_on_postgresql = place.stack.broker is not None and "postgres" in place.stack.broker.url
+    assert levels["connections"] == levels["postgresql"] == ("ok" if is_on_postgresql else "skip")
+    assert levels["rabbitmq"] == ("ok" if place.is_blind else "skip")
+    assert place.shape("task", "list")["tasks"] == []  # no trace of the probe
+
+
+def test_the_doctor_is_red_where_something_is_wrong(place: Place, tmp_path: Path) -> None:
+    """Keys on one side, another instance, a worker that hangs."""
+    (tmp_path / "dagster.yaml").touch()
+    broken = {"DAGSTER_TASKIQ_SIGNING_KEY": "k" * 32}
+    if place.stack.broker is not None:  # the embedded server is found by its home
+        broken["DAGSTER_HOME"] = str(tmp_path)
+    place.await_instance()
+    os.kill(place.worker.pid, signal.SIGSTOP)
+    try:
+        found = findings(place, "-t", SHORT_SECONDS, exit_code=1, **broken)
+    finally:
+        os.kill(place.worker.pid, signal.SIGCONT)
+    assert found["keys"][0] == found["probe"][0] == "FAIL"
+    assert "no worker took the probe within" in found["probe"][1]
+    assert place.worker.full_name in found["keys"][1]
+    if place.stack.broker is not None:
+        assert found["same_instance"][0] == "FAIL"
+
+
 # --- steering ---
 
 
@@ -207,6 +271,7 @@ def test_a_worker_is_steered(place: Place) -> None:
     assert place.call("worker", "pause", "only", "--reason", "disk full") == (
         f"{name} is paused; 0 of its tasks go on.\n"
     )
+    assert "paused: disk full" in place.call("worker", "show", "only")
     runs = [place.stack.start("one_gated") for _ in range(2)]
     until(lambda: place.depths()["dagster"] == 2, "both wait")
     assert f'All workers of queue "dagster" are paused: {name} (disk full).' in place.call("status")

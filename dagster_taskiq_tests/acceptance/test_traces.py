@@ -24,7 +24,7 @@ def test_one_trace_through_all_processes(shared: Stack) -> None:
     first, second = named(spans, "step flaky")
     assert [span["parent"] for span in (first, second)] == [of_run["id"]] * 2
     assert first["status"] == "ERROR"
-    assert first["reason"] == "ValueError: the first one"
+    assert first["reason"].startswith("ValueError: the first one")
     assert first["attributes"]["dagster_taskiq.is_retried"]
     assert second["status"] == "OK"
     for name in ("submit dagster", "queue dagster", "execute flaky"):

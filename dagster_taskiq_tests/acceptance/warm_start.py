@@ -39,6 +39,8 @@ _IMPORTS = (
     "alembic.command",
     "upath.implementations.local",
     "anyio._backends._asyncio",
+    "dagster_taskiq.monitoring.exporter",
+    "dagster_taskiq.monitoring.worker_pages",
 )
 
 #: The longest request: the arguments and the environment.

@@ -29,6 +29,7 @@ from dagster_taskiq.backend import (
 )
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer, MemorySnapshot
 from dagster_taskiq.backend.postgresql_schema import PART
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -214,7 +215,7 @@ class PostgresHarness(Harness):
     """A schema on a PostgreSQL server; a new life of the server is one of the schema."""
 
     #: What a snapshot has: orders and workers are not asked for across lives.
-    TABLES = ("runs", "tasks", "results")
+    TABLES = ("runs", "tasks", "results", "history", "counts", "batches")
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
@@ -252,7 +253,8 @@ class PostgresHarness(Harness):
         self.execute("DELETE FROM {s}.life")
 
     def forget(self) -> None:
-        self.execute("TRUNCATE {s}.runs, {s}.tasks, {s}.results, {s}.orders, {s}.workers")
+        tables = [f"{{s}}.{table}" for table in (*self.TABLES, "orders", "workers")]
+        self.execute(f"TRUNCATE {', '.join(tables)}")
 
     def snapshot(self) -> Mapping[str, list[Any]]:
         return {table: self.execute(f"SELECT * FROM {{s}}.{table}") for table in self.TABLES}
@@ -262,7 +264,8 @@ class PostgresHarness(Harness):
         for table, rows in snapshot.items():
             for row in rows:
                 places = ", ".join(["%s"] * len(row))
-                self.execute(f"INSERT INTO {{s}}.{table} VALUES ({places})", row)
+                into = f"{{s}}.{table} OVERRIDING SYSTEM VALUE"
+                self.execute(f"INSERT INTO {into} VALUES ({places})", row)
 
 
 class PrivatePostgresHarness(PostgresHarness, PrivateHarness):
@@ -521,6 +524,12 @@ def private_bench(
             yield harness, bench
         finally:
             bench.close()
+
+
+def an_end(task_id: str, outcome: EndOutcome = EndOutcome.FAILED, **values: Any) -> AttemptEnd:
+    """An attempt of a step that has just ended."""
+    whole = AttemptEnd(task_id, "run", "step", 1, "queue", outcome, time.time(), reason="It broke.")
+    return replace(whole, **values)
 
 
 def record(worker_id: str, **values: Any) -> WorkerRecord:

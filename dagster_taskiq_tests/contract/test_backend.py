@@ -21,9 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, TaskReport, TaskState
 from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
+from dagster_taskiq.messages.attempt_ends import HistoryBatch
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.messages.worker_records import RunningTask
+from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq_tests.contract.backend_bench import (
     KINDS,
     LONG_LEASE,
@@ -32,6 +33,7 @@ from dagster_taskiq_tests.contract.backend_bench import (
     Bench,
     Kind,
     PrivateHarness,
+    an_end,
     private_bench,
     record,
     shared_bench,
@@ -682,9 +684,35 @@ def test_a_silent_worker_leaves_the_list(bench: Bench) -> None:
     wait_until(lambda: bench.call(bench.backend.workers()) == [])
 
 
+def test_a_worker_that_has_ended_without_a_word_is_lost(empty: Bench) -> None:
+    """It does not count, and is shown as it was last, until it is heard of again or signs off."""
+    bench = empty
+
+    def listed() -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        live = bench.call(bench.backend.workers())
+        return live, bench.call(bench.backend.lost_workers())
+
+    def beat(worker_id: str, expires_seconds: float) -> None:
+        bench.call(bench.backend.heartbeat(record(worker_id), expires_seconds=expires_seconds))
+
+    beat("b", LONG_LEASE)
+    for worker_id in ("c", "a"):
+        beat(worker_id, SHORT_LEASE)
+    lost = [record(it, state="lost") for it in ("a", "c")]
+    wait_until(lambda: listed() == ([record("b")], lost))
+    bench.call(bench.backend.tidy())
+    assert listed() == ([record("b")], lost)
+    beat("a", LONG_LEASE)
+    assert listed() == ([record("a"), record("b")], lost[1:])
+    for worker_id in ("a", "c"):
+        bench.call(bench.backend.goodbye(worker_id))
+    assert listed() == ([record("b")], [])
+
+
 def test_no_workers(empty: Bench) -> None:
     """On an empty server."""
     assert empty.call(empty.backend.workers()) == []
+    assert empty.call(empty.backend.lost_workers()) == []
 
 
 def test_workers_say_what_they_execute(empty: Bench) -> None:
@@ -825,9 +853,13 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "heartbeat": lambda: backend.heartbeat(record("w"), expires_seconds=1),
         "goodbye": lambda: backend.goodbye("w"),
         "workers": backend.workers,
+        "lost_workers": backend.lost_workers,
         "runs": backend.runs,
         "running": backend.running,
         "send_control": lambda: backend.send_control("w", "x"),
+        "add_history": lambda: backend.add_history(HistoryBatch([an_end("task")])),
+        "ended": backend.ended,
+        "counts": backend.counts,
         "product": backend.product,
         "tidy": backend.tidy,
         "wait_for_control": lambda: backend.wait_for_control("w", 0.01),

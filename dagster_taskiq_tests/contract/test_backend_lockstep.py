@@ -17,12 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from dagster_taskiq.backend import Claim
 from dagster_taskiq.errors import SupersededLoopError
+from dagster_taskiq.messages.attempt_ends import EndOutcome, HistoryBatch, counters_of
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq_tests.contract.backend_bench import (
     KINDS,
     LONG_LEASE,
     Bench,
     Kind,
+    an_end,
     shared_bench,
 )
 
@@ -79,8 +81,11 @@ class Side:
         renewal = self.bench.renew(claim)
         return replace(renewal, epoch=str(self.see(renewal.epoch)))
 
+    def add_history(self, batch: HistoryBatch) -> None:
+        self.bench.call(self.bench.backend.add_history(batch))
+
     def report(self) -> object:
-        """All that can be seen of the run and its task."""
+        """All that can be seen of the run, its task, and what has ended."""
         claim, bench = self.claim_of(0), self.bench
         epoch, reports = bench.call(bench.backend.inspect(bench.run_id, [claim.task_id]))
         (task,) = reports.values()
@@ -90,7 +95,8 @@ class Side:
             for run in bench.call(bench.backend.runs())
         ]
         renewed = self.renew(self.claim_of(0, task="no task"))
-        return known, listed, bench.read(claim.task_id), renewed
+        history = bench.call(bench.backend.ended(2)), bench.call(bench.backend.counts())
+        return known, listed, bench.read(claim.task_id), renewed, history
 
 
 #: On each server: they take their time.
@@ -160,6 +166,13 @@ class Lockstep(RuleBasedStateMachine):
     @rule(what=st.sampled_from(["cancel", "condemn", "reopen", "reopen", "forget_results"]))
     def judge(self, what: str) -> None:
         self.both(lambda side: getattr(side.bench, what)(side.claim_of(0).task_id))
+
+    @rule(number=st.integers(0, 3), outcome=st.sampled_from(EndOutcome))
+    def add_history(self, number: int, outcome: EndOutcome) -> None:
+        end = an_end(uuid.uuid4().hex, outcome, is_retried=number == 1)
+        counts = dict.fromkeys(counters_of(end), number)
+        batch = HistoryBatch([end], counts, batch_id=f"batch {number}")
+        self.both(lambda side: side.add_history(batch))
 
     @rule(what=st.sampled_from(["forget", "restart", "remember", "go back", "loop", "collect"]))
     def server(self, what: str) -> None:

@@ -20,9 +20,11 @@ from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState, open_backend
 from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.postgresql_hints import channel_of
 from dagster_taskiq.backend.postgresql_schema import PART
+from dagster_taskiq.defaults import LOST_WORKER_SECONDS
 from dagster_taskiq.errors import ConfigError, RefusedByServerError, UnreachableServerError
 from dagster_taskiq.messages.results import NOWHERE
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.worker_records import write_record
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_schema import Schema, schema_name
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -553,13 +555,19 @@ def test_what_has_expired_is_removed_by_workers(bench: Bench, server: PostgresHa
     assert count(server, "tasks") == 1
     server.execute("UPDATE {s}.runs SET seen_at = clock_timestamp() - interval '2 h'")
     server.execute("UPDATE {s}.orders SET expires_at = 'epoch'")
-    server.execute("INSERT INTO {s}.workers VALUES ('gone', '', 'epoch')")
+    ages = {"gone": LOST_WORKER_SECONDS + 60, "lost": LOST_WORKER_SECONDS - 60}
+    for name, seconds in ages.items():
+        server.execute(
+            "INSERT INTO {s}.workers VALUES (%s, %s, clock_timestamp() - %s * interval '1 s')",
+            [name, write_record(Signer(), record(name)), seconds],
+        )
     bench.call(bench.backend.tidy())
     assert count(server, "tasks") == 1, "its last lease has ended only now"
     server.execute("UPDATE {s}.tasks SET lease_until = clock_timestamp() - interval '2 h'")
     bench.call(bench.backend.tidy())
     assert [count(server, table) for table in ("runs", "tasks", "results", "orders")] == [0] * 4
-    assert count(server, "workers") == 1
+    assert server.execute("SELECT worker_id FROM {s}.workers ORDER BY 1") == [("lost",), ("w",)]
+    assert [it.worker_id for it in bench.call(bench.backend.lost_workers())] == ["lost"]
 
 
 def test_a_task_of_a_run_without_a_loop_is_removed_too(

@@ -17,11 +17,12 @@ from dagster_taskiq.backend.postgresql_schema import PART as BACKEND_PART
 from dagster_taskiq.brokers.postgresql import PART as BROKER_PART
 from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.errors import RefusedByServerError
+from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract import broker_bench
-from dagster_taskiq_tests.contract.backend_bench import Bench, PostgresHarness, record
+from dagster_taskiq_tests.contract.backend_bench import Bench, PostgresHarness, an_end, record
 from dagster_taskiq_tests.contract.broker_bench import consuming, eventually, task
 from dagster_taskiq_tests.database_setup import (
     PASSWORD,
@@ -105,10 +106,15 @@ def use_backend(bench: Bench) -> None:
     running = [RunningTask("task", "run", "step", 1, "queue", 1.5)]
     bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30, running=running))
     assert bench.call(bench.backend.workers())
+    assert not bench.call(bench.backend.lost_workers())
     bench.call(bench.backend.running())
     bench.call(bench.backend.send_control("w", "order"))
     assert bench.control("w") == [b"order"]
     bench.call(bench.backend.goodbye("w"))
+    batch = HistoryBatch([an_end("task")], {Counter("queue", "steps", Counted.SENT): 1})
+    bench.call(bench.backend.add_history(batch))
+    assert bench.call(bench.backend.ended())
+    assert bench.call(bench.backend.counts())
     bench.call(bench.backend.tidy())
     bench.call(bench.backend.pause_queue(QueuePause("queue", "", 1.5, "host")))
     assert bench.call(bench.backend.paused_queues())

@@ -114,12 +114,12 @@ def test_a_newer_version_adds_its_tables_and_the_older_one_goes_on(versions: Ver
     old = versions.start(FIRST)
     assert versions.execute("SELECT number, oldest FROM {s}.version") == [(1, 1)]
     new = versions.start(NEW)
-    assert versions.execute("SELECT number, oldest FROM {s}.version") == [(len(NEW.migrations), 1)]
+    assert versions.execute("SELECT number, oldest FROM {s}.version") == [(len(PART.migrations), 1)]
     assert versions.works(old)
     assert versions.works(versions.start(FIRST))
     assert versions.works(new)
     versions.execute(setup)
-    assert versions.execute("SELECT number, oldest FROM {s}.version") == [(len(NEW.migrations), 1)]
+    assert versions.execute("SELECT number, oldest FROM {s}.version") == [(len(PART.migrations), 1)]
 
 
 def test_what_is_made_again_changes_nothing(versions: Versions) -> None:

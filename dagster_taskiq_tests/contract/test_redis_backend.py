@@ -14,8 +14,9 @@ import pytest
 import redis
 
 from dagster_taskiq.backend import TaskState, open_backend
-from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, LOST_WORKER_SECONDS
 from dagster_taskiq.errors import RefusedByServerError, UnreachableServerError
+from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract.backend_bench import (
@@ -23,6 +24,7 @@ from dagster_taskiq_tests.contract.backend_bench import (
     Kind,
     PrivateRedisHarness,
     RedisHarness,
+    an_end,
     record,
     shared_bench,
 )
@@ -85,7 +87,7 @@ def test_the_record_of_a_run_that_is_over_goes_soon(bench: Bench, server: RedisH
 
 
 def test_every_key_but_the_epoch_expires(bench: Bench, server: RedisHarness) -> None:
-    """Runs, results, claims and workers leave nothing for ever."""
+    """Runs, results, claims and workers leave nothing for ever; the counters are for ever."""
     held, done, lost = bench.claimed(), bench.claimed(), bench.claimed()
     bench.complete(done)
     bench.expire(lost)
@@ -93,8 +95,10 @@ def test_every_key_but_the_epoch_expires(bench: Bench, server: RedisHarness) -> 
     bench.cancel(held.task_id, "task")
     bench.call(bench.backend.heartbeat(record("w"), expires_seconds=30))
     bench.call(bench.backend.send_control("w", "x"))
+    counts = {Counter("queue", "steps", Counted.SENT): 1}
+    bench.call(bench.backend.add_history(HistoryBatch([an_end("task")], counts)))
     forever = {key.rpartition(":")[2] for key, ttl in server.ttls().items() if ttl < 0}
-    assert forever <= {"epoch", "workers"}
+    assert forever <= {"epoch", "workers", "counts"}
 
 
 @pytest.mark.parametrize("judge", ["cancel", "condemn"])
@@ -170,6 +174,18 @@ def test_a_crowd_of_connections_is_closed_when_it_is_over() -> None:
 
     with private_redis() as server:
         asyncio.run(scenario(server))
+
+
+def test_older_versions_take_no_lost_worker_for_a_live_one(
+    bench: Bench, server: RedisHarness
+) -> None:
+    """They ask for the key of its record alone, which has the short life that it always had."""
+    bench.call(bench.backend.heartbeat(record("a"), expires_seconds=30))
+    assert 25 <= server.client.ttl(server.key("worker:a")) <= 30
+    kept = server.client.ttl(server.key("last:a"))
+    assert LOST_WORKER_SECONDS + 25 <= kept <= LOST_WORKER_SECONDS + 30
+    server.client.delete(server.key("last:a"), server.key("worker:a"))
+    assert bench.call(bench.backend.lost_workers()) == []
 
 
 # --- what none of ours has written ---

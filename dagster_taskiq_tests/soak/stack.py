@@ -113,7 +113,7 @@ class PostgresServer:
 
     def __init__(self, node: PostgresNode, options: ServerOptions, *, is_broker: bool) -> None:
         self._node = node
-        self._tables = ["runs", "tasks", "results", "orders", "workers"]
+        self._tables = "runs tasks results orders workers history counts batches".split()
         if is_broker:
             self._tables.append("messages")
         self._schema = f'"{schema_name(options.key_prefix)}"'

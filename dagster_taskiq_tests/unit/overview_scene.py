@@ -57,7 +57,9 @@ class Scene:
     async def beat(self, worker: WorkerRecord, *running: Envelope) -> None:
         """A worker says that it lives, and what it executes."""
         tasks = [
-            RunningTask(it.task_id, it.run_id, it.step_key or "", it.attempt, it.queue, 17.0)
+            RunningTask(
+                it.task_id, it.run_id, it.step_key or "", it.attempt, it.queue, 17.0, it.job
+            )
             for it in running
         ]
         await self.backend.heartbeat(worker, expires_seconds=600, running=tasks)

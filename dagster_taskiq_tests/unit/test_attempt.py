@@ -127,13 +127,15 @@ def test_a_step_is_acked_beside_its_execution() -> None:
     assert sorted(scene.happened) == ["ack", "claim granted", "complete"]
     assert states == [State.BEGUN]
     assert scene.attempt.state is State.OVER
-    assert scene.witness.heard == ["claimed", "began", "ended", "released"]
+    assert scene.witness.heard == ["claimed", "began", "ended", "completed", "released"]
     assert scene.result().events == ("an event",)
+    assert scene.witness.details["size"] == len(scene.backend.results[STEP_TASK.task_id])
     order = scene.slot.orders[0]
     assert isinstance(order, Execute)
     assert (order.payload, order.place.pid) == (STEP_TASK.payload, scene.slot.pid)
     ending = scene.witness.details["ended"]
     assert ending.outcome is Outcome.FINISHED
+    assert (ending.step_end, ending.stopped_by) == ("success", "")
     assert 0 <= ending.waited_seconds < SECONDS
     assert 0 <= ending.run_seconds < SECONDS
 
@@ -206,6 +208,7 @@ def test_a_run_whose_result_is_refused_stays_for_another_worker() -> None:
 
     scene = play(RUN_TASK, acting(act))
     assert scene.happened == ["claim granted", "complete"]
+    assert "completed" not in scene.witness.heard
     assert scene.failed_runs == []
 
 
@@ -248,12 +251,15 @@ def test_a_stopped_step_gets_its_grace_and_is_killed_then(reason: StopReason) ->
         return ChildDied(-9, scene.slot.pid)
 
     scene = play(envelope, acting(act))
+    assert scene.witness.details["ended"].stopped_by == reason.name
     assert [it for it in scene.happened if it in ("interrupted", "killed")] == [
         "interrupted",
         "killed",
     ]
     assert scene.result().reason == f"its process was killed by SIGKILL after {reason.value}."
-    assert scene.witness.heard == ["claimed", "began", "stopped", "ended", "released"]
+    assert scene.witness.heard == ["claimed", "began", "stopped", "ended", "completed", "released"]
+    is_cancelled = reason is StopReason.CANCELLED
+    assert scene.witness.details["completed"] == (scene.result(), is_cancelled)
 
 
 @pytest.mark.parametrize("answer", [ClaimAnswer.DONE, ClaimAnswer.STALE, ClaimAnswer.RUN_GONE])
@@ -299,7 +305,7 @@ def test_a_slot_without_a_child_is_the_tasks_error() -> None:
         Outcome.ERROR,
         "slot 1: no such module",
     )
-    assert scene.witness.heard == ["claimed", "ended", "released"]
+    assert scene.witness.heard == ["claimed", "ended", "completed", "released"]
     assert scene.witness.details["ended"].run_seconds is None
 
 
@@ -357,7 +363,8 @@ def test_a_task_that_was_claimed_before_the_shortage_is_given_back(
         assert scene.result().outcome is outcome
         assert "EMFILE" in scene.result().reason
         assert scene.happened.count("ack") == 1
-    assert scene.witness.heard == ["claimed", "began", "ended", "released"]
+    completed = [] if outcome is None else ["completed"]
+    assert scene.witness.heard == ["claimed", "began", "ended", *completed, "released"]
     assert scene.failed_runs == []
 
 

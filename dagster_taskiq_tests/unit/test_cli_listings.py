@@ -19,7 +19,7 @@ from click.testing import Result
 
 from dagster_taskiq.backend.memory import MemoryBackend
 from dagster_taskiq.brokers.memory import MemoryBroker
-from dagster_taskiq.cli import asking, main
+from dagster_taskiq.cli import asking, looking, main
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import MOST_WAITING
@@ -49,10 +49,11 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> Scene:
 def _scene(monkeypatch: pytest.MonkeyPatch, *, is_searchable: bool) -> Scene:
     scene = Scene(is_searchable=is_searchable)
     monkeypatch.setenv("DAGSTER_TASKIQ_BROKER_URL", ONE if is_searchable else TWO)
-    monkeypatch.setattr(
-        asking, "open_backend", lambda _, signer: MemoryBackend(scene.state, signer)
-    )
-    monkeypatch.setattr(asking, "open_broker", lambda _: MemoryBroker(scene.queues))
+    for module in (asking, looking):
+        monkeypatch.setattr(
+            module, "open_backend", lambda _, signer: MemoryBackend(scene.state, signer)
+        )
+    monkeypatch.setattr(looking, "open_broker", lambda _: MemoryBroker(scene.queues))
     return scene
 
 
@@ -199,7 +200,7 @@ def test_an_unknown_queue_is_an_error_with_the_nearest(scene: Scene) -> None:
 @pytest.fixture
 def busy(scene: Scene) -> Scene:
     """One run with a step that runs and one that waits, another with one that is lost."""
-    here = [step("runs"), step("waits")]
+    here = [step("runs", job="etl"), step("waits")]
     lost = replace(step("lost"), run_id="other-run")
 
     async def work() -> None:
@@ -237,7 +238,7 @@ def test_a_task_and_a_run_are_found_by_the_beginning_of_their_ids() -> None:
     for task in tasks:
         assert shape("task", "show", task["task_id"][:12]) == {"task": task}
     found = lines("task", "show", tasks[1]["task_id"])
-    assert found[2:4] == ["step runs", "attempt 1"]
+    assert found[2:4] == ["job etl", "step runs"]
     assert "worker a@one, slot 1, pid 7" in found
     run = shape("run", "show", "oth")["run"]
     assert (run["run_id"], run["has_loop"]) == ("other-run", True)
@@ -245,7 +246,7 @@ def test_a_task_and_a_run_are_found_by_the_beginning_of_their_ids() -> None:
     assert lines("run", "show", "run")[:2] == ["run run", "loop alive"]
     ends = [call("task", "show", "zzz"), call("run", "show", "runn"), call("task", "show", "")]
     assert [it.exit_code for it in ends] == [1, 1, 1]
-    assert "No task in flight has the id 'zzz'." in ends[0].stderr
+    assert "No task in flight or ended lately has the id 'zzz'." in ends[0].stderr
     assert "Did you mean 'run'?" in ends[1].stderr
     assert "Several ids begin with ''" in ends[2].stderr
 
@@ -304,7 +305,7 @@ def test_a_worker_is_shown_with_what_it_runs(busy: Scene) -> None:
     found = lines("worker", "show", "a")
     assert found[0] == "worker a@one"
     assert "slots 0 of 2 for steps busy, 0 of 1 for runs" in found
-    assert re.fullmatch(r"\w{8} run runs 1 \d+ d dagster 1 7", found[-1])
+    assert re.fullmatch(r"\w{8} run etl runs 1 \d+ d dagster 1 7", found[-1])
     do(busy.beat(worker("b@two", other_backend="redis://elsewhere")))
     assert "state running (gives back tasks whose backend is redis://elsewhere)" in lines(
         "worker", "show", "b@two"
@@ -315,6 +316,25 @@ def test_a_worker_is_shown_with_what_it_runs(busy: Scene) -> None:
     both = shape("worker", "list")["workers"]
     assert [it["name"] for it in both] == ["a@one", "b@two"]
     assert {**both[0], "tasks": record["tasks"]} == record
+
+
+def test_a_lost_worker_is_shown_and_is_no_running_one(scene: Scene) -> None:
+    """With what it had been at, and red in the status; the exit code says that it is gone."""
+    lost = worker("a@one", sent_at=time.time() - 60, done=7)
+    do(
+        scene.backend.heartbeat(lost, expires_seconds=0),
+        scene.beat(worker("b@two")),
+    )
+    done = call("worker", "show", "a")
+    assert done.exit_code == 1
+    assert "lost 60 s ago" in done.stdout
+    assert "7 tasks done" in done.stdout
+    (record,) = shape("worker", "show", "a")["lost_workers"]
+    assert (record["state"], record["done"], record["tasks"]) == ("lost", 7, [])
+    found = lines("status")
+    assert "-> a@one: lost, last heard of 60 s ago" in found
+    assert found[-1] == "1 node online."
+    assert [it["name"] for it in shape("status")["lost_workers"]] == ["a@one"]
 
 
 @pytest.mark.parametrize("command", ["list", "show", "ping", "terminate", "reload"])

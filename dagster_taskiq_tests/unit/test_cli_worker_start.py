@@ -103,6 +103,8 @@ def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
         "time_limit": "1.5",
         "drain_timeout": "0",
         "reload": True,
+        "metrics_port": "0",
+        "metrics_host": "::1",
         "celery_arguments": ("--pool", "solo", "-c", "2"),
     }
     arguments, rest = [], ()
@@ -134,7 +136,7 @@ def options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> WorkerOptions:
 def invoked(monkeypatch: pytest.MonkeyPatch, found: list[WorkerOptions], *arguments: str) -> Result:
     """Call the command; what a worker would be started with is added to the list."""
 
-    async def note(_servers: object, given: WorkerOptions, _ready_fd: object) -> int:
+    async def note(_servers: object, given: WorkerOptions, *_: object) -> int:
         found.append(given)
         return 0
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 from click.testing import Result
 
-from dagster_taskiq.cli import asking, main
+from dagster_taskiq.cli import asking, main, tables
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq_tests.cli_runner import cli_runner
 
@@ -19,6 +20,7 @@ class Crowd:
     """A backend that knows some workers and keeps the orders to them."""
 
     records: list[WorkerRecord] = field(default_factory=list)
+    lost: list[WorkerRecord] = field(default_factory=list)
     orders: dict[str, str] = field(default_factory=dict)
     connections: int = 0
 
@@ -33,6 +35,9 @@ class Crowd:
 
     async def workers(self) -> list[WorkerRecord]:
         return self.records
+
+    async def lost_workers(self) -> list[WorkerRecord]:
+        return self.lost
 
     async def send_control(self, worker_id: str, order: str) -> None:
         assert worker_id not in self.orders
@@ -193,6 +198,51 @@ def test_the_list_of_a_name(crowd: Crowd) -> None:
     done = call("worker", "list", "@one")
     assert done.exit_code == 0
     assert [line.split()[0] for line in done.output.splitlines()] == ["worker", "a@one", "b@one"]
+
+
+def test_a_lost_worker_is_listed_and_counts_for_nothing(crowd: Crowd) -> None:
+    """Not for an exit code, not for an order, not for a probe."""
+    crowd.add("a@one")
+    crowd.lost = [replace(crowd.records.pop(), state="lost", sent_at=time.time() - 200)]
+    alone = call("worker", "list")
+    assert alone.exit_code == 0
+    assert "lost 3 min ago" in alone.stdout
+    assert alone.stdout.endswith("No worker is running.\n")
+    named = call("worker", "list", "a")
+    assert (named.exit_code, "lost 3 min ago" in named.stdout) == (1, True)
+    assert "No worker named 'a' is running." in named.stderr
+    assert "No worker is running" in call("worker", "terminate", "--all").stderr
+    assert call("worker", "ping", "a").exit_code == 1
+    assert call("status", "-A", "app").exit_code == 1
+    assert crowd.orders == {}
+    listed = json.loads(call("worker", "list", "--json").stdout)
+    assert listed["workers"] == []
+    assert [it["name"] for it in listed["lost_workers"]] == ["a@one"]
+    crowd.add("b@two")
+    rows = [line.split()[0] for line in call("worker", "list").stdout.splitlines()]
+    assert rows == ["worker", "b@two", "a@one"]
+
+
+@pytest.mark.parametrize(
+    ("name", "queues"),
+    [
+        ("a@one", ("q",)),
+        ("a-longer-name@a1b2c3d4e5f6", ("short-queue", "long-queue", "reports", "dagster", "gpu")),
+        ("a-name-of-some-length@a-host-of-a-cloud.region-1.example.org", ("short-queue",)),
+    ],
+)
+def test_the_list_fits_a_terminal(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch, name: str, queues: tuple[str, ...]
+) -> None:
+    """What has no room in its row stands below it, whole."""
+    crowd.add(name, *queues)
+    numbers = {"done": 12345, "failed": 123, "refused": 17, "memory_bytes": 12 * 2**30}
+    crowd.records = [replace(crowd.records[0], slots=16, busy_slots=16, version="0.1.0", **numbers)]
+    monkeypatch.setattr(tables, "is_terminal", lambda _: True)
+    lines = call("worker", "list", env={"COLUMNS": "80"}).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).replace(",", " ").replace(";", " ").split()
+    assert {name, "12345", "123", "16/16", "running", *queues} <= set(words)
 
 
 # --- status ---

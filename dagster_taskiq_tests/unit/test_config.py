@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dagster import MetadataValue
 
 from dagster_taskiq import defaults
 from dagster_taskiq.config.celery_names import CELERY_SETTINGS
 from dagster_taskiq.config.config_source import ConfigSource
+from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq.config.server_urls import WITH_THE_INSTANCE
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA, Settings, check_config
+from dagster_taskiq.config.settings import Settings, check_config
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.signing import Signer
@@ -835,13 +835,11 @@ def test_yaml_errors_do_not_quote_the_text(
 def test_a_run_is_linked_to_its_page_in_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the setting, else by the variable; without either there is no link."""
     monkeypatch.delenv("DAGSTER_TASKIQ_DASHBOARD_URL", raising=False)
-    assert Settings.from_config({}).link_to("r") == {}
+    assert Settings.from_config({}).link_to("r") == ""
     monkeypatch.setenv("DAGSTER_TASKIQ_DASHBOARD_URL", "http://host:3100")
-    assert Settings.from_config({}).link_to("r") == {
-        "dashboard": MetadataValue.url("http://host:3100/runs/r")
-    }
+    assert Settings.from_config({}).link_to("r") == "http://host:3100/runs/r"
     settings = Settings.from_config({"dashboard_url": " https://proxy/taskiq/ "})
-    assert settings.link_to("r") == {"dashboard": MetadataValue.url("https://proxy/taskiq/runs/r")}
+    assert settings.link_to("r") == "https://proxy/taskiq/runs/r"
 
 
 @pytest.mark.parametrize(

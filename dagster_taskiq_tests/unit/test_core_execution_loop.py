@@ -46,6 +46,7 @@ from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop import endings
 from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.envelope import QueueKind, step_task_id
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
@@ -138,6 +139,7 @@ class FakeDispatcher(Dispatcher):
         self.on_wait: Callable[[int], None] = lambda _: None
         self.waits = 0
         self.closed: list[bool] = []
+        self.ended: list[AttemptEnd] = []
 
     # --- what happens to tasks ---
 
@@ -294,6 +296,9 @@ class FakeDispatcher(Dispatcher):
         self.reopened.append(task_id)
         self.states[task_id] = TaskState.UNKNOWN
         return True
+
+    def note_end(self, end: AttemptEnd) -> None:
+        self.ended.append(end)
 
     def close(self, *, leave_running: bool = False) -> None:
         self.closed.append(leave_running)
@@ -1315,6 +1320,7 @@ def test_a_step_that_begins_says_where_and_after_which_wait(
     ran = execute(jobs.single_job, instance)
     ((key, _, metadata),) = waiting_events(ran, "Executing step")
     assert key == "one"
+    assert isinstance(metadata.pop(attempt_log.STARTED_AT), float)
     assert metadata == {
         "queue": "dagster",
         "worker": PLACE.worker,
@@ -1945,3 +1951,151 @@ def test_a_claim_that_a_copy_has_taken_leaves_the_step_to_the_log(
     if not has_ended:
         assert 'Step "one" on worker w@h' in ran.error("one")
         assert "Worker other@h (slot 2) was given its task too" in ran.error("one")
+
+
+# --- what the history is told ---
+
+
+def told(fake: FakeDispatcher) -> list[tuple[str, int, EndOutcome, bool, str]]:
+    """Of each attempt: step, number, outcome, whether it is tried again, and its worker."""
+    return [
+        (end.step_key, end.attempt, end.outcome, end.is_retried, end.worker) for end in fake.ended
+    ]
+
+
+WON, FAILED = EndOutcome.SUCCEEDED, EndOutcome.FAILED
+LOST, CANCELLED = EndOutcome.LOST, EndOutcome.CANCELLED
+
+
+def test_the_history_is_told_of_each_attempt(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Its job, its way and its times, once; and of a failure what the step's code has raised."""
+    ran = execute(jobs.exhausted_job, instance)
+    assert sorted(told(fake)) == [
+        ("never", 1, FAILED, True, "w@h"),
+        ("never", 2, FAILED, False, "w@h"),
+        ("one", 1, WON, False, "w@h"),
+    ]
+    for end in fake.ended:
+        assert (end.run_id, end.job, end.queue) == (ran.run_id, "exhausted_job", "dagster")
+        assert end.task_id == step_task_id(ran.run_id, end.step_key, end.attempt)
+        assert (end.host, end.slot) == ("h", 2)
+        assert end.sent_at is not None
+        assert end.started_at is not None
+        assert end.sent_at - 60 < end.started_at <= end.ended_at <= time.time()
+        assert end.reason == ("" if end.outcome is WON else "ValueError: never")
+
+
+def test_the_history_says_why_an_attempt_failed(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """What the step's code has raised, or, where it could not begin, why."""
+    fake.on_wait = lambda _: time.sleep(0.005)  # Dagster waits for retries by its own clock
+    execute(jobs.retry_job, instance)
+    reasons = {(end.step_key, end.attempt): end.reason for end in fake.ended}
+    assert reasons == {
+        ("third_time", 1): "ValueError: attempt 0",
+        ("third_time", 2): "ValueError: attempt 1",
+        ("third_time", 3): "",
+        ("asks_for_retry", 1): "It asked to be tried again.",
+        ("asks_for_retry", 2): "",
+        ("total", 1): "",
+    }
+    fake.ended.clear()
+    error = SerializableErrorInfo("SomeError: no such module\n", [], "SomeError")
+    deliver(fake, "one", TaskResult(Outcome.ERROR, PLACE, error=pack_value(error)))
+    execute(jobs.single_job, instance)
+    assert [end.reason for end in fake.ended] == ["SomeError: no such module"]
+
+
+def test_the_history_tells_lost_attempts_from_failed_ones(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """With the worker that had it and when it began, whether it is tried again or not."""
+    fake.plan["patient"] = [EXPIRE_STARTED, EXPIRE_STARTED, EXPIRE_STARTED]
+    execute(jobs.patient_job, instance)
+    assert told(fake) == [
+        ("patient", 1, LOST, True, "w@h"),
+        ("patient", 2, LOST, True, "w@h"),
+        ("patient", 3, LOST, False, "w@h"),
+    ]
+    assert all("lease" in end.reason and end.started_at for end in fake.ended)
+
+
+def test_a_dead_child_is_a_lost_attempt_in_the_history(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Unless its end is in the log, as that of a result that was too large is."""
+    died = TaskResult(Outcome.DIED, PLACE, reason="its process was killed by SIGKILL.")
+    deliver(fake, "one", died)
+    execute(jobs.single_job, instance)
+    assert told(fake) == [("one", 1, LOST, False, "w@h")]
+    assert "SIGKILL" in fake.ended[0].reason
+    fake.ended.clear()
+    fake.plan["one"] = [RUN_AND_LOSE]
+    assert execute(jobs.single_job, instance).status is SUCCESS
+    assert told(fake) == [("one", 1, WON, False, "w@h")]
+    assert fake.ended[0].started_at is not None
+
+
+def test_what_is_sent_again_has_not_ended(fake: FakeDispatcher, instance: DagsterInstance) -> None:
+    """It is one attempt, whatever became of its message."""
+    fake.plan["one"] = [VANISH, EXPIRE_UNSTARTED, DROP, REFUSE]
+    assert execute(jobs.single_job, instance).status is SUCCESS
+    assert told(fake) == [("one", 1, WON, False, "w@h")]
+
+
+def test_the_history_is_told_of_what_nobody_could_execute(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    fake.plan["one"] = [REFUSE] * 1000
+    execute(jobs.single_job, instance)
+    assert told(fake) == [("one", 1, FAILED, False, "")]
+    assert "It has another dagster.yaml." in fake.ended[0].reason
+
+
+def test_the_history_is_told_of_what_was_cancelled(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """What was executed with its worker, what was queued without; what was not sent is no end."""
+    fake.plan["left"], fake.plan["right"] = [HOLD], [WAIT]
+
+    def then() -> None:
+        if fake.cancelled and not fake.arrived:
+            stopped = TaskResult(Outcome.DIED, PLACE, reason="stopped", is_cancelled=True)
+            fake.arrived += [(t.task_id, stopped) for t in fake.sent if t.step_key == "left"]
+
+    interrupt_once(fake, 10, then)
+    execute(jobs.diamond_job, instance)
+    assert sorted(told(fake)) == [
+        ("left", 1, CANCELLED, False, "w@h"),
+        ("one", 1, WON, False, "w@h"),
+        ("right", 1, CANCELLED, False, ""),
+    ]
+
+
+def test_a_cancel_of_which_no_word_comes_is_in_the_history(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    fake.plan["one"], fake.failing = [HOLD], {"cancel"}
+    fake.away_until = 1e12
+    interrupt_once(fake, 10, lambda: None)
+    execute(jobs.single_job, instance, {"lease_seconds": 30.0, "cancel_grace_seconds": 30.0})
+    assert told(fake) == [("one", 1, CANCELLED, False, "w@h")]
+
+
+def test_what_a_policy_asks_for_while_the_run_stops_is_not_tried_again(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The step fails by itself, before it hears of the cancel."""
+    fake.plan["never"] = [HOLD]
+
+    def then() -> None:
+        (task,) = (it for it in fake.sent if it.step_key == "never")
+        if fake.cancelled and task.task_id not in fake.executed:
+            fake.finish(task)
+
+    interrupt_once(fake, 10, then)
+    execute(jobs.exhausted_job, instance)
+    assert ("never", 1, FAILED, False, "w@h") in told(fake)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dagster_taskiq import tags, taskiq_executor
-from dagster_taskiq.config.settings import EXECUTOR_SCHEMA
+from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq_tests.settings_tables import written
 from dagster_taskiq_tests.unit.test_imports import PACKAGE
 

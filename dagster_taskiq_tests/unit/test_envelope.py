@@ -68,6 +68,7 @@ def envelopes(draw: st.DrawFn) -> Envelope:
         payload=draw(TEXT),
         limits=TimeLimits(draw(LIMIT), draw(LIMIT)),
         code_location=draw(st.just("") | TEXT),
+        job=draw(st.text(st.characters(codec="ascii", exclude_categories=["C"]), max_size=255)),
         **draw(ORIGIN),
     )
 
@@ -191,11 +192,12 @@ WRONG: Mapping[str, tuple[Any, ...]] = {
     "state": (5, [], "\ud800"),
     "backend": (None, 5, [], "\ud800"),
     "sent_at": (-1, "1", None, [], True, float("nan"), 10**400),
+    "job": (None, 5, [], "\ud800"),
     "protocol": (0, -1, 1.5, "1", None, [], True),
 }
 
 #: What a sender of an older version does not say.
-NEW = {"state"}
+NEW = {"state", "job"}
 
 
 def test_the_table_here_has_every_field() -> None:

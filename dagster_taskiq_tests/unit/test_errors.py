@@ -25,10 +25,16 @@ OTHERS: Mapping[str, set[str]] = {
         "exceptions.ChannelNotFoundEntity",
         "exceptions.ConnectionNotAllowed",
     },
-    "cli": {"click.ClickException", "click.UsageError", "argparse.ArgumentTypeError"},
+    "cli": {
+        "argparse.ArgumentTypeError",
+        "click.BadParameter",
+        "click.ClickException",
+        "click.UsageError",
+    },
     "config.parsers": {"TypeError"},  # caught in the same function
+    "dashboard.web": {"HTTPException"},  # Starlette answers with it
     "demo.jobs": {"ConnectionError"},  # a step of the demo fails
-    "demo.signals": {"Interrupted"},  # a BaseException, as KeyboardInterrupt is
+    "stack.signals": {"Interrupted"},  # a BaseException, as KeyboardInterrupt is
     "execution.storage_connections": {"DisconnectionError"},  # SQLAlchemy tries another connection
     "execution.storage_patience": {"AssertionError"},  # cannot be reached
     "loop.core_execution_loop": {"DagsterExecutionInterruptedError"},  # Dagster ends the run

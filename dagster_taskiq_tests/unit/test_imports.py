@@ -26,8 +26,8 @@ STOREYS = [
     "carrier",
     "loop launch worker overview",
     "steering telemetry",
-    "executor launcher",
-    "demo",
+    "executor launcher stack monitoring",
+    "demo dev doctor dashboard",
     "cli",
 ]
 
@@ -118,8 +118,8 @@ def test_there_are_no_cycles() -> None:
 #: The imports that wait until they are needed, each for the reason that stands beside it.
 LATE = {
     "__main__": {"dagster_taskiq.cli.main"},  # is imported: Ctrl-C at any moment
-    # only this command needs it
-    "cli": {"dagster_taskiq.demo.run.run_demo"},
+    # the extra that it needs may be missing
+    "cli.dashboard": {"dagster_taskiq.dashboard.serving.serve"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
     # only where there is something to trace for
     "telemetry.traces": {"dagster_taskiq.telemetry.traces_otel.open_tracing"},
@@ -182,6 +182,13 @@ def _outside(prefix: str) -> set[str]:
         ("messages.envelope", {"dagster", "redis", "aio_pika"}),
         ("_dagster", {"taskiq", "redis", "aio_pika"}),
         ("config", {"taskiq", "redis", "aio_pika"}),
+        *(
+            (part, {"dagster", "taskiq"})
+            for part in sorted(TREES)
+            if part.startswith("config.") and part != "config.schema"
+        ),
+        ("connections", {"dagster", "taskiq", "redis", "aio_pika"}),
+        ("_dagster.instance_home", {"dagster", "taskiq"}),
         ("brokers", {"dagster"}),
         ("carrier", {"dagster", "redis", "aio_pika"}),
         ("brokers.memory", {"dagster", "redis", "aio_pika"}),

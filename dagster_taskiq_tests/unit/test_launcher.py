@@ -16,6 +16,7 @@ from dagster_taskiq import launcher as launcher_module
 from dagster_taskiq._dagster.names import WorkerStatus
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.settings import Settings
+from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.results import NOWHERE, Outcome, TaskResult
 from dagster_taskiq_tests.acceptance import jobs
 
@@ -29,6 +30,11 @@ class FakeClient:
     def __init__(self) -> None:
         self.is_asked = threading.Event()
         self.answers = threading.Event()
+        self.state = TaskState.CLAIMED
+        self.ended: list[AttemptEnd] = []
+
+    def note_end(self, end: AttemptEnd) -> None:
+        self.ended.append(end)
 
     def physical_queue(self, queue: str) -> str:
         return f"physical {queue}"
@@ -39,7 +45,7 @@ class FakeClient:
     def look(self, *_: str) -> tuple[TaskReport, None]:
         self.is_asked.set()
         assert self.answers.wait(PATIENCE_SECONDS)
-        return TaskReport(TaskState.CLAIMED), None
+        return TaskReport(self.state), None
 
 
 @pytest.fixture
@@ -70,6 +76,28 @@ def test_who_sees_to_the_end_of_a_cancelled_run_ends_with_the_launcher(
     del launcher
     gc.collect()
     assert left() is None
+
+
+def test_a_lost_run_is_told_to_the_history_once(
+    instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often Dagster asks after it; one that lives is no end."""
+    client = FakeClient()
+    client.answers.set()
+    monkeypatch.setattr(TaskiqRunLauncher, "_client", client)
+    launcher = TaskiqRunLauncher(Settings.from_config({}))
+    launcher.register_instance(instance)
+    run = instance.create_run_for_job(jobs.simple, status=DagsterRunStatus.STARTED)
+    launcher.check_run_worker_health(run)
+    assert client.ended == []
+    client.state = TaskState.EXPIRED
+    for _ in range(2):
+        health = launcher.check_run_worker_health(run)
+        assert health.status is WorkerStatus.NOT_FOUND
+    (end,) = client.ended
+    assert (end.run_id, end.kind, end.job) == (run.run_id, "runs", run.job_name)
+    assert (end.outcome, end.attempt, end.queue) == (EndOutcome.LOST, 0, "dagster")
+    assert end.reason == health.msg
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -12,10 +13,14 @@ from dagster_taskiq.aio.loop_thread import LoopThread
 from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState
 from dagster_taskiq.backend.base import CONTROL_EXPIRES_SECONDS
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
-from dagster_taskiq.defaults import CLOSED_RECORD_EXPIRES_SECONDS, RUN_RECORD_EXPIRES_SECONDS
+from dagster_taskiq.defaults import (
+    CLOSED_RECORD_EXPIRES_SECONDS,
+    LOST_WORKER_SECONDS,
+    RUN_RECORD_EXPIRES_SECONDS,
+)
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.results import Place
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import LOST, WorkerRecord
 
 T = TypeVar("T")
 
@@ -106,6 +111,12 @@ def test_orders_workers_and_results_expire(scene: Scene) -> None:
     assert scene.call(scene.backend.read_results("run", ["task"])) == {"task": b"x"}
     scene.now += 1
     assert scene.call(scene.backend.workers()) == []
+    assert scene.call(scene.backend.lost_workers()) == [replace(record, state=LOST)]
+    scene.now += LOST_WORKER_SECONDS - 1
+    scene.call(scene.backend.tidy())
+    assert scene.call(scene.backend.lost_workers())
+    scene.now += 1
+    assert scene.call(scene.backend.lost_workers()) == []
     assert scene.call(scene.backend.read_results("run", ["task"])) == {}
     assert scene.call(scene.backend.wait_for_control("w", 0)) == []
 

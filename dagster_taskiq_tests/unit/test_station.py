@@ -14,8 +14,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from dagster_taskiq.brokers import Admission, Delivery
+from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.errors import NoProcessError
+from dagster_taskiq.errors import NoProcessError, WorkerFailedError
 from dagster_taskiq.messages.control import OrderReader
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.notes import read_note
@@ -136,7 +137,7 @@ def test_a_message_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = play(scenario)
     assert len(parsed) == 2  # the message, and in it the header
     assert list(scene.backend.results) == [STEP_TASK.task_id]
-    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "released"]
+    assert scene.witness.heard == ["admitted", "claimed", "began", "ended", "completed", "released"]
 
 
 def counted(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -357,7 +358,47 @@ def test_a_worker_of_stand_ins_works_and_is_watched() -> None:
         assert (backend.records[-1].busy_slots, backend.records[-1].refused) == (1, 2)
         assert [it.task_id for it in backend.told] == [STEP_TASK.task_id]
         assert TaskResult.from_bytes(backend.results[STEP_TASK.task_id])
-        assert witness.heard[-2:] == ["ended", "released"]
+        assert witness.heard[-3:] == ["ended", "completed", "released"]
         assert backend.happened[-1] == "goodbye"
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_says_which_of_its_tasks_has_ended_and_that_its_broker_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To its observers, beside the error with which it ends."""
+
+    async def scenario() -> None:
+        witness, ready = Witness(), asyncio.Event()
+        queues = MemoryQueues()
+        options = ServerOptions("redis://nobody", key_prefix="p")
+        servers = Servers(options, options, UNSIGNED)
+        worker = Worker(
+            servers,
+            WorkerOptions("w", ("dagster",), slots=1),
+            on_ready=ready.set,
+            observer=witness,
+            parts=WorkerParts(
+                FakeBackend().whole(),
+                FakeGuard(),
+                lambda _kind, names, admission: MemoryBroker(queues, names, admission),
+                lambda *_: FakeSlot(),
+            ),
+        )
+        assert (worker.state, worker.slots) == ("running", {QueueKind.STEPS: 1})
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(ready.wait(), SECONDS)
+        queues.freeze()
+        await until(lambda: witness.details.get("broker away") is QueueKind.STEPS)
+        queues.thaw()
+        physical = servers.physical_queue(QueueKind.STEPS, "dagster")
+        await MemoryBroker(queues).kick(STEP_TASK.to_message(physical, UNSIGNED))
+        await until(lambda: witness.details.get("broker back") is QueueKind.STEPS)
+        monkeypatch.setattr(FakeSlot, "retire", MagicMock(side_effect=ZeroDivisionError))
+        worker.reload()
+        with pytest.raises(WorkerFailedError, match="'reload' ended"):
+            await asyncio.wait_for(running, SECONDS)
+        assert witness.details["failed"] == "reload"
 
     asyncio.run(scenario())

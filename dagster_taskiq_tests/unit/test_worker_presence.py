@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import platform
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import dagster
+import pytest
+
+from dagster_taskiq._dagster.fingerprint import storage_fingerprint
 from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.control import OrderKind, OrderReader, cancel_order, worker_order
 from dagster_taskiq.messages.envelope import QueueKind
-from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.results import Outcome, Place
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.worker import listing
 from dagster_taskiq.worker.control_mailbox import ControlMailbox, told
 from dagster_taskiq.worker.listing import Listing
-from dagster_taskiq.worker.observer import CountingObserver
+from dagster_taskiq.worker.observer import CountingObserver, Ending
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.steering import Steering
+from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import Witness
 
 PLACE = Place("w@h", "worker-id", "h", 0, 0)
@@ -56,6 +65,13 @@ class Scene:
     async def workers(self) -> list[WorkerRecord]:
         return await self.backend.workers()
 
+    async def until(self, is_so: Callable[[WorkerRecord], bool]) -> None:
+        """Wait for a record of which something is so."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not any(map(is_so, await self.workers())):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
 
 def test_a_worker_is_listed_as_it_is_now() -> None:
     """From when it enters until it leaves; each heartbeat has its present state."""
@@ -75,6 +91,60 @@ def test_a_worker_is_listed_as_it_is_now() -> None:
         assert await scene.workers() == []
 
     asyncio.run(test())
+
+
+def test_a_worker_says_what_it_has_done_and_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many tasks it has ended, its memory, its versions, and the instance's storage."""
+    (tmp_path / "dagster.yaml").touch()
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr(listing, "HEARTBEAT_SECONDS", 0.01)
+
+    async def test() -> None:
+        scene = Scene()
+        for outcome, has_failed in [
+            (Outcome.FINISHED, False),
+            (Outcome.FINISHED, False),
+            (Outcome.FINISHED, True),
+            (Outcome.REFUSED, False),
+        ]:
+            scene.counts.ended(STEP_TASK, Ending(outcome, 0, 1, has_failed=has_failed))
+        await scene.listing.enter()
+        running = asyncio.create_task(scene.listing.run())
+        try:
+            await scene.until(lambda it: it.memory_bytes > 0)
+        finally:
+            running.cancel()
+        (record,) = await scene.workers()
+        assert (record.done, record.failed) == (2, 1)
+        assert 10 * 2**20 < record.memory_bytes < 2**40
+        assert (record.dagster, record.python) == (dagster.__version__, platform.python_version())
+        assert record.storage == storage_fingerprint(tmp_path)
+
+    asyncio.run(test())
+
+
+def test_a_worker_without_an_instance_does_not_name_its_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor one whose dagster.yaml Dagster cannot use; it is listed all the same."""
+    (tmp_path / "dagster.yaml").write_text("storage: {nonsense: 1}")
+    monkeypatch.setattr(listing, "HEARTBEAT_SECONDS", 0.01)
+
+    async def test() -> None:
+        scene = Scene()
+        running = asyncio.create_task(scene.listing.run())
+        try:
+            await scene.until(lambda _: True)
+        finally:
+            running.cancel()
+        (record,) = await scene.workers()
+        assert record.storage == ""
+
+    for home in ("", str(tmp_path)):
+        monkeypatch.setenv("DAGSTER_HOME", home)
+        asyncio.run(test())
 
 
 def test_a_ping_is_answered_by_a_heartbeat_that_names_it() -> None:

@@ -17,6 +17,7 @@ from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
     read_record,
+    readable_records,
     readable_running,
     write_record,
     write_running,
@@ -81,7 +82,7 @@ def test_a_record_is_of_one_worker() -> None:
 def test_texts_of_a_record_can_be_shown() -> None:
     """No escape sequence, no line break, nothing without end, whatever the writer put there."""
     odd = "a\x1b[2J\r\nb\u202e\x9b" + "x" * 10_000
-    for field in ("name", "host", "state", "version", "broker"):
+    for field in ("name", "host", "state", "version", "broker", "python", "dagster", "storage"):
         text = getattr(read_record(KEY, "id", changed(**{field: odd}), NOW), field)
         assert text.isprintable()
         assert len(text) <= 255
@@ -120,6 +121,22 @@ def test_another_version_may_have_other_fields() -> None:
     values = {key: value for key, value in asdict(RECORD).items() if key != "protocol"}
     data = json.dumps({**values, "of tomorrow": [1]}).encode()
     assert read_record(NONE, "id", data, NOW).name == "w@h"
+    old = {key: asdict(RECORD)[key] for key in ("worker_id", "name", "host", "pid", "queues")}
+    read = read_record(NONE, "id", json.dumps(old).encode(), NOW)
+    assert (read.done, read.memory_bytes, read.storage, read.dagster) == (0, 0, "", "")
+
+
+def test_a_record_that_cannot_be_read_keeps_no_other_from_being_seen() -> None:
+    """Who asks is told of it."""
+    second = replace(RECORD, worker_id="other", name="a@h")
+    stored = {
+        "id": write_record(NONE, RECORD),
+        "bad": b"[]",
+        "other": write_record(NONE, second),
+    }
+    noted: list[str] = []
+    found = readable_records(NONE, stored, lambda worker_id, _: noted.append(worker_id))
+    assert (found, noted) == ([second, RECORD], ["bad"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from taskiq import BrokerMessage
 from dagster_taskiq.backend import Backend, Claim, ClaimAnswer, Renewal
 from dagster_taskiq.brokers import Admission, Delivery, TaskBroker
 from dagster_taskiq.brokers.base import Listener
-from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.errors import ServerError
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
@@ -33,7 +34,7 @@ Act = Callable[["FakeSlot", Order], Any]
 def finished(**values: Any) -> Executed:
     """The answer of a child that has executed its task."""
     result = TaskResult(Outcome.FINISHED, PLACE, **values)
-    return Executed(result.to_bytes().decode(), "", 1)
+    return Executed(result.to_bytes().decode(), "", 1, "success")
 
 
 class FakeSlot(Slot):
@@ -305,8 +306,23 @@ class Witness(WorkerObserver):
     def ended(self, envelope: Envelope, ending: Any) -> None:
         self._note("ended", ending)
 
+    def completed(
+        self, envelope: Envelope, result: TaskResult, *, is_cancelled: bool, size_bytes: int
+    ) -> None:
+        self._note("completed", (result, is_cancelled))
+        self.details["size"] = size_bytes
+
     def released(self, envelope: Envelope) -> None:
         self._note("released")
 
     def refused(self, address: str, what: str, error: Exception) -> None:
         self._note("refused", what)
+
+    def broker_away(self, kind: QueueKind, error: ServerError) -> None:
+        self._note("broker away", kind)
+
+    def broker_back(self, kind: QueueKind) -> None:
+        self._note("broker back", kind)
+
+    def failed(self, task: str) -> None:
+        self._note("failed", task)

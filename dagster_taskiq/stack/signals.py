@@ -1,4 +1,4 @@
-"""Signals that end the demo, at moments of its choice."""
+"""Signals that end a command with processes of its own, at moments of its choice."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: What ends the demo: Ctrl-C, a plain kill, and the closing of its terminal.
+#: What ends the command: Ctrl-C, a plain kill, and the closing of its terminal.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asks the demo to end."""
+    """A signal asks the command to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -26,16 +26,18 @@ class Interrupted(BaseException):
 class Interrupts:
     """Notes the first signal instead of raising at once, which could lose a process just started.
 
-    Those that follow it mean nothing, as the demo is stopping what it started by then.
+    A second one means that what is being stopped must end at once, see ``is_forced``.
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self._received: list[int] = []
         self._may_raise = False
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            # under nohup the command is meant to outlive its terminal
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -50,8 +52,12 @@ class Interrupts:
 
     def check(self) -> None:
         """Raise Interrupted if there was a signal."""
-        if self._received is not None:
-            raise Interrupted(self._received)
+        if self._received:
+            raise Interrupted(self._received[0])
+
+    def is_forced(self) -> bool:
+        """Whether there was a second signal."""
+        return len(self._received) > 1
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -64,7 +70,6 @@ class Interrupts:
             self._may_raise = False
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._received is None:
-            self._received = number
-            if self._may_raise:
-                raise Interrupted(number)
+        self._received.append(number)
+        if self._may_raise and len(self._received) == 1:
+            raise Interrupted(number)

@@ -1,0 +1,1 @@
+"""What monitoring systems read of workers and queues; each part needs an optional extra."""
