@@ -110,15 +110,14 @@ def _metadata(place: Place, arrival: Arrival, **count: int) -> dict[str, Any]:
     Args:
         count: ``attempt`` of a step, from 1; of a run, how often it was resumed.
     """
-    found: dict[str, Any] = {
+    waited = arrival.waited_seconds
+    return {  # what people look for first, as the UI shows seven rows
         "queue": arrival.queue,
         "worker": place.worker,
         "host": place.host,
         "slot": place.slot,
-        "pid": str(os.getpid()),
         **count,
+        **({} if waited is None else {"seconds waited": round(waited, 3)}),
+        "pid": str(os.getpid()),
         STARTED_AT: MetadataValue.timestamp(time.time()),
     }
-    if arrival.waited_seconds is not None:
-        found["seconds waited"] = round(arrival.waited_seconds, 3)
-    return found
