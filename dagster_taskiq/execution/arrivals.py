@@ -37,15 +37,15 @@ class Arrival:
     trace: TraceContext = field(default_factory=dict)
 
     @classmethod
-    def of(cls, envelope: Envelope, waited_seconds: float | None) -> Arrival:
-        """That of a message's task."""
-        return cls(
-            envelope.queue,
-            envelope.attempt,
-            waited_seconds,
-            envelope.sent_at,
-            envelope.trace,
-        )
+    def of(cls, envelope: Envelope, claimed_at: float) -> Arrival:
+        """That of a message's task.
+
+        Args:
+            claimed_at: by this host's clock, seconds since the epoch.
+        """
+        sent_at = envelope.sent_at
+        waited_seconds = max(0.0, claimed_at - sent_at) if sent_at else None  # clocks differ
+        return cls(envelope.queue, envelope.attempt, waited_seconds, sent_at, envelope.trace)
 
     @property
     def claimed_at(self) -> float:
@@ -110,15 +110,14 @@ def _metadata(place: Place, arrival: Arrival, **count: int) -> dict[str, Any]:
     Args:
         count: ``attempt`` of a step, from 1; of a run, how often it was resumed.
     """
-    found: dict[str, Any] = {
+    waited = arrival.waited_seconds
+    return {  # what people look for first, as the UI shows seven rows
         "queue": arrival.queue,
         "worker": place.worker,
         "host": place.host,
         "slot": place.slot,
+        **count,
+        **({} if waited is None else {"seconds waited": round(waited, 3)}),
         "pid": str(os.getpid()),
         STARTED_AT: MetadataValue.timestamp(time.time()),
-        **count,
     }
-    if arrival.waited_seconds is not None:
-        found["seconds waited"] = round(arrival.waited_seconds, 3)
-    return found

@@ -92,7 +92,7 @@ class Reporting:
                 ended_at=time.time(),
                 is_retried=is_retried,
                 job=self._job,
-                worker=place.worker if is_known else "",
+                worker=worker,
                 host=place.host if is_known else "",
                 slot=place.slot if is_known else None,
                 sent_at=flight.sent_on,

@@ -96,7 +96,6 @@ class Attempt:
         self._tools = tools
         self._is_draining = is_draining
         self._taken_at = time.monotonic()
-        self._waited_seconds: float | None = None
         self._acking: asyncio.Task[None] | None = None
         self._shortage: NoProcessError | None = None
 
@@ -191,8 +190,7 @@ class Attempt:
             is_step=self._envelope.kind is QueueKind.STEPS,
         )
         self.state = State.CLAIMED
-        if self._envelope.sent_at:  # clocks of hosts differ
-            self._waited_seconds = max(0.0, time.time() - self._envelope.sent_at)
+        self._arrival = Arrival.of(self._envelope, claimed_at=time.time())
         self._tools.leases.keep(lease)
         self._tools.observer.claimed(self._envelope)
         return lease
@@ -240,7 +238,7 @@ class Attempt:
             envelope.name,
             envelope.payload,
             place,
-            Arrival.of(envelope, self._waited_seconds),
+            self._arrival,
             envelope.code_location,
             timers.limits.soft_seconds,
         )
