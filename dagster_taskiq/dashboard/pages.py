@@ -13,16 +13,10 @@ from dagster_taskiq.dashboard import charts
 from dagster_taskiq.dashboard.actions import ACTIONS, Action, Subject
 from dagster_taskiq.dashboard.ended import end_table, unknown_note
 from dagster_taskiq.dashboard.face import Face
+from dagster_taskiq.dashboard.flight import MOST_RUNS, run_rows, unseen_notes
 from dagster_taskiq.dashboard.looks import LOOK_SECONDS, Look
 from dagster_taskiq.dashboard.orders import Done
-from dagster_taskiq.dashboard.rows import (
-    MOST_RUNS,
-    queue_rows,
-    run_rows,
-    server_row,
-    unseen_notes,
-    worker_rows,
-)
+from dagster_taskiq.dashboard.rows import queue_rows, server_row, worker_rows
 from dagster_taskiq.dashboard.summary import alerts, figures, hour_charts
 from dagster_taskiq.dashboard.words import DASH, count_of, moment
 from dagster_taskiq.version import __version__
