@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.servers.embedded.server import find_server_binary
-from dagster_taskiq_tests.acceptance.marked_commands import SECONDS, Command, marked_commands
+from dagster_taskiq_tests.acceptance.marked_commands import Command, marked_commands
 from dagster_taskiq_tests.server_processes import free_port
 from dagster_taskiq_tests.server_sources import missing
 
@@ -47,6 +47,9 @@ run_coordinator: {module: dagster.core.run_coordinator, class: DefaultRunCoordin
 #: Pause between two questions to the web server, which has other things to do.
 LOOK_SECONDS = 0.3
 
+#: How long an answer may take; a web server that has just begun to listen may lose a question.
+REQUEST_SECONDS = 20.0
+
 FILES = ["dagster.yaml", "output", "shop.py", "tmp"]
 
 
@@ -70,18 +73,20 @@ class Ui:
         body = json.dumps({"query": text, "variables": variables}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._url, body, headers)
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
             (answer,) = json.load(response)["data"].values()
         return answer
 
     def jobs(self) -> list[str]:
         """Those of the code location; none before it is loaded."""
-        text = "{ repositoriesOrError { ... on RepositoryConnection { nodes { jobs { name } } } } }"
+        text = """{ repositoriesOrError { ... on PythonError { message stack }
+            ... on RepositoryConnection { nodes { jobs { name } } } } }"""
         try:
-            nodes = self.query(text).get("nodes", [])
+            answer = self.query(text)
         except (OSError, urllib.error.URLError):  # it does not listen yet
             return []
-        return [job["name"] for node in nodes for job in node["jobs"]]
+        assert "nodes" in answer, answer
+        return [job["name"] for node in answer["nodes"] for job in node["jobs"]]
 
     def launch(self, job: str) -> str:
         """The id of a launched run."""
@@ -116,9 +121,13 @@ def test_a_run_of_the_ui_is_executed_by_the_worker(start: Callable[..., Command]
 
     this.wait_until(is_loaded, pause_seconds=LOOK_SECONDS)
     run_ids = [ui.launch(job) for job in ("greeting", "assets")]
-    this.wait_until(
-        lambda: {ui.status(it) for it in run_ids} == {"SUCCESS"}, pause_seconds=LOOK_SECONDS
-    )
+
+    def have_succeeded() -> bool:
+        found = {ui.status(it) for it in run_ids}
+        assert "FAILURE" not in found, this.output
+        return found == {"SUCCESS"}
+
+    this.wait_until(have_succeeded, pause_seconds=LOOK_SECONDS)
     for step, run_id in zip(("greet", "numbers"), run_ids, strict=True):
         assert re.search(rf"^worker  \| .*Step {step} of run {run_id}.*: ended", this.output, re.M)
     assert re.search(r"^dagster \| .*Serving dagster-webserver on ", this.output, re.M)
