@@ -10,9 +10,9 @@ from dagster_taskiq.dashboard.words import DASH, count_of, duration, short_id
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.overview import QueueView, RunView, TaskStatus, TaskView
 
-#: The most runs, and tasks of one run, that the page shows in flight.
-MOST_RUNS = 100
-MOST_TASKS = 60
+#: The most tasks that a page shows in flight, and the most of one run beside others.
+MOST_ROWS = 300
+_MOST_OF_RUN = 60
 
 _TONES = {
     TaskStatus.LOST: "bad",
@@ -72,11 +72,14 @@ class RunRows:
     more: int
 
 
-def run_rows(look: Look, only: str = "") -> list[RunRows]:
+def run_rows(look: Look, only: str = "") -> tuple[list[RunRows], int]:
     """The runs in flight: those with lost tasks first, then those that execute something.
 
     Args:
         only: id of the one run that is wanted.
+
+    Returns:
+        the first ones, and how many there are beside them.
     """
     known = {run.run_id: run for run in look.overview.runs}
     depths: dict[tuple[str | None, QueueKind | None], int] = {
@@ -94,7 +97,16 @@ def run_rows(look: Look, only: str = "") -> list[RunRows]:
         return _urgency(own[0]) if own else (len(_ORDER), "", 0.0)
 
     ordered = sorted(found, key=lambda it: (*urgency_of(it), it))
-    return [_run_rows(it, known.get(it), found[it], look.at, depths) for it in ordered]
+    most_of_run = MOST_ROWS if only else _MOST_OF_RUN
+    rows: list[RunRows] = []
+    left = MOST_ROWS
+    for run_id in ordered:
+        if left <= 0:
+            break
+        shown = found[run_id][: min(left, most_of_run)]
+        rows.append(_run_rows(run_id, known.get(run_id), found[run_id], shown, look.at, depths))
+        left -= max(1, len(shown))
+    return rows, len(ordered) - len(rows)
 
 
 def _urgency(task: TaskView) -> _Urgency:
@@ -109,6 +121,7 @@ def _run_rows(
     run_id: str,
     run: RunView | None,
     tasks: Sequence[TaskView],
+    shown: Sequence[TaskView],
     now: float,
     depths: Mapping[tuple[str | None, QueueKind | None], int],
 ) -> RunRows:
@@ -126,12 +139,12 @@ def _run_rows(
         )
     rows: list[TaskRow] = []
     reason = ""
-    for task in tasks[:MOST_TASKS]:
+    for task in shown:
         rows.append(_task_row(task, now, depths, reason))
         reason = task.reason
     states = [task.status for task in tasks]
     counts = [f"{states.count(it):,} {it.value}" for it in _ORDER if it in states]
-    more = max(0, len(tasks) - MOST_TASKS)
+    more = len(tasks) - len(shown)
     job = next((task.job for task in tasks if task.job), "")
     return RunRows(run_id, short_id(run_id), job, loop, tone, rows, ", ".join(counts), more)
 

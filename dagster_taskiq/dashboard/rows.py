@@ -23,6 +23,9 @@ from dagster_taskiq.messages.envelope import PROTOCOL
 from dagster_taskiq.messages.worker_records import LOST, PAUSED, WorkerRecord
 from dagster_taskiq.overview import QueueView, ServerView, TaskView
 
+#: The most workers that the page shows: those that need somebody first, then by their names.
+MOST_WORKERS = 200
+
 
 @dataclass(frozen=True)
 class ServerRow:
@@ -97,23 +100,39 @@ class WorkerRow:
 
 def worker_rows(look: Look) -> list[WorkerRow]:
     """The workers, and below them those that were lost."""
-    rows = [_worker_row(record, look) for record in look.overview.workers]
+    work = _work_by_worker(look)
+    rows = [_worker_row(it, look, work.get(it.worker_id, ())) for it in look.overview.workers]
     lost = [
-        _row_of(record, look, f"{LOST} {ago(record.sent_at, look.at)}", "bad")
+        _row_of(record, look, f"{LOST} {ago(record.sent_at, look.at)}", "bad", ())
         for record in look.overview.lost_workers
     ]
-    return rows + [replace(row, work=(), is_gone=True) for row in lost]
+    if len(rows) > MOST_WORKERS:
+        rows.sort(key=lambda row: row.tone == "good")
+    return rows + [replace(row, is_gone=True) for row in lost]
 
 
-def _worker_row(record: WorkerRecord, look: Look) -> WorkerRow:
+def _work_by_worker(look: Look) -> dict[str, list[TaskView]]:
+    """What each worker executes, by its id; not asked worker by worker, as there may be many."""
+    found: dict[str, list[TaskView]] = {}
+    for run in look.overview.runs:
+        for task in run.tasks:
+            if task.place is not None:
+                found.setdefault(task.place.worker_id, []).append(task)
+    return found
+
+
+def _worker_row(record: WorkerRecord, look: Look, work: Sequence[TaskView]) -> WorkerRow:
     silent = look.silent_seconds.get(record.worker_id)
     if silent is not None:
-        return _row_of(record, look, f"silent for {duration(silent)}", "warn")
+        return _row_of(record, look, f"silent for {duration(silent)}", "warn", work)
     tone = "good" if record.state == "running" else "warn"
-    return _row_of(record, look, record.state, tone)
+    return _row_of(record, look, record.state, tone, work)
 
 
-def _row_of(record: WorkerRecord, look: Look, state: str, tone: str) -> WorkerRow:
+def _row_of(
+    record: WorkerRecord, look: Look, state: str, tone: str, work: Sequence[TaskView]
+) -> WorkerRow:
+    longest_first = sorted(work, key=lambda task: task.claimed_at or float("inf"))
     return WorkerRow(
         worker_id=record.worker_id,
         name=record.name,
@@ -122,7 +141,7 @@ def _row_of(record: WorkerRecord, look: Look, state: str, tone: str) -> WorkerRo
         queues=record.queues,
         steps=(record.busy_slots, record.slots),
         runs=(record.busy_run_slots, record.run_slots),
-        work=[_work_row(task, look.at) for task in look.overview.tasks_of_worker(record)],
+        work=[_work_row(task, look.at) for task in longest_first],
         done=record.done,
         failed=record.failed,
         memory=size(record.memory_bytes) if record.memory_bytes else DASH,

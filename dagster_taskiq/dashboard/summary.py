@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -217,10 +218,8 @@ def _by_minute(look: Look) -> list[list[AttemptEnd]]:
 
 
 def _rate_chart(look: Look) -> Chart:
-    columns = [
-        [sum(it.group is group for it in minute) for group in _GROUPS]
-        for minute in _by_minute(look)
-    ]
+    counts = [Counter(it.group for it in minute) for minute in _by_minute(look)]
+    columns = [[count[group] for group in _GROUPS] for count in counts]
     titles = [
         f"{BARS - number} min ago: "
         + (
