@@ -24,7 +24,7 @@ from dagster_taskiq.messages.worker_records import LOST, PAUSED, WorkerRecord
 from dagster_taskiq.overview import QueueView, ServerView, TaskView
 
 #: The most workers that the page shows: those that need somebody first, then by their names.
-MOST_WORKERS = 200
+MOST_WORKERS = 100
 
 
 @dataclass(frozen=True)
