@@ -7,7 +7,8 @@ both, and the order in which they are asked; the loop's client and the launcher'
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from taskiq import BrokerMessage
@@ -15,11 +16,13 @@ from taskiq import BrokerMessage
 from dagster_taskiq.backend import Backend, TaskState
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.control import cancel_order
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.notes import read_note
+from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_names import QueueKind
-from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits, WaitKind
+from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, QueueWaits, WaitKind
 from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import TaskResult, read_result
 
@@ -108,7 +111,32 @@ class Carrier:
         """Why tasks of this kind wait in their queues, as the workers are now."""
         workers, pauses = await self._backend.workers(), await self._backend.paused_queues()
         broker, signer = self._servers.broker.address, self._servers.signer
-        return QueueWaits(workers, self._kind, broker, signer, pauses=pauses)
+        return QueueWaits(workers, self._kind, broker, signer, says_busy_steps=True, pauses=pauses)
+
+    async def explained_waits(
+        self, run_id: str, queues: Collection[str]
+    ) -> tuple[dict[str, QueueWait], dict[str, Listeners]]:
+        """Why a run's tasks wait in their queues, where there is a reason; and who listens."""
+        if not queues:
+            return {}, {}
+        waits = await self.queue_waits()
+        found = {queue: await self.explained(run_id, waits.of(queue)) for queue in queues}
+        reasons = {queue: wait for queue, wait in found.items() if wait}
+        return reasons, {queue: waits.listeners(queue) for queue in queues}
+
+    async def look_into(self, queue: str, task_ids: Sequence[str]) -> QueueLook:
+        """How many tasks wait in a queue, and the places of some, if the server tells.
+
+        Args:
+            task_ids: a few, as each is a question.
+        """
+        physical = self._physical_queue(queue)
+        depth, places = None, None
+        # for people only: a user who may not ask that is no outage
+        with suppress(ServerError):
+            depth = await self._broker.depth(physical)
+            places = await self._broker.places(physical, task_ids)
+        return QueueLook(depth, places or {})
 
     async def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """The same reason, or what a worker says that gives a run's tasks back.

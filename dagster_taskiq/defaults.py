@@ -72,6 +72,14 @@ RECONCILE_SECONDS = 3.0
 #: How long a task may wait in a queue before the run's log says why, where there is a reason.
 WAIT_REASON_SECONDS = 5.0
 
+#: The same where nothing but the tasks before it is the reason: most wait for a moment.
+TURN_REASON_SECONDS = 30.0
+
+#: How long a new reason waits to be said after the first one; each time it is said twice as long as
+#: before, up to the longest.
+FIRST_NEWS_PAUSE_SECONDS = 10.0
+LONGEST_NEWS_PAUSE_SECONDS = 640.0
+
 #: How long a task waits while the only workers of its queue execute tasks of another version,
 #: before it fails; also how long it goes from one worker to the next that gives it back. Long
 #: enough for a rolling update, which may end the old workers first.
@@ -112,6 +120,7 @@ BROKER_URL_VARIABLE = "DAGSTER_TASKIQ_BROKER_URL"
 BROKER_HOST_VARIABLES = ("DAGSTER_TASKIQ_BROKER_HOST", "DAGSTER_CELERY_BROKER_HOST")
 BACKEND_URL_VARIABLE = "DAGSTER_TASKIQ_BACKEND_URL"
 SIGNING_KEY_VARIABLE = "DAGSTER_TASKIQ_SIGNING_KEY"
+DASHBOARD_URL_VARIABLE = "DAGSTER_TASKIQ_DASHBOARD_URL"
 
 #: Joins the loop's event that a step was sent with the worker's that it took it: the UI shows the
 #: time between the two as the wait in the queue.

@@ -20,6 +20,7 @@ from dagster_taskiq._dagster.names import (
     pack_value,
 )
 from dagster_taskiq._dagster.storage import is_own_instance
+from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
@@ -33,6 +34,7 @@ from dagster_taskiq.loop.client import Client
 from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher
 from dagster_taskiq.loop.eager import EagerDispatcher
+from dagster_taskiq.telemetry.traces import find_tracing
 
 
 @executor(
@@ -97,6 +99,7 @@ class TaskiqExecutor(Executor):
 
         is_kept = not self._settings.source.database_short_lived_sessions
         patience = DatabasePatience(self._settings.server_patience_seconds)
+        tracing = find_tracing()
         instance = plan_context.instance
         try:
             with (
@@ -106,10 +109,15 @@ class TaskiqExecutor(Executor):
             ):
 
                 def open_dispatcher() -> Dispatcher:
-                    return _open_dispatcher(self._settings, plan_context, events)
+                    return _open_dispatcher(self._settings, plan_context, events, tracing)
 
                 yield from core_execution_loop(
-                    plan_context, execution_plan, self._settings, open_dispatcher, make_payload
+                    plan_context,
+                    execution_plan,
+                    self._settings,
+                    open_dispatcher,
+                    make_payload,
+                    tracing=tracing,
                 )
         except SupersededLoopError as error:
             # any exception would be written to the log as the end of a run that goes on elsewhere
@@ -118,7 +126,7 @@ class TaskiqExecutor(Executor):
 
 
 def _open_dispatcher(
-    settings: Settings, context: PlanOrchestrationContext, events: EventWriter
+    settings: Settings, context: PlanOrchestrationContext, events: EventWriter, tracing: Tracing
 ) -> Dispatcher:
     if settings.source.task_always_eager:
         is_kept = not settings.source.database_short_lived_sessions
@@ -126,6 +134,7 @@ def _open_dispatcher(
             events,
             keeps_connections=is_kept,
             patience_seconds=settings.server_patience_seconds,
+            tracing=tracing,
         )
     instance, run_id = context.instance, context.run_id
     servers = find_servers(settings)

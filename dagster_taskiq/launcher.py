@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, MetadataValue
 from typing_extensions import Self
 
 from dagster_taskiq._dagster.names import (
@@ -43,6 +44,7 @@ from dagster_taskiq.messages.envelope import (
     TaskName,
     run_task_id,
 )
+from dagster_taskiq.messages.queue_looks import queue_metadata, task_metadata
 from dagster_taskiq.messages.queue_waits import QueueWait
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.servers.patience import is_passing
@@ -213,24 +215,34 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         # the tag first: whoever finds the run running must be able to find its task
         self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
         self._client.submit(envelope)
-        wait = self._why_waiting(queue)
-        self._instance.report_engine_event(
-            f'Sent the run to queue "{queue}".' + (f" It waits. {wait.reason}" if wait else ""),
-            run,
-            EngineEventData(
-                metadata={"queue": queue, "priority": envelope.priority, "task id": task_id},
-                marker_start=QUEUE_WAIT_MARKER,
-            ),
-            cls=self.__class__,
-        )
+        wait = self._report_sent(run, envelope)
         return envelope, wait
 
-    def _why_waiting(self, queue: str) -> QueueWait | None:
-        """Why a run that was just sent waits; None where there is no reason, or none is known."""
-        try:
-            return self._client.queue_waits().of(queue)
-        except ServerError:
-            return None  # the watch will say it
+    def _report_sent(self, run: DagsterRun, envelope: Envelope) -> QueueWait | None:
+        """Log that a run was sent, and why it waits, if there is a reason and it is known."""
+        page = self._settings.page_of(run.run_id)
+        queue, text = envelope.queue, f'Sent the run to queue "{envelope.queue}".'
+        metadata: dict[str, Any] = {
+            **({"dashboard": MetadataValue.url(page)} if page else {}),
+            "queue": queue,
+            "priority": envelope.priority,
+            "task id": envelope.task_id,
+        }
+        wait = None
+        with suppress(ServerError):  # the watch will say it
+            waits = self._client.queue_waits()
+            if wait := waits.of(queue):
+                look = self._client.look_into(queue, envelope.task_id)
+                text = f"{text} It waits. {wait.reason} {look.sentence(envelope.task_id)}".rstrip()
+                metadata |= queue_metadata(queue, wait, look, waits.listeners(queue))
+                metadata |= task_metadata(envelope.task_id, envelope.priority, look)
+        self._instance.report_engine_event(
+            text,
+            run,
+            EngineEventData(metadata=metadata, marker_start=QUEUE_WAIT_MARKER),
+            cls=self.__class__,
+        )
+        return wait
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
         if run.job_code_origin is None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from dagster import DagsterEvent
+from dagster import DagsterEvent, DagsterInstance
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.handle import ResolvedFromDynamicStepHandle, StepHandle
@@ -18,6 +18,32 @@ from dagster._core.execution.plan.step import (
     ExecutionStep,
 )
 from dagster._core.storage.tags import GLOBAL_CONCURRENCY_TAG
+
+
+def withheld_steps(active: ActiveExecution) -> list[str]:
+    """Keys of the steps that are ready and that the run's own limits hold back."""
+    pending = set(_pending_claims(active))
+    return [key for key in active._executable if key not in pending]
+
+
+def steps_by_pool(active: ActiveExecution) -> dict[str, list[str]]:
+    """Keys of the steps that are ready and wait for a slot of a pool, by its name."""
+    found: dict[str, list[str]] = {}
+    for key in _pending_claims(active):
+        if pool := pool_of(active.get_step_by_key(key)):
+            found.setdefault(pool, []).append(key)
+    return found
+
+
+def _pending_claims(active: ActiveExecution) -> list[str]:
+    concurrency = active._instance_concurrency_context
+    return concurrency.pending_claim_steps() if concurrency is not None else []
+
+
+def pool_holders(instance: DagsterInstance, pool: str) -> tuple[int, list[tuple[str, str]]]:
+    """How many slots a pool has, and run id and step key of each that is taken."""
+    info = instance.event_log_storage.get_concurrency_info(pool)
+    return info.slot_count, [(slot.run_id, slot.step_key) for slot in info.claimed_slots]
 
 
 def is_in_flight(active: ActiveExecution, step_key: str) -> bool:

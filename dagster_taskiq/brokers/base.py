@@ -15,7 +15,7 @@ from typing import Any
 from taskiq import AckableMessage, AsyncBroker, BrokerMessage
 
 from dagster_taskiq.aio.loop_thread import to_its_end
-from dagster_taskiq.brokers.looks import PriorityGroup, WaitingTask
+from dagster_taskiq.brokers.looks import Looks
 from dagster_taskiq.brokers.outage import Outage
 from dagster_taskiq.brokers.parking import Parking
 from dagster_taskiq.errors import (
@@ -111,7 +111,7 @@ class Admission(ABC):
         del error
 
 
-class TaskBroker(AsyncBroker):
+class TaskBroker(AsyncBroker, Looks):
     """A broker with queues, priorities, release and withdrawal.
 
     What every implementation keeps:
@@ -302,38 +302,6 @@ class TaskBroker(AsyncBroker):
     @abstractmethod
     async def depth(self, queue: str) -> int:
         """How many tasks wait in a physical queue; 0 for one that does not exist."""
-
-    async def queues_with_tasks(self) -> set[str] | None:
-        """The physical queues of the deployment in which tasks wait.
-
-        Returns:
-            None from a broker whose server does not list its queues.
-        """
-        return None
-
-    async def peek(self, queue: str, limit: int) -> list[WaitingTask] | None:
-        """The next tasks of a physical queue in their order, without taking them.
-
-        Args:
-            limit: how many at most.
-
-        Returns:
-            None from a broker that cannot look into its queue.
-        """
-        del queue, limit
-        return None
-
-    async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
-        """How many tasks of each priority wait in a physical queue, the highest first.
-
-        The one that has waited longest is among the first ones of the groups. Tasks that come or go
-        meanwhile may be counted or not.
-
-        Returns:
-            None from a broker that cannot look into its queue.
-        """
-        del queue
-        return None
 
     @abstractmethod
     async def product(self) -> str:

@@ -247,6 +247,12 @@ class MemoryBroker(TaskBroker):
         with self._server.reached(self):
             return self._server.queue(queue).peek(limit) if self._server.is_searchable else None
 
+    async def places(self, queue: str, task_ids: Collection[str]) -> dict[str, int] | None:
+        """See ``TaskBroker``; None where its queues are not searchable."""
+        with self._server.reached(self):
+            known = self._server.queue(queue)
+            return known.places(task_ids) if self._server.is_searchable else None
+
     async def by_priority(self, queue: str) -> list[PriorityGroup] | None:
         """See ``TaskBroker``; None where its queues are not searchable."""
         with self._server.reached(self):

@@ -99,6 +99,11 @@ class MemoryQueue:
         """The next tasks in their order."""
         return [_shown(task) for task in heapq.nsmallest(limit, self._waiting)]
 
+    def places(self, task_ids: Collection[str]) -> dict[str, int]:
+        """The places of those of the tasks that wait."""
+        places = {task.task_id: place for place, task in enumerate(sorted(self._waiting), 1)}
+        return {task_id: places[task_id] for task_id in task_ids if task_id in places}
+
     def by_priority(self) -> list[PriorityGroup]:
         """The tasks that wait, counted by their priorities."""
         groups = itertools.groupby(sorted(self._waiting), lambda task: task.place[0])

@@ -58,6 +58,9 @@ _LONGEST_LOOK_SECONDS = 5.0
 _COUNT_SECONDS = 10.0
 _LISTENER_EXPIRES_SECONDS = 25.0
 
+#: The farthest place in a queue that is counted.
+_MOST_BEFORE = 10_000
+
 _FRAGMENTS = {
     "give_back": """\
     v_rows := ARRAY(SELECT ctid FROM {s}.messages WHERE holder IS NOT NULL AND held_until <= v_now
@@ -172,6 +175,10 @@ class PostgresqlTaskBroker(TaskBroker):
         """See ``TaskBroker``."""
         rows = await self._call("peek", queue, limit, MAX_PEEK_BYTES)
         return [WaitingTask(task_id, priority, data) for task_id, priority, data in rows]
+
+    async def places(self, queue: str, task_ids: Collection[str]) -> dict[str, int]:
+        """See ``TaskBroker``; one behind more than ``_MOST_BEFORE`` tasks has no place."""
+        return dict(await self._call("places", queue, list(task_ids), _MOST_BEFORE))
 
     async def by_priority(self, queue: str) -> list[PriorityGroup]:
         """See ``TaskBroker``."""

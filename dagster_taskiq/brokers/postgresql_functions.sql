@@ -178,6 +178,29 @@ BEGIN
 END $$;
 
 
+-- The places of waiting messages, from 1; of none that has p_most others before it, as each count
+-- reads so much of the index.
+CREATE OR REPLACE FUNCTION {s}.places{v}(p_queue text, p_tasks text[], p_most int)
+RETURNS TABLE (id text, place bigint) LANGUAGE plpgsql AS $$
+DECLARE
+  v_priority smallint;
+  v_number bigint;
+BEGIN
+{begin}
+  FOREACH id IN ARRAY p_tasks LOOP
+    SELECT priority, number INTO v_priority, v_number FROM {s}.messages
+      WHERE queue = p_queue AND task_id = id AND holder IS NULL;
+    CONTINUE WHEN NOT FOUND;
+    place := 1 + (SELECT count(*) FROM (SELECT FROM {s}.messages
+      WHERE queue = p_queue AND holder IS NULL
+        AND (priority > v_priority OR priority = v_priority AND number < v_number)
+      ORDER BY priority DESC, number LIMIT p_most) AS before);
+    CONTINUE WHEN place > p_most;
+    RETURN NEXT;
+  END LOOP;
+END $$;
+
+
 -- From one priority to the next by the index; a count reads the index alone.
 CREATE OR REPLACE FUNCTION {s}.by_priority{v}(p_queue text, p_longest int)
 RETURNS TABLE (tasks bigint, id text, rank smallint, data bytea) LANGUAGE plpgsql AS $$

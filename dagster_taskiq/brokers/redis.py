@@ -172,6 +172,12 @@ class RedisTaskBroker(TaskBroker, BaseRedisBroker):
         (answer,) = await self._execute(("ZRANGE", waiting, 0, limit - 1, "WITHSCORES"))
         return await self._shown(queue, dict(zip(answer[::2], answer[1::2], strict=True)))
 
+    async def places(self, queue: str, task_ids: Collection[str]) -> dict[str, int]:
+        """See ``TaskBroker``."""
+        waiting, *_ = scripts.keys_of(queue)
+        found = await self._of_each("ZRANK", waiting, [it.encode() for it in task_ids])
+        return {it.decode(): 1 + rank for it, rank in found.items() if rank is not None}
+
     async def by_priority(self, queue: str) -> list[PriorityGroup]:
         """See ``TaskBroker``."""
         waiting, *_ = scripts.keys_of(queue)

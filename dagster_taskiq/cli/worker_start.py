@@ -41,6 +41,7 @@ from dagster_taskiq.defaults import (
 from dagster_taskiq.errors import ConfigError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.time_limits import TimeLimits
+from dagster_taskiq.telemetry.traces import find_tracing
 from dagster_taskiq.worker.fork_server import EarlyForkServer, start_early, take_variables
 from dagster_taskiq.worker.log_writer import log_to_standard_error
 from dagster_taskiq.worker.options import WorkerOptions
@@ -250,6 +251,7 @@ def _worker_options(
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         server_patience_seconds=settings.server_patience_seconds,
         keeps_connections=not source.database_short_lived_sessions,
+        tracing=find_tracing,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,
     )

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from dagster_taskiq import defaults
 from dagster_taskiq.errors import ConfigError
@@ -49,6 +50,22 @@ def text(name: str, value: Any) -> str:
     if isinstance(value, str) and value.strip():
         return value.strip()
     raise ConfigError(f"{name} is {value!r}, expected a text that is not empty.")
+
+
+def web_address(name: str, value: Any) -> str:
+    """An address for people's browsers, without a slash at its end; empty for None.
+
+    It is shown in Dagster's UI, so it has no password.
+    """
+    if value is None:
+        return ""
+    parts = urlsplit(text(name, value))
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
+        raise ConfigError(
+            f"{name} must be an address such as https://dashboard.example.com/taskiq, with "
+            "neither user nor password."
+        )
+    return parts.geturl().rstrip("/")
 
 
 def boolean(name: str, value: Any) -> bool:

@@ -176,6 +176,15 @@ class Settings:
         schema_default=defaults.MAX_MESSAGE_BYTES,
         default_text=f"{defaults.MAX_MESSAGE_BYTES} ({defaults.MAX_MESSAGE_BYTES // 2**20} MiB)",
     )
+    dashboard_url: str = setting(
+        "",
+        None,
+        "Where people reach `dagster-taskiq dashboard`, such as `https://host/taskiq`: each run's "
+        "log in Dagster's UI has a link to its page there.",
+        shape=Nullable(Text()),
+        variable=defaults.DASHBOARD_URL_VARIABLE,
+        default_text="no link",
+    )
     signing_variables: tuple[str, ...] = (defaults.SIGNING_KEY_VARIABLE,)
 
     @classmethod
@@ -202,12 +211,17 @@ class Settings:
             default_queue=queue,
             signing_keys=keys,
             signing_variables=variables,
+            dashboard_url=_dashboard_url(config.get("dashboard_url")),
             **others,
         )
 
     def signer(self) -> Signer:
         """Signs and verifies with these settings' keys, for their deployment."""
         return Signer(self.signing_keys, self.source.key_prefix, self.max_message_bytes)
+
+    def page_of(self, run_id: str) -> str:
+        """The address of a run's page in the dashboard; empty where that has none."""
+        return f"{self.dashboard_url}/runs/{run_id}" if self.dashboard_url else ""
 
     def server_options(self, url: str, tls: Tls | None) -> ServerOptions:
         """How to reach one of the servers with these settings; see ``read_tls``."""
@@ -257,6 +271,13 @@ def _check_keys(where: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_keys(where, inner)
+
+
+def _dashboard_url(value: Any) -> str:
+    if value is None:
+        name = defaults.DASHBOARD_URL_VARIABLE
+        return parsers.web_address(f"${name}", os.getenv(name) or None)
+    return parsers.web_address("dashboard_url", parsers.from_env(value))
 
 
 def _signing_keys(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from dagster import (
     DagsterEvent,
@@ -20,6 +21,8 @@ from dagster_taskiq.messages.results import NOWHERE, Place
 
 #: Of the event of a worker's process that begins with a step: when, by its host's clock.
 STARTED_AT = "started at"
+#: Classes of the errors of ends that no worker has written: what was lost, and anything else.
+LOOP_ERRORS = LOST_ERROR, FAILED_ERROR = "StepLost", "StepError"
 
 
 def of_attempt(attempt: int, events: Iterable[DagsterEvent]) -> list[DagsterEvent]:
@@ -133,6 +136,19 @@ def without_late_events(entries: Iterable[EventLogEntry]) -> Iterator[EventLogEn
             gone |= ours
             ours.clear()
         yield entry
+
+
+def end_in_words(event: DagsterEvent) -> tuple[str, str]:
+    """How an attempt ended, as a word and as the reason, by the event of its end."""
+    if event.is_step_success:
+        return "succeeded", ""
+    data: Any = event.event_specific_data
+    error = cause = data.error if data else None
+    while cause and cause.cause:
+        cause = cause.cause
+    # around what the step's code has raised, Dagster's words say nothing, and the loop's say where
+    said = (error, cause) if error and error.cls_name in LOOP_ERRORS else (cause,)
+    return "failed", " ".join(dict.fromkeys(it.message.strip() for it in said if it))
 
 
 def says_sent(event: DagsterEvent) -> bool:

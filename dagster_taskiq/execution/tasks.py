@@ -7,18 +7,16 @@ process's output. Objects that are costly to make and the same for many steps ar
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun, MetadataValue, RunsFilter
+from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
 
 from dagster_taskiq._dagster.names import (
     DagsterExecutionInterruptedError,
     DagsterRunStatus,
-    EngineEventData,
     ExecuteRunArgs,
     ExecuteStepArgs,
     InstanceRef,
@@ -31,14 +29,17 @@ from dagster_taskiq._dagster.names import (
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
-from dagster_taskiq.defaults import QUEUE_WAIT_MARKER, SERVER_PATIENCE_SECONDS
+from dagster_taskiq._dagster.replay import is_end_of_attempt
+from dagster_taskiq.aio.tracing import StepTrace, Tracing
+from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import (
     CopyOfStepError,
     EventsNotWrittenError,
     TaskRefusedError,
     WrongInstanceError,
 )
-from dagster_taskiq.execution.attempt_log import STARTED_AT, already_begun
+from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_step_start
+from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.step_plans import RunPlans
@@ -68,6 +69,7 @@ class TaskRunner:
         keeps_connections: whether the database of Dagster's storage may be left connected.
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
+        tracing: hears of each step.
 
     Attributes:
         step_end: what the last step came to, for metrics; empty where no event has said it.
@@ -79,8 +81,10 @@ class TaskRunner:
         keeps_connections: bool = True,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
         refuses_copies: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self.step_end = ""
+        self._tracing = tracing or Tracing()
         self._refuses_copies = refuses_copies
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
@@ -100,7 +104,7 @@ class TaskRunner:
         name: TaskName,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_run_start_logged: Callable[[], None],
     ) -> TaskResult:
         """Execute or resume a whole run; this process is its process.
@@ -109,7 +113,7 @@ class TaskRunner:
             name: which of the two.
             payload: ``ExecuteRunArgs``, packed.
             place: where this is, for the run's events.
-            queue: that the run was taken from.
+            arrival: for the run's events.
             on_run_start_logged: called when the log says that the run has started.
 
         Returns:
@@ -122,7 +126,7 @@ class TaskRunner:
                 args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
                 instance = self._instance(args.instance_ref)
                 run = _startable_run(instance, args.run_id, name)
-                _report_run_start(instance, run, place, queue)
+                report_run_start(instance, run, place, arrival)
                 self._events.flush()
                 return _execute_run(instance, run, name, place, on_run_start_logged)
             except WrongInstanceError as refusal:
@@ -139,7 +143,7 @@ class TaskRunner:
         self,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> TaskResult:
         """Execute one step.
@@ -147,7 +151,7 @@ class TaskRunner:
         Args:
             payload: ``ExecuteStepArgs`` and ``ReconstructableJob``, packed.
             place: where this is, for the step's events.
-            queue: that the step was taken from.
+            arrival: for the step's events.
             on_loaded: called when the code is loaded, before the step's part of it runs.
 
         Returns:
@@ -164,7 +168,7 @@ class TaskRunner:
             return run is not None and run.is_finished
 
         with capture_interrupts(), interrupts_end_no_attempt(is_run_over):
-            result = self._executed_plan(payload, place, queue, on_loaded)
+            result = self._traced_plan(payload, place, arrival, on_loaded)
             try:
                 self._events.flush()
             except EventsNotWrittenError as error:
@@ -177,21 +181,42 @@ class TaskRunner:
                 )
         return result
 
+    def _traced_plan(
+        self,
+        payload: Mapping[str, Any],
+        place: Place,
+        arrival: Arrival,
+        on_loaded: Callable[[], None],
+    ) -> TaskResult:
+        trace = self._tracing.step(arrival.trace)
+        outcome, reason = "interrupted", ""
+        try:
+            result = self._executed_plan(payload, place, arrival, on_loaded, trace)
+            if not result.is_cancelled:
+                outcome = "failed"
+            reason = result.reason or str((result.error or {}).get("message", ""))
+        finally:
+            trace.ended(outcome, reason)
+        return result
+
     def _executed_plan(
         self,
         payload: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None],
+        trace: StepTrace,
     ) -> TaskResult:
         events: list[str] = []
         self.step_end = ""
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
-            for event in self._step_events(args, executable, place, queue, on_loaded):
+            for event in self._step_events(args, executable, place, arrival, on_loaded, trace):
                 events.append(serialize_value(event))
                 self.step_end = _STEP_ENDS.get(event.event_type_value, self.step_end)
+                if is_end_of_attempt(event):
+                    trace.note(*end_in_words(event))
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
             return TaskResult(
                 Outcome.FINISHED,
@@ -217,8 +242,9 @@ class TaskRunner:
         args: ExecuteStepArgs,
         executable: Mapping[str, Any],
         place: Place,
-        queue: str,
+        arrival: Arrival,
         on_loaded: Callable[[], None],
+        trace: StepTrace,
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
         run = _live_run(instance, args.run_id)
@@ -232,7 +258,8 @@ class TaskRunner:
             attempts = known_state.get_retry_state().get_attempt_count(step_key)
             _check_is_to_begin(instance, run.run_id, step_key, attempts + 1)
         on_loaded()
-        yield _report_start(instance, run, step_key, place, queue)
+        trace.begin(arrival.attributes(run, step_key, place), arrival.sent_at, arrival.claimed_at)
+        yield report_step_start(instance, run, step_key, place, arrival, trace.trace_id)
         self._events.flush()  # who looks for the step after a crash must find that it began
         yield from execute_plan_iterator(
             execution_plan=plan,
@@ -317,14 +344,6 @@ def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Da
     return run
 
 
-def _report_run_start(instance: DagsterInstance, run: DagsterRun, place: Place, queue: str) -> None:
-    instance.report_engine_event(
-        f"Executing the run on worker {place.worker}.",
-        run,
-        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
-    )
-
-
 def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
     place = already_begun(instance, run_id, step_key, attempt)
     if place is None:
@@ -335,28 +354,6 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
         "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
         "See who can write to broker and backend."
     )
-
-
-def _report_start(
-    instance: DagsterInstance, run: DagsterRun, step_key: str, place: Place, queue: str
-) -> DagsterEvent:
-    return instance.report_engine_event(
-        f'Executing step "{step_key}" on worker {place.worker}.',
-        run,
-        EngineEventData(metadata=_metadata(place, queue), marker_end=QUEUE_WAIT_MARKER),
-        step_key=step_key,
-    )
-
-
-def _metadata(place: Place, queue: str) -> dict[str, Any]:
-    return {
-        "worker": place.worker,
-        "host": place.host,
-        "pid": str(os.getpid()),
-        "slot": place.slot,
-        "queue": queue,
-        STARTED_AT: MetadataValue.timestamp(time.time()),
-    }
 
 
 def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:

@@ -25,12 +25,17 @@ from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.backend import TaskState
-from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS
+from dagster_taskiq.defaults import (
+    FOREIGN_WORKERS_SECONDS,
+    IN_HAND_SECONDS,
+    TURN_REASON_SECONDS,
+)
 from dagster_taskiq.errors import LauncherClosedError, UnreachableServerError
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.envelope import Envelope
-from dagster_taskiq.messages.queue_waits import QueueWait, WaitHistory, WaitKind
+from dagster_taskiq.messages.queue_looks import queue_metadata, task_metadata
+from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitHistory, WaitKind
 from dagster_taskiq.messages.results import TaskResult
 
 logger = logging.getLogger(__name__)
@@ -123,7 +128,7 @@ class LaunchWatch:
             envelope: its task, which was sent.
             told: what the run's log says already of why it waits.
         """
-        waits = WaitHistory({told.kind} if told else set())
+        waits = WaitHistory(told.kind if told else None)
         with self._lock:
             self._waiting[envelope.run_id] = _Launched(envelope, self._now(), waits)
         self._background.repeat(
@@ -155,11 +160,12 @@ class LaunchWatch:
 
         def act(it: _Launched) -> None:
             run = runs[it.envelope.run_id]
-            wait = self._client.explained(run.run_id, queues.of(it.envelope.queue))
+            queue = it.envelope.queue
+            wait = self._client.explained(run.run_id, queues.of(queue))
             # what a worker refuses was not lost: it has said why it does not want it
             if it.envelope.task_id in lost and not (wait and wait.kind is WaitKind.REFUSED):
                 self._send_again(instance, run, it.envelope)
-            self._explain_wait(instance, run, it, wait, now)
+            self._explain_wait(instance, run, it, wait, queues.listeners(queue), now)
             self._look_after_refused(instance, run, it, now)
 
         _each(found, act)
@@ -196,20 +202,35 @@ class LaunchWatch:
         run: DagsterRun,
         launched: _Launched,
         wait: QueueWait | None,
+        listeners: Listeners,
         now: float,
     ) -> None:
         """Say why a run waits; fail it where no worker of its queue can ever execute it."""
-        envelope = launched.envelope
-        if wait and self._client.state_of(run.run_id, envelope.task_id)[1] is not TaskState.UNKNOWN:
-            wait = None  # a worker has claimed it or given it back: it does not wait for one
-        if news := launched.waits.news(wait, now - launched.sent_at, now):
+        envelope, waited_seconds = launched.envelope, now - launched.sent_at
+        if self._is_taken(launched, wait, waited_seconds):
+            launched.waits.news(None, waited_seconds, now)
+            return
+        if news := launched.waits.news(wait, waited_seconds, now, listeners):
+            look = self._client.look_into(envelope.queue, envelope.task_id)
             instance.report_engine_event(
-                f"The run waits. {news.reason}",
+                f"The run waits. {news.reason} {look.sentence(envelope.task_id)}".rstrip(),
                 run,
-                EngineEventData(metadata={"queue": envelope.queue}),
+                EngineEventData(
+                    metadata={
+                        **queue_metadata(envelope.queue, news, look, listeners),
+                        **task_metadata(envelope.task_id, envelope.priority, look),
+                    }
+                ),
             )
         if wait and launched.waits.is_hopeless(now):
             self._fail_unexecuted(instance, run, envelope, wait.reason)
+
+    def _is_taken(self, launched: _Launched, wait: QueueWait | None, waited_seconds: float) -> bool:
+        """Whether a run that would be said to wait was claimed or given back by a worker."""
+        if wait is None and waited_seconds <= TURN_REASON_SECONDS:
+            return False
+        run_id, task_id = launched.envelope.run_id, launched.envelope.task_id
+        return self._client.state_of(run_id, task_id)[1] is not TaskState.UNKNOWN
 
     def _look_after_refused(
         self, instance: DagsterInstance, run: DagsterRun, launched: _Launched, now: float

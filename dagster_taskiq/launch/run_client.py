@@ -23,6 +23,7 @@ from dagster_taskiq.errors import LauncherClosedError, ServerError, UnreachableS
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.envelope import Envelope, QueueKind
+from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits
 from dagster_taskiq.messages.results import TaskResult
 
@@ -147,6 +148,10 @@ class RunClient:
             return await self._carrier.queue_waits()
 
         return self._call(look)
+
+    def look_into(self, queue: str, task_id: str) -> QueueLook:
+        """What is to be seen of a queue in which a run waits, for people."""
+        return self._call(lambda: self._carrier.look_into(queue, [task_id]))
 
     def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """Why a run waits, with what a worker says of it; see ``Carrier.explained``."""

@@ -39,7 +39,7 @@ from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
-from dagster_taskiq.messages.queue_waits import QueueWait
+from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import NOWHERE, TaskResult
 
 logger = logging.getLogger(__name__)
@@ -304,22 +304,21 @@ class Client(Dispatcher):
         self._note_epoch(epoch)
         self._inspected_epoch = epoch
         waiting = [t for t in tasks if reports[t.task_id].state is TaskState.UNKNOWN]
+        queues = {task.queue for task in waiting}
+        waits, listeners = await self._carrier.explained_waits(self._run_id, queues)
         return Inspection(
             is_conclusive=self._watch.steady_seconds(time.monotonic()) >= self._lease_seconds,
             reports=reports,
             trouble=self._watch.trouble,
             troubled_at=self._watch.troubled_at,
-            waits=await self._waits({task.queue for task in waiting}),
+            waits=waits,
+            listeners=listeners,
             absent=frozenset(await self._carrier.absent(_queues(waiting))),
         )
 
-    async def _waits(self, queues: Collection[str]) -> dict[str, QueueWait]:
-        if not queues:
-            return {}
-        waits = await self._carrier.queue_waits()
-        run_id = self._run_id
-        found = {it: await self._carrier.explained(run_id, waits.of(it)) for it in queues}
-        return {queue: wait for queue, wait in found.items() if wait}
+    def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
+        """See ``Dispatcher``."""
+        return self._call(lambda: self._carrier.look_into(queue, [it.task_id for it in tasks]))
 
     def cancel(self, tasks: Sequence[StepTask], reason: str) -> Mapping[str, TaskState]:
         """See ``Dispatcher``."""
@@ -392,6 +391,7 @@ class Client(Dispatcher):
             code_location=code_location(payload),
             limits=task.limits,
             job=task.job,
+            trace=task.trace,
         )
 
 

@@ -16,6 +16,7 @@ messages travel. Its parts are objects that are handed to each other; each uses 
     Receiving       results, and tasks that workers give back
     Judge           decides over lost tasks by Dagster's log
     Stopping        the end of all of them
+    Waiting         says why tasks wait
     Reconciliation  what is waited for, compared with what broker and backend know
 """
 
@@ -24,17 +25,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
-from dagster import DagsterEvent
+from dagster import DagsterEvent, MetadataValue
 
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
     DagsterExecutionInterruptedError,
+    EngineEventData,
     ExecutionPlan,
     ExecutionStep,
     InstanceConcurrencyContext,
     PlanOrchestrationContext,
 )
 from dagster_taskiq._dagster.replay import seconds_to_next_ready
+from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import ConfigError, ServerError, SupersededLoopError
 from dagster_taskiq.loop.adoption import adopt
@@ -47,6 +50,7 @@ from dagster_taskiq.loop.receiving import Receiving
 from dagster_taskiq.loop.reconciliation import Reconciliation
 from dagster_taskiq.loop.sending import MakePayload, Sending
 from dagster_taskiq.loop.stopping import Stopping
+from dagster_taskiq.loop.waiting import Waiting
 from dagster_taskiq.servers.patience import Patience
 from dagster_taskiq.tags import has_misleading_priority, task_priority
 
@@ -61,6 +65,7 @@ def core_execution_loop(
     open_dispatcher: Callable[[], Dispatcher],
     make_payload: MakePayload,
     now: Callable[[], float] = time.monotonic,
+    tracing: Tracing | None = None,
 ) -> Iterator[DagsterEvent]:
     """Execute a plan's steps on workers.
 
@@ -71,6 +76,7 @@ def core_execution_loop(
         open_dispatcher: called once, unless the plan has no steps.
         make_payload: builds the packed arguments of a step from it and its known state.
         now: the clock, in monotonic seconds; another one for tests.
+        tracing: hears of the run and its attempts.
 
     Yields:
         the steps' events, which their workers have logged, and the loop's own, which it logs.
@@ -96,23 +102,34 @@ def core_execution_loop(
         ) as active,
     ):
         dispatcher = open_dispatcher()
-        loop = _Loop(
-            context, active, concurrency, dispatcher, settings, make_payload, priority_of, now
-        )
+        tracing = tracing or Tracing()
+        trace = tracing.run(context.run_id, context.job_name)
+        run = LoopRun(context, dispatcher, Flights(concurrency), now, trace)
+        loop = _Loop(run, active, concurrency, settings, make_payload, priority_of)
         try:
+            if page := settings.page_of(context.run_id):
+                yield DagsterEvent.engine_event(
+                    context,
+                    "The dashboard shows where this run's steps are.",
+                    EngineEventData(metadata={"dashboard": MetadataValue.url(page)}),
+                )
             yield from loop.open()
             if context.resume_from_failure:
                 yield from loop.adopt()
             yield from loop.run()
-        except SupersededLoopError:
+        except SupersededLoopError as error:
             loop.leave_steps_running()
+            trace.ended(str(error))
             raise
-        except BaseException:
+        except BaseException as error:
             # also when Dagster closes this generator: nothing may run on unwatched
             loop.stop_everything()
+            trace.ended(f"{type(error).__name__}: {error}")
             raise
         finally:
             dispatcher.close(leave_running=loop.leaves_steps_running)
+            trace.ended()
+            tracing.flush()
 
 
 class _Loop:
@@ -120,24 +137,22 @@ class _Loop:
 
     def __init__(
         self,
-        context: PlanOrchestrationContext,
+        run: LoopRun,
         active: ActiveExecution,
         concurrency: InstanceConcurrencyContext,
-        dispatcher: Dispatcher,
         settings: Settings,
         make_payload: MakePayload,
         priority_of: Callable[[ExecutionStep], int],
-        now: Callable[[], float],
     ) -> None:
         self._active = active
         self._concurrency = concurrency
         self._is_interrupted = False
-        self._run = run = LoopRun(context, dispatcher, Flights(concurrency), now)
+        self._run = run
         patience = Patience(
             settings.server_patience_seconds,
             # a loop that takes over knows that these servers have worked, and what is under way
-            has_worked=context.resume_from_failure,
-            now=now,
+            has_worked=run.context.resume_from_failure,
+            now=run.now,
         )
         self._outages = outages = Outages(run, patience)
         self._sending = Sending(run, active, settings, make_payload, priority_of, outages)
@@ -147,7 +162,13 @@ class _Loop:
         stop_seconds = settings.lease_seconds + settings.cancel_grace_seconds
         self._stopping = Stopping(run, active, endings, outages, stop_seconds)
         self._reconciliation = Reconciliation(
-            run, outages, self._receiving, endings, judge, self._stopping
+            run,
+            outages,
+            self._receiving,
+            endings,
+            judge,
+            self._stopping,
+            Waiting(run, active, settings),
         )
 
     @property

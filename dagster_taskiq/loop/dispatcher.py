@@ -10,9 +10,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.backend.base import TaskReport, TaskState
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
-from dagster_taskiq.messages.queue_waits import QueueWait
+from dagster_taskiq.messages.queue_looks import QueueLook
+from dagster_taskiq.messages.queue_waits import Listeners, QueueWait
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.time_limits import TimeLimits
 
@@ -29,6 +31,7 @@ class StepTask:
         make_payload: makes Dagster's packed arguments, which are large and seldom needed twice.
         limits: how long the attempt may take.
         job: name of the run's job.
+        trace: the context of the attempt's span; empty without tracing.
     """
 
     task_id: str
@@ -39,6 +42,7 @@ class StepTask:
     make_payload: Callable[[], Mapping[str, Any]]
     limits: TimeLimits = TimeLimits()
     job: str = ""
+    trace: TraceContext = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Inspection:
         troubled_at: when that was last noticed, in monotonic seconds.
         absent: ids of unclaimed tasks that the broker does not hold either.
         waits: by queue of unclaimed tasks, why they wait, where there is a reason.
+        listeners: by queue of unclaimed tasks, who takes tasks from it.
     """
 
     is_conclusive: bool
@@ -62,6 +67,7 @@ class Inspection:
     troubled_at: float = float("-inf")
     absent: frozenset[str] = frozenset()
     waits: Mapping[str, QueueWait] = field(default_factory=dict)
+    listeners: Mapping[str, Listeners] = field(default_factory=dict)
 
 
 class Dispatcher(ABC):
@@ -103,6 +109,14 @@ class Dispatcher(ABC):
     @abstractmethod
     def inspect(self, tasks: Sequence[StepTask]) -> Inspection:
         """Compare what is awaited with what broker and backend know."""
+
+    @abstractmethod
+    def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
+        """What is to be seen of a queue for people.
+
+        Args:
+            tasks: a few that wait there, whose places are of interest.
+        """
 
     @abstractmethod
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:

@@ -8,12 +8,15 @@ import socket
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
+from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend.base import TaskReport, TaskState
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
+from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import Place, TaskResult
 
 
@@ -24,10 +27,16 @@ class EagerDispatcher(Dispatcher):
         events: writes what the loop reports.
         keeps_connections: see ``TaskRunner``.
         patience_seconds: see ``TaskRunner``.
+        tracing: see ``TaskRunner``.
     """
 
     def __init__(
-        self, events: EventWriter, *, keeps_connections: bool, patience_seconds: float
+        self,
+        events: EventWriter,
+        *,
+        keeps_connections: bool,
+        patience_seconds: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self._events = events
         host = socket.gethostname()
@@ -35,7 +44,7 @@ class EagerDispatcher(Dispatcher):
         self._waiting: deque[StepTask] = deque()
         self._waker = Waker()
         self._runner = TaskRunner(
-            keeps_connections=keeps_connections, patience_seconds=patience_seconds
+            keeps_connections=keeps_connections, patience_seconds=patience_seconds, tracing=tracing
         )
 
     def open(self) -> None:
@@ -55,7 +64,8 @@ class EagerDispatcher(Dispatcher):
         task = self._waiting.popleft()
         # what would not survive the way to a worker must not work here
         payload = json.loads(json.dumps(task.make_payload()))
-        result = self._runner.execute_plan(payload, self._place, task.queue)
+        arrival = Arrival(task.queue, task.attempt, trace=task.trace)
+        result = self._runner.execute_plan(payload, self._place, arrival)
         return [(task.task_id, TaskResult.from_bytes(result.to_bytes()))]
 
     def acknowledge(self, task_ids: Collection[str]) -> None:
@@ -65,6 +75,10 @@ class EagerDispatcher(Dispatcher):
         """Report every task as waiting; none can be lost."""
         reports = {task.task_id: TaskReport(TaskState.UNKNOWN) for task in tasks}
         return Inspection(is_conclusive=False, reports=reports)
+
+    def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
+        """Return nothing: there are no queues."""
+        return QueueLook()
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         """Return nothing: no result arrives unnoticed."""

@@ -21,7 +21,7 @@ from dagster_taskiq._dagster.replay import is_in_flight
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import MalformedResultError
-from dagster_taskiq.execution.attempt_log import outcome_in, read_attempt
+from dagster_taskiq.execution.attempt_log import FAILED_ERROR, LOST_ERROR, outcome_in, read_attempt
 from dagster_taskiq.loop.flights import Flight, LoopRun
 from dagster_taskiq.loop.reporting import Reporting
 from dagster_taskiq.messages.results import Outcome, TaskResult
@@ -92,7 +92,7 @@ class Endings:
             self._flights.end(flight)
             message = f'Step "{flight.step.key}" was not executed. {reason}'
             self._reporting.unexecuted(flight, reason)
-            end = self._fail(flight, plain_error(message, "StepError"), may_retry=False)
+            end = self._fail(flight, plain_error(message, FAILED_ERROR), may_retry=False)
             yield end
             self._active.handle_event(end)
 
@@ -140,6 +140,6 @@ def _error_of(
     )
     return plain_error(
         f'Step "{flight.step.key}"{where}: {reason}',
-        "StepLost" if result.outcome is Outcome.DIED else "StepError",
+        LOST_ERROR if result.outcome is Outcome.DIED else FAILED_ERROR,
         raised,
     )

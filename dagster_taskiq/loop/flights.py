@@ -10,6 +10,7 @@ from dagster_taskiq._dagster.names import (
     InstanceConcurrencyContext,
     PlanOrchestrationContext,
 )
+from dagster_taskiq.aio.tracing import NO_ATTEMPT_TRACE, NO_RUN_TRACE, AttemptTrace, RunTrace
 from dagster_taskiq.aio.vigil import AbsenceWatch
 from dagster_taskiq.loop.claim_watch import ClaimWatch
 from dagster_taskiq.loop.dispatcher import Dispatcher, StepTask
@@ -32,6 +33,7 @@ class Flight:
         waits: what the log says of why it waits.
         refusals: why each worker that gave the task back cannot execute it, by its name.
         refused_since: when the first of them did.
+        trace: the attempt's.
     """
 
     task: StepTask
@@ -45,6 +47,7 @@ class Flight:
     waits: WaitHistory = field(default_factory=WaitHistory)
     refusals: dict[str, str] = field(default_factory=dict)
     refused_since: float | None = None
+    trace: AttemptTrace = NO_ATTEMPT_TRACE
 
     @property
     def task_id(self) -> str:
@@ -97,7 +100,9 @@ class Flights:
         """Forget those that were not sent."""
         unsent, self.unsent = self.unsent, []
         for task_id in {task.task_id for task in unsent}:
-            self.drop(self._by_id[task_id])
+            flight = self._by_id[task_id]
+            flight.trace.ended("cancelled", "The run was stopped before the step was sent.")
+            self.drop(flight)
 
     def __contains__(self, flight: Flight) -> bool:
         return flight.task_id in self._by_id
@@ -118,9 +123,11 @@ class LoopRun:
         dispatcher: carries its steps to workers.
         flights: its attempts that are under way.
         now: the clock, in monotonic seconds.
+        trace: the run's.
     """
 
     context: PlanOrchestrationContext
     dispatcher: Dispatcher
     flights: Flights
     now: Callable[[], float]
+    trace: RunTrace = NO_RUN_TRACE

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 from dagster import DagsterEvent
 
-from dagster_taskiq._dagster.names import EngineEventData
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import IN_HAND_SECONDS, RECONCILE_SECONDS
 from dagster_taskiq.errors import ServerError
@@ -20,7 +19,7 @@ from dagster_taskiq.loop.judging import Judge, RunLog
 from dagster_taskiq.loop.outages import Outages
 from dagster_taskiq.loop.receiving import Receiving
 from dagster_taskiq.loop.stopping import Stopping
-from dagster_taskiq.messages.queue_waits import QueueWait
+from dagster_taskiq.loop.waiting import Waiting
 from dagster_taskiq.messages.results import TaskResult
 
 
@@ -34,6 +33,7 @@ class Reconciliation:
         endings: end what no worker can execute.
         judge: decides over what was lost.
         stopping: is told whether the servers have answered.
+        waiting: tells why tasks wait.
 
     Attributes:
         due_at: when it looks again, by the run's clock.
@@ -47,6 +47,7 @@ class Reconciliation:
         endings: Endings,
         judge: Judge,
         stopping: Stopping,
+        waiting: Waiting,
     ) -> None:
         self._context = run.context
         self._dispatcher = run.dispatcher
@@ -57,6 +58,7 @@ class Reconciliation:
         self._endings = endings
         self._judge = judge
         self._stopping = stopping
+        self._waiting = waiting
         self.due_at = run.now() + RECONCILE_SECONDS
 
     def reconcile(self) -> Iterator[DagsterEvent]:
@@ -66,6 +68,8 @@ class Reconciliation:
             return
         self.due_at = now + RECONCILE_SECONDS
         flights = self._flights.sent()
+        if not self._flights.is_stopping:
+            yield from self._waiting.tell_of_withheld()
         if not flights:
             return
         try:
@@ -78,6 +82,7 @@ class Reconciliation:
                 if flight in self._flights:
                     self._look_at_claim(flight, inspection, asked_at=now)
                     yield from self._compare(flight, inspection, log)
+            yield from self._waiting.tell(inspection)
         except ServerError as error:
             yield from self._outages.note("inspect", error)
             is_answered = False
@@ -136,17 +141,8 @@ class Reconciliation:
         ):
             yield from self._judge.judge(flight, TaskState.UNKNOWN, inspection, log)
             return
-        yield from self._explain_wait(flight, inspection.waits.get(flight.task.queue))
-
-    def _explain_wait(self, flight: Flight, wait: QueueWait | None) -> Iterator[DagsterEvent]:
-        """Say why a task waits; fail it where no worker of its queue can ever execute it."""
-        now = self._now()
-        news = flight.waits.news(wait, now - flight.sent_at, now)
-        if news is not None:
-            yield DagsterEvent.engine_event(
-                self._context.for_step(flight.step),
-                f'Step "{flight.step.key}" waits. {news.reason}',
-                EngineEventData(metadata={"queue": flight.task.queue}),
-            )
+        self._waiting.note(flight, inspection)
+        wait = inspection.waits.get(flight.task.queue)
+        # no worker of its queue can ever execute it
         if wait is not None and flight.waits.is_hopeless(now):
             yield from self._endings.fail_unexecuted(flight, wait.reason)

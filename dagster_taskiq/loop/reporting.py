@@ -1,4 +1,4 @@
-"""What the history is told of a run's attempts when they end; see ``AttemptEnd``."""
+"""What history and traces are told of a run's attempts when they end; see ``AttemptEnd``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRAPPERS = ("Dagster", "RetryRequested", "StepError")
 
 
 class Reporting:
-    """Tells the history of the attempts of one run.
+    """Tells the history of the attempts of one run, and ends their traces.
 
     Args:
         run: whose dispatcher passes it on.
@@ -79,6 +79,8 @@ class Reporting:
         is_retried: bool = False,
     ) -> None:
         task, is_known = flight.task, place != NOWHERE
+        worker = place.worker if is_known else ""
+        flight.trace.ended(outcome.value, reason.strip(), worker, is_retried=is_retried)
         self._dispatcher.note_end(
             AttemptEnd(
                 task_id=task.task_id,

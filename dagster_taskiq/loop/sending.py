@@ -58,6 +58,7 @@ class Sending:
         self._dispatcher = run.dispatcher
         self._flights = run.flights
         self._now = run.now
+        self._trace = run.trace
         self._active = active
         self._settings = settings
         self._make_payload = make_payload
@@ -96,16 +97,18 @@ class Sending:
         self._sent_at = self._now()
         if not self._flights.unsent:
             return
-        sent_on = time.time()  # before, as a worker may have begun before the server has confirmed
+        began_at = time.time_ns()  # a worker may have begun before the server has confirmed
         try:
             self._dispatcher.submit(self._flights.unsent)
         except ServerError as error:
             yield from self._outages.note("send", error)
             return
+        ended_at = time.time_ns()
         for task in self._flights.unsent:
             flight = self._flights.find(task.task_id)
             assert flight is not None
-            flight.sent_at, flight.sent_on = self._now(), sent_on
+            flight.sent_at, flight.sent_on = self._now(), began_at / 1e9
+            flight.trace.submitted(began_at, ended_at)
         self._flights.unsent = []
         self._outages.over("send")
 
@@ -114,6 +117,7 @@ class Sending:
         flight.absence = AbsenceWatch()
         flight.claim = ClaimWatch(self._settings.lease_seconds)
         flight.sent_at = self._now()
+        flight.trace.sent_again()
         self._flights.unsent.append(flight.task)
 
     def note_retries(self, step_key: str, count: int) -> None:
@@ -125,17 +129,26 @@ class Sending:
         """The next attempt of a step, which is under way only once it is added to the flights."""
         attempt = self._active.retry_state.get_attempt_count(step.key) + 1
         first_attempt = self._first_attempts.setdefault(step.key, attempt)
+        queue = step_queue(step.tags, self._context.dagster_run.tags, self._settings.default_queue)
+        priority = self._priority_of(step)
+        task_id = step_task_id(self._context.run_id, step.key, attempt)
+        trace = self._trace.attempt(step.key, attempt, queue, priority, task_id)
         task = StepTask(
-            task_id=step_task_id(self._context.run_id, step.key, attempt),
+            task_id=task_id,
             step_key=step.key,
             attempt=attempt,
-            queue=step_queue(
-                step.tags, self._context.dagster_run.tags, self._settings.default_queue
-            ),
-            priority=self._priority_of(step),
+            queue=queue,
+            priority=priority,
             make_payload=lambda: self._make_payload(step, cut_known_state(self._active, step)),
             limits=step_time_limits(step.tags),
             job=self._context.dagster_run.job_name,
+            trace=trace.context,
         )
-        claim = ClaimWatch(self._settings.lease_seconds)
-        return Flight(task, step, attempt - first_attempt + 1, sent_at=self._now(), claim=claim)
+        return Flight(
+            task,
+            step,
+            attempt - first_attempt + 1,
+            sent_at=self._now(),
+            claim=ClaimWatch(self._settings.lease_seconds),
+            trace=trace,
+        )

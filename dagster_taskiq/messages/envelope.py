@@ -8,14 +8,16 @@ renews leases, therefore never spends long on a message, however large.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 from taskiq import BrokerMessage
 
+from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.defaults import (
     LONGEST_SECONDS,
     LONGEST_TIME_LIMIT_SECONDS,
@@ -45,6 +47,9 @@ _TASK_ID_NAMESPACE = uuid.UUID("6a1d0c3e-5f4b-4d0e-9a44-0b8f1f6f9f5e")
 
 #: The longest header, in bytes: it holds names and numbers.
 _MAX_HEADER_BYTES = 64 * 2**10
+
+#: W3C's: printable ASCII, and no longer than this.
+_IS_OF_TRACE = re.compile("[ -~]{1,512}")
 
 
 class TaskName(str, Enum):
@@ -78,6 +83,7 @@ class Envelope:
         sent_at: by the sender's clock, seconds since the epoch; 0 from one that does not say.
         code_location: which code a step is of, see ``code_locations``; empty for a run.
         job: name of the run's job, for people; empty from a sender that does not say.
+        trace: the context of the attempt's span, see ``aio.tracing``; empty without tracing.
         protocol: of the sender.
     """
 
@@ -98,6 +104,7 @@ class Envelope:
     backend: str = ""
     sent_at: float = 0.0
     job: str = ""
+    trace: TraceContext = field(default_factory=dict)
     protocol: int = PROTOCOL
 
     @property
@@ -107,7 +114,8 @@ class Envelope:
 
     def header(self) -> dict[str, Any]:
         """Everything but the payload, ready for JSON."""
-        header = {key: value for key, value in asdict_shallow(self).items() if key != "payload"}
+        left_out = ("payload",) if self.trace else ("payload", "trace")
+        header = {key: it for key, it in asdict_shallow(self).items() if key not in left_out}
         return {**header, "name": self.name.value, "limits": asdict(self.limits)}
 
     def to_message(self, physical_queue: str, signer: Signer) -> BrokerMessage:
@@ -184,6 +192,7 @@ class Envelope:
                 code_location=_text(header, "code_location", may_be_empty=True),
                 **_origin(header),
                 job=plain_name(_text(header, "job", may_be_empty=True)) if "job" in header else "",
+                trace=_trace(header),
                 protocol=protocol,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -242,6 +251,18 @@ def _origin(header: Mapping[str, Any]) -> dict[str, Any]:
         found["backend"] = plain_name(_text(header, "backend", may_be_empty=True))
         found["sent_at"] = _number(header, "sent_at", float, 0, 2**53)
     return found
+
+
+def _trace(header: Mapping[str, Any]) -> TraceContext:
+    """The trace context of a header; nothing where it is none, which is no flaw of the task."""
+    found = header.get("trace")
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: value
+        for name in ("traceparent", "tracestate")
+        if isinstance(value := found.get(name), str) and _IS_OF_TRACE.fullmatch(value)
+    }
 
 
 def _number(header: Mapping[str, Any], key: str, kind: type, low: float, high: float) -> Any:

@@ -6,13 +6,16 @@ A run says it in its log; a launched run also when its start times out.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 
 from dagster_taskiq.defaults import (
     BROKER_URL_VARIABLE,
+    FIRST_NEWS_PAUSE_SECONDS,
     FOREIGN_WORKERS_SECONDS,
+    LONGEST_NEWS_PAUSE_SECONDS,
+    TURN_REASON_SECONDS,
     WAIT_REASON_SECONDS,
 )
 from dagster_taskiq.messages.control import refuses
@@ -42,10 +45,12 @@ class WaitKind(str, Enum):
     BROKER = "broker"
     #: The same, by a record that is not signed as it must be: for people, and to decide nothing.
     UNTRUSTED = "untrusted"
-    #: All slots are taken.
+    #: All slots are taken, or tasks before it come first.
     BUSY = "busy"
     #: Somebody has paused the queue, or all workers that listen.
     PAUSED = "paused"
+    #: No reason of a queue: its run's own limits hold a step back, or a pool of Dagster.
+    LIMITED = "limited"
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,30 @@ class QueueWait:
     reason: str
 
 
+@dataclass(frozen=True)
+class Listeners:
+    """The workers that take tasks of one kind from a queue.
+
+    Attributes:
+        names: of the workers.
+        busy_slots, slots: how many tasks they can and do execute, of whatever queue.
+    """
+
+    queue: str
+    kind: QueueKind
+    names: tuple[str, ...]
+    busy_slots: int
+    slots: int
+
+    def turn(self) -> QueueWait:
+        """The reason of a task that waits for nothing but those before it."""
+        return QueueWait(
+            WaitKind.BUSY,
+            f"Its turn has not come: {self.busy_slots} of {self.slots} {_word(self.kind)} slots of "
+            f'queue "{self.queue}" are busy.',
+        )
+
+
 class QueueWaits:
     """The workers, as one sender of tasks sees them.
 
@@ -69,8 +98,7 @@ class QueueWaits:
         broker: address that it sends to.
         signer: that it signs with.
         protocol: version of its tasks.
-        says_busy_steps: whether busy step slots are a reason. Not for a run's log, as many steps
-            usually wait.
+        says_busy_steps: whether busy step slots are a reason.
         pauses: the queues that are paused.
     """
 
@@ -113,6 +141,22 @@ class QueueWaits:
             return QueueWait(WaitKind.UNTRUSTED, _sentence(refuses(self._signer, doubtful)))
         return wait
 
+    def listeners(self, queue: str) -> Listeners:
+        """Who takes tasks from a queue, as things are.
+
+        Args:
+            queue: as people name it.
+        """
+        found = [it for it in self._workers if queue in it.queues]
+        slots = [self._slots(it) for it in found]
+        return Listeners(
+            queue,
+            self._kind,
+            tuple(sorted(it.name for it in found)),
+            sum(busy for busy, _ in slots),
+            sum(count for _, count in slots),
+        )
+
     def _of_listening(self, queue: str, listening: Collection[WorkerRecord]) -> QueueWait | None:
         able = [it for it in listening if it.protocol == self._protocol]
         if not able:
@@ -127,8 +171,7 @@ class QueueWaits:
             return QueueWait(WaitKind.BROKER, self._elsewhere(queue, able))
         if self._says_busy and self._are_busy(near or able):
             count = sum(slots for _, slots in map(self._slots, near or able))
-            word = "run" if self._kind is QueueKind.RUNS else "step"
-            reason = f'All {count} {word} slots of queue "{queue}" are busy.'
+            reason = f'All {count} {_word(self._kind)} slots of queue "{queue}" are busy.'
             return QueueWait(WaitKind.BUSY, reason)
         return None
 
@@ -176,34 +219,53 @@ class QueueWaits:
 
 @dataclass
 class WaitHistory:
-    """The reasons that have been said of one task that waits.
+    """What has been said of why one task waits. Times are seconds on the caller's clock.
 
     Attributes:
-        told: the kinds of reason that have been said, and not been over since.
-        foreign_since: since when only workers of another version listen, on the caller's clock.
+        told: the kind of the reason that was said last; None where that is over, or nothing was.
+        quiet_until: no other reason is said before.
+        foreign_since: since when only workers of another version listen.
     """
 
-    told: set[WaitKind] = field(default_factory=set)
+    told: WaitKind | None = None
+    quiet_until: float = float("-inf")
     foreign_since: float | None = None
+    _pause_seconds: float = FIRST_NEWS_PAUSE_SECONDS
 
-    def news(self, wait: QueueWait | None, waited_seconds: float, now: float) -> QueueWait | None:
-        """The reason to say now: each one once, and again only if it was over in between.
+    def news(
+        self,
+        wait: QueueWait | None,
+        waited_seconds: float,
+        now: float,
+        listeners: Listeners | None = None,
+    ) -> QueueWait | None:
+        """The reason to say now: a new one, or one that was over in between.
+
+        Slots become free and busy all the time, so of these two that is said which comes first.
+        Reasons that come and go are said less and less often.
 
         Args:
-            wait: the present reason.
+            wait: the present reason; None where there is none but the tasks before it.
             waited_seconds: since the task was sent; a worker may just be starting.
-            now: seconds on the caller's clock.
+            listeners: to say that there are only tasks before it; None not to.
         """
         if wait is None or wait.kind is not WaitKind.PROTOCOL:
             self.foreign_since = None
         elif self.foreign_since is None:
             self.foreign_since = now
         if wait is None:
-            self.told &= {WaitKind.BUSY}  # slots become free and busy all the time
+            if self.told is not WaitKind.BUSY:
+                self.told = None
+            if listeners is None or waited_seconds <= TURN_REASON_SECONDS:
+                return None
+            wait = listeners.turn()
+        if wait.kind is self.told or waited_seconds <= WAIT_REASON_SECONDS:
             return None
-        if wait.kind in self.told or waited_seconds <= WAIT_REASON_SECONDS:
+        if now < self.quiet_until:
             return None
-        self.told.add(wait.kind)
+        self.told = wait.kind
+        self.quiet_until = now + self._pause_seconds
+        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_NEWS_PAUSE_SECONDS)
         return wait
 
     def is_hopeless(self, now: float) -> bool:
@@ -211,6 +273,10 @@ class WaitHistory:
         return (
             self.foreign_since is not None and now - self.foreign_since >= FOREIGN_WORKERS_SECONDS
         )
+
+
+def _word(kind: QueueKind) -> str:
+    return "run" if kind is QueueKind.RUNS else "step"
 
 
 def _paused_queue(pause: QueuePause) -> str:

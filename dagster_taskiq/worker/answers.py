@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
+from dagster_taskiq.errors import TooLargeError
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.worker.child_messages import Answer, Executed
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq.worker.slot_base import ChildDied
+
+logger = logging.getLogger(__name__)
 
 #: What a child says of a step that has failed, see ``TaskRunner``.
 _FAILED_ENDS = ("failure", "up_for_retry")
@@ -60,3 +66,17 @@ def has_failed(result: TaskResult, step_end: str) -> bool:
     if result.outcome is not Outcome.FINISHED or result.error or result.exit_code:
         return True
     return step_end in _FAILED_ENDS
+
+
+def sealed(result: TaskResult, envelope: Envelope, signer: Signer) -> bytes:
+    """A task's result as it is stored; of one that is too large only the reason why it is not sent.
+
+    The loop then reads in Dagster's log, which has all of the step's events, how it ended.
+    """
+    try:
+        return result.to_bytes(signer, envelope.task_id)
+    except TooLargeError as error:
+        reason = str(error.of(f"{envelope.title} returned too much"))
+        logger.error("%s", reason)
+        too_large = TaskResult(Outcome.DIED, result.place, reason=reason)
+        return too_large.to_bytes(signer, envelope.task_id)

@@ -30,11 +30,11 @@ from dagster_taskiq.errors import (
     NoProcessError,
     ServerError,
     SlotError,
-    TooLargeError,
 )
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.worker.answers import cause_of, has_failed, result_of
+from dagster_taskiq.worker.answers import cause_of, has_failed, result_of, sealed
 from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.leases import Lease, StopReason
@@ -96,6 +96,7 @@ class Attempt:
         self._tools = tools
         self._is_draining = is_draining
         self._taken_at = time.monotonic()
+        self._waited_seconds: float | None = None
         self._acking: asyncio.Task[None] | None = None
         self._shortage: NoProcessError | None = None
 
@@ -190,6 +191,8 @@ class Attempt:
             is_step=self._envelope.kind is QueueKind.STEPS,
         )
         self.state = State.CLAIMED
+        if self._envelope.sent_at:  # clocks of hosts differ
+            self._waited_seconds = max(0.0, time.time() - self._envelope.sent_at)
         self._tools.leases.keep(lease)
         self._tools.observer.claimed(self._envelope)
         return lease
@@ -237,7 +240,7 @@ class Attempt:
             envelope.name,
             envelope.payload,
             place,
-            envelope.queue,
+            Arrival.of(envelope, self._waited_seconds),
             envelope.code_location,
             timers.limits.soft_seconds,
         )
@@ -315,22 +318,10 @@ class Attempt:
         except ServerError as error:
             logger.debug("The claim on run %s ends by itself: %s", claim.run_id, error)
 
-    def _sealed(self, result: TaskResult) -> bytes:
-        """The result as it is stored; of one that is too large only the reason why it is not sent.
-
-        The loop then reads in Dagster's log, which has all of the step's events, how it ended.
-        """
-        signer, task_id = self._tools.signer, self._envelope.task_id
-        try:
-            return result.to_bytes(signer, task_id)
-        except TooLargeError as error:
-            reason = str(error.of(f"{self._envelope.title} returned too much"))
-            logger.error("%s", reason)
-            return TaskResult(Outcome.DIED, result.place, reason=reason).to_bytes(signer, task_id)
-
     async def _store(self, lease: Lease, result: TaskResult) -> bool:
         """Store a result as long as the lease may hold; whether it is stored."""
-        data, task_id = self._sealed(result), lease.claim.task_id
+        task_id = lease.claim.task_id
+        data = sealed(result, self._envelope, self._tools.signer)
         while True:
             try:
                 is_stored = await self._tools.backend.complete(

@@ -22,6 +22,7 @@ from typing import Any
 
 from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.aio.forked_copies import ending_copies
+from dagster_taskiq.aio.tracing import Tracing, no_tracing
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.execution.tasks import TaskRunner
@@ -59,6 +60,7 @@ class ChildOptions:
         keeps_connections: whether it leaves Dagster's database connected between statements.
         patience_seconds: how long it waits for Dagster's database when that is away.
         refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
+        tracing: makes what hears of each step.
         environment: variables that it has and other children have not; may be secret.
     """
 
@@ -68,6 +70,7 @@ class ChildOptions:
     keeps_connections: bool = True
     patience_seconds: float = SERVER_PATIENCE_SECONDS
     refuses_copies: bool = False
+    tracing: Callable[[], Tracing] = no_tracing
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -110,10 +113,12 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
         return
     keep_definitions()
     end_copies_of_steps()
+    tracing = options.tracing()
     runner = TaskRunner(
         keeps_connections=options.keeps_connections,
         patience_seconds=options.patience_seconds,
         refuses_copies=options.refuses_copies,
+        tracing=tracing,
     )
     copy_logs_by(
         lambda path, target: mention(LogOpened(path, target)),
@@ -123,9 +128,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     while (order := channel.receive()) is not None:
         channel.say(OrderTaken())
         if isinstance(order, Execute):
-            channel.say(
-                _execute(runner, order, on_run_start_logged=lambda: mention(RunStartLogged()))
-            )
+            answer = _execute(runner, order, on_run_start_logged=lambda: mention(RunStartLogged()))
+            tracing.flush()  # before the worker may kill this process
+            channel.say(answer)
         else:
             channel.say(_look_after_run(runner, order))
 
@@ -165,11 +170,11 @@ def _execute(
     else:
         if order.name is TaskName.EXECUTE_PLAN:
             with soft_time_limit(order.soft_timeout_seconds):
-                result = runner.execute_plan(payload, order.place, order.queue, leftovers.look)
+                result = runner.execute_plan(payload, order.place, order.arrival, leftovers.look)
                 step_end = runner.step_end
         else:
             result = runner.execute_run(
-                order.name, payload, order.place, order.queue, on_run_start_logged
+                order.name, payload, order.place, order.arrival, on_run_start_logged
             )
     sys.stdout.flush()
     sys.stderr.flush()

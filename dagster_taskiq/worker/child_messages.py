@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dagster_taskiq.errors import MalformedResultError
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Place
 
@@ -25,7 +26,7 @@ class Execute:
         name: what to do.
         payload: as it travels, a JSON object as text that the worker has not parsed.
         place: where it is executed, for people.
-        queue: that the task waited in, as people name it.
+        arrival: how it has come here, for people.
         code_location: see ``code_locations``; empty for any.
         soft_timeout_seconds: after which the worker will warn the child; None is never.
     """
@@ -33,7 +34,7 @@ class Execute:
     name: TaskName
     payload: str
     place: Place
-    queue: str
+    arrival: Arrival
     code_location: str = ""
     soft_timeout_seconds: float | None = None
 
@@ -162,7 +163,7 @@ def pack(message: Order | Word) -> dict[str, Any]:
     """The message for JSON: its kind and its fields."""
     values = {"kind": type(message).__name__, **vars(message)}
     if isinstance(message, Execute):
-        values["place"] = vars(message.place)
+        values |= {"place": vars(message.place), "arrival": vars(message.arrival)}
     return values
 
 
@@ -195,6 +196,7 @@ def _unpacked(kinds: Mapping[str, type[Any]], values: Mapping[str, Any]) -> Any:
         if kind is Execute:
             fields["name"] = TaskName(fields["name"])
             fields["place"] = Place.from_dict(fields["place"])
+            fields["arrival"] = Arrival(**fields["arrival"])
         return kind(**fields)
     except (TypeError, KeyError, MalformedResultError) as error:
         raise ValueError(f"it is no {kind.__name__}: {error}") from None

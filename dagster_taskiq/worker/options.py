@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dagster_taskiq.aio.tracing import Tracing, no_tracing
 from dagster_taskiq.defaults import RESULT_EXPIRES_SECONDS, SERVER_PATIENCE_SECONDS
 from dagster_taskiq.messages.time_limits import TimeLimits
 
@@ -29,6 +30,7 @@ class WorkerOptions:
         server_patience_seconds: how long it waits for servers that are away when it starts, and its
             children for the database.
         watch: directory whose changes of code give every slot a fresh child; None for none.
+        tracing: see ``ChildOptions``.
         secrets: environment variables of the runs' processes that steps do not get.
     """
 
@@ -46,4 +48,5 @@ class WorkerOptions:
     keeps_connections: bool = True
     server_patience_seconds: float = SERVER_PATIENCE_SECONDS
     watch: Path | None = None
+    tracing: Callable[[], Tracing] = no_tracing
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)

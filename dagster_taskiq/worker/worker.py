@@ -158,6 +158,7 @@ class Worker:
                 options.keeps_connections,
                 options.server_patience_seconds,
                 refuses_copies=self._servers.signer.is_active,
+                tracing=options.tracing,
                 # a run signs its steps
                 environment={} if is_step else options.secrets,
             ),

@@ -17,6 +17,7 @@ from dagster_taskiq_tests.acceptance.harness import is_running, until
 from dagster_taskiq_tests.acceptance.launched import LaunchedRun, metadata
 from dagster_taskiq_tests.acceptance.user_stack import (
     ALONE_TAG,
+    DASHBOARD_URL,
     REPOSITORY_PATH,
     Web,
     open_user_stack,
@@ -190,6 +191,10 @@ def test_in_a_browser(web: Web, tmp_path: Path) -> None:
         page = browser.await_text("Success")
         assert 'Executing step "finish" on worker steps@' in page
         assert "finished with 1" in page
+        # the table of the step's event, and the link of the run's first one
+        for name in ("worker", "host", "slot", "attempt", "seconds waited"):
+            assert name in page
+        assert f"{DASHBOARD_URL}/runs/{launched.run_id}" in page
         assert launched.wait().is_success
         endless = click_launch(web, browser, "long")
         browser.await_text("STEP_START")

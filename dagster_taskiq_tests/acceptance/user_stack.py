@@ -19,7 +19,11 @@ import yaml
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._grpc.client import DagsterGrpcClient
 
-from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
+from dagster_taskiq.defaults import (
+    BACKEND_URL_VARIABLE,
+    BROKER_URL_VARIABLE,
+    DASHBOARD_URL_VARIABLE,
+)
 from dagster_taskiq_tests.acceptance import user_jobs
 from dagster_taskiq_tests.acceptance.harness import PATIENCE_SECONDS, Stack
 from dagster_taskiq_tests.acceptance.launched import LaunchedRun, open_launching_stack
@@ -39,6 +43,9 @@ REPOSITORY_PATH = f"__repository__@{LOCATION}"
 
 #: More than the run queue's limit, so that it is the queue which holds runs back.
 RUN_SLOTS = user_jobs.RUN_LIMIT + 2
+
+#: Where nobody answers: runs link to it.
+DASHBOARD_URL = "http://dashboard.invalid/taskiq"
 
 #: Runs with the same value of this tag run one after the other.
 ALONE_TAG = "alone"
@@ -258,6 +265,7 @@ def _environment(stack: Stack) -> dict[str, str]:
     return {
         BROKER_URL_VARIABLE: stack.broker.url,
         BACKEND_URL_VARIABLE: stack.backend.url,
+        DASHBOARD_URL_VARIABLE: DASHBOARD_URL,
         user_jobs.PREFIX_VARIABLE: stack.prefix,
     }
 

@@ -108,7 +108,12 @@ class Side:
 
     def peek(self) -> object:
         sender, queue = self._sender, self._queue
-        return self.call(sender.peek(queue, 3)), self.call(sender.by_priority(queue))
+        ids = ("one", "two", "three", "four")
+        return (
+            self.call(sender.peek(queue, 3)),
+            self.call(sender.by_priority(queue)),
+            self.call(sender.places(queue, ids)),
+        )
 
 
 class Lockstep(RuleBasedStateMachine):

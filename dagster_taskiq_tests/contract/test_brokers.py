@@ -719,8 +719,11 @@ def test_a_look_into_a_queue_takes_nothing(harness: Harness) -> None:
             queues, found = await broker.queues_with_tasks(), await broker.peek(queue, 3)
             groups = await broker.by_priority(queue)
             if not harness.is_searchable:
-                assert queues is found is groups is None
+                assert queues is found is groups is await broker.places(queue, ["low"]) is None
                 return
+            places = await broker.places(queue, ["later", "low", "high", "longl", "nobody's"])
+            assert places == {"high": 1, "longl": 2, "low": 3, "later": 4}
+            assert await broker.places(queue, []) == await broker.places(empty, ["low"]) == {}
             assert queues == {queue}
             assert found == [
                 WaitingTask("high", 9, b"high"),
@@ -735,6 +738,7 @@ def test_a_look_into_a_queue_takes_nothing(harness: Harness) -> None:
         async with consuming(harness, queue) as consumer:
             delivery = await consumer.take()
             assert delivery.data == b"high"
+            assert await consumer.broker.places(queue, ["high", "low"]) == {"low": 2}
             await delivery.ack()
 
     run(test())

@@ -134,6 +134,7 @@ async def use_broker(harness: broker_bench.PostgresHarness) -> None:
         assert await broker.queues_with_tasks() == {queue}
         assert len(await broker.peek(queue, 5)) == 2
         assert await broker.by_priority(queue)
+        assert await broker.places(queue, ["b", "c"]) == {"b": 1, "c": 2}
         assert await broker._find_floors([queue], None)
         assert await broker.withdraw(queue, ["b"]) == {"b"}
         assert await broker.absent(queue, ["b", "c"]) == {"b"}

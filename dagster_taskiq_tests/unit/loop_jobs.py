@@ -161,6 +161,37 @@ def failing_job() -> None:
     total([may_fail(one()), two()])
 
 
+@job(executor_def=taskiq_executor)
+def crowd_job() -> None:
+    for number in range(25):
+        one.alias(f"step_{number:02}")()
+
+
+def on_trace() -> None:
+    """What a test has the step below do."""
+
+
+@op
+def traced() -> None:
+    on_trace()
+
+
+@job(executor_def=taskiq_executor)
+def traced_job() -> None:
+    traced()
+
+
+@op(pool="narrow")
+def in_pool() -> None:
+    """It needs a slot of a pool."""
+
+
+@job(executor_def=taskiq_executor)
+def pool_job() -> None:
+    in_pool.alias("first")()
+    in_pool.alias("second")()
+
+
 @resource
 def broken_resource() -> None:
     raise ValueError("no such database")

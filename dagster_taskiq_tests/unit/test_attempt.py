@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any, cast
@@ -137,6 +138,20 @@ def test_a_step_is_acked_beside_its_execution() -> None:
     assert (ending.step_end, ending.stopped_by) == ("success", "")
     assert 0 <= ending.waited_seconds < SECONDS
     assert 0 <= ending.run_seconds < SECONDS
+
+
+@pytest.mark.parametrize(("sent_ago", "waited"), [(7.5, 7.5), (-100.0, 0.0), (None, None)])
+def test_the_child_is_told_how_long_its_task_has_waited(
+    sent_ago: float | None, waited: float | None
+) -> None:
+    """By the clocks of two hosts, which may differ; not where the sender has not said when."""
+    sent_at = 0.0 if sent_ago is None else time.time() - sent_ago
+    scene = play(replace(STEP_TASK, sent_at=sent_at, attempt=3))
+    (order,) = scene.slot.orders
+    assert isinstance(order, Execute)
+    assert (order.arrival.queue, order.arrival.attempt) == (STEP_TASK.queue, 3)
+    seconds = order.arrival.waited_seconds
+    assert seconds == waited if not waited else seconds == pytest.approx(waited, abs=SECONDS)
 
 
 def test_a_launched_run_is_acked_when_it_has_begun() -> None:

@@ -94,6 +94,7 @@ def test_the_schema_has_all_of_dagster_celerys_options_and_ours() -> None:
         "server_patience_seconds",
         "max_message_bytes",
         "signing_key",
+        "dashboard_url",
     }
     assert set(EXECUTOR_SCHEMA) == celery | ours
     assert not any(field.is_required for field in EXECUTOR_SCHEMA.values())
@@ -826,3 +827,31 @@ def test_yaml_errors_do_not_quote_the_text(
     with pytest.raises(ConfigError) as caught:
         Settings.from_config(check_config({"config_source": {"env": "SOURCE"}}, "x"))
     assert "hunter2" not in str(caught.value)
+
+
+# --- the dashboard ---
+
+
+def test_a_run_is_linked_to_its_page_in_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the setting, else by the variable; without either there is no link."""
+    monkeypatch.delenv("DAGSTER_TASKIQ_DASHBOARD_URL", raising=False)
+    assert Settings.from_config({}).page_of("r") == ""
+    monkeypatch.setenv("DAGSTER_TASKIQ_DASHBOARD_URL", "http://host:3100")
+    assert Settings.from_config({}).page_of("r") == "http://host:3100/runs/r"
+    settings = Settings.from_config({"dashboard_url": " https://proxy/taskiq/ "})
+    assert settings.page_of("r") == "https://proxy/taskiq/runs/r"
+
+
+@pytest.mark.parametrize(
+    "url", ["host:3100", "ftp://host", "https://", "http://u:secret@host", " "]
+)
+def test_an_address_that_no_browser_takes_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a password shown to all who can read a run's log."""
+    with pytest.raises(ConfigError, match="dashboard_url") as error:
+        Settings.from_config({"dashboard_url": url})
+    assert "secret" not in str(error.value)
+    monkeypatch.setenv("DAGSTER_TASKIQ_DASHBOARD_URL", url)
+    with pytest.raises(ConfigError, match=r"\$DAGSTER_TASKIQ_DASHBOARD_URL"):
+        Settings.from_config({})

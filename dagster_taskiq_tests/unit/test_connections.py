@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from dagster_taskiq import connections, executor, launcher
+from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.cli import main, worker_start
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_running_servers, find_servers
@@ -99,7 +100,7 @@ def test_the_run_and_the_launcher_say_it(
     servers = found(home, dagster_yaml)
     monkeypatch.setattr(executor, "Client", mock.Mock())
     context: Any = SimpleNamespace(instance=mock.Mock(), run_id="r", log=mock.Mock())
-    executor._open_dispatcher(Settings(), context, mock.Mock())
+    executor._open_dispatcher(Settings(), context, mock.Mock(), Tracing())
     context.log.log.assert_called_once_with(servers.notice_level, servers.notice)
     monkeypatch.setattr(launcher, "RunClient", mock.Mock())
     monkeypatch.setattr(launcher, "LaunchWatch", mock.Mock())

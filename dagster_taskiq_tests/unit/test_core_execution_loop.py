@@ -23,6 +23,7 @@ from dagster import (
     DagsterEventType,
     DagsterInstance,
     DagsterRunStatus,
+    UrlMetadataValue,
     execute_job,
     reconstructable,
 )
@@ -40,13 +41,15 @@ from dagster_taskiq.errors import (
     UnreachableServerError,
 )
 from dagster_taskiq.execution import attempt_log, tasks
+from dagster_taskiq.execution.arrivals import Arrival, report_step_start
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.loop import endings
 from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
-from dagster_taskiq.messages.envelope import step_task_id
-from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
+from dagster_taskiq.messages.envelope import QueueKind, step_task_id
+from dagster_taskiq.messages.queue_looks import QueueLook
+from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
@@ -76,6 +79,10 @@ REFUSE = "refuse"
 REFUSE_UNHEARD = "refuse unheard"
 #: A worker has it and goes on and on.
 HOLD = "hold"
+
+
+def arrival_of(task: StepTask) -> Arrival:
+    return Arrival(task.queue, task.attempt, 0.25)
 
 
 class Clock:
@@ -116,6 +123,11 @@ class FakeDispatcher(Dispatcher):
         self.is_conclusive = True
         self.is_deleted = False
         self.why_waiting: dict[str, QueueWait] = {}
+        self.listeners: dict[str, Listeners] = {}
+        #: Places whose tasks are taken before a look.
+        self.taken: set[int] = set()
+        #: The queues that were looked into, each time.
+        self.looks: list[str] = []
         self.trouble, self.troubled_at = "", float("-inf")
         #: Until when ``open``, ``submit``, ``inspect`` and ``cancel`` fail, and how.
         self.away_until = 0.0
@@ -187,7 +199,7 @@ class FakeDispatcher(Dispatcher):
         is_held = task.task_id in self.begun
         self.executed.add(task.task_id)
         runner = TaskRunner(refuses_copies=not is_held)
-        result = runner.execute_plan(task.make_payload(), PLACE, task.queue)
+        result = runner.execute_plan(task.make_payload(), PLACE, arrival_of(task))
         assert result.outcome is not Outcome.COPY, result.reason
         return result
 
@@ -195,7 +207,7 @@ class FakeDispatcher(Dispatcher):
         """Log what a worker logs before it runs a step."""
         self.begun.add(task.task_id)
         (run,) = self.instance.get_runs(limit=1)
-        tasks._report_start(self.instance, run, task.step_key, PLACE, task.queue)
+        report_step_start(self.instance, run, task.step_key, PLACE, arrival_of(task))
 
     def finish(self, task: StepTask) -> None:
         """What was held is done."""
@@ -231,6 +243,7 @@ class FakeDispatcher(Dispatcher):
             reports={t.task_id: self._report(t.task_id) for t in tasks},
             absent=frozenset(t.task_id for t in unknown) - self.waiting,
             waits=self.why_waiting,
+            listeners=self.listeners,
             trouble=self.trouble,
             troubled_at=self.troubled_at,
         )
@@ -243,6 +256,13 @@ class FakeDispatcher(Dispatcher):
         left -= self.server_clock_stepped_by
         place = self.places.get(task_id, PLACE)
         return TaskReport(state, place, left) if left > 0 else TaskReport(TaskState.EXPIRED)
+
+    def look_into(self, queue: str, tasks: Sequence[StepTask]) -> QueueLook:
+        waiting = [it.task_id for it in self.sent if it.task_id in self.waiting]
+        places = {it: place for place, it in enumerate(waiting, 1) if place not in self.taken}
+        self.looks.append(queue)
+        ids = [task.task_id for task in tasks if task.task_id in places]
+        return QueueLook(len(self.waiting), {task_id: places[task_id] for task_id in ids})
 
     def fetch(self, task_ids: Sequence[str]) -> list[tuple[str, TaskResult]]:
         return [(key, self.stored[key]) for key in task_ids if key in self.stored]
@@ -1173,6 +1193,156 @@ def test_why_a_step_waits_is_said_once(fake: FakeDispatcher, instance: DagsterIn
     assert ran.said('Step "one" waits. No worker listens.') == 2
 
 
+def waiting_events(ran: Ran, text: str) -> list[tuple[str | None, str, dict[str, Any]]]:
+    """Step key, message and metadata of each event that says why something waits."""
+    return [
+        (
+            event.step_key,
+            str(event.message),
+            {key: value.value for key, value in event.engine_event_data.metadata.items()},
+        )
+        for event in ran.events
+        if event.is_engine_event and text in str(event.message)
+    ]
+
+
+def test_the_event_of_a_waiting_step_says_where_it_is(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Its queue is looked into for that only when there is something new to say."""
+    fake.plan["one"] = [WAIT]
+    fake.why_waiting = {"dagster": QueueWait(WaitKind.BUSY, "All 4 step slots are busy.")}
+    fake.listeners = {"dagster": Listeners("dagster", QueueKind.STEPS, ("a@h", "b@h"), 4, 4)}
+    fake.on_wait = lambda number: fake.finish(fake.sent[0]) if number == 100 else None
+    ran = execute(jobs.single_job, instance)
+    assert waiting_events(ran, "waits") == [
+        (
+            "one",
+            'Step "one" waits. All 4 step slots are busy. It has place 1 of 1 in the queue.',
+            {
+                "queue": "dagster",
+                "reason": "busy",
+                "tasks in queue": 1,
+                "workers": "a@h, b@h",
+                "busy slots": "4 of 4",
+                "priority": 5,
+                "tasks before it": 0,
+            },
+        )
+    ]
+    assert fake.looks == ["dagster"]
+
+
+def test_of_many_steps_that_wait_one_event_tells(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """By queue and reason, however long they wait; with the next one's place."""
+    for number in range(25):
+        fake.plan[f"step_{number:02}"] = [WAIT]
+    fake.why_waiting = UNSERVED
+
+    def happen(number: int) -> None:
+        if number == 50:
+            fake.why_waiting = {"dagster": QueueWait(WaitKind.BUSY, "All are busy.")}
+        if number == 100:
+            for task in fake.sent:
+                fake.finish(task)
+
+    fake.on_wait = happen
+    fake.taken = {1}
+    ran = execute(jobs.crowd_job, instance)
+    assert ran.status is SUCCESS
+    told = waiting_events(ran, "wait")
+    assert [(key, text.partition(". ")[2].partition(" step_")[0]) for key, text, _ in told] == [
+        (None, "No worker listens."),
+        (None, "All are busy."),
+    ]
+    for _, text, metadata in told:
+        assert text.startswith('25 steps wait in queue "dagster". ')
+        assert text.endswith("step_01 has place 2 of 25 in the queue.")
+        assert metadata["steps"].startswith("step_00, step_01, ")
+        assert metadata["steps"].endswith("step_19 and 5 more")
+    assert fake.looks == ["dagster"] * 2
+
+
+def test_steps_that_max_concurrent_holds_back(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """The log says so once, and no step looks as if it had been forgotten."""
+    for number in range(3):
+        fake.plan[f"step_{number:02}"] = [HOLD]
+
+    def happen(number: int) -> None:
+        if number == 20:
+            for task in fake.sent[:3]:
+                fake.finish(task)
+
+    fake.on_wait = happen
+    ran = execute(jobs.crowd_job, instance, {"max_concurrent": 3})
+    assert ran.status is SUCCESS
+    (told,) = waiting_events(ran, "ready and wait")
+    assert told[:2] == (
+        None,
+        "22 steps are ready and wait. max_concurrent is 3, and 3 steps are queued or running.",
+    )
+    assert told[2]["reason"] == "limited"
+    assert told[2]["steps"].startswith("step_03, step_04")
+
+
+def test_a_step_that_waits_for_a_pool_names_who_has_its_slots(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Dagster's own event says only that the pool is full."""
+    instance.event_log_storage.set_concurrency_slots("narrow", 1)
+    fake.plan["first"] = [HOLD]
+
+    def happen(_: int) -> None:
+        if fake.clock.now > 1010 and not fake.stored:
+            fake.finish(fake.sent[0])
+        elif fake.stored:
+            time.sleep(0.01)  # Dagster asks a pool again by the real clock
+
+    fake.on_wait = happen
+    ran = execute(jobs.pool_job, instance)
+    assert ran.status is SUCCESS
+    (told,) = waiting_events(ran, "ready and wait")
+    assert told[1] == (
+        '1 step is ready and waits. Slots of pool "narrow": 1 of 1 are taken, by first of run '
+        f"{ran.run_id}."
+    )
+    assert told[2]["steps"] == "second"
+
+
+def test_a_step_that_begins_says_where_and_after_which_wait(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """As a table in Dagster's UI."""
+    ran = execute(jobs.single_job, instance)
+    ((key, _, metadata),) = waiting_events(ran, "Executing step")
+    assert key == "one"
+    assert metadata.pop("started at") == pytest.approx(time.time(), abs=600)
+    assert metadata == {
+        "queue": "dagster",
+        "worker": PLACE.worker,
+        "host": PLACE.host,
+        "slot": PLACE.slot,
+        "pid": str(os.getpid()),
+        "attempt": 1,
+        "seconds waited": 0.25,
+    }
+
+
+def test_a_run_links_to_the_dashboard_where_its_address_is_set(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """In the first event of ours."""
+    ran = execute(jobs.single_job, instance, {"dashboard_url": "https://host/taskiq/"})
+    ours = next(event for event in ran.events if event.is_engine_event)
+    link = ours.engine_event_data.metadata["dashboard"]
+    assert isinstance(link, UrlMetadataValue)
+    assert link.url == f"https://host/taskiq/runs/{ran.run_id}"
+
+
 def test_why_a_step_waits_is_not_said_at_once(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
@@ -1259,7 +1429,7 @@ def test_a_worker_of_another_instance_gives_a_step_back(
         instance_ref = pack_value(other.get_ref())
         payload[tasks.ARGS_KEY] = {**payload[tasks.ARGS_KEY], "instance_ref": instance_ref}
         runner = TaskRunner()
-        result = runner.execute_plan(payload, PLACE, "dagster")
+        result = runner.execute_plan(payload, PLACE, Arrival("dagster", 1))
         runner.close()
     assert result.outcome is Outcome.REFUSED
     assert result.events == ()
@@ -1695,7 +1865,7 @@ def check_is_refused(fake: FakeDispatcher, task: StepTask) -> str:
     (run,) = fake.instance.get_runs(limit=1)
     before = len(fake.instance.all_logs(run.run_id))
     runner = TaskRunner(refuses_copies=True)
-    result = runner.execute_plan(fake.payloads[task.task_id], PLACE, task.queue)
+    result = runner.execute_plan(fake.payloads[task.task_id], PLACE, arrival_of(task))
     assert result.outcome is Outcome.COPY, result
     assert f'Attempt {task.attempt} of step "{task.step_key}"' in result.reason
     assert len(fake.instance.all_logs(run.run_id)) == before

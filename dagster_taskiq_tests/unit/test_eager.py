@@ -82,9 +82,9 @@ def test_steps_go_through_the_workers_task(
     payloads = []
     execute_plan = TaskRunner.execute_plan
 
-    def note(runner: TaskRunner, payload: Any, place: Any, queue: str) -> Any:
+    def note(runner: TaskRunner, payload: Any, place: Any, arrival: Any) -> Any:
         payloads.append(payload)
-        return execute_plan(runner, payload, place, queue)
+        return execute_plan(runner, payload, place, arrival)
 
     monkeypatch.setattr(TaskRunner, "execute_plan", note)
     with ran(jobs.single_job, instance) as result:
@@ -231,9 +231,9 @@ def test_a_step_does_not_start_in_a_run_that_is_over(
     payloads = []
     execute_plan = TaskRunner.execute_plan
 
-    def note(runner: TaskRunner, payload: Any, place: Any, queue: str) -> Any:
-        payloads.append((payload, place, queue))
-        return execute_plan(runner, payload, place, queue)
+    def note(runner: TaskRunner, payload: Any, place: Any, arrival: Any) -> Any:
+        payloads.append((payload, place, arrival))
+        return execute_plan(runner, payload, place, arrival)
 
     monkeypatch.setattr(TaskRunner, "execute_plan", note)
     with ran(jobs.single_job, instance) as result:

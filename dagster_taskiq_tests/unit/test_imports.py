@@ -25,7 +25,7 @@ STOREYS = [
     "connections",
     "carrier",
     "loop launch worker overview",
-    "steering",
+    "steering telemetry",
     "executor launcher stack monitoring",
     "demo dev doctor dashboard",
     "cli",
@@ -121,6 +121,9 @@ LATE = {
     # the extra that it needs may be missing
     "cli.dashboard": {"dagster_taskiq.dashboard.serving.serve"},
     "servers.embedded.keeper": {"ctypes"},  # only on Linux
+    # only where there is something to trace for
+    "telemetry.traces": {"dagster_taskiq.telemetry.traces_otel.open_tracing"},
+    "telemetry.traces_otel": {"dagster_taskiq.telemetry.traces_setup.set_up_provider"},
 }
 
 
@@ -198,6 +201,7 @@ def _outside(prefix: str) -> set[str]:
         ("executor", {"taskiq", "redis", "aio_pika"}),
         ("execution", {"taskiq", "redis", "aio_pika"}),
         ("worker", {"click", "rich"}),
+        ("telemetry.traces", {"opentelemetry"}),
         ("worker.guard", {"dagster", "dagster_taskiq", "taskiq", "redis"}),
         ("worker.child", {"taskiq", "redis", "aio_pika"}),
     ],

@@ -20,8 +20,9 @@ from dagster_taskiq.launch import launch_watch
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
-from dagster_taskiq.messages.envelope import Envelope, TaskName
-from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
+from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.queue_looks import QueueLook
+from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
 from dagster_taskiq_tests.acceptance import jobs
 
@@ -48,6 +49,7 @@ class FakeClient:
         self.sent: list[Envelope] = []
         self.is_looked_at = threading.Semaphore(0)
         self.looks: list[str] = []
+        self.looked_into: list[str] = []
         self.refusal = REFUSAL
 
     def physical_queue(self, queue: str) -> str:
@@ -77,6 +79,13 @@ class FakeClient:
 
     def of(self, _: str) -> QueueWait | None:
         return self.wait
+
+    def listeners(self, queue: str) -> Listeners:
+        return Listeners(queue, QueueKind.RUNS, ("w@h",), 1, 2)
+
+    def look_into(self, queue: str, task_id: str) -> QueueLook:
+        self.looked_into.append(queue)
+        return QueueLook(9, {task_id: 4})
 
     def explained(self, _: str, wait: QueueWait | None) -> QueueWait | None:
         return wait
@@ -238,8 +247,26 @@ def test_a_run_says_why_it_waits(
     assert said(instance, first.run_id) == []
     clock.seconds += WAIT_REASON_SECONDS + 1
     await_looks(client, 12)
-    assert said(instance, first.run_id) == ["The run waits. All run slots are busy."]
+    assert said(instance, first.run_id) == [
+        "The run waits. All run slots are busy. It has place 4 of 9 in the queue."
+    ]
     assert said(instance, second.run_id) == []
+    assert len(client.looked_into) == 1
+    (event,) = (
+        entry.dagster_event
+        for entry in instance.all_logs(first.run_id)
+        if "The run waits." in entry.message
+    )
+    metadata = event.engine_event_data.metadata
+    assert {key: value.value for key, value in metadata.items()} == {
+        "queue": first.queue,
+        "reason": "busy",
+        "tasks in queue": 9,
+        "workers": "w@h",
+        "busy slots": "1 of 2",
+        "priority": first.priority,
+        "tasks before it": 3,
+    }
 
 
 def test_a_run_that_is_about_to_start_does_not_wait(

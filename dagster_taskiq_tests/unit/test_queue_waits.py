@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 
-from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, WAIT_REASON_SECONDS
+from dagster_taskiq.defaults import (
+    FIRST_NEWS_PAUSE_SECONDS,
+    FOREIGN_WORKERS_SECONDS,
+    LONGEST_NEWS_PAUSE_SECONDS,
+    TURN_REASON_SECONDS,
+    WAIT_REASON_SECONDS,
+)
 from dagster_taskiq.messages.envelope import PROTOCOL, QueueKind
+from dagster_taskiq.messages.queue_looks import (
+    QueueLook,
+    named,
+    queue_metadata,
+    task_metadata,
+)
 from dagster_taskiq.messages.queue_pauses import QueuePause
-from dagster_taskiq.messages.queue_waits import QueueWait, QueueWaits, WaitHistory, WaitKind
+from dagster_taskiq.messages.queue_waits import (
+    Listeners,
+    QueueWait,
+    QueueWaits,
+    WaitHistory,
+    WaitKind,
+)
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
@@ -121,18 +140,86 @@ UNSERVED = QueueWait(WaitKind.UNSERVED, "nobody")
 BUSY = QueueWait(WaitKind.BUSY, "busy")
 FOREIGN = QueueWait(WaitKind.PROTOCOL, "another version")
 LATER = WAIT_REASON_SECONDS + 1
+LISTENERS = Listeners("q", QueueKind.STEPS, ("w@h",), 3, 4)
+
+
+def told(history: WaitHistory, wait: QueueWait | None, now: float, waited: float = LATER) -> bool:
+    return history.news(wait, waited, now, LISTENERS) is not None
 
 
 def test_each_reason_is_told_once() -> None:
-    """After some seconds, again if it was over in between; of busy slots never again."""
+    """After some seconds, and again if it was over in between."""
     history = WaitHistory()
-    assert history.news(UNSERVED, WAIT_REASON_SECONDS, 0) is None
-    assert history.news(UNSERVED, LATER, 0) is UNSERVED
-    assert history.news(UNSERVED, LATER, 1) is None
-    assert history.news(BUSY, LATER, 2) is BUSY
-    assert history.news(None, LATER, 3) is None
-    assert history.news(BUSY, LATER, 4) is None
-    assert history.news(UNSERVED, LATER, 5) is UNSERVED
+    assert not told(history, UNSERVED, 0, waited=WAIT_REASON_SECONDS)
+    assert told(history, UNSERVED, 0)
+    assert not told(history, UNSERVED, 100)
+    assert told(history, BUSY, 200)
+    assert told(history, UNSERVED, 300)
+    assert not told(history, None, 400)
+    assert told(history, UNSERVED, 500)
+
+
+def test_slots_that_become_free_and_busy_are_no_news() -> None:
+    """Of a task that waits for long it is said once that it waits for others."""
+    history = WaitHistory()
+    waited = TURN_REASON_SECONDS
+    assert not told(history, None, 0, waited)
+    news = history.news(None, waited + 1, 1, LISTENERS)
+    assert news == QueueWait(
+        WaitKind.BUSY, 'Its turn has not come: 3 of 4 step slots of queue "q" are busy.'
+    )
+    for now in range(100, 1000, 100):
+        assert not told(history, BUSY, now, waited + now)
+        assert not told(history, None, now, waited + now)
+    assert history.news(None, 1e6, 1e6) is None, "nobody is known to listen"
+
+
+def test_reasons_that_come_and_go_are_told_less_and_less_often() -> None:
+    """A worker that dies and starts all the time does not fill the log of a long wait."""
+    history, day = WaitHistory(), 24 * 3600
+    tellings = [now for now in range(0, day, 3) if told(history, (UNSERVED, BUSY)[now % 2], now)]
+    assert tellings[1] <= FIRST_NEWS_PAUSE_SECONDS + 6
+    pauses = [later - now for now, later in itertools.pairwise(tellings)]
+    assert pauses[5:7] == sorted(pauses[5:7])
+    assert max(pauses) <= LONGEST_NEWS_PAUSE_SECONDS + 6
+    assert len(tellings) < 10 + day / LONGEST_NEWS_PAUSE_SECONDS
+    assert told(history, FOREIGN, day + LONGEST_NEWS_PAUSE_SECONDS)
+
+
+def test_who_listens_on_a_queue() -> None:
+    """Those that take tasks of that kind from it, with all their slots."""
+    workers = [
+        worker("b", "q", "other", slots=4, busy_slots=3),
+        worker("a", busy_slots=1),
+        worker("elsewhere", "other"),
+        worker("leaving", state="draining"),
+        worker("of-runs", slots=0),
+        worker("doubtful", is_trusted=False),
+    ]
+    waits = QueueWaits(workers, QueueKind.STEPS, BROKER, Signer())
+    assert waits.listeners("q") == Listeners("q", QueueKind.STEPS, ("a@h", "b@h"), 4, 6)
+    assert waits.listeners("nobody's") == Listeners("nobody's", QueueKind.STEPS, (), 0, 0)
+
+
+def test_a_look_is_said_in_words() -> None:
+    """The place if the server tells it; else how many wait; nothing where it says neither."""
+    look = QueueLook(9, {"a": 4})
+    assert look.sentence("a") == "It has place 4 of 9 in the queue."
+    assert look.sentence("b") == "9 tasks wait in the queue."
+    assert QueueLook(1).sentence("b") == "1 task waits in the queue."
+    assert QueueLook(0).sentence("b") == QueueLook().sentence("b") == ""
+    assert QueueLook(2, {"a": 4}).sentence("a", "x") == "x has place 4 of 4 in the queue."
+    assert task_metadata("a", 7, look) == {"priority": 7, "tasks before it": 3}
+    assert task_metadata("b", 7, look) == {"priority": 7}
+    assert queue_metadata("q", UNSERVED, QueueLook(), None) == {"queue": "q", "reason": "unserved"}
+    assert queue_metadata("q", BUSY, look, LISTENERS) == {
+        "queue": "q",
+        "reason": "busy",
+        "tasks in queue": 9,
+        "workers": "w@h",
+        "busy slots": "3 of 4",
+    }
+    assert named([str(number) for number in range(1000)]).endswith("18, 19 and 980 more")
 
 
 def test_hopeless_is_what_has_only_other_versions_for_long() -> None:

@@ -24,6 +24,7 @@ from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.errors import NoProcessError, SlotError
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
@@ -167,7 +168,9 @@ async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | Chil
 
 def order(payload: dict[str, Any]) -> Execute:
     """To execute a step with a payload."""
-    return Execute(TaskName.EXECUTE_PLAN, json.dumps(payload), PLACE, "q", code_location(payload))
+    return Execute(
+        TaskName.EXECUTE_PLAN, json.dumps(payload), PLACE, Arrival("q", 1), code_location(payload)
+    )
 
 
 async def pid_of(slot: Slot) -> int:

@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from dagster_taskiq.errors import MalformedTaskError, UnreachableServerError
+from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.worker import child_messages
@@ -93,7 +94,7 @@ def test_the_counters_of_the_listing() -> None:
 
 
 ORDERS = [
-    Execute(TaskName.EXECUTE_PLAN, "{}", PLACE, "q", "here", 1.5),
+    Execute(TaskName.EXECUTE_PLAN, "{}", PLACE, Arrival("q", 1), "here", 1.5),
     LookAtRun("{}"),
     FailRun("{}", "why"),
 ]

@@ -1,0 +1,1 @@
+"""Optional: what others may watch a deployment by."""
