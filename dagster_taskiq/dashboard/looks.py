@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +13,7 @@ from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.brokers import TaskBroker, open_broker
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.dashboard.ended import EndMemory, Ends
-from dagster_taskiq.dashboard.memory import Memory, Sample, WorkerNews
+from dagster_taskiq.dashboard.memory import Memory, Sample
 from dagster_taskiq.errors import DagsterTaskiqError, ServerError
 from dagster_taskiq.overview import (
     Overview,
@@ -50,7 +50,8 @@ class Look:
         stale: what of the overview is from an earlier look: ``queues``, or also ``workers``.
         seen_at: when what is stale was seen; None where it never was.
         problem: what else went wrong, a sentence; empty for nothing.
-        news: of each worker, by its id, and of those that are gone.
+        silent_seconds: for how long each worker has not been heard of that should have been, by
+            its id.
         samples: of the last hour, the oldest first.
         ends: the attempts that have ended.
         began_at: when the first look began, which no sample is older than.
@@ -63,7 +64,7 @@ class Look:
     stale: frozenset[str] = frozenset()
     seen_at: float | None = None
     problem: str = ""
-    news: WorkerNews = field(default_factory=WorkerNews)
+    silent_seconds: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     ends: Ends = field(default_factory=Ends)
     began_at: float = 0.0
@@ -178,7 +179,7 @@ class Watch:
             look,
             number=before.number + 1,
             at=time.time(),
-            news=self._memory.news(),
+            silent_seconds=self._memory.silent_seconds(),
             samples=self._memory.samples(),
             began_at=before.began_at or began_at,
         )

@@ -1,11 +1,11 @@
-"""What the page remembers of its own looks: depths of the last hour, and workers that are gone."""
+"""What the page remembers of its own looks: depths of the last hour, and who has become silent."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from dagster_taskiq.defaults import HEARTBEAT_SECONDS
 from dagster_taskiq.messages.worker_records import WorkerRecord
@@ -19,10 +19,6 @@ SAMPLE_SECONDS = 10.0
 
 #: After this time without a heartbeat a worker is called silent.
 SILENT_SECONDS = 2.5 * HEARTBEAT_SECONDS
-
-#: How long a worker that is gone is remembered, and how many are.
-GONE_SECONDS = 900.0
-_MOST_GONE = 50
 
 #: How many queues are remembered.
 _MOST_QUEUES = 500
@@ -48,37 +44,9 @@ class Sample:
     slots: int
 
 
-@dataclass(frozen=True)
-class GoneWorker:
-    """A worker that is not listed any more.
-
-    Attributes:
-        record: its last one.
-        at: when it was missed first; seconds since the epoch.
-        was_silent: whether its heartbeats had ended before, as those of one that was killed.
-    """
-
-    record: WorkerRecord
-    at: float
-    was_silent: bool
-
-
-@dataclass(frozen=True)
-class WorkerNews:
-    """What the looks say of workers beyond their records.
-
-    Attributes:
-        silent_seconds: by worker id, for how long those that are silent have been.
-        gone: the last one first.
-    """
-
-    silent_seconds: dict[str, float] = field(default_factory=dict)
-    gone: Sequence[GoneWorker] = ()
-
-
 @dataclass
 class _Heard:
-    record: WorkerRecord
+    sent_at: float
     changed: float  # monotonic
 
 
@@ -102,7 +70,6 @@ class Memory:
         self._monotonic = monotonic
         self._samples: deque[Sample] = deque(maxlen=int(MEMORY_SECONDS / SAMPLE_SECONDS) + 1)
         self._heard: dict[str, _Heard] = {}
-        self._gone: deque[GoneWorker] = deque(maxlen=_MOST_GONE)
         self._last_note = 0.0
         self._tasks: dict[str, TaskView] = {}
         self._queues: dict[str, float] = {}
@@ -159,24 +126,19 @@ class Memory:
         # nobody was looked at for a while: what was silent then may have spoken since
         was_away = now - self._last_note > SILENT_SECONDS
         self._last_note = now
-        listed = {it.worker_id: it for it in records}
-        for worker_id in [it for it in self._heard if it not in listed]:
-            heard = self._heard.pop(worker_id)
-            was_silent = now - heard.changed > SILENT_SECONDS and not was_away
-            self._gone.appendleft(GoneWorker(heard.record, self._clock(), was_silent))
-        for worker_id, record in listed.items():
-            known = self._heard.get(worker_id)
-            if known is None or was_away or known.record.sent_at != record.sent_at:
-                self._heard[worker_id] = _Heard(record, now)
+        heard = {}
+        for record in records:
+            known = self._heard.get(record.worker_id)
+            if known is None or was_away or known.sent_at != record.sent_at:
+                known = _Heard(record.sent_at, now)
+            heard[record.worker_id] = known
+        self._heard = heard
 
-    def news(self) -> WorkerNews:
-        """What there is to say of workers now."""
-        now, at = self._monotonic(), self._clock()
+    def silent_seconds(self) -> dict[str, float]:
+        """For how long each worker that is silent has been, by its id."""
+        now = self._monotonic()
         silences = {key: now - heard.changed for key, heard in self._heard.items()}
-        return WorkerNews(
-            {key: seconds for key, seconds in silences.items() if seconds > SILENT_SECONDS},
-            [it for it in self._gone if at - it.at < GONE_SECONDS],
-        )
+        return {key: seconds for key, seconds in silences.items() if seconds > SILENT_SECONDS}
 
     def queues(self) -> list[str]:
         """Names of the queues that had tasks or workers in the last hour.

@@ -13,16 +13,10 @@ from dagster_taskiq.dashboard import charts
 from dagster_taskiq.dashboard.actions import ACTIONS, Action, Subject
 from dagster_taskiq.dashboard.ended import end_table, unknown_note
 from dagster_taskiq.dashboard.face import Face
+from dagster_taskiq.dashboard.flight import run_rows, unseen_notes
 from dagster_taskiq.dashboard.looks import LOOK_SECONDS, Look
 from dagster_taskiq.dashboard.orders import Done
-from dagster_taskiq.dashboard.rows import (
-    MOST_RUNS,
-    queue_rows,
-    run_rows,
-    server_row,
-    unseen_notes,
-    worker_rows,
-)
+from dagster_taskiq.dashboard.rows import MOST_WORKERS, queue_rows, server_row, worker_rows
 from dagster_taskiq.dashboard.summary import alerts, figures, hour_charts
 from dagster_taskiq.dashboard.words import DASH, count_of, moment
 from dagster_taskiq.version import __version__
@@ -109,7 +103,8 @@ class Pages:
 
     def _make(self, look: Look, done: Sequence[Done], wish: Wish) -> Mapping[str, str]:
         now, overview = look.at, look.overview
-        runs = run_rows(look, wish.run_id)
+        runs, more_runs = run_rows(look, wish.run_id)
+        workers = worker_rows(look)
         context: dict[str, Any] = {
             "look": look,
             "now": now,
@@ -118,19 +113,18 @@ class Pages:
             "figures": figures(look),
             "charts": hour_charts(look),
             "orders": done,
-            "workers": worker_rows(look),
+            "workers": workers[:MOST_WORKERS],
+            "more_workers": max(0, len(workers) - MOST_WORKERS),
             "queues": queue_rows(look),
-            "runs": runs[:MOST_RUNS],
-            "more_runs": max(0, len(runs) - MOST_RUNS),
+            "runs": runs,
+            "more_runs": more_runs,
             "ended": end_table(look.ends, now, wish.run_id, are_all=wish.view is not View.OVERVIEW),
             "ends_note": unknown_note(look.ends, now),
             "unseen": unseen_notes(overview.queues),
             "servers": [server_row(it) for it in overview.servers],
         }
-        return {
-            name: self._templates.get_template(f"part_{name}.html").render(context)
-            for name in PARTS[wish.view]
-        }
+        parts = PARTS[wish.view]
+        return {name: _dense(self.render(f"part_{name}.html", **context)) for name in parts}
 
     def page(self, look: Look, done: Sequence[Done], wish: Wish) -> str:
         """A whole page."""
@@ -153,3 +147,8 @@ class Pages:
         if not self.face.may_act:
             return []
         return [it for it in ACTIONS.values() if it.subject is Subject(subject) and it.fits(row)]
+
+
+def _dense(html: str) -> str:
+    """Without the indentation of the templates, which would be a third of what is sent."""
+    return "\n".join(line for it in html.splitlines() if (line := it.strip()))

@@ -49,8 +49,6 @@ def serve(
 
     _quieten_logs()
     find()  # a mistake in the settings is said now, and in the terminal
-    # Dagster says with each look that an instance has no dagster.yaml: once is enough
-    logging.getLogger("dagster").setLevel(logging.ERROR)
     with _listening(address) as listener:
         port = listener.getsockname()[1]
         own_names = {*access.hosts, address.host, socket.gethostname()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,18 +73,18 @@ def _alerts(look: Look) -> Iterator[Alert]:
 
 
 def _worker_alerts(look: Look) -> Iterator[Alert]:
-    silent = [it for it in look.overview.workers if it.worker_id in look.news.silent_seconds]
+    silent = [it for it in look.overview.workers if it.worker_id in look.silent_seconds]
     if silent and "workers" not in look.stale:
-        seconds = max(look.news.silent_seconds[it.worker_id] for it in silent)
+        seconds = max(look.silent_seconds[it.worker_id] for it in silent)
         text = f"No heartbeat for {duration(seconds)}; after 30 s a worker is not listed any more."
         yield Alert("warn", f"{_names(silent)} silent", text, "workers")
     # one that was started again under its name is not missed
     alive = {it.name for it in look.overview.workers}
-    lost = {it.record.name: it for it in reversed(look.news.gone) if it.was_silent}
-    missed = [it for name, it in lost.items() if name not in alive]
-    if missed:
-        text = f"Heartbeats ended without a word, noticed last {ago(missed[-1].at, look.at)}."
-        yield Alert("warn", f"{_names([it.record for it in missed])} lost", text, "workers")
+    missed = {it.name: it for it in look.overview.lost_workers if it.name not in alive}
+    if missed and "workers" not in look.stale:
+        last = max(it.sent_at for it in missed.values())
+        text = f"Heartbeats ended without a word, the last one {ago(last, look.at)}."
+        yield Alert("warn", f"{_names(list(missed.values()))} lost", text, "workers")
     if not look.overview.workers and not look.stale and look.overview.servers:
         yield Alert("warn", "No worker is running", "Nothing that is sent is executed.", "workers")
 
@@ -217,10 +218,8 @@ def _by_minute(look: Look) -> list[list[AttemptEnd]]:
 
 
 def _rate_chart(look: Look) -> Chart:
-    columns = [
-        [sum(it.group is group for it in minute) for group in _GROUPS]
-        for minute in _by_minute(look)
-    ]
+    counts = [Counter(it.group for it in minute) for minute in _by_minute(look)]
+    columns = [[count[group] for group in _GROUPS] for count in counts]
     titles = [
         f"{BARS - number} min ago: "
         + (

@@ -25,11 +25,11 @@ from starlette.routing import Route
 from dagster_taskiq.dashboard.access import Access
 from dagster_taskiq.dashboard.actions import ACTIONS, Action, Subject
 from dagster_taskiq.dashboard.face import Face
+from dagster_taskiq.dashboard.flight import title_of
 from dagster_taskiq.dashboard.gate import Gate
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.dashboard.orders import Orders
 from dagster_taskiq.dashboard.pages import Pages, View, Wish
-from dagster_taskiq.dashboard.rows import title_of
 from dagster_taskiq.dashboard.words import short_id
 from dagster_taskiq.messages.plain_text import plain_name
 

@@ -63,6 +63,12 @@ def count_of(count: int, word: str) -> str:
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
+def size(count: int) -> str:
+    """Such as ``512 MiB`` or ``1.5 GiB``, of bytes."""
+    mebibytes = count / 2**20
+    return f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 1024:.1f} GiB"
+
+
 def short_id(text: str) -> str:
     """The beginning of an id."""
     return text[:ID_CHARACTERS]

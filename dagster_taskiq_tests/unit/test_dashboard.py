@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.dashboard import looks
+from dagster_taskiq.dashboard import flight, looks, pages
 from dagster_taskiq.dashboard.face import Face
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome, HistoryBatch
@@ -144,6 +144,24 @@ def test_what_anybody_has_written_is_only_text(page: Page, browser: Browser) -> 
         assert 'href="javascript' not in html
     (events,) = asyncio.run(read_events(page.app(), "/events", 1))
     assert all("<script" not in html for html in events.values())
+
+
+def test_much_is_cut_and_said(
+    page: Page, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page stays of a size that a browser bears; the command line has the rest."""
+    monkeypatch.setattr(flight, "MOST_ROWS", 4)
+    monkeypatch.setattr(flight, "_MOST_OF_RUN", 3)
+    monkeypatch.setattr(pages, "MOST_WORKERS", 2)
+    scene = page.scene
+    do(*[scene.beat(worker(f"w{n}@h")) for n in range(5)])
+    do(*[scene.send(*[step(f"s{n}", run_id=run) for n in range(5)]) for run in "abc"])
+    text = until_read(browser, "Workers 5", "In flight 3 runs")
+    assert "3 more workers: dagster-taskiq worker list" in text
+    assert "2 more tasks of this run: dagster-taskiq run show a" in text
+    assert "4 more tasks of this run: dagster-taskiq run show b" in text
+    assert "1 more run: dagster-taskiq task list" in text
+    assert "1 more task of this run" in browser.text("/runs/a")
 
 
 def test_it_says_what_it_cannot_tell(blind: Page) -> None:

@@ -97,7 +97,7 @@ def test_a_worker_obeys(
 
 
 def test_what_is_offered_fits(page: Page, ann: Browser) -> None:
-    """A paused worker can be resumed and not paused; one that is gone can be told nothing."""
+    """A paused worker can be resumed and not paused; one that is lost can be told nothing."""
     asyncio.run(page.scene.beat(worker()))
     of_queue = ["queue-pause"]
     assert buttons(ann) == ["worker-pause", "worker-reload", "worker-drain", *of_queue]
@@ -105,9 +105,12 @@ def test_what_is_offered_fits(page: Page, ann: Browser) -> None:
     until(lambda: "worker-resume" in buttons(ann))
     assert buttons(ann) == ["worker-resume", "worker-reload", "worker-drain", *of_queue]
     assert "Paused: a new disk" in ann.text()
-    asyncio.run(page.scene.backend.goodbye("w@h"))
+    last = replace(worker(), sent_at=time.time(), done=12, failed=3, memory_bytes=600 * 2**20)
+    asyncio.run(page.scene.backend.heartbeat(last, expires_seconds=0.01))
     until(lambda: buttons(ann) == of_queue)
-    assert "w@h" in ann.text()
+    assert "w@h pid 7 · unknown lost 0 s ago dagster" in ann.text()
+    assert "12 3 failed 600 MiB" in ann.text()
+    assert "Worker w@h is lost" in ann.text()
 
 
 @pytest.mark.usefixtures("obedient")

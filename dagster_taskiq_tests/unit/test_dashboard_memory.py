@@ -20,7 +20,6 @@ from dagster_taskiq.dashboard.charts import (
 from dagster_taskiq.dashboard.ended import ALL_ENDS, FEW_ENDS, EndMemory, unknown_note
 from dagster_taskiq.dashboard.looks import Look
 from dagster_taskiq.dashboard.memory import (
-    GONE_SECONDS,
     MEMORY_SECONDS,
     SAMPLE_SECONDS,
     SILENT_SECONDS,
@@ -29,7 +28,7 @@ from dagster_taskiq.dashboard.memory import (
 from dagster_taskiq.dashboard.summary import alerts
 from dagster_taskiq.dashboard.words import ago, duration, moment, short_duration
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndGroup, EndOutcome
-from dagster_taskiq.messages.worker_records import WorkerRecord
+from dagster_taskiq.messages.worker_records import LOST
 from dagster_taskiq.overview import Overview, RunView, ServerView, TaskView
 from dagster_taskiq_tests.unit.overview_scene import worker
 
@@ -59,58 +58,43 @@ class Watcher:
             self.time.now += 2
             self.memory.note(Overview(workers=records))  # type: ignore[arg-type]
 
-    def gone(self) -> list[tuple[str, bool]]:
-        return [(it.record.name, it.was_silent) for it in self.memory.news().gone]
+    def silent(self) -> list[str]:
+        return sorted(self.memory.silent_seconds())
 
 
-def test_a_worker_whose_heartbeats_end_is_silent_and_then_lost() -> None:
+def test_a_worker_whose_heartbeats_end_is_silent() -> None:
     """By when its record changed here: its clock may say anything."""
     watcher, dead = Watcher(), worker("dead@h", sent_at=5.0)
     for beat in range(3):
         watcher.watch(4, replace(dead, sent_at=5.0 + beat))
-    assert watcher.memory.news().silent_seconds == {}
-    last = replace(dead, sent_at=7.0)
-    watcher.watch(SILENT_SECONDS + 2, last)
-    assert list(watcher.memory.news().silent_seconds) == ["dead@h"]
+    assert watcher.silent() == []
+    watcher.watch(SILENT_SECONDS + 2, replace(dead, sent_at=7.0))
+    assert watcher.silent() == ["dead@h"]
     watcher.watch(2)
-    assert watcher.gone() == [("dead@h", True)]
-    assert watcher.memory.news().silent_seconds == {}
-    watcher.watch(GONE_SECONDS)
-    assert watcher.gone() == []
+    assert watcher.silent() == []
 
 
-def test_a_worker_that_says_goodbye_is_not_lost() -> None:
-    watcher = Watcher()
-    watcher.watch(4, worker("done@h", sent_at=5.0))
-    watcher.watch(2)
-    assert watcher.gone() == [("done@h", False)]
+def test_who_was_away_calls_nobody_silent() -> None:
+    """A worker may have spoken while nobody looked."""
+    watcher, one = Watcher(), worker("one@h", sent_at=5.0)
+    watcher.watch(4, one)
+    watcher.time.now += 600
+    watcher.watch(2, one)
+    assert watcher.silent() == []
 
 
 def test_a_lost_worker_that_was_started_again_is_not_missed() -> None:
-    """It stays among those that are gone, and needs nobody any more."""
-    watcher, dead, other = Watcher(), worker("a@h", sent_at=5.0), worker("b@h", sent_at=5.0)
-    watcher.watch(SILENT_SECONDS + 4, dead, other)
-    watcher.watch(2)
+    """It stays in its table for a while, and needs nobody any more."""
+    lost = [worker(name, state=LOST, sent_at=40.0) for name in ("a@h", "b@h", "b@h")]
 
-    def missed(*records: WorkerRecord) -> list[str]:
-        overview = Overview(servers=[SERVER], workers=records)
-        found = alerts(Look(at=watcher.time.now, overview=overview, news=watcher.memory.news()))
-        return [it.title for it in found if it.title.endswith("lost")]
+    def missed(*names: str) -> list[str]:
+        alive = [worker(name, sent_at=99.0) for name in names]
+        overview = Overview(servers=[SERVER], workers=alive, lost_workers=lost)
+        return [it.title for it in alerts(Look(at=100.0, overview=overview))]
 
-    again = replace(dead, worker_id="another life")
-    assert missed(worker("c@h")) == ["2 workers (a@h, b@h) are lost"]
-    assert missed(again) == ["Worker b@h is lost"]
-    assert missed(again, other) == []
-
-
-def test_who_was_away_calls_nobody_lost() -> None:
-    """A worker may have spoken, and have ended, while nobody looked."""
-    watcher, one, two = Watcher(), worker("one@h", sent_at=5.0), worker("two@h", sent_at=5.0)
-    watcher.watch(4, one, two)
-    watcher.time.now += 600
-    watcher.watch(2, one)
-    assert watcher.gone() == [("two@h", False)]
-    assert watcher.memory.news().silent_seconds == {}
+    assert missed("c@h") == ["2 workers (a@h, b@h) are lost"]
+    assert missed("a@h") == ["Worker b@h is lost"]
+    assert missed("a@h", "b@h") == []
 
 
 def test_a_task_keeps_the_name_that_it_was_seen_with() -> None:
