@@ -20,6 +20,7 @@ from dagster_taskiq.cli.options import (
 )
 from dagster_taskiq.cli.steering import overview_of, steer, yes_option
 from dagster_taskiq.cli.tables import count_of, plain_line
+from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.queues import Emptied, move_tasks, pause_queue, purge, resume_queue
@@ -86,10 +87,8 @@ def queue_purge(name: str, reason: str, yes: bool, config_yaml: str | None) -> N
     Waiting runs are cancelled in the Dagster instance of DAGSTER_HOME; without one they stay.
     """
     settings = read_settings(config_yaml)
-    steps, runs = _depths(steer(settings, lambda helm: _counted(helm, name)))
     if not yes:
-        waiting = f"{count_of(steps, 'step')} and {count_of(runs, 'run')}"
-        click.confirm(plain_line(f"End {waiting} that wait in queue {name}?"), abort=True)
+        _ask(settings, name, "End")
 
     async def end(helm: Helm) -> Emptied:
         why = helm.signed(f'Removed from queue "{name}"', reason)
@@ -113,10 +112,8 @@ def queue_move(name: str, to_name: str, reason: str, yes: bool, config_yaml: str
     if name == to_name:
         raise click.UsageError("The two queues are the same.")
     settings = read_settings(config_yaml)
-    steps, runs = _depths(steer(settings, lambda helm: _counted(helm, name)))
     if not yes:
-        waiting = f"{count_of(steps, 'step')} and {count_of(runs, 'run')}"
-        click.confirm(plain_line(f"Move {waiting} from queue {name} to {to_name}?"), abort=True)
+        _ask(settings, name, "Move", f" to {to_name}")
 
     async def move(helm: Helm) -> Emptied:
         return await move_tasks(helm, name, to_name, helm.signed("It was moved", reason))
@@ -127,13 +124,17 @@ def queue_move(name: str, to_name: str, reason: str, yes: bool, config_yaml: str
 # --- for them ---
 
 
-async def _counted(helm: Helm, name: str) -> dict[str, int]:
-    overview = await overview_of(helm, name)
-    return {it.kind.value: it.depth for it in overview.queues if it.name == name}
+def _ask(settings: Settings, name: str, verb: str, where_to: str = "") -> None:
+    """Ask before something is done with what waits in a queue; click ends the command at a no."""
 
+    async def depths(helm: Helm) -> dict[str, int]:
+        overview = await overview_of(helm, name)
+        return {it.kind.value: it.depth for it in overview.queues if it.name == name}
 
-def _depths(counted: dict[str, int]) -> tuple[int, int]:
-    return counted.get("steps", 0), counted.get("runs", 0)
+    found = steer(settings, depths)
+    steps, runs = count_of(found.get("steps", 0), "step"), count_of(found.get("runs", 0), "run")
+    question = f"{verb} {steps} and {runs} that wait in queue {name}{where_to}?"
+    click.confirm(plain_line(question), abort=True)
 
 
 def _run_canceller() -> Callable[[str, str], Awaitable[None]] | None:
