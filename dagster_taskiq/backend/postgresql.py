@@ -45,7 +45,8 @@ from dagster_taskiq.messages.worker_records import (
 )
 from dagster_taskiq.servers.bell import Bell
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+from dagster_taskiq.servers.postgresql_client import Connections, server_errors
+from dagster_taskiq.servers.postgresql_pool import Connection
 from dagster_taskiq.servers.postgresql_schema import Schema
 
 #: How many tasks, results or orders one call is about.
