@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AsyncExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -65,6 +65,13 @@ class Crowd:
             [self.options.key_prefix],
         )
         return {pid for (pid,) in rows}
+
+    def end_sessions(self) -> None:
+        """As where the server closes what is idle."""
+        self.server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s",
+            [self.options.key_prefix],
+        )
 
     def waiting_for_locks(self) -> int:
         rows = self.server.execute(
@@ -199,6 +206,26 @@ def test_an_outage_leaves_no_more_than_before() -> None:
 
     with crashable_postgres() as (node, options):
         run(options, test)
+
+
+def test_lost_connections_are_replaced_at_the_first_call(options: ServerOptions) -> None:
+    """Whichever it meets, none of the others is tried after it."""
+
+    async def test(crowd: Crowd) -> None:
+        backend, *_ = await crowd.worker()
+        with crowd.locked("tasks"):
+            calls = [asyncio.ensure_future(backend.inspect("run", ["t"])) for _ in range(30)]
+            await until(lambda: crowd.waiting_for_locks() == MOST_OF_A_WORKER)
+        await asyncio.gather(*calls)
+        before = crowd.sessions()
+        assert len(before) == MOST_OF_A_WORKER
+        crowd.end_sessions()
+        await backend.inspect("run", ["t"])
+        after = crowd.sessions()
+        assert len(after) == 1
+        assert not after & before
+
+    run(options, test)
 
 
 # --- who shares them ---
@@ -337,10 +364,7 @@ def test_a_fresh_password_is_made_for_each_connection(options: ServerOptions) ->
         crowd.options = replace(options, fresh_password=make)
         broker, _, _ = await crowd.worker()
         assert len(made) == len(crowd.sessions()) == 1
-        crowd.server.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s",
-            [options.key_prefix],
-        )
+        crowd.end_sessions()
         await broker.startup()
         assert len(made) == 2
 
@@ -369,6 +393,27 @@ def test_who_gives_up_in_line_takes_no_place_with_it(options: ServerOptions) -> 
             await until(lambda: crowd.waiting_for_locks() == MOST_OF_SENDERS)
         await asyncio.gather(*calls)
         assert len(crowd.sessions()) <= MOST_OF_SENDERS
+
+    run(options, test)
+
+
+def test_who_gives_up_when_it_is_its_turn_passes_it_on(options: ServerOptions) -> None:
+    """Each time one place less would be left, until nobody had any."""
+
+    async def test(crowd: Crowd) -> None:
+        backend = crowd.backend()
+        await backend.startup()
+        pool = backend._connections._join()
+        for _ in range(2 * MOST_OF_SENDERS):
+            async with AsyncExitStack() as held:
+                for _ in range(MOST_OF_SENDERS):
+                    await held.enter_async_context(pool.link(is_urgent=False))
+                waiting = asyncio.create_task(backend.inspect("run", []))
+                await until(lambda: pool._line)
+            waiting.cancel()  # the connection is its own, and it does not know yet
+            await asyncio.wait({waiting})
+            assert waiting.cancelled()
+            await asyncio.wait_for(backend.inspect("run", []), PATIENCE_SECONDS)
 
     run(options, test)
 
