@@ -142,11 +142,7 @@ def _find(settings: Settings, embedded: _FindEmbedded) -> Servers:
         broker = _named_database(settings)
     else:
         broker = settings.server_options(settings.broker_url, settings.source.broker_use_ssl)
-    are_of_the_instance = (settings.broker_url, settings.backend_url) == (
-        DATABASE_OF_THE_INSTANCE,
-        WITH_THE_INSTANCE,
-    )
-    if settings.backend_url is None or are_of_the_instance:
+    if settings.backend_url is None:
         return Servers(broker, broker, settings.signer())
     if settings.backend_url == WITH_THE_INSTANCE:
         return _with_the_instance(settings, broker, embedded)

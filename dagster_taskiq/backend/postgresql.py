@@ -145,10 +145,9 @@ class PostgresqlBackend(PostgresqlPauses, Backend):
         is_last = False
         while True:
             found = await self._collect(run_id, mailbox, is_last=is_last)
-            left = deadline - loop.time()
             if found or is_last:
                 return found
-            await mailbox.wait(max(0.0, left))
+            await mailbox.wait(max(0.0, deadline - loop.time()))
             is_last = loop.time() >= deadline
 
     def _mailbox_name(self, run_id: str) -> str:
