@@ -45,7 +45,8 @@ from dagster_taskiq.messages.worker_records import (
 )
 from dagster_taskiq.servers.bell import Bell
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+from dagster_taskiq.servers.postgresql_client import Connections, server_errors
+from dagster_taskiq.servers.postgresql_pool import Connection
 from dagster_taskiq.servers.postgresql_schema import Schema
 
 #: How many tasks, results or orders one call is about.
@@ -144,10 +145,9 @@ class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
         is_last = False
         while True:
             found = await self._collect(run_id, mailbox, is_last=is_last)
-            left = deadline - loop.time()
             if found or is_last:
                 return found
-            await mailbox.wait(max(0.0, left))
+            await mailbox.wait(max(0.0, deadline - loop.time()))
             is_last = loop.time() >= deadline
 
     def _mailbox_name(self, run_id: str) -> str:

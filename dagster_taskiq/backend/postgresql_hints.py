@@ -18,7 +18,8 @@ from psycopg import pq
 
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.servers.bell import Bell, Hearing
-from dagster_taskiq.servers.postgresql_client import Connection, server_errors
+from dagster_taskiq.servers.postgresql_client import server_errors
+from dagster_taskiq.servers.postgresql_pool import Connection
 
 logger = logging.getLogger(__name__)
 

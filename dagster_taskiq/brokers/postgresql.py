@@ -35,7 +35,8 @@ from dagster_taskiq.brokers.postgresql_floors import Floors, Row
 from dagster_taskiq.defaults import IN_HAND_SECONDS, MAX_PRIORITY
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+from dagster_taskiq.servers.postgresql_client import Connections, server_errors
+from dagster_taskiq.servers.postgresql_pool import Connection
 from dagster_taskiq.servers.postgresql_schema import FUNCTION_SETS, Part, Schema, read_sql
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ class PostgresqlTaskBroker(TaskBroker):
         #: Set when the broker is shut down, so that no listener sleeps on.
         self.closing = asyncio.Event()
         self._schema = Schema(options.key_prefix, PART)
-        self._connections = Connections(options, self._greet)
+        self._connections = Connections(options, self._greet, is_listener=bool(queues))
         self._floors = Floors(self._find_floors)
         self._in_hand = InHand(self._hold, self.hold_every_seconds)
         self._acks = 0

@@ -1,24 +1,28 @@
-"""Connections to PostgreSQL, and what their errors mean for people.
+"""Calls of PostgreSQL, and what their errors mean for people.
 
-libpq's way to read URLs counts, so that a URL means here what it means to Dagster. A server that
-says nothing is given up by closing the connection: psycopg's own way to cancel a call asks the
-server, and waits for its answer.
+libpq's way to read URLs counts, so that a URL means here what it means to Dagster. The connections
+are those of the process (``postgresql_pool``).
 """
 
 from __future__ import annotations
 
-import asyncio
-import os
-import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors
 
 from dagster_taskiq.errors import ConfigError, ServerError, UnreachableServerError
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.servers.postgresql_pool import (
+    OTHER_CONNECTION,
+    Connection,
+    Link,
+    Pool,
+    Target,
+    pool_of,
+)
 from dagster_taskiq.servers.server_refusals import (
     POSTGRESQL_SERVER_REFUSALS,
     Outlook,
@@ -27,57 +31,38 @@ from dagster_taskiq.servers.server_refusals import (
 )
 from dagster_taskiq.servers.urls import redact
 
-Connection = psycopg.AsyncConnection[Any]
-
-#: How many calls of a process are under way at the same time, apart from urgent ones.
-_MOST_CALLS = 4
-
-#: A connection that nobody has used for this time is closed.
-_IDLE_SECONDS = 60.0
-
-#: A connection that is older is closed after its call, so that what a new one does is done now and
-#: then by every process: it enters the schema, and takes a fresh password.
-_OLDEST_SECONDS = 3600.0
-
-#: SQLSTATEs after which another connection may do better: the server became a standby, or our
-#: schema is gone, which a new connection makes again.
-_OTHER_CONNECTION = ("25006", "0A000", "3F000", "42P01", "42883")
-
 #: SQLSTATEs of a transaction that lost against another one, and may be repeated at once.
 _REPEATED = ("40001", "40P01")
 
 
-class _Idle(NamedTuple):
-    """A connection that is not in use; times are the event loop's."""
-
-    connection: Connection
-    opened_at: float
-    since: float
-
-
 class Connections:
-    """Connections of one process, each for one call at a time; urgent calls wait for no others.
+    """What broker or backend has of the connections of its process.
 
     Args:
-        options: how to reach the server.
-        greet: what is done on each new connection.
+        options: how to reach the server; who has the same ones shares the connections.
+        greet: what is done on a connection before its first call of this user.
+        is_listener: whether this user looks for messages all the time.
 
     Raises:
         ConfigError: libpq cannot read the URL.
     """
 
     def __init__(
-        self, options: ServerOptions, greet: Callable[[Connection], Awaitable[None]]
+        self,
+        options: ServerOptions,
+        greet: Callable[[Connection], Awaitable[None]],
+        *,
+        is_listener: bool = False,
     ) -> None:
-        self._conninfo = _conninfo_of(options)
-        self._fresh_password = options.fresh_password
-        self._address = options.address
-        self._seconds = options.connect_timeout_seconds
+        self._target = Target(
+            _conninfo_of(options),
+            options.connect_timeout_seconds,
+            options.fresh_password,
+            options.address,
+        )
         self._greet = greet
-        self._turns = asyncio.Semaphore(_MOST_CALLS)
-        self._idle: list[_Idle] = []
-        self._reaper: asyncio.TimerHandle | None = None
-        self._is_open = True
+        self._is_listener = is_listener
+        self._pool: Pool | None = None
 
     async def call(
         self,
@@ -95,7 +80,7 @@ class Connections:
         Args:
             statement: with its places as psycopg has them.
             values: of the places.
-            is_urgent: whether it waits for no other call.
+            is_urgent: whether it goes before the others that wait for a connection.
             is_repeatable: whether it bears to be executed twice, where the server may have got it
                 before the connection broke.
 
@@ -103,67 +88,33 @@ class Connections:
             UnreachableServerError: it did not answer in time.
             psycopg.Error, OSError: see ``server_errors``.
         """
-        async with nullcontext() if is_urgent else self._turns:
-            is_used = bool(self._idle)
-            try:
-                return await self._call_once(statement, values)
-            except psycopg.Error as error:
-                is_stale = is_used and (
-                    error.sqlstate in _OTHER_CONNECTION or (is_repeatable and _is_lost(error))
-                )
-                if not is_stale and error.sqlstate not in _REPEATED:
-                    raise
-            return await self._call_once(statement, values)
+        pool = self._join()
+        link: Link | None = None
+        try:
+            async with pool.link(is_urgent=is_urgent) as link:
+                return await self._call_on(pool, link, statement, values)
+        except psycopg.Error as error:
+            is_used = link is not None and not link.is_new
+            is_stale = is_used and (
+                error.sqlstate in OTHER_CONNECTION or (is_repeatable and _is_lost(error))
+            )
+            if not is_stale and error.sqlstate not in _REPEATED:
+                raise
+        async with pool.link(is_urgent=is_urgent) as link:
+            return await self._call_on(pool, link, statement, values)
+
+    async def _call_on(
+        self, pool: Pool, link: Link, statement: str, values: Sequence[Any]
+    ) -> list[tuple[Any, ...]]:
+        if self not in link.greeted:
+            await pool.within(link.connection, self._greet(link.connection))
+            link.greeted.add(self)
+        return await pool.within(link.connection, _fetch(link.connection, statement, values))
 
     async def product(self) -> str:
         """Name and version of the server; errors as of ``call``."""
         ((text,),) = await self.call("SHOW server_version")
         return f"PostgreSQL {text.partition(' ')[0]}"
-
-    async def _call_once(self, statement: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        async with self._one() as connection:
-            fetch = _fetch(connection, statement, values)
-            rows: list[tuple[Any, ...]] = await self._within(connection, fetch)
-            return rows
-
-    @asynccontextmanager
-    async def _one(self) -> Any:
-        self._is_open = True
-        if self._idle:
-            connection, opened_at, _ = self._idle.pop()
-        else:
-            connection, opened_at = await self.connect(), asyncio.get_running_loop().time()
-        try:
-            yield connection
-        except BaseException as error:
-            code = error.sqlstate if isinstance(error, psycopg.Error) else None
-            if code is None or code in _OTHER_CONNECTION or connection.closed:
-                connection.pgconn.finish()
-                if not isinstance(error, asyncio.CancelledError):
-                    self._close_idle()
-            else:
-                self._give_back(connection, opened_at)
-            raise
-        self._give_back(connection, opened_at)
-
-    async def _within(self, connection: Connection, work: Awaitable[Any]) -> Any:
-        """Do something on a connection, and hang up where it takes too long or is cancelled."""
-        task = asyncio.ensure_future(work)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=self._seconds)
-        except asyncio.CancelledError:
-            _hang_up(connection)
-            await _ended(task)
-            raise
-        if not done:
-            _hang_up(connection)
-            await _ended(task)
-            raise self._silent("answer")
-        return task.result()
-
-    def _silent(self, missing: str) -> UnreachableServerError:
-        text = f"Cannot reach {self._address}: no {missing} within {self._seconds:g} s."
-        return UnreachableServerError(self._address, text)
 
     async def connect(self) -> Connection:
         """A new connection, for the caller to close; it commits each statement by itself.
@@ -172,55 +123,29 @@ class Connections:
             UnreachableServerError: it did not answer in time.
             psycopg.Error, OSError: see ``server_errors``.
         """
+        pool = self._join()
+        connection = await pool.connect()
         try:
-            connection: Connection = await asyncio.wait_for(self._open(), self._seconds)
-        except asyncio.TimeoutError:
-            raise self._silent("connection") from None
-        try:
-            await self._within(connection, self._greet(connection))
+            await pool.within(connection, self._greet(connection))
         except BaseException:
             connection.pgconn.finish()
             raise
         return connection
 
-    async def _open(self) -> Connection:
-        conninfo_now = self._conninfo
-        if self._fresh_password is not None:
-            password = await asyncio.to_thread(self._fresh_password)
-            conninfo_now = conninfo.make_conninfo(conninfo_now, password=password)
-        return await psycopg.AsyncConnection.connect(
-            conninfo_now, autocommit=True, prepare_threshold=None
-        )
-
     def close(self) -> None:
-        """Close them all; those in use when their call ends. A later call opens new ones."""
-        self._is_open = False
-        self._close_idle()
+        """Use the connections no more, but for the calls under way; a later call uses them again.
 
-    def _close_idle(self) -> None:
-        idle, self._idle = self._idle, []
-        for one in idle:
-            one.connection.pgconn.finish()
+        The last user closes them.
+        """
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.leave(self)
 
-    def _give_back(self, connection: Connection, opened_at: float) -> None:
-        loop = asyncio.get_running_loop()
-        if not self._is_open or loop.time() > opened_at + _OLDEST_SECONDS:
-            connection.pgconn.finish()
-            return
-        # the last used is used first, so that those that are not needed are the first to be closed
-        self._idle.append(_Idle(connection, opened_at, loop.time()))
-        if self._reaper is None:
-            self._reaper = loop.call_later(_IDLE_SECONDS, self._reap, loop)
-
-    def _reap(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._reaper = None
-        old = loop.time() - _IDLE_SECONDS
-        for one in self._idle:
-            if one.since <= old:
-                one.connection.pgconn.finish()
-        self._idle = [one for one in self._idle if one.since > old]
-        if self._idle:
-            self._reaper = loop.call_at(self._idle[0].since + _IDLE_SECONDS, self._reap, loop)
+    def _join(self) -> Pool:
+        if self._pool is None:
+            self._pool = pool_of(self._target)
+            self._pool.join(self, is_listener=self._is_listener)
+        return self._pool
 
 
 async def _fetch(
@@ -229,24 +154,6 @@ async def _fetch(
     cursor = connection.cursor(binary=True)
     await cursor.execute(statement, values)
     return await cursor.fetchall() if cursor.description else []
-
-
-def _hang_up(connection: Connection) -> None:
-    """Let libpq see the end of its connection at once; the descriptor stays until it has."""
-    with suppress(psycopg.Error, OSError):
-        copy = socket.socket(fileno=os.dup(connection.pgconn.socket))
-        try:
-            copy.shutdown(socket.SHUT_RDWR)
-        finally:
-            copy.close()
-
-
-async def _ended(task: asyncio.Future[Any]) -> None:
-    await asyncio.wait({task}, timeout=1)
-    if not task.done():
-        task.cancel()
-    elif not task.cancelled():
-        task.exception()
 
 
 def _is_lost(error: psycopg.Error) -> bool:

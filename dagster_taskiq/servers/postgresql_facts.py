@@ -6,7 +6,8 @@ from contextlib import closing
 
 from dagster_taskiq.servers.facts import PostgresqlFacts
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq.servers.postgresql_client import Connection, Connections, server_errors
+from dagster_taskiq.servers.postgresql_client import Connections, server_errors
+from dagster_taskiq.servers.postgresql_pool import Connection
 
 _QUESTION = """\
 SELECT current_setting('server_version_num')::int,

@@ -14,7 +14,7 @@ from dagster_taskiq.backend import open_backend
 from dagster_taskiq.backend.postgresql import PostgresqlBackend
 from dagster_taskiq.backend.postgresql_schema import PART
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq.servers import postgresql_client
+from dagster_taskiq.servers import postgresql_pool
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.servers.postgresql_schema import Part, Schema
 from dagster_taskiq_tests.contract.broker_bench import PostgresHarness
@@ -171,7 +171,7 @@ def test_a_process_that_never_stops_notes_it_too(
     versions.age(NEW, 2)
     assert versions.works(backend)
     assert versions.used(NEW) < first
-    monkeypatch.setattr(postgresql_client, "_OLDEST_SECONDS", -1.0)
+    monkeypatch.setattr(postgresql_pool, "_OLDEST_SECONDS", -1.0)
     assert versions.works(backend)  # the last call on that connection
     assert versions.works(backend)
     assert versions.used(NEW) >= first

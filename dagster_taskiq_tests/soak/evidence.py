@@ -311,7 +311,7 @@ def _keys(director: Director) -> Counter[str]:
 
 def _in_queues(director: Director) -> Counter[str]:
     found = Counter({"pool slots": _count_pool_slots(director)})
-    if director.kind.startswith("rabbitmq") or director.kind == "postgres":
+    if director.kind not in ("redis", "embedded"):
         for kind in QueueKind:
             found["in the queues"] += asyncio.run(director.stack.depth("dagster", kind=kind))
     return found

@@ -31,10 +31,11 @@ from dagster_taskiq_tests.servers import (
     crashable_postgres,
     postgres_database,
     private_redis,
+    redis_options,
 )
 from dagster_taskiq_tests.soak.jobs import POOL, POOL_SLOTS
 
-Kind = Literal["redis", "embedded", "rabbitmq", "rabbitmq+postgres", "postgres"]
+Kind = Literal["redis", "embedded", "rabbitmq", "rabbitmq+postgres", "redis+postgres", "postgres"]
 
 #: Of claims and runs: short, so that much happens in ten minutes, and long enough for a machine
 #: on which much else runs.
@@ -200,8 +201,9 @@ def _servers(
         embedded = EmbeddedServer(home)
         resources.callback(embedded.close)
         return None, None, embedded
-    if kind == "rabbitmq+postgres":
-        broker = resources.enter_context(amqp_options())
+    if kind in ("rabbitmq+postgres", "redis+postgres"):
+        is_redis = kind == "redis+postgres"
+        broker = resources.enter_context(redis_options() if is_redis else amqp_options())
         node, options = resources.enter_context(crashable_postgres(broker.key_prefix))
         return broker, options, PostgresServer(node, options, is_broker=False)
     if kind == "postgres":
