@@ -260,6 +260,7 @@ ENDS = "lambda *_: sys.exit(0)"
 def _handlers() -> Iterator[None]:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, below which tests may run, ignores it
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
