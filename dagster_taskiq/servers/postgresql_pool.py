@@ -33,9 +33,12 @@ T = TypeVar("T")
 #: so looks, which are slow where much has passed through a queue, leave the others their turn.
 _CALLS_AT_ONCE = 2
 
-#: How long a call waits for the end of another one before there is one more at the same time, as
-#: long as it takes to open a connection. An urgent one is first in line, and waits for longer
-#: before it goes past the limit.
+#: How long a call waits for the end of another one before it takes a connection that is there. An
+#: idle worker's looks take less, so that it comes down to two again after a busy time.
+_SHORT_SECONDS = 0.002
+
+#: How long it waits then before there is one more, as long as it takes to open one. An urgent one
+#: is first in line, and waits for longer before it goes past the limit.
 _PATIENCE_SECONDS = 0.01
 _URGENT_PATIENCE_SECONDS = 0.05
 
@@ -190,9 +193,7 @@ class Pool:
             self._line.appendleft(turn)
         else:
             self._line.append(turn)
-        half = (_URGENT_PATIENCE_SECONDS if is_urgent else _PATIENCE_SECONDS) / 2
-        # in two parts: an event loop that was held up hears of answers only after its timers
-        self._loop.call_later(half, self._loop.call_later, half, self._grow, turn, is_urgent)
+        self._loop.call_later(_SHORT_SECONDS, self._take_idle, turn, is_urgent)
         try:
             return await turn
         except asyncio.CancelledError:
@@ -200,8 +201,19 @@ class Pool:
                 self._pass_on(turn.result())
             raise
 
+    def _take_idle(self, turn: asyncio.Future[Link | None], is_urgent: bool) -> None:
+        """Give who has waited for a moment what is there, or let it wait for one more."""
+        if turn.done():
+            return
+        if self._idle:
+            turn.set_result(self._idle.pop())
+            return
+        # not before this: an event loop that was held up hears of answers only after its timers
+        seconds = _URGENT_PATIENCE_SECONDS if is_urgent else _PATIENCE_SECONDS
+        self._loop.call_later(seconds, self._grow, turn, is_urgent)
+
     def _grow(self, turn: asyncio.Future[Link | None], is_urgent: bool) -> None:
-        """Have one more call at the same time, if there may be one: that of who has waited."""
+        """Have one more connection, if there may be one, for who has waited."""
         if turn.done():
             return
         if self._idle:
