@@ -12,6 +12,7 @@ import pytest
 from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.servers.facts import PostgresqlFacts, RedisFacts, read_facts
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq_tests.server_processes import free_port
 from dagster_taskiq_tests.servers import postgres_options, private_redis
 
 #: How far the clock of a server on this machine may seem to be off on a loaded one.
@@ -35,6 +36,7 @@ def test_a_redis_says_how_it_is_set() -> None:
         "maxmemory": "100mb",
         "maxmemory-policy": "allkeys-lru",
         "cluster-enabled": "yes",
+        "cluster-port": str(free_port()),  # else 10,000 above the port, which may be too high
     }
     with private_redis(settings=settings) as server:
         found = facts_of(ServerOptions(server.url))
