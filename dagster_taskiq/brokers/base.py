@@ -177,7 +177,8 @@ class TaskBroker(AsyncBroker, Looks):
     def listen_on(self, queues: Sequence[str]) -> None:
         """Have listeners listen on these queues from now on, also while they wait; on none: rest.
 
-        A message that was handed on is not affected. Called in the broker's event loop.
+        A message that was handed on is not affected; one that is just being taken goes back. Called
+        in the broker's event loop.
         """
         self.queues = tuple(queues)
         self._has_turned = True
@@ -240,6 +241,9 @@ class TaskBroker(AsyncBroker, Looks):
                     await to_its_end(listener.turn_to(self.queues))
                     queues = self.queues
                 delivery = None if parking.is_full else await self._look(listener)
+                if delivery is not None and queues != self.queues:
+                    await to_its_end(delivery.release())  # who has turned us relies on it
+                    continue
                 if delivery is None and not parking.is_empty:
                     await parking.look_away()
                 elif delivery is None:

@@ -16,7 +16,8 @@ from typing import TypeVar, cast
 
 import pytest
 
-from dagster_taskiq.brokers import parking
+from dagster_taskiq.brokers import Delivery, parking
+from dagster_taskiq.brokers.base import Listener
 from dagster_taskiq.brokers.looks import MAX_PEEK_BYTES, PriorityGroup, WaitingTask
 from dagster_taskiq.errors import (
     ConfigError,
@@ -327,6 +328,40 @@ def test_a_message_in_work_is_settled_whatever_is_listened_on(harness: Harness) 
 
 async def _has_depth(consumer: Consumer, queue: str, depth: int) -> bool:
     return await consumer.broker.depth(queue) == depth
+
+
+def test_what_is_taken_while_the_listener_is_told_to_rest_goes_back(harness: Harness) -> None:
+    """A worker that has said that it is paused begins with nothing any more."""
+
+    async def test() -> None:
+        queue = harness.queue()
+        async with consuming(harness, queue) as consumer, opened(harness) as sender:
+            new_listener = consumer.broker.listener
+
+            def listener() -> Listener:
+                made = new_listener()
+                look = made.look
+
+                async def look_and_be_told() -> Delivery | None:
+                    delivery = await look()
+                    consumer.broker.listen_on([])
+                    return delivery
+
+                made.look = look_and_be_told  # type: ignore[method-assign]
+                return made
+
+            consumer.broker.listener = listener  # type: ignore[method-assign]
+            await sender.kick(task(queue, "one"))
+            pending = consumer.ask()
+            await eventually(lambda: _is_back(consumer, queue, pending))
+            assert not pending.done()
+
+    run(test())
+
+
+async def _is_back(consumer: Consumer, queue: str, pending: asyncio.Task[object]) -> bool:
+    has_turned = not consumer.broker.queues
+    return pending.done() or (has_turned and await _has_depth(consumer, queue, 1))
 
 
 def test_turning_again_and_again_loses_nothing(harness: Harness) -> None:
