@@ -41,7 +41,7 @@ class ControlMailbox:
         leases: stop a task that is to be cancelled.
         observer: hears of each order, also of one that is refused.
         obey: what obeys an order of each kind but cancels and pings; it raises ``UntrustedError``
-            for one that it cannot read.
+            for one that it cannot read, and ``ServerError`` where it cannot obey.
         answer_ping: called with the id of a ping.
     """
 
@@ -78,6 +78,8 @@ class ControlMailbox:
                     await self._obey(order)
                 except UntrustedError as error:
                     self._observer.refused(self._backend.address, "an order", error)
+                except ServerError as error:
+                    logger.warning("An order was not obeyed: %s", error)
 
     async def _obey(self, order: Mapping[str, Any]) -> None:
         kind = str(order.get("kind"))

@@ -54,18 +54,22 @@ class Steering:
         self.is_paused = False
         self.pause_reason = ""
         self._paused_queues: set[str] = set()
+        self._looking = asyncio.Lock()
         self._stations: Sequence[Station] = ()
 
     @property
     def orders(self) -> Mapping[str, Callable[[Mapping[str, Any]], Awaitable[None]]]:
-        """What obeys an order of each kind; it raises ``UntrustedError`` for one that is none."""
+        """What obeys an order of each kind.
+
+        It raises ``UntrustedError`` for one that is none, and ``ServerError`` where it cannot obey.
+        """
         return {
             OrderKind.PAUSE: self._pause,
             OrderKind.RESUME: self._resume,
             OrderKind.SLOTS: self._set_slots,
             OrderKind.ADD_QUEUES: self._add_queues,
             OrderKind.REMOVE_QUEUES: self._remove_queues,
-            OrderKind.LOOK_AT_QUEUES: self._look_when_told,
+            OrderKind.LOOK_AT_QUEUES: self._look_for_order,
         }
 
     async def start(self, stations: Sequence[Station]) -> None:
@@ -82,16 +86,16 @@ class Steering:
         """Ask now and then which queues are paused, until cancelled."""
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            await self._look_when_told({})
-
-    async def _look_when_told(self, _order: Mapping[str, Any]) -> None:
-        try:
-            await self._look()
-        except ServerError as error:
-            logger.debug("Which queues are paused is not known anew: %s", error)
+            try:
+                await self._look()
+            except ServerError as error:
+                logger.debug("Which queues are paused is not known anew: %s", error)
 
     async def _look(self) -> None:
-        paused = set(await self._backend.paused_queues())
+        async with self._looking:  # of two answers the one to the earlier question may come last
+            self._learn(set(await self._backend.paused_queues()))
+
+    def _learn(self, paused: set[str]) -> None:
         for queue in sorted(paused ^ self._paused_queues):
             if queue in self.queues:
                 state = "is paused: no task is taken from it" if queue in paused else "is resumed"
@@ -107,6 +111,9 @@ class Steering:
             station.listen_on([self._servers.physical_queue(station.kind, it) for it in taken])
 
     # --- orders ---
+
+    async def _look_for_order(self, _order: Mapping[str, Any]) -> None:
+        await self._look()
 
     async def _pause(self, order: Mapping[str, Any]) -> None:
         self.is_paused, self.pause_reason = True, plain_reason(str(order.get("reason", "")))

@@ -15,6 +15,7 @@ from dagster_taskiq.backend.memory import MemoryBackend, MemoryServer
 from dagster_taskiq.brokers import Admission
 from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
 from dagster_taskiq.connections import Servers
+from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.control import OrderKind
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, step_task_id
 from dagster_taskiq.messages.queue_pauses import QueuePause
@@ -22,6 +23,7 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq.steering.workers import answers_of, give_order
+from dagster_taskiq.worker import steering
 from dagster_taskiq.worker.child_messages import Executed
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.parts import WorkerParts
@@ -30,6 +32,11 @@ from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import FakeGuard, FakeSlot, finished
 
 SECONDS = 30.0
+
+#: How long what does not happen is waited for.
+IN_VAIN_SECONDS = 0.3
+
+PAUSE = QueuePause("dagster", "", 1.0, "h")
 
 
 class Scene:
@@ -217,7 +224,6 @@ def test_a_queue_is_paused_for_a_worker_that_lives_and_for_one_that_starts(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    pause = QueuePause("dagster", "", 1.0, "h")
 
     async def scenario(scene: Scene) -> None:
         await scene.send("a")
@@ -227,14 +233,67 @@ def test_a_queue_is_paused_for_a_worker_that_lives_and_for_one_that_starts(
         await scene.backend.resume_queue("dagster")
         await scene.order(OrderKind.LOOK_AT_QUEUES)
         await until(lambda: "a" in scene.running)
-        await scene.backend.pause_queue(pause)
+        await scene.backend.pause_queue(PAUSE)
         await scene.order(OrderKind.LOOK_AT_QUEUES)
         await scene.send("c")
         await scene.order(OrderKind.PING)
         assert "c" not in scene.running
 
     scene = Scene(3, "dagster", "far")
-    asyncio.run(scene.backend.pause_queue(pause))
+    asyncio.run(scene.backend.pause_queue(PAUSE))
     play(scene, scenario)
     assert "Queue dagster is paused" in caplog.text
     assert "Queue dagster is resumed" in caplog.text
+
+
+def test_of_two_looks_the_later_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the answer to the earlier one is slow."""
+
+    async def scenario(scene: Scene) -> None:
+        look, goes_on = scene.backend.paused_queues, asyncio.Event()
+
+        async def slow() -> dict[str, QueuePause]:
+            found = await look()
+            scene.backend.paused_queues = look  # type: ignore[method-assign]
+            is_asked.set()
+            await goes_on.wait()
+            return found
+
+        is_asked = asyncio.Event()
+        scene.backend.paused_queues = slow  # type: ignore[method-assign]
+        await is_asked.wait()  # by the worker itself
+        await scene.backend.pause_queue(PAUSE)
+        ordered = asyncio.create_task(scene.order(OrderKind.LOOK_AT_QUEUES))
+        await asyncio.wait({ordered}, timeout=IN_VAIN_SECONDS)  # were it obeyed before the answer
+        goes_on.set()
+        await ordered
+        await scene.send("a")
+        await scene.order(OrderKind.PING)
+        assert "a" not in scene.running
+
+    monkeypatch.setattr(steering, "_LOOK_SECONDS", 0.01)
+    play(Scene(), scenario)
+
+
+def test_an_order_to_look_that_brings_nothing_is_not_said_to_be_obeyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker looks again by itself."""
+
+    async def scenario(scene: Scene) -> None:
+        look = scene.backend.paused_queues
+
+        async def away() -> dict[str, QueuePause]:
+            scene.backend.paused_queues = look  # type: ignore[method-assign]
+            raise UnreachableServerError("memory://test", "Cannot reach memory://test.")
+
+        await scene.backend.pause_queue(PAUSE)
+        scene.backend.paused_queues = away  # type: ignore[method-assign]
+        records = [await scene.record()]
+        told = await give_order(
+            scene.backend, scene.servers.signer, records, OrderKind.LOOK_AT_QUEUES
+        )
+        record = await scene.order(OrderKind.PING)  # which is obeyed after it
+        assert not set(told.ping_ids.values()) & set(record.pings)
+
+    play(Scene(), scenario)
