@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
 
 import click
 from dagster import DagsterInstance
@@ -23,7 +22,14 @@ from dagster_taskiq.cli.tables import count_of, plain_line
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.steering.helm import Helm
-from dagster_taskiq.steering.queues import Emptied, move_tasks, pause_queue, purge, resume_queue
+from dagster_taskiq.steering.queues import (
+    CancelRun,
+    Emptied,
+    move_tasks,
+    pause_queue,
+    purge,
+    resume_queue,
+)
 from dagster_taskiq.steering.workers import Told, answers_of
 
 
@@ -137,16 +143,24 @@ def _ask(settings: Settings, name: str, verb: str, where_to: str = "") -> None:
     click.confirm(plain_line(question), abort=True)
 
 
-def _run_canceller() -> Callable[[str, str], Awaitable[None]] | None:
+def _run_canceller() -> CancelRun | None:
     """What cancels a whole run in Dagster; None without a DAGSTER_HOME."""
     if not os.getenv("DAGSTER_HOME"):
         return None
 
-    def cancel(run_id: str, reason: str) -> None:
-        with DagsterInstance.get() as instance:
-            run = instance.get_run_by_id(run_id)
-            if run is not None and not run.is_finished:
-                instance.report_run_canceled(run, f"The run was cancelled. {reason}")
+    def cancel(run_id: str, reason: str) -> bool:
+        try:
+            with DagsterInstance.get() as instance:
+                run = instance.get_run_by_id(run_id)
+                if run is not None and not run.is_finished:
+                    instance.report_run_canceled(run, f"The run was cancelled. {reason}")
+        except Exception as error:
+            # whatever a storage raises; what waits behind this run stays too
+            text = " ".join(str(error).split())
+            raise DagsterTaskiqError(
+                f"Run {run_id} stays in its queue: Dagster could not cancel it: {text}"
+            ) from error
+        return run is not None
 
     return lambda run_id, reason: asyncio.to_thread(cancel, run_id, reason)
 
@@ -161,8 +175,8 @@ def _say_emptied(verb: str, where: str, emptied: Emptied) -> None:
     _say(f"{verb} {done} from {where}." + (f" Dropped {dropped}." if dropped else ""))
     if emptied.left:
         _say(
-            f"{emptied.left} stay: they are another deployment's, being executed, or whole runs "
-            "and there is no DAGSTER_HOME to cancel them in."
+            f"{emptied.left} stay: they are another deployment's, or being executed, or whole runs "
+            "that the Dagster instance of DAGSTER_HOME does not know; without one all runs stay."
         )
 
 

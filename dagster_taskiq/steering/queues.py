@@ -6,6 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.messages.control import OrderKind
 from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.plain_text import plain_reason
@@ -16,8 +17,9 @@ from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.taking import Answer, Taken, take, waiting_in
 from dagster_taskiq.steering.workers import Told, give_order
 
-#: Has Dagster cancel a whole run that is not to be executed, given the run's id and a reason.
-CancelRun = Callable[[str, str], Awaitable[None]]
+#: Has Dagster cancel a whole run that is not to be executed, given the run's id and a reason; says
+#: whether the run is over by then.
+CancelRun = Callable[[str, str], Awaitable[bool]]
 
 
 @dataclass
@@ -29,7 +31,8 @@ class Emptied:
         runs: the same of whole runs.
         over: how many messages were dropped whose tasks, or runs, were over.
         unreadable: how many were dropped that are no tasks of ours.
-        left: how many stay, since they are another deployment's or are being executed.
+        left: how many stay: another deployment's, those that are executed, whole runs that Dagster
+            has not cancelled.
     """
 
     steps: int = 0
@@ -78,24 +81,26 @@ async def purge(helm: Helm, queue: str, reason: str, cancel_run: CancelRun | Non
 
     Args:
         reason: a sentence for the logs of their runs.
-        cancel_run: None leaves whole runs where they are.
+        cancel_run: None leaves whole runs where they are; what it raises ends the purge.
 
     Raises:
         ServerError: a server is away or refuses; what has been ended stays so.
     """
 
-    async def tell_dagster(envelope: Envelope) -> None:
+    async def tell_dagster(envelope: Envelope) -> bool:
         assert cancel_run is not None  # else no whole run is taken
-        # its steps, of a run that is resumed, go on until nobody is there to take over
-        await helm.backend.disown_run(envelope.run_id)
-        await cancel_run(envelope.run_id, reason)
+        is_over = await cancel_run(envelope.run_id, reason)
+        if is_over:
+            # the steps of a run that is resumed go on until nobody is there to take over
+            await helm.backend.disown_run(envelope.run_id)
+        return is_over
 
     ended = Answer(Outcome.ERROR, reason)
     emptied = await _empty(helm, QueueKind.STEPS, queue, ended, Emptied())
     if cancel_run is None:
         emptied.left += await helm.broker.depth(helm.servers.physical_queue(QueueKind.RUNS, queue))
         return emptied
-    ended = Answer(Outcome.ERROR, reason, and_then=tell_dagster)
+    ended = Answer(Outcome.ERROR, reason, first=tell_dagster)
     return await _empty(helm, QueueKind.RUNS, queue, ended, emptied)
 
 
@@ -115,29 +120,30 @@ async def _empty(
 ) -> Emptied:
     # what comes meanwhile stays, or a run that sends again what it gets back would keep us here
     left = await helm.broker.depth(helm.servers.physical_queue(kind, queue))
-    kept = []
-    async for delivery, envelope in waiting_in(helm, kind, queue):
-        left -= 1
-        if envelope is None:
-            emptied.unreadable += 1
-            await delivery.ack()
-        else:
-            taken = await take(helm, envelope, answer)
-            if taken is Taken.LEFT:
-                emptied.left += 1
-                kept.append(delivery)
-            else:
-                _count(emptied, kind, taken)
-                await delivery.ack()
-        if left <= 0:
-            break
-    for delivery in kept:
-        await delivery.release()
+    in_hand: list[Delivery] = []
+    try:
+        async for delivery, envelope in waiting_in(helm, kind, queue):
+            in_hand.append(delivery)
+            taken = None if envelope is None else await take(helm, envelope, answer)
+            _count(emptied, kind, taken)
+            if taken is not Taken.LEFT:
+                await in_hand.pop().ack()
+            left -= 1
+            if left <= 0:
+                break
+    finally:
+        # only now, or they would be the next ones again
+        for delivery in in_hand:
+            await delivery.release()
     return emptied
 
 
-def _count(emptied: Emptied, kind: QueueKind, taken: Taken) -> None:
-    if taken is Taken.OVER:
+def _count(emptied: Emptied, kind: QueueKind, taken: Taken | None) -> None:
+    if taken is None:
+        emptied.unreadable += 1
+    elif taken is Taken.LEFT:
+        emptied.left += 1
+    elif taken is Taken.OVER:
         emptied.over += 1
     elif kind is QueueKind.STEPS:
         emptied.steps += 1

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
 from dagster_taskiq.backend import Claim, ClaimAnswer
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.defaults import RESULT_EXPIRES_SECONDS
-from dagster_taskiq.errors import MalformedTaskError, UntrustedError
-from dagster_taskiq.messages.envelope import Envelope, TaskName
+from dagster_taskiq.errors import MalformedTaskError, ServerError, UntrustedError
+from dagster_taskiq.messages.envelope import Envelope
 from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.steering.helm import Helm
@@ -66,20 +67,21 @@ class Answer:
         outcome: see ``Outcome``.
         reason: a sentence for people.
         queue: to send it to instead; empty to end it.
-        and_then: called with a whole run when its result is stored: nobody else hears of that.
+        first: what is done while nobody else can have the task, before it gets its result; it stays
+            where this says False.
     """
 
     outcome: Outcome
     reason: str
     queue: str = ""
-    and_then: Callable[[Envelope], Awaitable[None]] | None = None
+    first: Callable[[Envelope], Awaitable[bool]] | None = None
 
 
 async def take(helm: Helm, envelope: Envelope, answer: Answer) -> Taken:
     """Claim a waiting task and give it a result.
 
     Raises:
-        ServerError: the backend is away or refuses.
+        ServerError: the backend is away or refuses. What the answer's ``first`` raises, too.
     """
     identity = helm.backend.identity
     if envelope.state not in (None, identity):
@@ -92,27 +94,46 @@ async def take(helm: Helm, envelope: Envelope, answer: Answer) -> Taken:
         envelope.epoch,
         helm.place,
     )
-    is_launched = envelope.name is TaskName.EXECUTE_JOB
-    claimed = await helm.backend.claim(
-        claim, needs_live_run=envelope.kind is QueueKind.STEPS, until_begun=is_launched
-    )
+    is_step = envelope.kind is QueueKind.STEPS
+    # nothing of a run begins here: a claim that we leave behind keeps no worker from a launched one
+    claimed = await helm.backend.claim(claim, needs_live_run=is_step, until_begun=not is_step)
     if claimed in (ClaimAnswer.CLAIMED, ClaimAnswer.PENDING):
         return Taken.LEFT
     if claimed is not ClaimAnswer.GRANTED:
         return Taken.OVER
+    if not await _is_done_first(helm, claim, envelope, answer):
+        return Taken.LEFT
+    is_stored = await _store(helm, claim, answer)
+    return Taken.ANSWERED if is_stored else Taken.LEFT
+
+
+async def _store(helm: Helm, claim: Claim, answer: Answer) -> bool:
+    is_refused = answer.outcome is Outcome.REFUSED
     result = TaskResult(
         answer.outcome,
         helm.place,
         reason=answer.reason,
-        is_cancelled=answer.outcome is not Outcome.REFUSED,
+        is_cancelled=not is_refused,
         queue=answer.queue,
     )
-    is_stored = await helm.backend.complete(
+    return await helm.backend.complete(
         claim,
-        result.to_bytes(helm.servers.signer, envelope.task_id),
+        result.to_bytes(helm.servers.signer, claim.task_id),
         expires_seconds=RESULT_EXPIRES_SECONDS,
-        is_refused=answer.outcome is Outcome.REFUSED,
+        is_refused=is_refused,
     )
-    if is_stored and answer.and_then is not None:
-        await answer.and_then(envelope)
-    return Taken.ANSWERED if is_stored else Taken.LEFT
+
+
+async def _is_done_first(helm: Helm, claim: Claim, envelope: Envelope, answer: Answer) -> bool:
+    if answer.first is None:
+        return True
+    is_done = False
+    try:
+        is_done = await answer.first(envelope)
+    finally:
+        if not is_done:
+            # for a worker as if it had never been claimed, which no end of a claim could do
+            with suppress(ServerError):
+                await _store(helm, claim, Answer(Outcome.REFUSED, "It was not taken out."))
+                await helm.backend.reopen(claim.run_id, claim.task_id)
+    return is_done

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from dagster_taskiq.backend import TaskState
+from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState
 from dagster_taskiq.connections import Servers
-from dagster_taskiq.messages.envelope import Envelope
+from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.messages.envelope import Envelope, TaskName
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -79,19 +80,51 @@ def test_what_waits_is_purged_and_its_runs_hear_of_it(is_searchable: bool) -> No
     play(scenario, is_searchable=is_searchable)
 
 
-def test_whole_runs_are_cancelled_in_dagster_or_stay() -> None:
+@pytest.mark.parametrize("name", [TaskName.EXECUTE_JOB, TaskName.RESUME_JOB])
+def test_whole_runs_are_cancelled_in_dagster_or_stay(name: TaskName) -> None:
+    """First in Dagster: whatever happens then, no worker starts the run, and it waits for none."""
+
     async def scenario(scene: Scene, helm: Helm) -> None:
-        await scene.send(replace(RUN, epoch=scene.epoch))
+        run = replace(RUN, name=name, epoch=scene.epoch)
+        await scene.send(run)
         assert await purge(helm, "dagster", "Removed.", None) == Emptied(left=1)
         cancelled: list[tuple[str, str]] = []
 
-        async def cancel(run_id: str, reason: str) -> None:
-            assert await state_of(scene, RUN) is TaskState.DONE  # nobody can take it over
+        async def cancel(run_id: str, reason: str) -> bool:
+            assert await state_of(scene, run) is TaskState.CLAIMED  # no worker can start it
             cancelled.append((run_id, reason))
+            return True
 
         assert await purge(helm, "dagster", "Removed.", cancel) == Emptied(runs=1)
         assert cancelled == [("run", "Removed.")]
+        assert await state_of(scene, run) is TaskState.DONE
         assert await scene.broker.depth(SIGNED.physical_queue(RUNS, "dagster")) == 0
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("name", [TaskName.EXECUTE_JOB, TaskName.RESUME_JOB])
+def test_a_run_that_dagster_does_not_cancel_is_for_a_worker_as_before(name: TaskName) -> None:
+    """It is of another instance, or Dagster's database is away."""
+
+    async def scenario(scene: Scene, helm: Helm) -> None:
+        run = replace(RUN, name=name, epoch=scene.epoch)
+        await scene.send(run)
+
+        async def unknown(_run_id: str, _reason: str) -> bool:
+            return False
+
+        async def away(_run_id: str, _reason: str) -> bool:
+            raise DagsterTaskiqError("Dagster's database is away.")
+
+        assert await purge(helm, "dagster", "Removed.", unknown) == Emptied(left=1)
+        with pytest.raises(DagsterTaskiqError, match="is away"):
+            await purge(helm, "dagster", "Removed.", away)
+        assert await scene.broker.depth(SIGNED.physical_queue(RUNS, "dagster")) == 1
+        claim = Claim(run.run_id, run.task_id, "t", 600, scene.epoch, helm.place)
+        launched = name is TaskName.EXECUTE_JOB
+        answer = await scene.backend.claim(claim, needs_live_run=False, until_begun=launched)
+        assert answer is ClaimAnswer.GRANTED
 
     play(scenario)
 
