@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 
+from dagster_taskiq.backend import TaskState
 from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.messages.control import OrderKind
 from dagster_taskiq.messages.envelope import Envelope
@@ -16,6 +18,12 @@ from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.taking import Answer, Taken, take, waiting_in
 from dagster_taskiq.steering.workers import Told, give_order
+
+#: How long the launcher of a run that is moved has to send it to its new queue. The process that
+#: has launched a run looks after it every 5 s, as long as it lives.
+LAUNCHER_SECONDS = 15.0
+
+_LOOK_SECONDS = 0.2
 
 #: Has Dagster cancel a whole run that is not to be executed, given the run's id and a reason; says
 #: whether the run is over by then.
@@ -95,29 +103,63 @@ async def purge(helm: Helm, queue: str, reason: str, cancel_run: CancelRun | Non
             await helm.backend.disown_run(envelope.run_id)
         return is_over
 
-    ended = Answer(Outcome.ERROR, reason)
-    emptied = await _empty(helm, QueueKind.STEPS, queue, ended, Emptied())
+    emptied = Emptied()
+    await _empty(helm, QueueKind.STEPS, queue, Answer(Outcome.ERROR, reason), emptied)
     if cancel_run is None:
         emptied.left += await helm.broker.depth(helm.servers.physical_queue(QueueKind.RUNS, queue))
         return emptied
     ended = Answer(Outcome.ERROR, reason, first=tell_dagster)
-    return await _empty(helm, QueueKind.RUNS, queue, ended, emptied)
+    await _empty(helm, QueueKind.RUNS, queue, ended, emptied)
+    return emptied
 
 
 async def move_tasks(helm: Helm, queue: str, to_queue: str, reason: str) -> Emptied:
-    """Have the runs send what waits in a queue to another one.
+    """Have the runs send what waits in a queue to another one, and their launchers the runs.
 
     Raises:
         ServerError: a server is away or refuses; what has been moved stays so.
     """
     moved = Answer(Outcome.REFUSED, reason, to_queue)
-    emptied = await _empty(helm, QueueKind.STEPS, queue, moved, Emptied())
-    return await _empty(helm, QueueKind.RUNS, queue, moved, emptied)
+    emptied = Emptied()
+    await _empty(helm, QueueKind.STEPS, queue, moved, emptied)
+    await _see_off(helm, await _empty(helm, QueueKind.RUNS, queue, moved, emptied), to_queue)
+    return emptied
+
+
+async def _see_off(helm: Helm, runs: Sequence[Envelope], to_queue: str) -> None:
+    """Send those whole runs to their new queue that no launcher sends, as it lives no more."""
+    deadline = time.monotonic() + LAUNCHER_SECONDS
+    left = list(runs)
+    try:
+        while left and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+            left = [it for it in left if await _is_refused(helm, it)]
+    finally:  # at Ctrl-C too: they wait in no queue
+        for run in left:
+            if await helm.backend.reopen(run.run_id, run.task_id):  # whoever reopens it sends it
+                moved = replace(run, queue=to_queue, epoch=await helm.backend.epoch())
+                physical = helm.servers.physical_queue(QueueKind.RUNS, to_queue)
+                await helm.broker.kick(moved.to_message(physical, helm.servers.signer))
+
+
+async def _is_refused(helm: Helm, run: Envelope) -> bool:
+    _, reports = await helm.backend.inspect(run.run_id, [run.task_id])
+    return reports[run.task_id].state is TaskState.REFUSED
 
 
 async def _empty(
-    helm: Helm, kind: QueueKind, queue: str, answer: Answer, emptied: Emptied
-) -> Emptied:
+    helm: Helm,
+    kind: QueueKind,
+    queue: str,
+    answer: Answer,
+    emptied: Emptied,
+) -> list[Envelope]:
+    """Give everything that waits an answer; the tasks that have it.
+
+    Args:
+        emptied: counts what becomes of it.
+    """
+    answered = []
     # what comes meanwhile stays, or a run that sends again what it gets back would keep us here
     left = await helm.broker.depth(helm.servers.physical_queue(kind, queue))
     in_hand: list[Delivery] = []
@@ -126,6 +168,8 @@ async def _empty(
             in_hand.append(delivery)
             taken = None if envelope is None else await take(helm, envelope, answer)
             _count(emptied, kind, taken)
+            if envelope is not None and taken is Taken.ANSWERED:
+                answered.append(envelope)
             if taken is not Taken.LEFT:
                 await in_hand.pop().ack()
             left -= 1
@@ -135,7 +179,7 @@ async def _empty(
         # only now, or they would be the next ones again
         for delivery in in_hand:
             await delivery.release()
-    return emptied
+    return answered
 
 
 def _count(emptied: Emptied, kind: QueueKind, taken: Taken | None) -> None:

@@ -16,9 +16,11 @@ from dagster_taskiq.messages.envelope import Envelope, TaskName
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
+from dagster_taskiq.steering import queues
 from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.queues import Emptied, move_tasks, purge
 from dagster_taskiq.steering.tasks import CancelOutcome, cancel_task
+from dagster_taskiq_tests.contract.broker_bench import eventually
 from dagster_taskiq_tests.unit.overview_scene import RUN, RUNS, STEPS, Scene, step, worker
 
 OPTIONS = ServerOptions("redis://localhost")
@@ -129,19 +131,59 @@ def test_a_run_that_dagster_does_not_cancel_is_for_a_worker_as_before(name: Task
     play(scenario)
 
 
-def test_what_is_moved_is_for_its_run_to_send_again(is_searchable: bool) -> None:
+def test_a_step_that_is_moved_is_for_its_run_to_send_again(is_searchable: bool) -> None:
     async def scenario(scene: Scene, helm: Helm) -> None:
         a = sent(scene, "a")
-        run = replace(RUN, epoch=scene.epoch)
-        await scene.send(a, run)
-        assert await move_tasks(helm, "dagster", "far", "Why.") == Emptied(steps=1, runs=1)
-        for task in (a, run):
-            result = await result_of(scene, task)
-            assert (result.outcome, result.queue, result.reason) == (Outcome.REFUSED, "far", "Why.")
-            assert await state_of(scene, task) is TaskState.REFUSED
-            assert await scene.backend.reopen(task.run_id, task.task_id)
+        await scene.send(a)
+        assert await move_tasks(helm, "dagster", "far", "Why.") == Emptied(steps=1)
+        result = await result_of(scene, a)
+        assert (result.outcome, result.queue, result.reason) == (Outcome.REFUSED, "far", "Why.")
+        assert await state_of(scene, a) is TaskState.REFUSED
+        assert await scene.backend.reopen(a.run_id, a.task_id)
 
     play(scenario, is_searchable=is_searchable)
+
+
+def test_a_run_that_is_moved_is_sent_by_its_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which then looks for it in the other queue."""
+
+    async def scenario(scene: Scene, helm: Helm) -> None:
+        run = replace(RUN, epoch=scene.epoch)
+        await scene.send(run)
+        moving = asyncio.create_task(move_tasks(helm, "dagster", "far", "Why."))
+        await eventually(lambda: _is_refused(scene, run))
+        result = await result_of(scene, run)
+        assert (result.queue, result.reason) == ("far", "Why.")
+        assert await scene.backend.reopen(run.run_id, run.task_id)
+        assert await moving == Emptied(runs=1)
+        assert await scene.broker.depth(SIGNED.physical_queue(RUNS, "far")) == 0
+
+    monkeypatch.setattr(queues, "LAUNCHER_SECONDS", 600.0)
+    play(scenario)
+
+
+async def _is_refused(scene: Scene, run: Envelope) -> bool:
+    return await state_of(scene, run) is TaskState.REFUSED
+
+
+@pytest.mark.parametrize("name", [TaskName.EXECUTE_JOB, TaskName.RESUME_JOB])
+def test_a_run_is_moved_whose_launcher_lives_no_more(
+    name: TaskName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``dagster job launch``: the command sends it itself."""
+
+    async def scenario(scene: Scene, helm: Helm) -> None:
+        run = replace(RUN, name=name, epoch=scene.epoch)
+        await scene.send(run)
+        assert await move_tasks(helm, "dagster", "far", "Why.") == Emptied(runs=1)
+        assert await state_of(scene, run) is TaskState.UNKNOWN
+        physical = SIGNED.physical_queue(RUNS, "far")
+        (message,) = await scene.broker.peek(physical, 5) or ()
+        moved = Envelope.from_bytes(message.data, SIGNED.signer)
+        assert (moved.task_id, moved.queue, moved.payload) == (run.task_id, "far", run.payload)
+
+    monkeypatch.setattr(queues, "LAUNCHER_SECONDS", 0.05)
+    play(scenario)
 
 
 def test_a_queue_that_is_filled_meanwhile_does_not_hold_us() -> None:
