@@ -76,9 +76,8 @@ def worker_terminate(
     is_default = not name and not all_
     name = _DEFAULT_NAME if is_default else name
     orders = _Orders(name, all_, config_yaml, may_be_nobody=is_default)
-    told = orders.give(OrderKind.TERMINATE)
-    if now and told:
-        orders.give(OrderKind.TERMINATE)  # told twice, whatever its version
+    # told twice it stops now, whatever its version
+    told = orders.give(OrderKind.TERMINATE, times=2 if now else 1)
     for record in told:
         _say(f"Told {record.name} to stop{' now' if now else ''}.")
     if wait and told:
@@ -261,13 +260,20 @@ class _Orders:
         self._check = check
         self._may_be_nobody = may_be_nobody
 
-    def give(self, kind: str, **details: Any) -> Sequence[WorkerRecord]:
-        """Tell them; those that were told.
+    def give(self, kind: str, times: int = 1) -> Sequence[WorkerRecord]:
+        """Tell them, perhaps more than once; those that were told.
 
         Raises:
             DagsterTaskiqError: none can obey.
         """
-        told = ask_backend(self._settings, lambda backend: self._tell(backend, kind, **details))
+
+        async def tell(backend: Backend) -> Told:
+            told = await self._tell(backend, kind)
+            for _ in range(times - 1):  # the same ones: the first order may have ended them
+                await give_order(backend, self._settings.signer(), told.records, kind)
+            return told
+
+        told = ask_backend(self._settings, tell)
         if told is None or not told.records:
             self._say_nobody()
             return []

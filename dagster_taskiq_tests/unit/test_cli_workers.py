@@ -266,3 +266,20 @@ def test_status_of_some(crowd: Crowd) -> None:
     assert done.exit_code == 0
     assert "a@one" not in done.output
     assert call("status", "--", "-d", "c@one").exit_code == 1
+
+
+def test_a_worker_that_stops_at_the_first_of_two_orders_is_told_now(
+    crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that executes nothing is gone before the second one is sent."""
+    crowd.add("a@one")
+    told: list[str] = []
+
+    async def tell(worker_id: str, _order: str) -> None:
+        told.append(worker_id)
+        crowd.records.clear()
+
+    monkeypatch.setattr(crowd, "send_control", tell)
+    done = call("worker", "terminate", "a", "--now")
+    assert (done.exit_code, done.output) == (0, "Told a@one to stop now.\n")
+    assert told == ["A@ONE", "A@ONE"]
