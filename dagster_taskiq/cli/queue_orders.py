@@ -97,7 +97,7 @@ def queue_purge(name: str, reason: str, yes: bool, config_yaml: str | None) -> N
         _ask(settings, name, "End")
 
     async def end(helm: Helm) -> Emptied:
-        why = helm.signed(f'Removed from queue "{name}"', reason)
+        why = helm.who_and_why(f'Removed from queue "{name}"', reason)
         return await purge(helm, name, why, _run_canceller())
 
     _say_emptied("Ended", f"queue {name}", steer(settings, end))
@@ -122,7 +122,7 @@ def queue_move(name: str, to_name: str, reason: str, yes: bool, config_yaml: str
         _ask(settings, name, "Move", f" to {to_name}")
 
     async def move(helm: Helm) -> Emptied:
-        return await move_tasks(helm, name, to_name, helm.signed("It was moved", reason))
+        return await move_tasks(helm, name, to_name, helm.who_and_why("It was moved", reason))
 
     _say_emptied("Moved", f"queue {name} to {to_name}", steer(settings, move))
 

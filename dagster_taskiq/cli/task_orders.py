@@ -12,10 +12,7 @@ from dagster_taskiq.errors import DagsterTaskiqError
 from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.overview import TaskView
 from dagster_taskiq.steering.helm import Helm
-from dagster_taskiq.steering.tasks import CancelOutcome, cancel_task
-
-#: How many waiting tasks of a queue are looked through for one.
-_MOST_LOOKED_THROUGH = 10_000
+from dagster_taskiq.steering.tasks import MOST_LOOKED_THROUGH, CancelOutcome, cancel_task
 
 
 @click.command("cancel")
@@ -32,14 +29,14 @@ def task_cancel(task_id: str, reason: str, config_yaml: str | None) -> None:
     """
 
     async def cancel(helm: Helm) -> tuple[TaskView, CancelOutcome]:
-        overview = await overview_of(helm, most_waiting=_MOST_LOOKED_THROUGH)
+        overview = await overview_of(helm, most_waiting=MOST_LOOKED_THROUGH)
         tasks = {it.task_id: it for it in overview.tasks()}
         found = tasks[full_id("No task in flight", task_id, tasks)]
         if found.kind is QueueKind.RUNS:
             raise DagsterTaskiqError(
                 f"Task {found.task_id} is the whole run {found.run_id}: terminate it in Dagster."
             )
-        return found, await cancel_task(helm, found, helm.signed("Cancelled", reason))
+        return found, await cancel_task(helm, found, helm.who_and_why("Cancelled", reason))
 
     found, outcome = steer(read_settings(config_yaml), cancel)
     step = f"step {found.step_key or '(not yet known)'} of run {found.run_id}"

@@ -171,7 +171,7 @@ async def _heard(helm: Helm, told: Told) -> str:
 async def _cancel(order: Order) -> str:
     async with _helm_of(order) as helm:
         task = await _task_of(helm, order.target)
-        outcome = await cancel_task(helm, task, helm.signed("Cancelled", order.reason))
+        outcome = await cancel_task(helm, task, helm.who_and_why("Cancelled", order.reason))
     step = f"{task.step_key or 'the step'} of run {short_id(task.run_id)}"
     if outcome is CancelOutcome.GONE:
         raise DagsterTaskiqError(f"Nothing to cancel: {step} is over, or its run is judging it.")

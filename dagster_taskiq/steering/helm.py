@@ -35,7 +35,7 @@ class Helm:
         """Where a task ends that is taken out of its queue."""
         return Place(f"{self.user}@{self.host}", "", self.host, os.getpid(), 0)
 
-    def signed(self, what: str, reason: str) -> str:
+    def who_and_why(self, what: str, reason: str) -> str:
         """A sentence that says who has done what, and why."""
         why = f": {reason.removesuffix('.')}" if reason else ""
         return f"{what} by {self.user} on host {self.host}{why}."

@@ -15,7 +15,7 @@ from dagster_taskiq.steering.helm import Helm
 from dagster_taskiq.steering.taking import Answer, Taken, take
 
 #: How many of a queue's tasks are looked through for one.
-_MOST_LOOKED_THROUGH = 10_000
+MOST_LOOKED_THROUGH = 10_000
 
 
 class CancelOutcome(Enum):
@@ -48,7 +48,7 @@ async def cancel_task(helm: Helm, task: TaskView, reason: str) -> CancelOutcome:
 async def _end_waiting(helm: Helm, task: TaskView, reason: str) -> bool:
     """Give a waiting task its result, and take it out of its queue; False where it is not there."""
     physical = helm.servers.physical_queue(QueueKind.STEPS, task.queue or "")
-    for message in await helm.broker.peek(physical, _MOST_LOOKED_THROUGH) or ():
+    for message in await helm.broker.peek(physical, MOST_LOOKED_THROUGH) or ():
         if message.task_id != task.task_id:
             continue
         try:
