@@ -88,9 +88,9 @@ class RedisControl(ControlBackend):
             if not ids:
                 return [{} for _ in parts]
             names = [self._store.key(part, item) for part in parts for item in ids]
-            values: Any = iter(await redis.mget(names))
-        # the names come first: of two iterators that end at once, zip asks the first one
-        return [{it: data for it, data in zip(ids, values) if data} for _ in parts]  # noqa: B905
+            values: Any = await redis.mget(names)
+        rows = [values[start : start + len(ids)] for start in range(0, len(values), len(ids))]
+        return [{it: data for it, data in zip(ids, row, strict=True) if data} for row in rows]
 
     def _readable(self, part: str, stored: Mapping[str, bytes]) -> list[WorkerRecord]:
         def note(worker_id: str, problem: str) -> None:
