@@ -200,6 +200,21 @@ class NoProcessError(SlotError):
     """
 
 
+class UnusableTemplateError(SlotError):
+    """No children can be forked from code that was loaded; the message has the reason.
+
+    Args:
+        reason: in words.
+        title: of the code, for people; empty where it is not known.
+        is_final: whether it would be the same the next time.
+    """
+
+    def __init__(self, reason: str, title: str = "", *, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.title = title
+        self.is_final = is_final
+
+
 class ChannelLostError(DagsterTaskiqError, ConnectionError):
     """The descriptor of a child's socket is not the socket any more: user code has closed it."""
 

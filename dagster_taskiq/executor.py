@@ -25,11 +25,11 @@ from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.errors import SupersededLoopError
-from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
-from dagster_taskiq.execution.tasks import ARGS_KEY, EXIT_SUPERSEDED
+from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
 from dagster_taskiq.loop.client import Client
 from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher

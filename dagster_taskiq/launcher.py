@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from dagster import DagsterInstance, DagsterRun, MetadataValue
 from typing_extensions import Self
@@ -32,7 +32,7 @@ from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError, UnloadableCodeError
-from dagster_taskiq.execution.tasks import RUN_ARGS_KEY
+from dagster_taskiq.execution.code_locations import RUN_ARGS_KEY, location_of
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_watch import LaunchWatch
@@ -198,6 +198,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """Send a run; its task, and why it waits, where there is a reason."""
         queue = self._queue(run)
         task_id = run_task_id(run.run_id, resume_number)
+        arguments = self._arguments(run)
+        origin = arguments.job_origin.repository_origin
         envelope = Envelope(
             task_id=task_id,
             name=name,
@@ -209,7 +211,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             lease_seconds=self._settings.lease_seconds,
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             epoch=self._client.epoch(),
-            payload=json.dumps({RUN_ARGS_KEY: pack_value(self._arguments(run))}),
+            payload=json.dumps({RUN_ARGS_KEY: pack_value(arguments)}),
+            code_location=location_of(pack_value(cast("Any", origin.code_pointer))),
             job=run.job_name,
         )
         # the tag first: whoever finds the run running must be able to find its task

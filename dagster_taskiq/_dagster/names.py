@@ -52,6 +52,7 @@ from dagster._serdes import (
     unpack_value,
 )
 from dagster._utils.error import serializable_error_info_from_exc_info
+from dagster._utils.hosted_user_process import recon_job_from_origin
 from dagster._utils.interrupts import (
     capture_interrupts,
 )
@@ -100,6 +101,7 @@ __all__ = [
     "plain_error",
     "process_schema",
     "read_env_file",
+    "recon_job_from_origin",
     "retry_or_fail_step",
     "serialize_value",
     "tag_concurrency_limits_field",

@@ -144,9 +144,12 @@ def keep_definitions() -> None:
 
     Dagster keeps one job and loads its whole code location anew for another one. Here a location
     is loaded once for all of its jobs. A run's config, which is resolved several times for each
-    step, is known by the definition and the dictionary it was resolved for.
+    step, is known by the definition and the dictionary it was resolved for. A process that was
+    forked from one which keeps them has what that one kept.
     """
     repository: Any = ReconstructableRepository
+    if hasattr(repository.get_definition, "cache_info"):
+        return
     repository.get_definition = lru_cache(_KEPT_LOCATIONS)(repository.get_definition)
     job: Any = ReconstructableJob
     load = ending_copies()(job.get_definition.__wrapped__)

@@ -133,6 +133,12 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     help="For development: run new code when a Python file of this directory has changed.",
 )
 @click.option(
+    "--warm-code/--no-warm-code",
+    default=True,
+    show_default=True,
+    help="Load code once and fork children from there, or have each child load it itself.",
+)
+@click.option(
     "--drain-timeout",
     type=click.FloatRange(min=0),
     default=DRAIN_TIMEOUT_SECONDS,
@@ -251,6 +257,7 @@ def _worker_options(
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         server_patience_seconds=settings.server_patience_seconds,
         keeps_connections=not source.database_short_lived_sessions,
+        has_warm_code=given["warm_code"],
         tracing=find_tracing,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,

@@ -10,29 +10,41 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-#: Where a step's payload names its code.
+#: Keys of a step's payload, of which the second names its code, and of a run's.
+ARGS_KEY = "execute_step_args_packed"
 EXECUTABLE_KEY = "executable_dict"
+RUN_ARGS_KEY = "execute_job_args_packed"
 
 #: Keys of a pointer to code that name something within its module, or arguments of a call there.
 _WITHIN_MODULE = ("fn_name", "attribute", "reconstructable_args", "reconstructable_kwargs")
 
 
 def code_location(payload: Mapping[str, Any]) -> str:
-    """The place that decides which modules a step's code is: file or module, and directory.
+    """The code location of a step, see ``location_of``.
 
     Args:
-        payload: of a step's task.
+        payload: of the step's task.
 
     Returns:
-        a digest that is the same for all jobs of a location; empty where the payload has none, as a
-        run's, whose child is a fresh one anyway.
+        empty where the payload has none.
     """
     found: Any = payload
     for key in (EXECUTABLE_KEY, "repository", "pointer"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    if not found:
-        return ""
-    return hashlib.sha256(json.dumps(_without_names(found), sort_keys=True).encode()).hexdigest()
+    return location_of(found) if found else ""
+
+
+def location_of(pointer: Any) -> str:
+    """The place that decides which modules code is of: file or module, and directory.
+
+    Args:
+        pointer: Dagster's pointer to the code, packed.
+
+    Returns:
+        a digest that is the same for all jobs of a location.
+    """
+    text = json.dumps(_without_names(pointer), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _without_names(pointer: Any) -> Any:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterEvent, DagsterInstance, DagsterRun
 
 from dagster_taskiq._dagster.names import (
     DagsterExecutionInterruptedError,
@@ -40,17 +40,15 @@ from dagster_taskiq.errors import (
 )
 from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_step_start
 from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
-from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
+from dagster_taskiq.execution.instances import find_run, open_instance
+from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.step_plans import RunPlans
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
-
-#: Keys of a step's payload, beside ``EXECUTABLE_KEY``, and of a run's.
-ARGS_KEY = "execute_step_args_packed"
-RUN_ARGS_KEY = "execute_job_args_packed"
 
 #: What a step came to by the event that ends it, and which none of our outcomes tells.
 _STEP_ENDS = {f"STEP_{it.upper()}": it for it in ("success", "failure", "up_for_retry", "skipped")}
@@ -282,7 +280,7 @@ class TaskRunner:
     def _run_of(self, payload: Mapping[str, Any]) -> DagsterRun | None:
         """The run that a step belongs to, as it is now; None if it was deleted."""
         args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-        return _find_run(self._instance(args.instance_ref), args.run_id)
+        return find_run(self._instance(args.instance_ref), args.run_id)
 
     def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
         """Fail a run that could not start, unless something else has become of it.
@@ -293,7 +291,7 @@ class TaskRunner:
         """
         args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
         instance = self._instance(args.instance_ref)
-        run = _find_run(instance, args.run_id)
+        run = find_run(instance, args.run_id)
         if run is not None and run.status is DagsterRunStatus.STARTING:
             instance.report_run_failed(run, f"The run could not start: {reason}")
 
@@ -301,7 +299,9 @@ class TaskRunner:
         """The instance of the message, or this process's own where it was sent by reference."""
         if self._known is None or self._known[0] != ref:
             self.close()
-            instance = self._patience.keep_trying(partial(_open_instance, ref))
+            instance = LOADED.take_instance(ref) or self._patience.keep_trying(
+                partial(open_instance, ref)
+            )
             self._resources.callback(instance.dispose)
             self._resources.enter_context(patient_connections(instance, self._patience))
             if self._keeps_connections:
@@ -356,13 +356,8 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
     )
 
 
-def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
-    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
-    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
-
-
 def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = _find_run(instance, run_id)
+    run = find_run(instance, run_id)
     if run is None:
         raise WrongInstanceError(
             f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
@@ -381,14 +376,3 @@ def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
 def _describe(instance: DagsterInstance) -> str:
     home = os.getenv("DAGSTER_HOME")
     return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
-
-
-def _open_instance(ref: InstanceRef | None) -> DagsterInstance:
-    if ref is not None:
-        return DagsterInstance.from_ref(ref)
-    if not os.getenv("DAGSTER_HOME"):
-        raise WrongInstanceError(
-            "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "
-            "dagster.yaml that the run uses, and start the worker again."
-        )
-    return DagsterInstance.get()

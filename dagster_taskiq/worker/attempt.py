@@ -241,6 +241,7 @@ class Attempt:
             self._arrival,
             envelope.code_location,
             timers.limits.soft_seconds,
+            envelope.run_id,
         )
         started_at = time.monotonic()
         left_behind = step_end = ""

@@ -6,14 +6,12 @@ of its own, so that whatever a step starts can be killed with it.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import resource
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
-from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.aio.tracing import Tracing, no_tracing
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import ChannelLostError
+from dagster_taskiq.execution.fork_safety import reseed
+from dagster_taskiq.execution.loaded_code import LOADED, import_modules
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.plain_json import parse_object
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.worker.channel import Channel
 from dagster_taskiq.worker.child_messages import (
+    CodeIsOld,
     Execute,
     Executed,
     FailRun,
@@ -60,6 +60,9 @@ class ChildOptions:
         keeps_connections: whether it leaves Dagster's database connected between statements.
         patience_seconds: how long it waits for Dagster's database when that is away.
         refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
+        code_max_age_seconds: how old the code of its template may be when it begins with a run;
+            None for any age.
+        measures_memory: whether it says after each step how much memory it holds.
         tracing: makes what hears of each step.
         environment: variables that it has and other children have not; may be secret.
     """
@@ -70,6 +73,8 @@ class ChildOptions:
     keeps_connections: bool = True
     patience_seconds: float = SERVER_PATIENCE_SECONDS
     refuses_copies: bool = False
+    code_max_age_seconds: float | None = None
+    measures_memory: bool = False
     tracing: Callable[[], Tracing] = no_tracing
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
@@ -79,20 +84,11 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
 
     It says ``Ready`` or ``NotReady`` first. To each order it says ``OrderTaken`` before any code of
     the task runs, ``LogOpened`` and ``LogClosed`` around each captured output, ``RunStartLogged``
-    for a run whose start is in Dagster's log, and its answer.
+    for a run whose start is in Dagster's log, and its answer. Or it says ``CodeIsOld``, and nothing
+    has run.
     """
-    os.setsid()
-    die_with_worker()
-    leave_fork_server()
+    set_up_process(options.log_level)
     os.environ.update(options.environment)
-    # between tasks a signal means nothing; during one, Dagster listens to it
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(SOFT_LIMIT_SIGNAL, signal.SIG_IGN)
-    # the fork server has it blocked, see ``start_deaf`` there; what a step starts must not
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
     try:
         _serve(Channel(connection), options)
     except ChannelLostError as error:
@@ -101,13 +97,29 @@ def child_main(connection: socket.socket, options: ChildOptions) -> None:
         pass  # the worker is gone, and so will this process be
 
 
+def set_up_process(log_level: str) -> None:
+    """Begin the life of a process that was forked by the fork server or a template."""
+    os.setsid()
+    die_with_worker()
+    leave_fork_server()
+    # between tasks a signal means nothing; during one, Dagster listens to it
+    for number in (signal.SIGTERM, signal.SIGINT, SOFT_LIMIT_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
+    # the fork server has it blocked, see ``start_deaf`` there; what a step starts must not
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every storage it opens
+    reseed()
+
+
 def _serve(channel: Channel, options: ChildOptions) -> None:
     def mention(word: Word) -> None:
         """Say something in the midst of a task, whose error it is not that the worker is gone."""
         with suppress(ConnectionError):
             channel.say(word)
 
-    reason = _import_modules(options.include)
+    LOADED.find_code()
+    reason = import_modules(options.include)
     if reason:
         channel.say(NotReady(reason))
         return
@@ -125,41 +137,27 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
         lambda path: mention(LogClosed(path)),
     )
     channel.say(Ready())
+    known_run = ""
     while (order := channel.receive()) is not None:
+        if isinstance(order, Execute) and order.run_id != known_run:
+            if reason := LOADED.why_old(options.code_max_age_seconds):
+                channel.say(CodeIsOld(reason))
+                continue
+            known_run = order.run_id
         channel.say(OrderTaken())
         if isinstance(order, Execute):
-            answer = _execute(runner, order, on_run_start_logged=lambda: mention(RunStartLogged()))
+            answer = _execute(runner, order, options, lambda: mention(RunStartLogged()))
             tracing.flush()  # before the worker may kill this process
             channel.say(answer)
         else:
             channel.say(_look_after_run(runner, order))
 
 
-def _import_modules(modules: tuple[str, ...]) -> str:
-    _find_code_here()
-    for module in modules:
-        try:
-            with ending_copies():
-                importlib.import_module(module)
-        except BaseException as error:
-            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
-                traceback.print_exc()
-            return f"the module {module!r} cannot be imported: {type(error).__name__}: {error}"
-    return ""
-
-
-def _find_code_here() -> None:
-    """Let modules of the worker's directory be found, wherever the run's process was started.
-
-    Dagster takes the first entry for the script's directory and skips it when it loads a job, so
-    the directory is the second one.
-    """
-    here = str(Path.cwd())
-    sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
-
-
 def _execute(
-    runner: TaskRunner, order: Execute, on_run_start_logged: Callable[[], None]
+    runner: TaskRunner,
+    order: Execute,
+    options: ChildOptions,
+    on_run_start_logged: Callable[[], None],
 ) -> Executed:
     leftovers, step_end = Leftovers(), ""
     try:
@@ -179,7 +177,8 @@ def _execute(
     sys.stdout.flush()
     sys.stderr.flush()
     left_behind = ", ".join(leftovers.put_back())
-    return Executed(result.to_bytes().decode(), left_behind, _resident_kib(), step_end)
+    own_kib = _own_kib() if options.measures_memory else 0
+    return Executed(result.to_bytes().decode(), left_behind, own_kib, step_end)
 
 
 def _payload(text: str) -> dict[str, Any]:
@@ -201,11 +200,15 @@ def _look_after_run(runner: TaskRunner, order: LookAtRun | FailRun) -> RunAnswer
     return RunAnswer()
 
 
-def _resident_kib() -> int:
-    """Memory of this process in KiB; its peak where the present one is not to be had."""
+def _own_kib() -> int:
+    """Memory of this process in KiB that would be free without it.
+
+    So what it shares with the template that it was forked from does not count. Its peak where the
+    present one is not to be had.
+    """
     try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak // 1024 if sys.platform == "darwin" else peak
-    return pages * resource.getpagesize() // 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))

@@ -29,6 +29,7 @@ class Execute:
         arrival: how it has come here, for people.
         code_location: see ``code_locations``; empty for any.
         soft_timeout_seconds: after which the worker will warn the child; None is never.
+        run_id: of the task's run.
     """
 
     name: TaskName
@@ -37,6 +38,7 @@ class Execute:
     arrival: Arrival
     code_location: str = ""
     soft_timeout_seconds: float | None = None
+    run_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,36 @@ class Ready:
 
 @dataclass(frozen=True)
 class NotReady:
-    """The child cannot take orders, and ends."""
+    """The process cannot do what it was started for, and ends.
+
+    Attributes:
+        is_final: of a template: whether it would be the same the next time.
+        title: of a template: what it was to load, for people.
+    """
+
+    reason: str
+    is_final: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class TemplateReady:
+    """A template has loaded its code, and forks children.
+
+    Attributes:
+        title: what it has loaded, for people.
+    """
+
+    title: str
+
+
+@dataclass(frozen=True)
+class CodeIsOld:
+    """The child has an order, and does not execute it with the code that it was forked with.
+
+    Attributes:
+        reason: what has changed, in words.
+    """
 
     reason: str
 
@@ -117,13 +148,13 @@ class Executed:
     Attributes:
         result: a ``TaskResult`` as text.
         left_behind: what keeps the child from taking another task, in words; empty if nothing.
-        resident_kib: memory of the child.
+        own_kib: memory of the child alone; 0 where its worker need not know.
         step_end: see ``TaskRunner``; empty for a run.
     """
 
     result: str
     left_behind: str
-    resident_kib: int
+    own_kib: int
     step_end: str = ""
 
 
@@ -141,7 +172,17 @@ class RunAnswer:
 
 
 Answer = Executed | RunAnswer
-Word = Ready | NotReady | OrderTaken | LogOpened | LogClosed | RunStartLogged | Answer
+Word = (
+    Ready
+    | NotReady
+    | TemplateReady
+    | CodeIsOld
+    | OrderTaken
+    | LogOpened
+    | LogClosed
+    | RunStartLogged
+    | Answer
+)
 
 _ORDERS: Mapping[str, type[Any]] = {it.__name__: it for it in (Execute, LookAtRun, FailRun)}
 _WORDS: Mapping[str, type[Any]] = {
@@ -149,6 +190,8 @@ _WORDS: Mapping[str, type[Any]] = {
     for it in (
         Ready,
         NotReady,
+        TemplateReady,
+        CodeIsOld,
         OrderTaken,
         LogOpened,
         LogClosed,

@@ -21,8 +21,8 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -33,7 +33,7 @@ from dagster_taskiq.worker.lifeline import die_with
 
 #: What every child finds already imported. User code is not among it: a fresh child must run what
 #: stands on disk now, and a broken module must break one child only.
-_PRELOAD = ("__main__", "dagster", "dagster_taskiq.worker.child", *STORAGE_MODULES)
+_PRELOAD = ("__main__", "dagster", "dagster_taskiq.worker.template_process", *STORAGE_MODULES)
 
 #: The standard library's object that knows the fork server; None where there is no such thing.
 _STATE: Any = getattr(forkserver, "_forkserver", None)
@@ -62,20 +62,45 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def start_deaf(process: ForkServerProcess) -> None:
+def start_deaf(process: ForkServerProcess, address: str = "") -> None:
     """Start a child, and with it the fork server if none runs, with SIGTERM blocked.
 
     A supervisor may send it to every process of a worker. The fork server must not die of it,
     since a draining worker learns of the ends of its children through it, nor a child before it
     can ignore it; ``child_main`` unblocks it.
 
+    Args:
+        process: to start.
+        address: of a template that it is to be forked from; empty for the fork server.
+
     Raises:
-        OSError: no process, or no descriptors for one.
+        OSError: no process, or no descriptors for one, or no template at that address.
         EOFError: the fork server has ended meanwhile.
     """
     with _STARTING:
         _check_descriptors()
-        _start_deaf(process)
+        with _asked_at(address):
+            _start_deaf(process)
+
+
+@contextmanager
+def _asked_at(address: str) -> Iterator[None]:
+    """Have the standard library ask a template for processes, in place of the fork server.
+
+    A template answers as the fork server does: it runs the same function.
+    """
+    if not address:
+        yield
+        return
+    forkserver.ensure_running()  # else it would be started now, and the template not asked
+    known = vars(_STATE)
+    before = known[_ADDRESS]
+    known[_ADDRESS] = address
+    try:
+        yield
+    finally:
+        if known[_ADDRESS] == address:
+            known[_ADDRESS] = before
 
 
 def _check_descriptors() -> None:
@@ -150,16 +175,25 @@ class EarlyForkServer:
             _STATE._stop()  # noqa: SLF001 - so that another may be started
 
 
+def new_address(kind: str) -> str:
+    """Where a process may listen: a path in a directory of this process alone."""
+    return f"{util.get_temp_dir()}/{kind}-{uuid.uuid4().hex[:8]}"
+
+
+def has_templates() -> bool:
+    """Whether this Python's fork server can be asked at another address: see ``start_deaf``."""
+    return _has_known_parts(is_running=True)
+
+
 def start_early() -> EarlyForkServer:
     """Fork the fork server from this process, unless one runs already.
 
     Call it before anything is read that children must not know: a fork has all memory.
     """
-    if not _is_as_expected() or threading.active_count() > 1:
+    if not _has_known_parts(is_running=False) or threading.active_count() > 1:
         return EarlyForkServer()
     with socket.socket(socket.AF_UNIX) as listener:
-        # in a directory of this process alone
-        address = f"{util.get_temp_dir()}/fork-server-{uuid.uuid4().hex[:8]}"
+        address = new_address("fork-server")
         try:
             listener.bind(address)
         except OSError:  # the path is too long
@@ -176,12 +210,19 @@ def start_early() -> EarlyForkServer:
     return EarlyForkServer(words_writer)
 
 
-def _is_as_expected() -> bool:
-    """Whether the standard library's fork server has the parts that are used here."""
+def _has_known_parts(*, is_running: bool) -> bool:
+    """Whether the standard library's fork server has the parts that are used here.
+
+    Args:
+        is_running: whether one may be running.
+    """
     state = vars(_STATE) if _STATE is not None else {}
     parameters = list(inspect.signature(forkserver.main).parameters.values())
     return (
-        all(state.get(name, "") is None for name in (_ADDRESS, _ALIVE, _PID))
+        all(
+            name in state and (is_running or state[name] is None)
+            for name in (_ADDRESS, _ALIVE, _PID)
+        )
         and [it.name for it in parameters[:3]] == ["listener_fd", "alive_r", "preload"]
         and all(it.default is not it.empty for it in parameters[3:])
         # from Python 3.14 on, clients show a key that the fork server was given

@@ -29,6 +29,8 @@ class WorkerOptions:
         keeps_connections: see ``ChildOptions``.
         server_patience_seconds: how long it waits for servers that are away when it starts, and its
             children for the database.
+        has_warm_code: whether children are forked from processes that have loaded their code.
+        code_max_age_seconds: see ``ChildOptions``.
         watch: directory whose changes of code give every slot a fresh child; None for none.
         tracing: see ``ChildOptions``.
         secrets: environment variables of the runs' processes that steps do not get.
@@ -47,6 +49,8 @@ class WorkerOptions:
     limits: TimeLimits = TimeLimits()
     keeps_connections: bool = True
     server_patience_seconds: float = SERVER_PATIENCE_SECONDS
+    has_warm_code: bool = True
+    code_max_age_seconds: float | None = None
     watch: Path | None = None
     tracing: Callable[[], Tracing] = no_tracing
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)

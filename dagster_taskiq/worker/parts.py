@@ -11,11 +11,14 @@ from dagster_taskiq.connections import Servers
 from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.fork_server import fork_server
+from dagster_taskiq.worker.forked_process import Forking
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.observer import WorkerObserver
+from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import Slot
+from dagster_taskiq.worker.templates import Templates
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,12 @@ class SlotOptions:
 
     Attributes:
         child: options of its children.
+        is_warm: whether its children are forked from templates.
         max_tasks, max_memory_kib: see ``ChildSlot``.
     """
 
     child: ChildOptions
+    is_warm: bool = True
     max_tasks: int = 0
     max_memory_kib: int = 0
 
@@ -41,6 +46,7 @@ class WorkerParts:
         guard: not yet started.
         open_broker: makes the broker of a station, with its physical queues and its admission.
         make_slot: makes a slot that is not yet prepared.
+        templates: that children of slots are forked from; None for none.
         finish_output: called when all slots have stopped, to write what they have left to be
             written; it may block.
     """
@@ -49,21 +55,26 @@ class WorkerParts:
     guard: GuardClient
     open_broker: Callable[[QueueKind, Sequence[str], Admission], TaskBroker]
     make_slot: Callable[[SlotOptions, WorkerObserver], Slot]
+    templates: Templates | None = None
     finish_output: Callable[[], None] = lambda: None
 
 
-def usual_parts(servers: Servers) -> WorkerParts:
+def usual_parts(servers: Servers, options: WorkerOptions) -> WorkerParts:
     """The parts of a worker on these servers whose slots have child processes."""
-    guard, tails, context = GuardClient(), LogTails(), fork_server()
+    tails, forking = LogTails(), Forking(fork_server(), GuardClient())
+    templates = None
+    if options.has_warm_code:
+        most = options.slots + options.run_slots
+        templates = Templates(forking, options.include, options.log_level, most)
 
-    def make_slot(options: SlotOptions, observer: WorkerObserver) -> Slot:
+    def make_slot(slot: SlotOptions, observer: WorkerObserver) -> Slot:
         return ChildSlot(
-            context,
-            guard,
+            forking,
             tails,
-            options.child,
-            max_tasks=options.max_tasks,
-            max_memory_kib=options.max_memory_kib,
+            slot.child,
+            templates if slot.is_warm else None,
+            max_tasks=slot.max_tasks,
+            max_memory_kib=slot.max_memory_kib,
             observer=observer,
         )
 
@@ -71,8 +82,9 @@ def usual_parts(servers: Servers) -> WorkerParts:
         backend=open_backend(
             servers.backend, servers.signer, open_bell(servers.broker, servers.backend)
         ),
-        guard=guard,
+        guard=forking.guard,
         open_broker=lambda _, queues, admission: open_broker(servers.broker, queues, admission),
         make_slot=make_slot,
+        templates=templates,
         finish_output=tails.stop,
     )

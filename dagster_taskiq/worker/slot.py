@@ -11,18 +11,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from functools import partial
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from os import kill
+from dataclasses import replace
 
+from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child import ChildOptions, child_main
 from dagster_taskiq.worker.child_messages import (
     Answer,
+    CodeIsOld,
     Execute,
     Executed,
     LogClosed,
@@ -36,14 +34,14 @@ from dagster_taskiq.worker.child_messages import (
     pack,
     unpack_word,
 )
-from dagster_taskiq.worker.fork_server import start_deaf
-from dagster_taskiq.worker.guard import kill_group
-from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.forked_process import ForkedProcess, Forking
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.observer import WorkerObserver
 from dagster_taskiq.worker.out_of_memory import count_oom_kills
 from dagster_taskiq.worker.slot_base import ChildDied, ReplaceReason, Slot
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL
+from dagster_taskiq.worker.template import Template
+from dagster_taskiq.worker.templates import Templates
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +51,8 @@ _READY_TIMEOUT_SECONDS = 300.0
 #: How long the exit code of a child that hung up may be on its way.
 _EXIT_TIMEOUT_SECONDS = 5.0
 
-#: How long the last message of a child that has ended may be in the socket.
-_LAST_MESSAGE_SECONDS = 0.1
+#: How long a template may take to fork a child, before it is taken for one that hangs.
+_FORK_TIMEOUT_SECONDS = 30.0
 
 #: A child that dies before it has begun to execute is replaced and the task given to the new one,
 #: so often.
@@ -67,10 +65,10 @@ class ChildSlot(Slot):
     """One slot of a worker.
 
     Args:
-        context: see ``fork_server``.
-        guard: is told of every child.
+        forking: see there.
         tails: copies the output of steps.
         options: for the child.
+        templates: what children are forked from; None for the fork server.
         max_tasks: after which the child is replaced; 0 is never.
         max_memory_kib: above which it is replaced; 0 is never.
         observer: hears of each child that is replaced.
@@ -78,10 +76,10 @@ class ChildSlot(Slot):
 
     def __init__(
         self,
-        context: ForkServerContext,
-        guard: GuardClient,
+        forking: Forking,
         tails: LogTails,
         options: ChildOptions,
+        templates: Templates | None = None,
         *,
         max_tasks: int = 0,
         max_memory_kib: int = 0,
@@ -89,20 +87,20 @@ class ChildSlot(Slot):
     ) -> None:
         self.number = options.slot
         self._observer = observer
-        self._context = context
-        self._guard = guard
+        self._forking = forking
         self._tails = tails
-        self._options = options
+        self._options = replace(options, measures_memory=max_memory_kib > 0)
+        self._templates = templates
         self._max_tasks = max_tasks
         self._max_memory_kib = max_memory_kib
-        self._process: ForkServerProcess | None = None
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        self._exited: asyncio.Future[int] | None = None
+        self._child: ForkedProcess | None = None
+        #: That the child was forked from.
+        self._template: Template | None = None
         self._tasks_done = 0
         #: Why the child is replaced before the next task; None if it is not.
         self._spent_by: ReplaceReason | None = None
         self._has_task = False
+        self._is_stopped = asyncio.Event()
         self._task_number = 0
         self._preparing = asyncio.Lock()
         self._oom_kills = 0
@@ -110,86 +108,76 @@ class ChildSlot(Slot):
     @property
     def pid(self) -> int:
         """See ``Slot``."""
-        return self._process.pid or 0 if self._process else 0
+        return self._child.pid if self._child else 0
 
     async def prepare(self, location: str = "") -> None:
         """See ``Slot``."""
         async with self._preparing:
             if self._has_task:
                 return
-            if self._process is not None:
-                reason = self._reason_to_replace(location)
+            wanted = location or self.location
+            template = await self._templates.ready(wanted) if self._templates else None
+            if self._child is not None:
+                reason = self._reason_to_replace(location, template)
                 if not reason:
                     return
                 self._observer.child_replaced(self.number, self.pid, reason)
-                await self.stop()
-            await self._start()
+                await self._end_child()
+            await self._start(template)
 
     def retire(self) -> None:
         """See ``Slot``."""
         self._spent_by = ReplaceReason.FRESH
 
-    def _reason_to_replace(self, location: str) -> ReplaceReason | None:
-        """Why the child must be replaced before a task of a location; None if it need not be."""
-        assert self._exited is not None
+    def _reason_to_replace(self, location: str, template: Template | None) -> ReplaceReason | None:
+        """Why the child must be replaced before a task of a location; None if it need not be.
+
+        Args:
+            template: that its successor would be forked from.
+        """
+        assert self._child is not None
         if self._spent_by:
             return self._spent_by
-        if self._exited.done():
+        if self._child.has_ended:
             return ReplaceReason.ENDED
-        has_other_code = self.location and location and self.location != location
-        return ReplaceReason.OTHER_CODE if has_other_code else None
+        if self._template is not None and not self._template.is_usable:
+            return ReplaceReason.OLD_CODE
+        if self.location:
+            is_other = bool(location) and self.location != location
+            return ReplaceReason.OTHER_CODE if is_other else None
+        has_code = template is not None and template.location
+        return ReplaceReason.LOADS_CODE if has_code else None
 
-    async def _start(self) -> None:
+    async def _start(self, template: Template | None) -> None:
         self._spent_by = None  # first, so that a `retire` that comes meanwhile counts
         self._oom_kills = count_oom_kills()
-        process, ours = await self._fork()
-        assert process.pid is not None
-        self._guard.watch(process.pid)
-        self._process = process
-        self._exited = self._watch_exit(process)
-        self._reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._exited.add_done_callback(partial(_hang_up, self._writer))
+        self._child = await self._fork(template)
         self._tasks_done = self._task_number = 0
         answer = await self._next_message(_READY_TIMEOUT_SECONDS)
         if not isinstance(answer, Ready):
             reason = answer.reason if isinstance(answer, NotReady) else str(answer)
-            await self.stop()
+            await self._end_child()
             raise SlotError(f"slot {self.number}: {reason}")
 
-    async def _fork(self) -> tuple[ForkServerProcess, socket.socket]:
-        """Start a child; its process, and our end of the connection to it."""
-        with ExitStack() as undo, ExitStack() as after:
+    async def _fork(self, template: Template | None) -> ForkedProcess:
+        """A child of a template; of the fork server where that fails, or for None."""
+        name = f"slot-{self.number}"
+        if template is not None:
+            hanging = asyncio.get_running_loop().call_later(_FORK_TIMEOUT_SECONDS, template.kill)
             try:
-                ours, theirs = socket.socketpair()
-                after.callback(theirs.close)
-                undo.callback(ours.close)
-                process = self._context.Process(
-                    target=child_main, args=(theirs, self._options), name=f"slot-{self.number}"
+                child = await ForkedProcess.start(
+                    self._forking, name, child_main, self._options, address=template.address
                 )
-                # the standard library keeps the fork server's state behind a lock and may wait
-                await asyncio.to_thread(start_deaf, process)
-            # the last one where no thread can be started
-            except (OSError, EOFError, RuntimeError) as error:
-                reason = f"slot {self.number}: cannot start a process: {error!r}"
-                raise NoProcessError(reason) from error
-            undo.pop_all()
-            return process, ours
-
-    def _watch_exit(self, process: ForkServerProcess) -> asyncio.Future[int]:
-        loop = asyncio.get_running_loop()
-        exited: asyncio.Future[int] = loop.create_future()
-        pid = process.pid or 0
-
-        def note() -> None:
-            loop.remove_reader(process.sentinel)
-            process.join()
-            # at once, while the number cannot yet be that of another group: what it had started
-            kill_group(pid)
-            self._guard.forget(pid)
-            exited.set_result(process.exitcode or 0)
-
-        loop.add_reader(process.sentinel, note)
-        return exited
+            except NoProcessError as error:
+                logger.warning("%s; it is tried without the code of %s.", error, template.title)
+            else:
+                template.keep_for(child)
+                self._template, self.location = template, template.location
+                return child
+            finally:
+                hanging.cancel()
+        self._template, self.location = None, ""
+        return await ForkedProcess.start(self._forking, name, child_main, self._options)
 
     async def run(
         self,
@@ -199,6 +187,7 @@ class ChildSlot(Slot):
         on_run_start_logged: Callable[[], None] = lambda: None,
     ) -> Answer | ChildDied:
         """See ``Slot``."""
+        self._is_stopped.clear()
         try:
             died = await self._give(order, on_child)
             if died is not None:
@@ -215,27 +204,55 @@ class ChildSlot(Slot):
     async def _give(self, order: Order, on_child: Callable[[int], None]) -> ChildDied | None:
         """Give the order to a child that begins with it; how the last child died if none does."""
         location = order.code_location if isinstance(order, Execute) else ""
-        for last in range(_STARTS_PER_TASK - 1, -1, -1):
+        starts_left = _STARTS_PER_TASK
+        while True:
             self._has_task = False
+            if isinstance(order, Execute):
+                await self._load_code_of(order)
             await self.prepare(location)
+            if self._is_stopped.is_set():
+                return ChildDied(
+                    -signal.SIGKILL, self.pid, fault="was told to stop before it began"
+                )
             self._has_task = True
             self.location = location or self.location
             on_child(self.pid)
             self._oom_kills = count_oom_kills()
             word = await self._send(order)
+            if isinstance(word, CodeIsOld):
+                self._note_old_code(word.reason)
+                continue
             if not isinstance(word, ChildDied):
-                break
-            if not last:
+                return None
+            starts_left -= 1
+            if not starts_left:
                 return word
             logger.warning("Slot %d: %s before it had begun a task.", self.number, word)
-        return None
+
+    async def _load_code_of(self, order: Execute) -> None:
+        """Have the template of a task's code ready that the child has not; until told to stop."""
+        has_code = self._child is not None and self.location == order.code_location
+        if self._templates is None or (has_code and not self._reason_to_replace("", None)):
+            return
+        loading = asyncio.create_task(self._templates.load(order))
+        stopped = asyncio.create_task(self._is_stopped.wait())
+        try:
+            await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await end_tasks([loading, stopped])
+
+    def _note_old_code(self, reason: str) -> None:
+        self._spent_by = ReplaceReason.OLD_CODE
+        if self._templates is not None and self._template is not None:
+            self._templates.discard(self._template, reason)
 
     async def _send(self, order: Order) -> Word | ChildDied:
-        assert self._writer is not None
+        assert self._child is not None
         self._task_number += 1
-        self._writer.write(frames.encode({"number": self._task_number, **pack(order)}))
+        writer = self._child.writer
+        writer.write(frames.encode({"number": self._task_number, **pack(order)}))
         try:
-            await self._writer.drain()
+            await writer.drain()
         except ConnectionError:
             pass  # it is gone; reading says how
         return await self._next_message(None)
@@ -266,7 +283,7 @@ class ChildSlot(Slot):
             return
         if answer.left_behind:
             self._spent_by = ReplaceReason.LEFTOVERS
-        if self._max_memory_kib and answer.resident_kib > self._max_memory_kib:
+        if self._max_memory_kib and answer.own_kib > self._max_memory_kib:
             self._spent_by = ReplaceReason.MEMORY
 
     async def _next_message(self, timeout_seconds: float | None) -> Word | ChildDied:
@@ -275,9 +292,9 @@ class ChildSlot(Slot):
         What does not come from our child, or is not about its present task, is a fault of the
         child: a step has forked a copy that speaks for it, or has written into its descriptors.
         """
-        assert self._reader is not None
+        assert self._child is not None
         try:
-            values = await asyncio.wait_for(frames.read(self._reader), timeout_seconds)
+            values = await asyncio.wait_for(frames.read(self._child.reader), timeout_seconds)
             said_by = (values.pop("pid", None), values.pop("task", None))
             if said_by == (self.pid, self._task_number):
                 return unpack_word(values)
@@ -289,67 +306,51 @@ class ChildSlot(Slot):
 
     async def _death(self) -> ChildDied:
         """Wait for the end of a child that has hung up or does not answer."""
-        assert self._exited is not None
-        if not self._exited.done():
-            await asyncio.wait({self._exited}, timeout=_EXIT_TIMEOUT_SECONDS)
-        if not self._exited.done():
+        assert self._child is not None
+        exited, pid = self._child.exited, self.pid
+        if not exited.done():
+            await asyncio.wait({exited}, timeout=_EXIT_TIMEOUT_SECONDS)
+        if not exited.done():
             return await self._put_down("does not speak with its worker any more")
-        exit_code, pid = self._exited.result(), self.pid
-        was_killed = exit_code == -signal.SIGKILL
-        return ChildDied(exit_code, pid, was_killed and count_oom_kills() > self._oom_kills)
+        was_killed = exited.result() == -signal.SIGKILL
+        return ChildDied(exited.result(), pid, was_killed and count_oom_kills() > self._oom_kills)
 
     async def _put_down(self, fault: str) -> ChildDied:
         """Kill a child that cannot be relied on."""
+        assert self._child is not None
         pid = self.pid
         logger.warning("Slot %d: process %d %s; killing it.", self.number, pid, fault)
-        self.kill()
-        return ChildDied(await self._exit_code(), pid, fault=fault)
-
-    async def _exit_code(self) -> int:
-        """Wait for the child's end."""
-        assert self._exited is not None
-        # not awaited itself: who is cancelled here would cancel it for all others
-        await asyncio.wait({self._exited})
-        return self._exited.result()
+        self._spent_by = ReplaceReason.KILLED
+        self._child.kill()
+        return ChildDied(await self._child.exit_code(), pid, fault=fault)
 
     def interrupt(self) -> None:
         """See ``Slot``."""
+        self._is_stopped.set()
         self._spent_by = ReplaceReason.INTERRUPTED
-        self._signal(signal.SIGTERM)
+        if self._child is not None:
+            self._child.send_signal(signal.SIGTERM)
 
     def warn(self) -> None:
         """See ``Slot``."""
         self._spent_by = ReplaceReason.SOFT_LIMIT  # the exception may have torn it
-        self._signal(SOFT_LIMIT_SIGNAL)
+        if self._child is not None:
+            self._child.send_signal(SOFT_LIMIT_SIGNAL)
 
     def kill(self) -> None:
         """See ``Slot``."""
+        self._is_stopped.set()
         self._spent_by = ReplaceReason.KILLED
-        if self._exited is not None and not self._exited.done():
-            kill_group(self.pid)
-            # it leads the group only a moment after its start
-            self._signal(signal.SIGKILL)
-
-    def _signal(self, number: int) -> None:
-        if self._exited is not None and not self._exited.done():
-            # the guard may have killed it, and nobody have told us yet
-            with suppress(ProcessLookupError):
-                kill(self.pid, number)
+        if self._child is not None:
+            self._child.kill()
 
     async def stop(self) -> None:
         """See ``Slot``."""
-        if self._process is None:
-            return
         self.kill()
-        await self._exit_code()
-        if self._writer is not None:
-            self._writer.close()
-        self._process.close()
-        self._process = self._reader = self._writer = self._exited = None
+        await self._end_child()
+
+    async def _end_child(self) -> None:
+        if self._child is not None:
+            await self._child.stop()
+        self._child = self._template = None
         self.location = ""
-
-
-def _hang_up(writer: asyncio.StreamWriter, exited: asyncio.Future[int]) -> None:
-    """End the connection to a child that has ended: a grandchild that has inherited the other side
-    would keep it open."""
-    exited.get_loop().call_later(_LAST_MESSAGE_SECONDS, writer.transport.abort)

@@ -47,6 +47,8 @@ class ReplaceReason(str, Enum):
     MEMORY = "it holds more memory than it may"
     LEFTOVERS = "a task has left something behind in it"
     OTHER_CODE = "it has executed other code"
+    OLD_CODE = "its code has changed since it was loaded"
+    LOADS_CODE = "another one has its task's code loaded"
     FRESH = "it was asked for a fresh one"
     INTERRUPTED = "its task was interrupted"
     SOFT_LIMIT = "its task was over its soft time limit"
@@ -59,7 +61,7 @@ class Slot(ABC):
 
     Attributes:
         number: of the slot in its station, from 1.
-        location: the code location whose tasks its child has executed; empty where there is none.
+        location: the code location that its child has loaded; empty where there is none.
     """
 
     number: int

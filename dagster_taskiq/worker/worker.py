@@ -83,7 +83,7 @@ class Worker:
         self._place = Place(self.name, worker_id, host, pid=0, slot=0)
         counts = CountingObserver()
         others = (observer,) if observer else ()
-        self._parts = parts or usual_parts(servers)
+        self._parts = parts or usual_parts(servers, options)
         self._backend = self._parts.backend
         self._history = HistoryLog(self._backend)
         self._observer = Observers(LoggingObserver(), counts, RunEnds(self._history), *others)
@@ -136,7 +136,7 @@ class Worker:
 
     def _make_tools(self) -> Tools:
         options = self._options
-        slot_of_watch = SlotOptions(ChildOptions((), options.log_level, 0))
+        slot_of_watch = SlotOptions(ChildOptions((), options.log_level, 0), is_warm=False)
         return Tools(
             self._backend,
             self._leases,
@@ -158,6 +158,7 @@ class Worker:
                 options.keeps_connections,
                 options.server_patience_seconds,
                 refuses_copies=self._servers.signer.is_active,
+                code_max_age_seconds=options.code_max_age_seconds,
                 tracing=options.tracing,
                 # a run signs its steps
                 environment={} if is_step else options.secrets,
@@ -343,6 +344,8 @@ class Worker:
         # children first: nothing of ours may run when the list of workers says we are gone
         for station in self._stations:
             await station.stop()
+        if self._parts.templates:
+            await self._parts.templates.stop()
         await asyncio.to_thread(self._parts.finish_output)
         await self._listing.leave()
         await self._history.send()
@@ -357,6 +360,8 @@ class Worker:
             await self._reload.wait()
             self._reload.clear()
             logger.info("Reloading: every slot gets a fresh child, a busy one after its task.")
+            if self._parts.templates:
+                await self._parts.templates.reload()
             await asyncio.gather(*(station.reload() for station in self._stations))
             logger.info("Reloaded: idle slots run the present code.")
 

@@ -20,6 +20,7 @@ from dagster_taskiq.worker.fork_server import (
     start_early,
     take_variables,
 )
+from dagster_taskiq.worker.forked_process import Forking
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
@@ -33,7 +34,7 @@ async def serve() -> None:
     slots = []
     for number, module in enumerate(iter(sys.stdin.readline, "")):
         options = ChildOptions((module.strip(),), "WARNING", number)
-        slots.append(ChildSlot(fork_server(), guard, LogTails(), options))
+        slots.append(ChildSlot(Forking(fork_server(), guard), LogTails(), options))
         await slots[-1].prepare()
         sys.stdout.write(f"{slots[-1].pid}\n")
         sys.stdout.flush()

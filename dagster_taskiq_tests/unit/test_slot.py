@@ -28,10 +28,11 @@ from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Outcome, Place, TaskResult
-from dagster_taskiq.worker import slot as slot_module
+from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.fork_server import fork_server
+from dagster_taskiq.worker.forked_process import Forking
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
@@ -145,7 +146,10 @@ async def a_slot(
     own_guard = guard or GuardClient()
     own_guard.start()
     slot = ChildSlot(
-        fork_server(), own_guard, LogTails(), ChildOptions(include, "WARNING", 1), **options
+        Forking(fork_server(), own_guard),
+        LogTails(),
+        ChildOptions(include, "WARNING", 1),
+        **options,
     )
     try:
         yield slot
@@ -220,7 +224,7 @@ def test_a_broken_payload_is_an_error_and_the_child_lives_on() -> None:
     """With the real task code: whatever stands in the payload, the child answers."""
 
     async def scenario() -> None:
-        async with a_slot() as slot:
+        async with a_slot(max_memory_kib=1_000_000) as slot:
             await slot.prepare()
             pid = slot.pid
             packed = {"__class__": "NoSuchClass"}
@@ -231,7 +235,7 @@ def test_a_broken_payload_is_an_error_and_the_child_lives_on() -> None:
                 assert result.outcome is Outcome.ERROR
                 assert result.error
                 assert result.place == PLACE
-                assert answer.resident_kib > 1000
+                assert answer.own_kib > 1000
             assert slot.pid == pid
 
     play(scenario())
@@ -643,9 +647,9 @@ def test_what_a_step_leaves_behind_does_not_meet_the_next_one() -> None:
     ("module", "name", "error"),
     [
         (socket, "socketpair", OSError(errno.EMFILE, "Too many open files")),
-        (slot_module, "start_deaf", OSError(errno.EAGAIN, "Resource temporarily unavailable")),
-        (slot_module, "start_deaf", EOFError("the fork server is gone")),
-        (slot_module, "start_deaf", RuntimeError("can't start new thread")),
+        (forked_process, "start_deaf", OSError(errno.EAGAIN, "Resource temporarily unavailable")),
+        (forked_process, "start_deaf", EOFError("the fork server is gone")),
+        (forked_process, "start_deaf", RuntimeError("can't start new thread")),
     ],
 )
 def test_a_slot_without_a_process_has_one_when_there_can_be_one(
@@ -659,7 +663,7 @@ def test_a_slot_without_a_process_has_one_when_there_can_be_one(
                 shortage.setattr(module, name, _raise(error))
                 before = psutil.Process().num_fds()
                 for _ in range(3):
-                    with pytest.raises(NoProcessError, match="slot 1: cannot start a process"):
+                    with pytest.raises(NoProcessError, match="slot-1: cannot start a process"):
                         await slot.prepare()
                 assert psutil.Process().num_fds() == before
             assert isinstance(await run(slot), TaskResult)

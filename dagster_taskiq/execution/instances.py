@@ -1,0 +1,32 @@
+"""Dagster's instance in a process that executes steps and runs."""
+
+from __future__ import annotations
+
+import os
+
+from dagster import DagsterInstance, DagsterRun, RunsFilter
+
+from dagster_taskiq._dagster.names import InstanceRef
+from dagster_taskiq.errors import WrongInstanceError
+
+
+def open_instance(ref: InstanceRef | None) -> DagsterInstance:
+    """The instance of a message; this process's own where the message names none.
+
+    Raises:
+        WrongInstanceError: this process has none.
+    """
+    if ref is not None:
+        return DagsterInstance.from_ref(ref)
+    if not os.getenv("DAGSTER_HOME"):
+        raise WrongInstanceError(
+            "This worker has no Dagster instance: set DAGSTER_HOME to the directory of the "
+            "dagster.yaml that the run uses, and start the worker again."
+        )
+    return DagsterInstance.get()
+
+
+def find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
+    """The run as it is now; None if there is none."""
+    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
+    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)

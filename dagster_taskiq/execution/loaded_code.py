@@ -1,0 +1,167 @@
+"""The code that a process has loaded, and the processes that are forked from it find loaded.
+
+A *template* loads code once: the modules that a worker includes, Dagster's instance, and perhaps
+one code location. Its children find all of it in ``LOADED``, which is empty in other processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dagster import DagsterInstance
+
+from dagster_taskiq._dagster.names import (
+    ExecuteRunArgs,
+    ExecuteStepArgs,
+    InstanceRef,
+    ReconstructableJob,
+    recon_job_from_origin,
+    unpack_value,
+)
+from dagster_taskiq._dagster.patches import end_copies_of_steps, keep_definitions
+from dagster_taskiq.aio.forked_copies import ending_copies
+from dagster_taskiq.errors import UnloadableCodeError
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
+from dagster_taskiq.execution.instances import find_run, open_instance
+from dagster_taskiq.execution.loaded_files import LoadedFiles
+
+
+class LoadedCode:
+    """What was loaded, when, and from which files.
+
+    Attributes:
+        title: of the code location, for people; empty where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.title = ""
+        #: Whether there is anything.
+        self.is_loaded = False
+        self._loaded_at = 0.0
+        self._files = LoadedFiles()
+        self._instance: tuple[InstanceRef | None, DagsterInstance] | None = None
+        self._path: list[str] = []
+        self._directory = ""
+        self._start_method: str | None = None
+
+    def load(self, modules: Sequence[str], payload: str | None) -> None:
+        """Load modules, this process's own instance, and the code location of a task.
+
+        What is loaded already stays.
+
+        Args:
+            modules: to import.
+            payload: of a task of the location; None for no location.
+
+        Raises:
+            Exception: whatever user code or Dagster raises.
+        """
+        keep_definitions()
+        end_copies_of_steps()
+        with self._files.noting():
+            if reason := import_modules(modules):
+                raise UnloadableCodeError(reason)
+            if self._instance is None and os.getenv("DAGSTER_HOME"):
+                self._instance = (None, open_instance(None))
+            if payload is not None:
+                self._load_location(json.loads(payload))
+        self._note()
+
+    def _load_location(self, payload: Mapping[str, Any]) -> None:
+        ref, run_id, job = _code_of(payload)
+        self.title = str(job.repository.pointer.describe())
+        if self._instance is None or self._instance[0] != ref:
+            self._instance = (ref, open_instance(ref))
+        instance = self._instance[1]
+        run = find_run(instance, run_id)
+        if run is not None and run.remote_job_origin is not None:
+            instance.inject_env_vars(run.remote_job_origin.location_name)
+        job.get_definition()
+        with suppress(Exception):  # of another job: its own runs will tell
+            job.repository.get_definition().get_all_jobs()
+
+    def _note(self) -> None:
+        """Note what the start of a child changes in it."""
+        self.is_loaded = True
+        self._loaded_at = time.monotonic()
+        self._path = list(sys.path)
+        self._directory = str(Path.cwd())
+        self._start_method = multiprocessing.get_start_method(allow_none=True)
+
+    def find_code(self) -> None:
+        """Have modules found as they were when code was loaded, or are to be found for that.
+
+        Those of the worker's directory are, wherever the run's process was started. Dagster takes
+        the first entry for the script's directory and skips it when it loads a job, so the
+        directory is the second one.
+        """
+        if not self.is_loaded:
+            here = str(Path.cwd())
+            sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
+            return
+        # the start of this process has changed them, and code may have changed them before
+        sys.path[:] = self._path
+        with suppress(OSError):  # the directory is gone, as it may be for any process
+            os.chdir(self._directory)
+        multiprocessing.set_start_method(self._start_method, force=True)
+
+    def why_old(self, max_age_seconds: float | None) -> str:
+        """Why no new run may be executed with what was loaded; empty if it may.
+
+        Args:
+            max_age_seconds: how old it may be; None for any age.
+        """
+        if not self.is_loaded:
+            return ""
+        if max_age_seconds is not None and time.monotonic() - self._loaded_at > max_age_seconds:
+            return f"it was loaded more than {max_age_seconds:g} seconds ago"
+        path = self._files.changed()
+        return path and f"{path} has changed"
+
+    def take_instance(self, ref: InstanceRef | None) -> DagsterInstance | None:
+        """The open instance of a message, for its taker to close; None if it is not open here.
+
+        Args:
+            ref: None for this process's own.
+        """
+        if self._instance is None or self._instance[0] != ref:
+            return None
+        instance, self._instance = self._instance[1], None
+        return instance
+
+
+def _code_of(payload: Mapping[str, Any]) -> tuple[InstanceRef | None, str, ReconstructableJob]:
+    """The instance, the run and the job of a task's payload."""
+    if ARGS_KEY in payload:
+        step = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
+        job = ReconstructableJob.from_dict(dict(payload[EXECUTABLE_KEY]))
+        return step.instance_ref, step.run_id, job
+    run = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
+    return run.instance_ref, run.run_id, recon_job_from_origin(run.job_origin)
+
+
+def import_modules(modules: Sequence[str]) -> str:
+    """Import modules; why one of them cannot be imported, or empty."""
+    for module in modules:
+        try:
+            with ending_copies():
+                importlib.import_module(module)
+        except BaseException as error:
+            if not (isinstance(error, ModuleNotFoundError) and error.name == module):
+                traceback.print_exc()
+            return f"the module {module!r} cannot be imported: {type(error).__name__}: {error}"
+    return ""
+
+
+#: Of this process.
+LOADED = LoadedCode()

@@ -1,0 +1,136 @@
+"""The worker's end of a template; see ``template_process``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+
+from dagster_taskiq.errors import UnusableTemplateError
+from dagster_taskiq.worker import frames
+from dagster_taskiq.worker.child_messages import NotReady, TemplateReady, unpack_word
+from dagster_taskiq.worker.fork_server import new_address
+from dagster_taskiq.worker.forked_process import ForkedProcess, Forking
+from dagster_taskiq.worker.template_process import TemplateOptions, template_main
+
+#: How long a template may take to load its code; a child may take as long.
+LOAD_TIMEOUT_SECONDS = 300.0
+
+
+class Template:
+    """A process that children are forked from.
+
+    Attributes:
+        location: the code location that it has loaded; empty for none.
+        title: the same for people.
+        address: where it listens.
+    """
+
+    def __init__(self, process: ForkedProcess, location: str, title: str, address: str) -> None:
+        self.location = location
+        self.title = title
+        self.address = address
+        self._process = process
+        self._children: set[ForkedProcess] = set()
+        self._is_retired = False
+        process.exited.add_done_callback(lambda _: _remove(address))
+
+    @classmethod
+    async def start(
+        cls, forking: Forking, options: TemplateOptions, base: Template | None
+    ) -> Template:
+        """Load code in a process.
+
+        Args:
+            forking: see there.
+            options: what it loads.
+            base: to fork it from; None for the fork server.
+
+        Raises:
+            NoProcessError: no process can be started now.
+            UnusableTemplateError: the code cannot be loaded, or no process be forked afterwards.
+        """
+        address = new_address("template")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            process = await ForkedProcess.start(
+                forking,
+                "template",
+                template_main,
+                listener,
+                options,
+                address=base.address if base else "",
+            )
+        try:
+            title = await _title(process)
+        except BaseException:
+            await process.stop()
+            _remove(address)
+            raise
+        return cls(process, options.location, title, address)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether new children may be forked from it."""
+        return not self._is_retired and not self._process.has_ended
+
+    @property
+    def exited(self) -> asyncio.Future[int]:
+        """See ``ForkedProcess``."""
+        return self._process.exited
+
+    def keep_for(self, child: ForkedProcess) -> None:
+        """A child was forked from it, whose exit code nobody else will know."""
+        self._children.add(child)
+        child.exited.add_done_callback(lambda _: self._leave(child))
+
+    def retire(self) -> None:
+        """Fork no more children, and end when the last one has."""
+        self._is_retired = True
+        self._end_if_done()
+
+    def kill(self) -> None:
+        """End it at once; its children go on."""
+        self._process.kill()
+
+    async def stop(self) -> None:
+        """End it at once, and wait for that."""
+        await self._process.stop()
+
+    def _leave(self, child: ForkedProcess) -> None:
+        self._children.discard(child)
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._is_retired and not self._children:
+            self._process.kill()
+
+
+async def _title(process: ForkedProcess) -> str:
+    """What a template says that it has loaded."""
+    try:
+        values = await asyncio.wait_for(frames.read(process.reader), LOAD_TIMEOUT_SECONDS)
+        values.pop("pid", None), values.pop("task", None)
+        word = unpack_word(values)
+    except asyncio.TimeoutError:
+        reason = f"it was not loaded within {LOAD_TIMEOUT_SECONDS:g} seconds"
+        raise UnusableTemplateError(reason) from None
+    except (EOFError, OSError, ValueError) as error:
+        raise UnusableTemplateError(f"the process that loaded it ended ({error!r})") from error
+    if isinstance(word, TemplateReady):
+        return word.title
+    if isinstance(word, NotReady):
+        raise UnusableTemplateError(word.reason, word.title, is_final=word.is_final)
+    raise UnusableTemplateError(f"its process has said {word}")
+
+
+def _remove(address: str) -> None:
+    with suppress(OSError):
+        os.unlink(address)  # noqa: PTH108 - it is no file

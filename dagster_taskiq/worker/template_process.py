@@ -1,0 +1,85 @@
+"""A template: a process that loads code once, and forks the children that execute it.
+
+It runs the standard library's fork server. The one that loads what a worker includes is forked from
+the worker's fork server, and those of code locations from that one, so each has loaded nothing but
+what its children may have.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from typing import NoReturn
+
+from dagster_taskiq.execution.fork_safety import ForkTrial
+from dagster_taskiq.execution.loaded_code import LOADED
+from dagster_taskiq.worker.channel import Channel
+from dagster_taskiq.worker.child import set_up_process
+from dagster_taskiq.worker.child_messages import NotReady, TemplateReady
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What a template loads.
+
+    Attributes:
+        include: modules.
+        log_level: of the root logger, a name.
+        location: the code location; empty for none.
+        payload: of a task of it; None for none.
+    """
+
+    include: tuple[str, ...]
+    log_level: str
+    location: str = ""
+    payload: str | None = None
+
+
+def template_main(
+    connection: socket.socket, listener: socket.socket, options: TemplateOptions
+) -> None:
+    """The template's whole life, in its main thread.
+
+    It says ``TemplateReady`` or ``NotReady``. Then it forks a child for each connection to the
+    listener, until its worker hangs up.
+    """
+    set_up_process(options.log_level)
+    channel = Channel(connection)
+    try:
+        word = _load(options)
+        channel.say(word)
+    except ConnectionError:
+        return  # the worker is gone
+    if isinstance(word, TemplateReady):
+        alive = os.dup(connection.fileno())
+        channel.close()
+        _serve(listener.detach(), alive)
+
+
+def _load(options: TemplateOptions) -> TemplateReady | NotReady:
+    trial = ForkTrial()
+    LOADED.find_code()
+    try:
+        LOADED.load(options.include, options.payload)
+    except BaseException as error:
+        reason = f"it cannot be loaded ({type(error).__name__}: {error})"
+        return NotReady(reason, title=LOADED.title)
+    if hazard := trial.hazard():
+        return NotReady(hazard, is_final=True, title=LOADED.title)
+    if old := LOADED.why_old(None):
+        return NotReady(f"{old} while it was loaded", title=LOADED.title)
+    return TemplateReady(LOADED.title)
+
+
+def _serve(listener: int, alive: int) -> NoReturn:
+    for number in (signal.SIGTERM, signal.SIGINT):  # whatever the code has put in place
+        signal.signal(number, signal.SIG_IGN)
+    gc.collect()
+    # what is there to stay need not be looked at, and thus written to, in every child
+    gc.freeze()
+    forkserver.main(listener, alive, [])
+    raise SystemExit
