@@ -25,7 +25,8 @@
     ├── LauncherClosedError      the launcher was asked for something after its end
     ├── WorkerFailedError        a part of a worker ended that must not end
     ├── SlotError                a worker's child process did not become ready
-    │   └── NoProcessError           no process can be started now
+    │   ├── NoProcessError           no process can be started now
+    │   └── UnusableTemplateError    no children can be forked from code that was loaded
     ├── ChannelLostError         a child's connection to its worker was closed by user code
     └── DemoError                the demo cannot go on
 

@@ -85,6 +85,8 @@ def _echo_worker(record: WorkerRecord, tasks: Sequence[TaskView]) -> None:
             "started": f"{time_since(record.started_at)} ago, pid {record.pid}",
             "heard of": f"{time_since(record.sent_at)} ago",
             "memory": f"{memory_of(record)} with its children" if record.memory_bytes else DASH,
+            "warm code": "; ".join(record.warm_code) or DASH,
+            "cold code": "; ".join(record.cold_code) or DASH,
             "version": f"{record.version}, protocol {record.protocol}",
             "dagster": f"{record.dagster} on Python {record.python}" if record.dagster else DASH,
             "storage": record.storage or DASH,

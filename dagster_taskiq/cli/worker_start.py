@@ -133,10 +133,9 @@ _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
     help="For development: run new code when a Python file of this directory has changed.",
 )
 @click.option(
-    "--warm-code/--no-warm-code",
-    default=True,
-    show_default=True,
-    help="Load code once and fork children from there, or have each child load it itself.",
+    "--no-warm-code",
+    is_flag=True,
+    help="Have each child load its code itself, rather than load it once for all of them.",
 )
 @click.option(
     "--drain-timeout",
@@ -257,7 +256,8 @@ def _worker_options(
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         server_patience_seconds=settings.server_patience_seconds,
         keeps_connections=not source.database_short_lived_sessions,
-        has_warm_code=given["warm_code"],
+        has_warm_code=not given["no_warm_code"],
+        code_max_age_seconds=source.code_max_age_seconds,
         tracing=find_tracing,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,

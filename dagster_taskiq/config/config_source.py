@@ -104,6 +104,13 @@ class ConfigSource:
         "Seconds after which a step is killed, as `--time-limit`; 0 is no limit.",
         default_text=_NO_LIMIT,
     )
+    code_max_age_seconds: float | None = setting(
+        None,
+        parsers.positive_number,
+        "Age above which code that a worker has loaded is not executed by a new run: it is loaded "
+        "anew. For definitions that come from elsewhere than files, such as an API.",
+        default_text=_NO_LIMIT,
+    )
     database_short_lived_sessions: bool = setting(
         False,
         parsers.boolean,

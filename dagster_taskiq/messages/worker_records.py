@@ -96,6 +96,8 @@ class WorkerRecord:
         dagster, python: versions; empty where it does not tell.
         storage: which storage its Dagster instance has, see ``storage_fingerprint``; empty where it
             does not tell.
+        warm_code: what its children need not load, for people, see ``Templates``.
+        cold_code: what each of them loads itself, and why.
         sent_at: when it was written, by the worker's clock; seconds since the epoch.
         is_trusted: whether the reader may act on it: it is signed and not outdated, or the reader
             has no key.
@@ -128,6 +130,8 @@ class WorkerRecord:
     dagster: str = ""
     python: str = ""
     storage: str = ""
+    warm_code: tuple[str, ...] = ()
+    cold_code: tuple[str, ...] = ()
     sent_at: float = 0.0
     is_trusted: bool = True
     is_outdated: bool = False

@@ -137,6 +137,12 @@ CHILDREN_MEMORY = _gauge(
     "worker_children_memory_bytes",
     "Resident memory of all of them, each with what it shares; without processes that steps start.",
 )
+WARM_CODE = _gauge(
+    "worker_warm_code",
+    "1 where processes find this code loaded, 0 where each of them loads it itself; the worker's "
+    "log and `worker show` say why.",
+    "code",
+)
 LARGEST_CHILD = _gauge("worker_largest_child_memory_bytes", "The same of the largest one.")
 CHILDREN_REPLACED = _counter(
     "worker_children_replaced_total", "Processes that gave way to a fresh one.", "reason"

@@ -28,6 +28,7 @@ from dagster_taskiq.worker.leases import StopReason
 from dagster_taskiq.worker.observer import Ending, LeaseRenewal, WorkerObserver
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.slot_base import ReplaceReason
+from dagster_taskiq.worker.templates import CodeState
 
 #: How long the memory of children is not looked at again, and of how many of them it is.
 _MEMORY_SECONDS = 5.0
@@ -52,11 +53,13 @@ class Seen:
         state: of the worker, see ``WorkerRecord``.
         slots: how many it has of each kind; of one that is left out it has none.
         child_pids: of its children.
+        code_states: how these come to their code.
     """
 
     state: Callable[[], str] = lambda: "starting"
     slots: Callable[[], Mapping[QueueKind, int]] = dict
     child_pids: Callable[[], Iterable[int]] = lambda: ()
+    code_states: Callable[[], Iterable[CodeState]] = lambda: ()
 
 
 class WorkerMetrics(WorkerObserver):
@@ -259,6 +262,7 @@ class _Looks(Collector):
             the.CHILDREN,
             the.CHILDREN_MEMORY,
             the.LARGEST_CHILD,
+            the.WARM_CODE,
         )
         yield from (family(definition, {}) for definition in looked_at)
 
@@ -273,6 +277,8 @@ class _Looks(Collector):
         yield family(the.CHILDREN, {(): len(sizes)})
         yield family(the.CHILDREN_MEMORY, {(): sum(sizes)})
         yield family(the.LARGEST_CHILD, {(): max(sizes, default=0)})
+        states = self._metrics.seen.code_states()
+        yield family(the.WARM_CODE, {(it.title,): int(it.is_warm) for it in states})
 
     def _sizes(self) -> list[int]:
         """Resident memory of each child, in bytes; not newer than some seconds."""

@@ -61,6 +61,7 @@ class WorkerPages:
             lambda: worker.state if self._health.is_ready else "starting",
             lambda: worker.slots,
             lambda: worker.child_pids,
+            lambda: worker.code_states,
         )
         self._health.loop_watch.start()
 

@@ -9,7 +9,7 @@ import platform
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import dagster
 
@@ -26,6 +26,7 @@ from dagster_taskiq.version import __version__
 from dagster_taskiq.worker.memory_gauge import MemoryGauge
 from dagster_taskiq.worker.observer import CountingObserver
 from dagster_taskiq.worker.steering import Steering
+from dagster_taskiq.worker.templates import CodeState
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ _TIDY_SECONDS = 60.0
 
 #: How many answered pings a record names: as many commands may wait for an answer at once.
 _REMEMBERED_PINGS = 8
+
+#: Of how many code locations a record tells.
+_MOST_CODE = 20
 
 
 class Listing:
@@ -46,6 +50,7 @@ class Listing:
         place: its name, id and host.
         counts: what it does just now.
         state: for the listing, see ``WorkerRecord``.
+        code_states: how its children come to their code.
         on_outage: called when the backend has not answered.
     """
 
@@ -57,6 +62,7 @@ class Listing:
         place: Place,
         counts: CountingObserver,
         state: Callable[[], str],
+        code_states: Callable[[], Sequence[CodeState]],
         on_outage: Callable[[], Awaitable[None]],
     ) -> None:
         self._backend = backend
@@ -65,6 +71,7 @@ class Listing:
         self._place = place
         self._counts = counts
         self._state = state
+        self._code_states = code_states
         self._on_outage = on_outage
         self._started_at = time.time()
         self._pings: deque[str] = deque(maxlen=_REMEMBERED_PINGS)
@@ -131,7 +138,7 @@ class Listing:
             logger.warning("Could not sign off: %s The listing will show it for a while.", error)
 
     async def _send(self) -> None:
-        steering, counts = self._steering, self._counts
+        steering, counts, code = self._steering, self._counts, self._code_states()[:_MOST_CODE]
         record = WorkerRecord(
             worker_id=self._place.worker_id,
             name=self._place.worker,
@@ -158,6 +165,10 @@ class Listing:
             dagster=dagster.__version__,
             python=platform.python_version(),
             storage=self._storage,
+            warm_code=tuple(plain_name(it.title) for it in code if it.is_warm),
+            cold_code=tuple(
+                plain_name(f"{it.title}: {it.reason}") for it in code if not it.is_warm
+            ),
             sent_at=time.time(),
         )
         running = list(counts.running.values())

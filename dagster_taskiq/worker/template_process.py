@@ -13,7 +13,6 @@ import signal
 import socket
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from typing import NoReturn
 
 from dagster_taskiq.execution.fork_safety import ForkTrial
 from dagster_taskiq.execution.loaded_code import LOADED
@@ -75,11 +74,10 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
     return TemplateReady(LOADED.title)
 
 
-def _serve(listener: int, alive: int) -> NoReturn:
+def _serve(listener: int, alive: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # whatever the code has put in place
         signal.signal(number, signal.SIG_IGN)
     gc.collect()
     # what is there to stay need not be looked at, and thus written to, in every child
     gc.freeze()
     forkserver.main(listener, alive, [])
-    raise SystemExit

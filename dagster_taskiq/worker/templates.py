@@ -124,7 +124,7 @@ class Templates:
         self._include = include
         self._log_level = log_level
         self._most = most
-        self._base = _Place(title="the modules of -i")
+        self._base = _Place(title=", ".join(("Dagster's instance", *include)))
         if not has_templates():
             self._base.leave_to_children("this Python's fork server is not known", math.inf)
         #: By code location, the one of the last task last.
@@ -193,9 +193,15 @@ class Templates:
                 await place.template.stop()
 
     @property
+    def pids(self) -> set[int]:
+        """Of the templates; any thread may ask."""
+        places = (self._base, *list(self._locations.values()))
+        return {it.template.pid for it in places if it.template is not None}
+
+    @property
     def states(self) -> list[CodeState]:
-        """Of all that is known."""
-        places = (self._base, *self._locations.values())
+        """Of all that is known; any thread may ask."""
+        places = (self._base, *list(self._locations.values()))
         return [
             CodeState(it.title, it.usable is not None, "" if it.usable else it.reason)
             for it in places

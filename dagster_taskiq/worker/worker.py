@@ -14,7 +14,7 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
@@ -45,6 +45,7 @@ from dagster_taskiq.worker.run_watch import RunWatch
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
 from dagster_taskiq.worker.steering import Steering
+from dagster_taskiq.worker.templates import CodeState
 from dagster_taskiq.worker.tools import Tools
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,14 @@ class Worker:
         self._leases = LeaseKeeper(self._backend, self._guard, orders, self._observer)
         self._steering = Steering(servers, self._backend, options)
         self._listing = Listing(
-            self._backend, servers, self._steering, self._place, counts, self._state, self._revive
+            self._backend,
+            servers,
+            self._steering,
+            self._place,
+            counts,
+            self._state,
+            lambda: self.code_states,
+            self._revive,
         )
         self._control = ControlMailbox(
             self._backend,
@@ -183,7 +191,13 @@ class Worker:
     @property
     def child_pids(self) -> list[int]:
         """Of the children in its slots."""
-        return self._guard.groups
+        pids_of_templates = self._parts.templates.pids if self._parts.templates else ()
+        return [pid for pid in self._guard.groups if pid not in pids_of_templates]
+
+    @property
+    def code_states(self) -> Sequence[CodeState]:
+        """How children come to their code."""
+        return self._parts.templates.states if self._parts.templates else ()
 
     # --- life ---
 

@@ -103,6 +103,7 @@ def test_a_background_worker_is_given_every_option(tmp_path: Path) -> None:
         "time_limit": "1.5",
         "drain_timeout": "0",
         "reload": True,
+        "no_warm_code": True,
         "metrics_port": "0",
         "metrics_host": "::1",
         "celery_arguments": ("--pool", "solo", "-c", "2"),

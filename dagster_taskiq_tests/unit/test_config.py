@@ -412,6 +412,7 @@ GOOD: Mapping[str, tuple[Any, Any]] = {
     "worker_max_memory_per_child": (200_000, 200_000),
     "task_soft_time_limit": ("1.5", 1.5),
     "task_time_limit": (0, 0.0),
+    "code_max_age_seconds": (3600, 3600.0),
     "database_short_lived_sessions": (True, True),
     "key_prefix": ("staging", "staging"),
 }
@@ -420,6 +421,7 @@ BAD: Mapping[str, tuple[Any, ...]] = {
     "task_default_priority": ("high", 2.5, True, None, [], "1" * 5000),
     "task_default_queue": ("", "  ", 5, None),
     "task_always_eager": ("maybe", 2, None),
+    "code_max_age_seconds": (0, "an hour"),
     "database_short_lived_sessions": ("maybe", 2, None),
     "result_expires": (0, -1, "soon", float("nan"), float("inf"), 10**400, None),
     "broker_connection_timeout": (0, "x", float("nan")),

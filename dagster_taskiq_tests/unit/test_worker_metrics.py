@@ -39,6 +39,7 @@ from dagster_taskiq.worker.leases import StopReason
 from dagster_taskiq.worker.observer import Ending, LeaseRenewal
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.slot_base import ReplaceReason
+from dagster_taskiq.worker.templates import CodeState
 from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import PLACE
@@ -76,6 +77,7 @@ def test_all_metrics_of_the_table_are_there_and_no_others(metrics: WorkerMetrics
     metrics.dropped(STEP_TASK, ClaimAnswer.DONE)
     metrics.claimed(STEP_TASK)
     metrics.completed(STEP_TASK, RESULT, is_cancelled=False, size_bytes=1)
+    metrics.seen = Seen(code_states=lambda: [CodeState("m", is_warm=True)])
     found = {}
     for family in metrics.registry.collect():
         if not family.name.startswith("process_"):
@@ -341,7 +343,9 @@ def test_a_loop_that_hangs_is_seen_from_another_thread(monkeypatch: pytest.Monke
     monkeypatch.setattr(health_module, "LONGEST_LAG_SECONDS", 0.1)
     with closing(WorkerPages("127.0.0.1", 0, OPTIONS)) as pages:
         pages.ready()
-        worker = cast("Worker", SimpleNamespace(state="running", slots={}, child_pids=[]))
+        worker = cast(
+            "Worker", SimpleNamespace(state="running", slots={}, child_pids=[], code_states=[])
+        )
 
         async def hang() -> None:
             pages.watch(worker)

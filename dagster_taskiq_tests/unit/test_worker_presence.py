@@ -28,6 +28,7 @@ from dagster_taskiq.worker.listing import Listing
 from dagster_taskiq.worker.observer import CountingObserver, Ending
 from dagster_taskiq.worker.options import WorkerOptions
 from dagster_taskiq.worker.steering import Steering
+from dagster_taskiq.worker.templates import CodeState
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import Witness
 
@@ -56,6 +57,7 @@ class Scene:
             PLACE,
             self.counts,
             lambda: self.state,
+            lambda: [CodeState("a", is_warm=True), CodeState("b", is_warm=False, reason="c")],
             self._note_outage,
         )
 
