@@ -37,14 +37,9 @@ from dagster_taskiq.execution.loaded_files import LoadedFiles
 
 
 class LoadedCode:
-    """What was loaded, when, and from which files.
-
-    Attributes:
-        title: of the code location, for people; empty where there is none.
-    """
+    """What was loaded, when, and from which files."""
 
     def __init__(self) -> None:
-        self.title = ""
         #: Whether there is anything.
         self.is_loaded = False
         self._loaded_at = 0.0
@@ -79,7 +74,6 @@ class LoadedCode:
 
     def _load_location(self, payload: Mapping[str, Any]) -> None:
         ref, run_id, job = _code_of(payload)
-        self.title = str(job.repository.pointer.describe())
         if self._instance is None or self._instance[0] != ref:
             self._instance = (ref, open_instance(ref))
         instance = self._instance[1]
@@ -148,6 +142,15 @@ def _code_of(payload: Mapping[str, Any]) -> tuple[InstanceRef | None, str, Recon
         return step.instance_ref, step.run_id, job
     run = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
     return run.instance_ref, run.run_id, recon_job_from_origin(run.job_origin)
+
+
+def title_of(payload: str | None) -> str:
+    """The code location of a task's payload, for people; empty where it names none."""
+    try:
+        _, _, job = _code_of(json.loads(payload or "{}"))
+        return str(job.repository.pointer.describe())
+    except Exception:  # whoever loads it will say what is wrong with it
+        return ""
 
 
 def import_modules(modules: Sequence[str]) -> str:

@@ -81,23 +81,26 @@ class NotReady:
 
     Attributes:
         is_final: of a template: whether it would be the same the next time.
-        title: of a template: what it was to load, for people.
     """
 
     reason: str
     is_final: bool = False
-    title: str = ""
+
+
+@dataclass(frozen=True)
+class TemplateLoads:
+    """A template begins to load its code.
+
+    Attributes:
+        title: of it, for people.
+    """
+
+    title: str
 
 
 @dataclass(frozen=True)
 class TemplateReady:
-    """A template has loaded its code, and forks children.
-
-    Attributes:
-        title: what it has loaded, for people.
-    """
-
-    title: str
+    """A template has loaded its code, and forks children."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ Answer = Executed | RunAnswer
 Word = (
     Ready
     | NotReady
+    | TemplateLoads
     | TemplateReady
     | CodeIsOld
     | OrderTaken
@@ -190,6 +194,7 @@ _WORDS: Mapping[str, type[Any]] = {
     for it in (
         Ready,
         NotReady,
+        TemplateLoads,
         TemplateReady,
         CodeIsOld,
         OrderTaken,

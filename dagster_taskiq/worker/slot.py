@@ -140,7 +140,7 @@ class ChildSlot(Slot):
             return self._spent_by
         if self._child.has_ended:
             return ReplaceReason.ENDED
-        if self._template is not None and not self._template.is_usable:
+        if self._template is not None and self._template.is_old:
             return ReplaceReason.OLD_CODE
         if self.location:
             is_other = bool(location) and self.location != location

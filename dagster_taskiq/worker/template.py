@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from dagster_taskiq.errors import UnusableTemplateError
 from dagster_taskiq.worker import frames
-from dagster_taskiq.worker.child_messages import NotReady, TemplateReady, unpack_word
+from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, Word, unpack_word
 from dagster_taskiq.worker.fork_server import new_address
 from dagster_taskiq.worker.forked_process import ForkedProcess, Forking
 from dagster_taskiq.worker.template_process import TemplateOptions, template_main
@@ -23,17 +23,19 @@ class Template:
 
     Attributes:
         location: the code location that it has loaded; empty for none.
-        title: the same for people.
+        title: the same for people; empty for none.
+        is_old: whether what it has loaded is not to be executed any more.
         address: where it listens.
     """
 
-    def __init__(self, process: ForkedProcess, location: str, title: str, address: str) -> None:
+    def __init__(self, process: ForkedProcess, location: str, address: str) -> None:
         self.location = location
-        self.title = title
+        self.title = ""
         self.address = address
         self._process = process
         self._children: set[ForkedProcess] = set()
         self._is_retired = False
+        self.is_old = False
         process.exited.add_done_callback(lambda _: _remove(address))
 
     @classmethod
@@ -63,13 +65,33 @@ class Template:
                 options,
                 address=base.address if base else "",
             )
+        template = cls(process, options.location, address)
         try:
-            title = await _title(process)
+            await template._await_ready()
         except BaseException:
             await process.stop()
-            _remove(address)
             raise
-        return cls(process, options.location, title, address)
+        return template
+
+    async def _await_ready(self) -> None:
+        try:
+            word = await asyncio.wait_for(self._last_word(), LOAD_TIMEOUT_SECONDS)
+        except asyncio.TimeoutError:
+            reason = f"it was not loaded within {LOAD_TIMEOUT_SECONDS:g} seconds"
+            raise UnusableTemplateError(reason, self.title) from None
+        except (EOFError, OSError, ValueError) as error:
+            reason = f"the process that loaded it ended ({error!r})"
+            raise UnusableTemplateError(reason, self.title) from error
+        if isinstance(word, NotReady):
+            raise UnusableTemplateError(word.reason, self.title, is_final=word.is_final)
+
+    async def _last_word(self) -> Word:
+        while True:
+            values = await frames.read(self._process.reader)
+            word = unpack_word({key: values[key] for key in values.keys() - {"pid", "task"}})
+            if not isinstance(word, TemplateLoads):
+                return word
+            self.title = word.title
 
     @property
     def pid(self) -> int:
@@ -111,24 +133,6 @@ class Template:
     def _end_if_done(self) -> None:
         if self._is_retired and not self._children:
             self._process.kill()
-
-
-async def _title(process: ForkedProcess) -> str:
-    """What a template says that it has loaded."""
-    try:
-        values = await asyncio.wait_for(frames.read(process.reader), LOAD_TIMEOUT_SECONDS)
-        values.pop("pid", None), values.pop("task", None)
-        word = unpack_word(values)
-    except asyncio.TimeoutError:
-        reason = f"it was not loaded within {LOAD_TIMEOUT_SECONDS:g} seconds"
-        raise UnusableTemplateError(reason) from None
-    except (EOFError, OSError, ValueError) as error:
-        raise UnusableTemplateError(f"the process that loaded it ended ({error!r})") from error
-    if isinstance(word, TemplateReady):
-        return word.title
-    if isinstance(word, NotReady):
-        raise UnusableTemplateError(word.reason, word.title, is_final=word.is_final)
-    raise UnusableTemplateError(f"its process has said {word}")
 
 
 def _remove(address: str) -> None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 
 from dagster_taskiq.execution.fork_safety import ForkTrial
-from dagster_taskiq.execution.loaded_code import LOADED
+from dagster_taskiq.execution.loaded_code import LOADED, title_of
 from dagster_taskiq.worker.channel import Channel
 from dagster_taskiq.worker.child import set_up_process
-from dagster_taskiq.worker.child_messages import NotReady, TemplateReady
+from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, TemplateReady
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ def template_main(
 ) -> None:
     """The template's whole life, in its main thread.
 
-    It says ``TemplateReady`` or ``NotReady``. Then it forks a child for each connection to the
+    It says ``TemplateLoads``, and ``TemplateReady`` or ``NotReady``. Then it forks a child for each connection to the
     listener, until its worker hangs up.
     """
     set_up_process(options.log_level)
     channel = Channel(connection)
     try:
+        channel.say(TemplateLoads(title_of(options.payload)))
         word = _load(options)
         channel.say(word)
     except ConnectionError:
@@ -65,13 +66,12 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
     try:
         LOADED.load(options.include, options.payload)
     except BaseException as error:
-        reason = f"it cannot be loaded ({type(error).__name__}: {error})"
-        return NotReady(reason, title=LOADED.title)
+        return NotReady(f"it cannot be loaded ({type(error).__name__}: {error})")
     if hazard := trial.hazard():
-        return NotReady(hazard, is_final=True, title=LOADED.title)
+        return NotReady(hazard, is_final=True)
     if old := LOADED.why_old(None):
-        return NotReady(f"{old} while it was loaded", title=LOADED.title)
-    return TemplateReady(LOADED.title)
+        return NotReady(f"{old} while it was loaded")
+    return TemplateReady()
 
 
 def _serve(listener: int, alive: int) -> None:

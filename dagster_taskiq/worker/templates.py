@@ -71,21 +71,26 @@ class _Place:
         self.reason = reason
         self.cold_until = time.monotonic() + seconds
 
-    def retire(self, reason: str) -> None:
-        """Have no more children forked from the present template."""
+    def retire(self, reason: str, *, is_old: bool) -> None:
+        """Have no more children forked from the present template.
+
+        Args:
+            reason: for people.
+            is_old: whether its children are to be replaced, too.
+        """
         if self.template is not None:
+            self.template.is_old = is_old
             self.template.retire()
             self.template = None
         self.reason = reason
 
-    def note_end(self, reason: str) -> None:
-        """The template is gone before anybody wanted that."""
-        self.retire(reason)
+    def note_short_life(self) -> None:
+        """The template was given up; leave its code to its children if that comes too often."""
         is_short = time.monotonic() - self.loaded_at < _SHORT_LIFE_SECONDS
         self.short_lives = self.short_lives + 1 if is_short else 0
         if self.short_lives >= _SHORT_LIVES:
             self.short_lives = 0
-            self.leave_to_children(f"{reason}, {_SHORT_LIVES} times in turn", _PAUSE_SECONDS)
+            self.leave_to_children(f"{self.reason}, {_SHORT_LIVES} times in turn", _PAUSE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Templates:
         self._locations.move_to_end(location)
         while len(self._locations) > self._most:
             _, surplus = self._locations.popitem(last=False)
-            self._forget(surplus)
+            self._forget(surplus, is_old=False)
         await self._have(place)
 
     def discard(self, template: Template, reason: str) -> None:
@@ -164,22 +169,22 @@ class Templates:
         for place in (self._base, *self._locations.values()):
             if place.template is template:
                 logger.info("%s is loaded anew: %s.", place.title, reason)
-                place.note_end(reason)
+                place.retire(reason, is_old=True)
+                place.note_short_life()
         # it may have loaded the same, and its next children would find out only then
-        self._base.retire(reason)
+        self._base.retire(reason, is_old=True)
 
     def _note_end(self, place: _Place, template: Template) -> None:
-        if place.template is template:
+        if place.template is template and not self._is_stopped:
             logger.warning("The process that had loaded %s has ended.", place.title)
-            place.note_end("its process ended")
+            place.retire("its process has ended", is_old=False)
+            place.note_short_life()
 
     async def reload(self) -> None:
         """Load everything anew."""
         places = [self._base, *self._locations.values()]
         for place in places:
-            self._forget(place)
-        for place in places:
-            place.retire("")
+            self._forget(place, is_old=True)
             place.cold_until, place.short_lives = 0.0, 0
         await asyncio.gather(*map(self._have, places))
 
@@ -208,11 +213,11 @@ class Templates:
             if it.usable or it.reason
         ]
 
-    def _forget(self, place: _Place) -> None:
+    def _forget(self, place: _Place, *, is_old: bool) -> None:
         if place.loading is not None:
             place.loading.cancel()
             place.loading = None
-        place.retire("")
+        place.retire("", is_old=is_old)
 
     async def _have(self, place: _Place) -> None:
         """Have a template, unless there is one or cannot be one now."""

@@ -1,0 +1,533 @@
+"""Children are forked from a process that has loaded their code, where that is safe and right.
+
+With real processes, without a broker: what a worker includes replaces what a child does with a
+step, so that it tells how it found itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from dagster._core.code_pointer import CodePointer
+from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.execution.retries import RetryMode
+from dagster._grpc.types import ExecuteStepArgs
+from dagster._serdes import pack_value
+
+from dagster_taskiq.execution.arrivals import Arrival
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, code_location
+from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.messages.results import Place, TaskResult
+from dagster_taskiq.worker import template as template_module
+from dagster_taskiq.worker import templates as templates_module
+from dagster_taskiq.worker.child import ChildOptions
+from dagster_taskiq.worker.child_messages import Execute, Executed
+from dagster_taskiq.worker.fork_server import fork_server
+from dagster_taskiq.worker.forked_process import Forking
+from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.log_tails import LogTails
+from dagster_taskiq.worker.slot import ChildSlot
+from dagster_taskiq.worker.slot_base import ChildDied
+from dagster_taskiq.worker.templates import Templates
+
+SECONDS = 90.0
+
+PLACE = Place("w@h", "id", "h", 1, 1)
+
+#: What a worker includes: it names the instance, and has a child tell what it finds.
+ACTOR = """
+import json, os, random, sys, time
+from pathlib import Path
+
+os.environ["DAGSTER_HOME"] = {home!r}
+sys.path.insert(0, {directory!r})
+
+from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster_taskiq_tests import quick_storage
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.messages.results import Outcome, TaskResult
+
+quick_storage.make_quick()
+with open({home!r} + "/included", "a") as included:
+    included.write("x")
+
+def act(runner, payload, place, *_):
+    job = ReconstructableJob.from_dict(payload["executable_dict"])
+    facts = dict(
+        pid=os.getpid(),
+        parent=os.getppid(),
+        found=job.repository.pointer.module in sys.modules,
+        version=job.get_definition().tags["version"],
+        random=random.random(),
+        has_instance=runner._instance(None) is not None,
+    )
+    if wait := payload.get("wait"):
+        Path(wait + ".begun").touch()
+        while not os.path.exists(wait):
+            time.sleep(0.01)
+    return TaskResult(Outcome.FINISHED, place, reason=json.dumps(facts))
+
+TaskRunner.execute_plan = act
+"""
+
+#: A code location; it counts how often it is loaded.
+LOCATION = """
+from dagster import job, repository
+with open({counter!r}, "a") as counter:
+    counter.write("x")
+{more}
+
+@job(tags={{"version": {version!r}}})
+def it(): ...
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a child has told."""
+
+    pid: int
+    parent: int
+    found: bool
+    version: str
+    random: float
+    has_instance: bool
+
+
+class Location:
+    """A code location on disk."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.name = name
+        self._file = directory / f"{name}.py"
+        self._counter = directory / f"{name}.loads"
+        self._directory = directory
+        self.write("1")
+
+    def write(self, version: str, more: str = "") -> None:
+        text = LOCATION.format(counter=str(self._counter), version=version, more=more)
+        # another length, since a cached file is known by its time in whole seconds and its length
+        self._file.write_text(f"{text}# {version * len(version)}\n")
+
+    @property
+    def loads(self) -> int:
+        return len(self._counter.read_text()) if self._counter.exists() else 0
+
+    def payload(self, run_id: str, **more: Any) -> dict[str, Any]:
+        pointer = CodePointer.from_module(self.name, "it", str(self._directory))
+        job = ReconstructableJob(ReconstructableRepository(pointer), "it")
+        args = ExecuteStepArgs(
+            job_origin=job.get_python_origin(),
+            run_id=run_id,
+            step_keys_to_execute=["it"],
+            instance_ref=None,
+            retry_mode=RetryMode.DISABLED,
+            known_state=None,
+            should_verify_step=False,
+        )
+        return {ARGS_KEY: pack_value(args), EXECUTABLE_KEY: job.to_dict(), **more}
+
+
+class Part:
+    """The part of a worker that has templates and slots."""
+
+    def __init__(self, templates: Templates, slots: list[ChildSlot]) -> None:
+        self.templates = templates
+        self.slots = slots
+
+    async def run(
+        self, location: Location, slot: int = 0, run_id: str = "r", **more: Any
+    ) -> TaskResult | ChildDied:
+        payload = location.payload(run_id, **more)
+        order = Execute(
+            TaskName.EXECUTE_PLAN,
+            json.dumps(payload),
+            PLACE,
+            Arrival("q", 1),
+            code_location(payload),
+            run_id=run_id,
+        )
+        answer = await self.slots[slot].run(order, lambda _: None)
+        if isinstance(answer, ChildDied):
+            return answer
+        assert isinstance(answer, Executed)
+        return TaskResult.from_bytes(answer.result.encode())
+
+    async def found(self, location: Location, slot: int = 0, **more: Any) -> Found:
+        result = await self.run(location, slot, **more)
+        assert isinstance(result, TaskResult), result
+        assert result.reason, result
+        return Found(**json.loads(result.reason))
+
+    def reason(self, location: Location) -> str:
+        """Why a location's children load it themselves."""
+        (state,) = [it for it in self.templates.states if location.name in it.title]
+        assert state.is_warm == (not state.reason)
+        return state.reason
+
+
+class Bench:
+    """Where a test's code lies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.home = directory / "home"
+        self.home.mkdir()
+        actor = ACTOR.format(home=str(self.home), directory=str(directory))
+        (directory / "template_actor.py").write_text(actor)
+
+    def location(self, name: str) -> Location:
+        return Location(self.directory, name)
+
+    @property
+    def includes(self) -> int:
+        return len((self.home / "included").read_text())
+
+    @asynccontextmanager
+    async def part(self, slots: int = 1, most: int = 8, **options: Any) -> AsyncIterator[Part]:
+        """Ready slots; nothing of them is left."""
+        forking = Forking(fork_server(), GuardClient())
+        forking.guard.start()
+        include = ("template_actor",)
+        templates = Templates(forking, include, "INFO", most)
+        tails = LogTails()
+        many = [
+            ChildSlot(forking, tails, ChildOptions(include, "INFO", it, **options), templates)
+            for it in range(1, slots + 1)
+        ]
+        async with AsyncExitStack() as stack:
+            stack.callback(forking.guard.close)
+            stack.push_async_callback(templates.stop)
+            for slot in many:
+                stack.push_async_callback(slot.stop)
+            await asyncio.gather(*(it.prepare() for it in many))
+            yield Part(templates, many)
+        assert not forking.guard.groups
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.syspath_prepend(tmp_path)
+    return Bench(tmp_path)
+
+
+def play(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, SECONDS))
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
+    """What is included and what tasks name; each child is a process of its own."""
+
+    async def scenario() -> None:
+        heavy = bench.location("heavy_a")
+        async with bench.part(slots=3) as part:
+            found = [await part.found(heavy, slot) for slot in range(3)]
+            assert bench.includes == 1
+            assert heavy.loads == 1
+            assert len({it.pid for it in found}) == 3
+            (parent,) = {it.parent for it in found}
+            assert parent in part.templates.pids
+            assert all(it.found for it in found)
+            assert all(it.has_instance for it in found)
+            assert len({it.random for it in found}) == 3
+            assert part.reason(heavy) == ""
+
+    play(scenario())
+
+
+def test_a_fresh_child_finds_the_code_of_the_last_one(bench: Bench) -> None:
+    """It waits for its task with the code that its slot has executed last."""
+
+    async def scenario() -> None:
+        one, other = bench.location("heavy_b"), bench.location("heavy_c")
+        async with bench.part() as part:
+            first = await part.found(one)
+            part.slots[0].retire()
+            await part.slots[0].prepare()
+            pid = part.slots[0].pid
+            assert (await part.found(one)).pid == pid != first.pid
+            assert (await part.found(other)).found
+            assert (await part.found(one)).found
+            assert (one.loads, other.loads) == (1, 1)
+
+    play(scenario())
+
+
+def test_a_run_that_begins_after_a_change_executes_what_is_on_disk(bench: Bench) -> None:
+    """One that has begun goes on in its child as it has begun."""
+
+    async def scenario() -> None:
+        code = bench.location("changing_a")
+        async with bench.part(slots=2) as part:
+            old = await part.found(code, run_id="before")
+            await part.found(code, slot=1, run_id="before")
+            code.write("22")
+            assert (await part.found(code, run_id="before")).version == "1"
+            new = await part.found(code, run_id="after")
+            assert new.version == "22"
+            assert new.pid != old.pid
+            # a slot whose child has not seen the change itself, too
+            assert (await part.found(code, slot=1, run_id="before")).version == "22"
+            assert code.loads == 2
+
+    play(scenario())
+
+
+def test_code_that_is_too_old_is_loaded_anew(bench: Bench) -> None:
+    async def scenario() -> None:
+        code = bench.location("aging")
+        async with bench.part(code_max_age_seconds=0.0) as part:
+            await part.found(code, run_id="a")
+            loads = code.loads
+            await part.found(code, run_id="b")
+            assert code.loads > loads
+
+    play(scenario())
+
+
+HAZARDS = {
+    "thread": "import threading, time; threading.Thread(target=time.sleep, args=(900,), daemon=True).start()",
+    "connection": "import socket; server = socket.create_server(('127.0.0.1', 0)); "
+    "client = socket.create_connection(server.getsockname())",
+}
+
+
+@pytest.mark.parametrize("more", HAZARDS.values(), ids=HAZARDS)
+def test_code_that_may_not_be_forked_is_loaded_by_each_child(bench: Bench, more: str) -> None:
+    """And leaves the others as they are; it is not tried again until a reload."""
+
+    async def scenario() -> None:
+        safe, hazardous = bench.location("safe"), bench.location("hazardous")
+        hazardous.write("1", more)
+        async with bench.part(slots=2) as part:
+            assert (await part.found(safe)).found
+            first = await part.found(hazardous, slot=1)
+            assert not first.found
+            assert part.reason(hazardous)
+            part.slots[1].retire()
+            assert not (await part.found(hazardous, slot=1)).found
+            assert hazardous.loads == 3
+            assert (await part.found(safe)).found
+            assert safe.loads == 1
+            hazardous.write("22")
+            await part.templates.reload()
+            assert part.reason(hazardous) == ""
+
+    play(scenario())
+
+
+def test_code_that_cannot_be_loaded_fails_its_own_tasks(bench: Bench) -> None:
+    """With the reason that a child gives; others go on, and mended code runs at once."""
+
+    async def scenario() -> None:
+        good, bad = bench.location("good"), bench.location("bad")
+        bad.write("1", "raise LookupError('no such manifest')")
+        async with bench.part() as part:
+            result = await part.run(bad)
+            assert isinstance(result, ChildDied)
+            assert "no such manifest" in part.reason(bad)
+            assert (await part.found(good)).found
+            bad.write("22")
+            assert (await part.found(bad)).version == "22"
+
+    play(scenario())
+
+
+def test_code_that_changes_while_it_is_loaded_is_loaded_by_each_child(bench: Bench) -> None:
+    async def scenario() -> None:
+        restless = bench.location("restless")
+        restless.write("1", "import os; os.utime(__file__, (1, 1))")
+        async with bench.part() as part:
+            assert not (await part.found(restless)).found
+            assert "while it was loaded" in part.reason(restless)
+
+    play(scenario())
+
+
+def test_code_that_changes_all_the_time_is_left_to_its_children(bench: Bench) -> None:
+    """After some templates that were worth nothing, for a while."""
+
+    async def scenario() -> None:
+        restless = bench.location("restless_b")
+        async with bench.part() as part:
+            for version in range(1, 6):
+                restless.write("1" * version)
+                found = await part.found(restless, run_id=str(version))
+                assert found.version == "1" * version
+            assert "times in turn" in part.reason(restless)
+
+    play(scenario())
+
+
+def test_a_broken_reload_never_runs_the_old_code(bench: Bench) -> None:
+    async def scenario() -> None:
+        code = bench.location("breaking")
+        async with bench.part() as part:
+            assert (await part.found(code)).version == "1"
+            code.write("22", "raise LookupError('broken')")
+            await part.templates.reload()
+            part.slots[0].retire()
+            result = await part.run(code)
+            assert isinstance(result, ChildDied)
+            code.write("333")
+            await part.templates.reload()
+            assert (await part.found(code)).version == "333"
+
+    play(scenario())
+
+
+def test_a_template_that_is_killed_takes_no_child_with_it(bench: Bench) -> None:
+    """What its children execute goes on; later tasks have another one."""
+
+    async def scenario() -> None:
+        code = bench.location("murdered")
+        gate = bench.directory / "gate"
+        async with bench.part(slots=2) as part:
+            victim = (await part.found(code)).parent
+            running = asyncio.create_task(part.found(code, wait=str(gate)))
+            await until((bench.directory / "gate.begun").exists)
+            os.kill(victim, signal.SIGKILL)
+            await until(lambda: victim not in part.templates.pids)
+            after = await part.found(code, slot=1)
+            assert after.found
+            assert after.parent != victim
+            gate.touch()
+            assert (await running).version == "1"
+            assert code.loads == 2
+
+    play(scenario())
+
+
+def test_a_child_whose_template_was_killed_is_seen_to_end(bench: Bench) -> None:
+    async def scenario() -> None:
+        code = bench.location("orphaned")
+        gate = bench.directory / "gate"
+        async with bench.part() as part:
+            victim = (await part.found(code)).parent
+            running = asyncio.create_task(part.run(code, wait=str(gate)))
+            await until((bench.directory / "gate.begun").exists)
+            os.kill(victim, signal.SIGKILL)
+            await until(lambda: victim not in part.templates.pids)
+            os.kill(part.slots[0].pid, signal.SIGKILL)
+            assert isinstance(await running, ChildDied)
+            assert (await part.found(code)).found
+
+    play(scenario())
+
+
+def test_a_template_that_does_not_come_up_is_given_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task goes to a child, which loads the code itself."""
+
+    async def scenario() -> None:
+        slow = bench.location("slow")
+        marker = bench.directory / "slow.once"
+        slow.write(
+            "1",
+            f"import os, time\nif not os.path.exists({str(marker)!r}):\n"
+            f"    open({str(marker)!r}, 'w').close(); time.sleep(900)",
+        )
+        async with bench.part() as part:
+            monkeypatch.setattr(template_module, "LOAD_TIMEOUT_SECONDS", 1.0)
+            assert (await part.found(slow)).version == "1"
+            assert "not loaded within 1 seconds" in part.reason(slow)
+
+    play(scenario())
+
+
+def test_a_task_that_is_stopped_while_its_code_is_loaded_never_begins(bench: Bench) -> None:
+    async def scenario() -> None:
+        slow = bench.location("slow_b")
+        gate = bench.directory / "load"
+        slow.write(
+            "1",
+            f"import os, time\nopen({str(gate)!r} + '.begun', 'w').close()\n"
+            f"while not os.path.exists({str(gate)!r}): time.sleep(0.01)",
+        )
+        async with bench.part() as part:
+            running = asyncio.create_task(part.run(slow))
+            await until((bench.directory / "load.begun").exists)
+            part.slots[0].interrupt()
+            died = await running
+            assert isinstance(died, ChildDied)
+            assert "before it began" in str(died)
+            gate.touch()
+            assert (await part.found(slow)).found
+            assert slow.loads == 1
+
+    play(scenario())
+
+
+def test_so_many_code_locations_have_a_template_at_once(bench: Bench) -> None:
+    """The one whose last task is longest ago gives way, and its children live on."""
+
+    async def scenario() -> None:
+        first, *others = [bench.location(f"many_{it}") for it in range(3)]
+        async with bench.part(slots=3, most=2) as part:
+            child = await part.found(first)
+            for slot, location in enumerate(others, 1):
+                await part.found(location, slot)
+            assert len(part.templates.pids) == 3  # with the base
+            # it still knows how its children end
+            assert psutil.pid_exists(child.parent)
+            assert (await part.found(first, run_id="r")).pid == child.pid
+
+    play(scenario())
+
+
+def test_a_template_gives_way_when_its_last_child_has_ended(bench: Bench) -> None:
+    async def scenario() -> None:
+        code = bench.location("left")
+        async with bench.part() as part:
+            old = (await part.found(code)).parent
+            code.write("22")
+            assert (await part.found(code, run_id="new")).version == "22"
+            await until(lambda: not psutil.pid_exists(old))
+
+    play(scenario())
+
+
+def test_memory_that_is_shared_does_not_count(bench: Bench) -> None:
+    """A child of heavy code is not replaced for it."""
+
+    async def scenario() -> None:
+        heavy = bench.location("ballast")
+        heavy.write("1", "ballast = [bytes(1000) for _ in range(300_000)]")
+        async with bench.part(measures_memory=True) as part:
+            slot = part.slots[0]
+            slot._max_memory_kib = 200_000
+            slot._options = ChildOptions(("template_actor",), "INFO", 1, measures_memory=True)
+            first = await part.found(heavy)
+            assert (await part.found(heavy)).pid == first.pid
+
+    play(scenario())
+
+
+def test_without_the_fork_servers_parts_each_child_loads_its_code(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(templates_module, "has_templates", lambda: False)
+        code = bench.location("unknown_python")
+        async with bench.part() as part:
+            assert not (await part.found(code)).found
+            assert not part.templates.pids
+
+    play(scenario())
