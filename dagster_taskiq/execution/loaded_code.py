@@ -1,20 +1,22 @@
 """The code that a process has loaded, and the processes that are forked from it find loaded.
 
 A *template* loads code once: the modules that a worker includes, Dagster's instance, and perhaps
-one code location. Its children find all of it in ``LOADED``, which is empty in other processes.
+one code location. Its children find all of it in ``LOADED``, and note there what they load.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,46 @@ from dagster_taskiq.execution.instances import find_run, open_instance
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 
 
+@dataclass
+class _Load:
+    """What one process has loaded.
+
+    Attributes:
+        files: from which.
+        at: when the first of it was, by ``time.monotonic``; infinite before.
+    """
+
+    files: LoadedFiles = field(default_factory=LoadedFiles)
+    at: float = math.inf
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Note what is loaded meanwhile."""
+        self.at = min(self.at, time.monotonic())
+        with self.files.noting():
+            yield
+
+    def why_old(self, max_age_seconds: float | None) -> str:
+        """See ``LoadedCode``."""
+        if max_age_seconds is not None and time.monotonic() - self.at > max_age_seconds:
+            return f"it was loaded more than {max_age_seconds:g} seconds ago"
+        path = self.files.changed()
+        return path and f"{path} has changed"
+
+
 class LoadedCode:
-    """What was loaded, when, and from which files."""
+    """What was loaded here and in the templates that this process was forked from, and when."""
 
     def __init__(self) -> None:
-        #: Whether there is anything.
-        self.is_loaded = False
-        self._loaded_at = 0.0
-        self._files = LoadedFiles()
+        self._own = _Load()
+        self._inherited: list[_Load] = []
         self._instance: tuple[InstanceRef | None, DagsterInstance] | None = None
+        #: What the start of a process has changed in it.
         self._path: list[str] = []
         self._directory = ""
         self._start_method: str | None = None
+
+    # --- in a template ---
 
     def load(self, modules: Sequence[str], payload: str | None) -> None:
         """Load modules, this process's own instance, and the code location of a task.
@@ -63,14 +93,13 @@ class LoadedCode:
         """
         keep_definitions()
         end_copies_of_steps()
-        with self._files.noting():
+        with self.loading():
             if reason := import_modules(modules):
                 raise UnloadableCodeError(reason)
             if self._instance is None and os.getenv("DAGSTER_HOME"):
                 self._instance = (None, open_instance(None))
             if payload is not None:
                 self._load_location(json.loads(payload))
-        self._note()
 
     def _load_location(self, payload: Mapping[str, Any]) -> None:
         ref, run_id, job = _code_of(payload)
@@ -84,13 +113,15 @@ class LoadedCode:
         with suppress(Exception):  # of another job: its own runs will tell
             job.repository.get_definition().get_all_jobs()
 
-    def _note(self) -> None:
-        """Note what the start of a child changes in it."""
-        self.is_loaded = True
-        self._loaded_at = time.monotonic()
+    def hand_on(self) -> None:
+        """From here on this process only forks others."""
+        self._inherited.append(self._own)
+        self._own = _Load()
         self._path = list(sys.path)
         self._directory = str(Path.cwd())
         self._start_method = multiprocessing.get_start_method(allow_none=True)
+
+    # --- in any process that executes code ---
 
     def find_code(self) -> None:
         """Have modules found as they were when code was loaded, or are to be found for that.
@@ -99,7 +130,7 @@ class LoadedCode:
         the first entry for the script's directory and skips it when it loads a job, so the
         directory is the second one.
         """
-        if not self.is_loaded:
+        if not self._inherited:
             here = str(Path.cwd())
             sys.path[:] = ["", here, *(path for path in sys.path if path not in ("", here))]
             return
@@ -109,18 +140,25 @@ class LoadedCode:
             os.chdir(self._directory)
         multiprocessing.set_start_method(self._start_method, force=True)
 
-    def why_old(self, max_age_seconds: float | None) -> str:
-        """Why no new run may be executed with what was loaded; empty if it may.
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Load code, perhaps not for the first time."""
+        with self._own.going_on():
+            yield
+
+    def why_old(self, max_age_seconds: float | None) -> tuple[str, bool]:
+        """Why no new run may be executed with what was loaded, and whether that was done here.
 
         Args:
             max_age_seconds: how old it may be; None for any age.
+
+        Returns:
+            an empty reason if it may.
         """
-        if not self.is_loaded:
-            return ""
-        if max_age_seconds is not None and time.monotonic() - self._loaded_at > max_age_seconds:
-            return f"it was loaded more than {max_age_seconds:g} seconds ago"
-        path = self._files.changed()
-        return path and f"{path} has changed"
+        for load in self._inherited:
+            if reason := load.why_old(max_age_seconds):
+                return reason, False
+        return self._own.why_old(max_age_seconds), True
 
     def take_instance(self, ref: InstanceRef | None) -> DagsterInstance | None:
         """The open instance of a message, for its taker to close; None if it is not open here.

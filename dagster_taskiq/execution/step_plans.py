@@ -27,6 +27,7 @@ from dagster_taskiq._dagster.names import (
     create_execution_plan,
 )
 from dagster_taskiq.errors import SoftTimeLimitError, UnloadableCodeError
+from dagster_taskiq.execution.loaded_code import LOADED
 
 #: Runs whose plans are kept. A child seldom works for more of them in turn.
 _RUNS = 8
@@ -111,7 +112,8 @@ class RunPlans:
 def _load(job: ReconstructableJob) -> None:
     """Load a job's code, which is kept; an error says what was looked for, and where."""
     try:
-        job.get_definition()
+        with LOADED.loading():
+            job.get_definition()
     except SoftTimeLimitError:
         raise
     except Exception as error:

@@ -119,7 +119,8 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
             channel.say(word)
 
     LOADED.find_code()
-    reason = import_modules(options.include)
+    with LOADED.loading():
+        reason = import_modules(options.include)
     if reason:
         channel.say(NotReady(reason))
         return
@@ -140,8 +141,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     known_run = ""
     while (order := channel.receive()) is not None:
         if isinstance(order, Execute) and order.run_id != known_run:
-            if reason := LOADED.why_old(options.code_max_age_seconds):
-                channel.say(CodeIsOld(reason))
+            reason, is_own = LOADED.why_old(options.code_max_age_seconds)
+            if reason:
+                channel.say(CodeIsOld(reason, is_own))
                 continue
             known_run = order.run_id
         channel.say(OrderTaken())

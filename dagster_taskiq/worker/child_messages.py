@@ -105,13 +105,15 @@ class TemplateReady:
 
 @dataclass(frozen=True)
 class CodeIsOld:
-    """The child has an order, and does not execute it with the code that it was forked with.
+    """The child has an order, and does not execute it with the code that it has.
 
     Attributes:
         reason: what has changed, in words.
+        is_own: whether it has loaded that itself, and not its template.
     """
 
     reason: str
+    is_own: bool
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ class ChildSlot(Slot):
             self._oom_kills = count_oom_kills()
             word = await self._send(order)
             if isinstance(word, CodeIsOld):
-                self._note_old_code(word.reason)
+                self._note_old_code(word)
                 continue
             if not isinstance(word, ChildDied):
                 return None
@@ -241,10 +241,10 @@ class ChildSlot(Slot):
         finally:
             await end_tasks([loading, stopped])
 
-    def _note_old_code(self, reason: str) -> None:
+    def _note_old_code(self, word: CodeIsOld) -> None:
         self._spent_by = ReplaceReason.OLD_CODE
-        if self._templates is not None and self._template is not None:
-            self._templates.discard(self._template, reason)
+        if self._templates is not None and self._template is not None and not word.is_own:
+            self._templates.discard(self._template, word.reason)
 
     async def _send(self, order: Order) -> Word | ChildDied:
         assert self._child is not None

@@ -43,8 +43,8 @@ def template_main(
 ) -> None:
     """The template's whole life, in its main thread.
 
-    It says ``TemplateLoads``, and ``TemplateReady`` or ``NotReady``. Then it forks a child for each connection to the
-    listener, until its worker hangs up.
+    It says ``TemplateLoads``, and ``TemplateReady`` or ``NotReady``. Then it forks a child for each
+    connection to the listener, until its worker hangs up.
     """
     set_up_process(options.log_level)
     channel = Channel(connection)
@@ -69,8 +69,9 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
         return NotReady(f"it cannot be loaded ({type(error).__name__}: {error})")
     if hazard := trial.hazard():
         return NotReady(hazard, is_final=True)
-    if old := LOADED.why_old(None):
+    if old := LOADED.why_old(None)[0]:
         return NotReady(f"{old} while it was loaded")
+    LOADED.hand_on()
     return TemplateReady()
 
 
