@@ -195,9 +195,10 @@ class Overview:
 
     def withheld_of(self, run_id: str) -> Withheld:
         """The steps that a run holds back, by all that is seen here."""
-        told = [run.withheld for run in self.runs if run.run_id == run_id]
-        sent = {task.step_key or "" for task in self.tasks() if task.run_id == run_id}
-        return told[0].without(sent) if told else Withheld()
+        told = next((run.withheld for run in self.runs if run.run_id == run_id), Withheld())
+        if not told.groups:
+            return told
+        return told.without({task.step_key or "" for task in self.tasks() if task.run_id == run_id})
 
     def tasks_of_worker(self, record: WorkerRecord) -> list[TaskView]:
         """What a worker executes, the longest first."""
