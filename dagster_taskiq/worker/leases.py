@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import psutil
@@ -129,6 +129,8 @@ class LeaseKeeper:
     def guard_group(self, lease: Lease, group: int) -> None:
         """The task is executed by this process group (after all, if its first child died)."""
         lease.group = group
+        if group != lease.claim.place.pid:  # the next renewal tells it to whoever asks
+            lease.claim = replace(lease.claim, place=replace(lease.claim.place, pid=group))
         deadline = lease.renewed_at + lease.claim.lease_seconds * KILL_AFTER_LEASE_SHARE
         self._guard.set_deadline(group, deadline)
 

@@ -70,9 +70,20 @@ def reload_by_signal(_: Stack, worker: WorkerProcess) -> None:
     worker.process.send_signal(signal.SIGHUP)
 
 
+@pytest.mark.parametrize("options", [[], ["--no-warm-code"]], ids=["warm", "cold"])
+def test_a_new_run_has_the_code_that_is_on_disk(stack: Stack, options: list[str]) -> None:
+    """Its steps too, in slots that have executed older code; nobody need ask for it."""
+    write(stack, "one")
+    stack.worker(*options, slots=1).await_ready()
+    assert said(stack) == "one"
+    write(stack, "number two")
+    assert said(stack) == "number two"
+    assert said(stack) == "number two"
+
+
 @pytest.mark.parametrize("ask", [reload_by_command, reload_by_signal])
 def test_reload(stack: Stack, ask: object) -> None:
-    """Idle slots run the new code at once; a step that runs ends with the code that it has."""
+    """Idle slots have new children at once; a step that runs ends with the code that it has."""
     assert callable(ask)
     write(stack, "one")
     worker = stack.worker(slots=2).await_ready()
@@ -80,7 +91,6 @@ def test_reload(stack: Stack, ask: object) -> None:
     busy.await_notes("waits")
     assert said(stack) == "one"
     write(stack, "number two")
-    assert said(stack) == "one"
     ask(stack, worker)
     worker.await_log("Reloaded")
     assert said(stack) == "number two"

@@ -171,7 +171,7 @@ def test_max_tasks_per_child(stack: Stack, arguments: list[str]) -> None:
 
 def test_max_memory_per_child(stack: Stack) -> None:
     """A child above the limit is replaced, after the step that took it there has ended."""
-    stack.worker("--max-memory-per-child", str(260 << 10), slots=1).await_ready()
+    stack.worker("--max-memory-per-child", str(130 << 10), slots=1).await_ready()
     run = stack.run("growing")
     assert run.is_success
     assert len({note.pid for note in run.notes("ran")}) == 3

@@ -43,7 +43,10 @@ def test_a_worker_is_killed_with_a_launched_run(kind: BrokerKind, tmp_path: Path
     with open_launching_stack(kind, tmp_path, resumes=1) as stack:
         points = (*BEFORE_BEGIN, "begun")
         victims = {
-            point: fatal_worker(stack, point, "--run-slots", "1", slots=0, queues=[point])
+            # which has not given the task to a child while a template loads its code
+            point: fatal_worker(
+                stack, point, "--run-slots", "1", "--no-warm-code", slots=0, queues=[point]
+            )
             for point in points
         }
         runs = {
@@ -64,12 +67,13 @@ def test_a_worker_is_killed_with_a_launched_run(kind: BrokerKind, tmp_path: Path
         assert len(begun.notes("started")) == len(begun.notes("ran")) == 1
 
 
-def test_a_worker_is_stopped_with_a_launched_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--no-warm-code"]], ids=["warm", "cold"])
+def test_a_worker_is_stopped_with_a_launched_run(options: list[str], tmp_path: Path) -> None:
     """A second SIGTERM while a run's code loads does not fail the run: another worker starts it."""
     with open_launching_stack("redis", tmp_path) as stack:
-        leaver = stack.worker("--run-slots", "1", environment={FAULT_VARIABLE: "loading"})
+        leaver = stack.worker("--run-slots", "1", *options, environment={FAULT_VARIABLE: "loading"})
         run = launch(stack, "loads_slowly")
-        run.await_start()
+        leaver.await_log(f"Run {run.run_id}: starting in slot")
         leaver.terminate()
         leaver.await_log("Stopping: no new tasks")
         leaver.terminate()

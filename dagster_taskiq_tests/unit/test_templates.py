@@ -55,6 +55,7 @@ sys.path.insert(0, {directory!r})
 
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster_taskiq_tests import quick_storage
+from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
@@ -64,11 +65,14 @@ with open({home!r} + "/included", "a") as included:
 
 def act(runner, payload, place, *_):
     job = ReconstructableJob.from_dict(payload["executable_dict"])
+    found = job.repository.pointer.module in sys.modules
+    with LOADED.loading():
+        version = job.get_definition().tags["version"]
     facts = dict(
         pid=os.getpid(),
         parent=os.getppid(),
-        found=job.repository.pointer.module in sys.modules,
-        version=job.get_definition().tags["version"],
+        found=found,
+        version=version,
         random=random.random(),
         has_instance=runner._instance(None) is not None,
     )
