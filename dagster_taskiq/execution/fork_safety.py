@@ -99,7 +99,8 @@ def reseed() -> None:
     """Give a forked child global random generators of its own, from the system's randomness.
 
     Those of numpy and torch, where they are imported; Python's own ``random`` does so by itself
-    with each fork. A generator that a module has made for itself stays the same in every child.
+    with each fork. So a seed that a module has set for them at its import holds for no child. A
+    generator that a module has made for itself stays the same in every child.
     """
     numpy_random: Any = sys.modules.get("numpy.random")
     if numpy_random is not None:
