@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import warnings
@@ -93,20 +92,6 @@ class ForkTrial:
                     if found:
                         return f"{found} is open"
         return ""
-
-
-def reseed() -> None:
-    """Give a forked child global random generators of its own, from the system's randomness.
-
-    Those of numpy and torch, where they are imported; Python's own ``random`` does so by itself
-    with each fork. A generator that a module has made for itself stays the same in every child.
-    """
-    numpy_random: Any = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(int.from_bytes(os.urandom(8), sys.byteorder))
 
 
 def _once_empty(look: Callable[[], list[str]]) -> list[str]:

@@ -34,6 +34,7 @@ from dagster_taskiq._dagster.patches import end_copies_of_steps, keep_definition
 from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
+from dagster_taskiq.execution.generators import noting_seeds
 from dagster_taskiq.execution.instances import find_run, open_instance
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 
@@ -54,7 +55,7 @@ class _Load:
     def going_on(self) -> Iterator[None]:
         """Note what is loaded meanwhile."""
         self.at = min(self.at, time.monotonic())
-        with self.files.noting():
+        with self.files.noting(), noting_seeds():
             yield
 
     def why_old(self, max_age_seconds: float | None) -> str:

@@ -6,6 +6,7 @@ libraries read in C alone is not seen, such as a Parquet file that pyarrow opens
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -91,6 +92,8 @@ class LoadedFiles:
         A module counts too that something other than Python's own import has read.
         """
         _HOOK.be_there()
+        # what Python has listed before it would not list again, and so not be heard to look for
+        importlib.invalidate_caches()
         modules = set(sys.modules)
         _HEARING.append(self)
         try:

@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, k
 from dagster_taskiq.aio.tracing import Tracing, no_tracing
 from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import ChannelLostError
-from dagster_taskiq.execution.fork_safety import reseed
+from dagster_taskiq.execution.generators import reseed
 from dagster_taskiq.execution.loaded_code import LOADED, import_modules
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.envelope import TaskName
@@ -162,19 +162,20 @@ def _execute(
     on_run_start_logged: Callable[[], None],
 ) -> Executed:
     leftovers, step_end = Leftovers(), ""
+    place = replace(order.place, pid=os.getpid())  # the claim may name the child before this one
     try:
         payload = _payload(order.payload)
     except ValueError as error:
         reason = f"Its payload cannot be read: {error}."
-        result = TaskResult(Outcome.ERROR, order.place, reason=reason)
+        result = TaskResult(Outcome.ERROR, place, reason=reason)
     else:
         if order.name is TaskName.EXECUTE_PLAN:
             with soft_time_limit(order.soft_timeout_seconds):
-                result = runner.execute_plan(payload, order.place, order.arrival, leftovers.look)
+                result = runner.execute_plan(payload, place, order.arrival, leftovers.look)
                 step_end = runner.step_end
         else:
             result = runner.execute_run(
-                order.name, payload, order.place, order.arrival, on_run_start_logged
+                order.name, payload, place, order.arrival, on_run_start_logged
             )
     sys.stdout.flush()
     sys.stderr.flush()

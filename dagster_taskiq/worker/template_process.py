@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import socket
+import warnings
 from dataclasses import dataclass
 from multiprocessing import forkserver
 
@@ -78,6 +79,8 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
 def _serve(listener: int, alive: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # whatever the code has put in place
         signal.signal(number, signal.SIG_IGN)
+    # it would be raised here where warnings are errors; the trial has looked at the threads
+    warnings.filterwarnings("ignore", r".*multi-threaded, use of fork", DeprecationWarning)
     gc.collect()
     # what is there to stay need not be looked at, and thus written to, in every child
     gc.freeze()

@@ -140,15 +140,21 @@ def test_the_guard_is_killed(stack: Stack) -> None:
     assert run.wait().status is DagsterRunStatus.FAILURE
 
 
-def test_the_fork_server_is_killed(stack: Stack) -> None:
-    """The process that children are forked from is replaced too, and the children with it."""
+def test_what_children_are_forked_from_is_killed(stack: Stack) -> None:
+    """A step that runs goes on, and its end is seen; the next child comes from elsewhere."""
     worker = stack.worker(slots=1).await_ready()
-    (before,) = {note.pid for note in stack.run("serial").notes("ran")}
-    psutil.Process(before).parent().kill()  # type: ignore[union-attr]
-    run = stack.run("serial")
-    assert run.is_success
-    assert before not in {note.pid for note in run.notes("ran")}
-    assert not is_running(before)
+    run = stack.start("one_gated")
+    (note,) = run.await_notes("started")
+    for process in psutil.Process(note.pid).parents():
+        if process.pid == worker.process.pid:
+            break
+        process.kill()
+    run.open_gate()
+    assert run.wait().is_success
+    os.kill(note.pid, signal.SIGKILL)
+    after = stack.run("serial")
+    assert after.is_success
+    assert note.pid not in {it.pid for it in after.notes("ran")}
     worker.terminate()
     assert worker.wait() == 0
 

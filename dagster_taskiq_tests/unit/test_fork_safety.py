@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -194,36 +193,3 @@ def test_devices(target: str, words: str) -> None:
     """Of a character device, whose name the kernel would give."""
     with Path("/dev/null").open() as device:
         assert fork_safety._shared(device.fileno(), target) == words
-
-
-def test_random_generators(tmp_path: Path) -> None:
-    """Python reseeds its own with each fork."""
-    code = """
-import random
-seen = set()
-for _ in range(3):
-    reader, writer = os.pipe()
-    if os.fork() == 0:
-        fork_safety.reseed()
-        os.write(writer, str(random.random()).encode())
-        os._exit(0)
-    os.wait()
-    seen.add(os.read(reader, 100))
-assert len(seen) == 3
-assert "numpy" not in sys.modules and "torch" not in sys.modules
-"""
-    assert hazard(tmp_path, code) == ""
-
-
-def test_libraries_that_are_imported_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    seeds: list[tuple[int, ...]] = []
-    for name, seed in (("numpy.random", "seed"), ("torch", "manual_seed")):
-        module = types.ModuleType(name)
-        setattr(module, seed, lambda *given: seeds.append(given))
-        monkeypatch.setitem(sys.modules, name, module)
-    fork_safety.reseed()
-    fork_safety.reseed()
-    assert seeds[0] == seeds[2] == ()
-    ((first,), (second,)) = seeds[1], seeds[3]
-    assert first != second
-    assert 0 <= first < 2**64

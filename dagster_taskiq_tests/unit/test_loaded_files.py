@@ -53,7 +53,6 @@ class Project:
         return new.rename(path)
 
     def load(self) -> None:
-        importlib.invalidate_caches()
         with self.loaded.noting():
             importlib.import_module(self.name)
 
@@ -200,6 +199,21 @@ def test_code_that_fails_has_been_read_too(project: Project) -> None:
     assert project.loaded.changed() == ""
     project.write("helper.py", "A = 1")
     assert project.loaded.changed() == str(project.package / "helper.py")
+
+
+def test_a_module_that_was_looked_for_in_vain(project: Project) -> None:
+    """In a directory that Python has listed before, for another module."""
+    found = f"found_{uuid.uuid4().hex}"
+    (project.root / f"{found}.py").touch()
+    importlib.import_module(found)
+    optional = f"optional_{uuid.uuid4().hex}"
+    project.write("helper.py", f"try: import {optional}\nexcept ImportError: pass")
+    project.load()
+    (project.root / "runs.log").touch()
+    assert project.loaded.changed() == ""
+    (project.root / f"{optional}.py").touch()
+    assert project.loaded.changed() == str(project.root / f"{optional}.py")
+    del sys.modules[found]
 
 
 def test_a_file_that_was_absent(tmp_path: Path) -> None:
