@@ -21,6 +21,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
+from dagster_taskiq._dagster.run_table import remember_columns
 from dagster_taskiq._dagster.storage import has_server, storage_engines
 
 #: How old a connection may be that is used again. Load balancers drop an idle one without a word
@@ -39,11 +40,12 @@ def kept_connections(instance: DagsterInstance, count: int = 1) -> Iterator[None
     Before each use it is looked at whether the server has closed it, so that a restart costs a new
     connection and no error. Storages without a server, such as SQLite, and those that keep
     connections already stay as they are. Afterwards all is as it was, and a connection that is
-    still in use is closed when it comes back.
+    still in use is closed when it comes back. What the table of runs has is known from then on.
 
     Args:
         count: how many are kept where several threads have used one at once.
     """
+    remember_columns(instance)
     engines: dict[Any, Engine] = {}
     before = []
     for storage in storage_engines(instance):
