@@ -164,6 +164,8 @@ class RunClient:
 
     def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """Why a run waits, with what a worker says of it; see ``Carrier.explained``."""
+        if not Carrier.may_explain(wait):
+            return wait
 
         async def explain() -> QueueWait | None:
             return await self._carrier.explained(run_id, wait)
