@@ -138,13 +138,18 @@ class Carrier:
             places = await self._broker.places(physical, task_ids)
         return QueueLook(depth, places or {})
 
+    @staticmethod
+    def may_explain(wait: QueueWait | None) -> bool:
+        """Whether a worker may say more of a reason than the list of workers does."""
+        return wait is not None and wait.kind is WaitKind.UNSERVED
+
     async def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """The same reason, or what a worker says that gives a run's tasks back.
 
         Args:
             wait: why the run or its tasks wait, by what the workers in the list say.
         """
-        if wait is None or wait.kind is not WaitKind.UNSERVED:
+        if wait is None or not self.may_explain(wait):
             return wait
         data = await self._broker.take_note(run_id)
         said = None if data is None else read_note(self._servers.signer, run_id, data)

@@ -25,6 +25,7 @@ from dagster_taskiq._dagster.names import (
     WorkerStatus,
     pack_value,
 )
+from dagster_taskiq._dagster.run_table import add_run_tag, report_engine_event
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.schema import CONNECTION_SCHEMA
@@ -35,6 +36,7 @@ from dagster_taskiq.errors import ServerError, UnloadableCodeError
 from dagster_taskiq.execution.code_locations import RUN_ARGS_KEY, location_of
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.late_launches import LateLaunches
+from dagster_taskiq.launch.launch_connections import LaunchConnections
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.launch.termination import Termination
@@ -51,6 +53,10 @@ from dagster_taskiq.servers.patience import is_passing
 from dagster_taskiq.tags import TASK_ID_TAG, clamp_priority, run_priority, run_queue
 
 logger = logging.getLogger(__name__)
+
+#: How old may be what runs that are launched one after the other are told of the workers. To read
+#: the list of a thousand workers takes longer than to launch a run.
+_WAITS_SECONDS = 1.0
 
 
 class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
@@ -83,6 +89,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
 
     def _begin_anew(self) -> None:
         self._background = Background()
+        self._connections = LaunchConnections(self._background)
         self._late = LateLaunches(self._background, self._settings.server_patience_seconds)
 
     # --- configuration ---
@@ -126,6 +133,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
     def dispose(self) -> None:
         """Leave the servers; runs that wait or are being cancelled are left to Dagster."""
         self._background.close()  # the end of all that belongs to it
+        self._connections.close()
         with self._opening:
             if self._opened is not None:
                 self._opened[0].close()
@@ -145,11 +153,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             TagError: a tag of the run cannot be used.
         """
         run = context.dagster_run
+        if not self._settings.source.database_short_lived_sessions:
+            self._connections.keep(self._instance)
         is_sending = False
         try:
-            self._client.reach(self._queue(run))
+            epoch = self._client.reach(self._queue(run))
             is_sending = True
-            self._launch(run)
+            self._launch(run, epoch)
         except ServerError as error:
             if not is_passing(error, has_worked=self._client.has_worked):
                 raise
@@ -157,8 +167,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
                 self._instance, run, error, self._launch, may_have_been_sent=is_sending
             )
 
-    def _launch(self, run: DagsterRun) -> None:
-        envelope, wait = self._send(run, TaskName.EXECUTE_JOB, resume_number=0)
+    def _launch(self, run: DagsterRun, epoch: str | None = None) -> None:
+        envelope, wait = self._send(run, TaskName.EXECUTE_JOB, 0, epoch)
         self._watch.look_after(self._instance, envelope, wait)
 
     @property
@@ -180,12 +190,11 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             number = self._instance.count_resume_run_attempts(run.run_id)
         resume_number = number
 
-        def send(run: DagsterRun) -> None:
-            self._send(run, TaskName.RESUME_JOB, resume_number)
+        def send(run: DagsterRun, epoch: str | None = None) -> None:
+            self._send(run, TaskName.RESUME_JOB, resume_number, epoch)
 
         try:
-            self._client.reach(self._queue(run))
-            send(run)
+            send(run, self._client.reach(self._queue(run)))
         except ServerError as error:
             # it has been launched with these settings
             if not is_passing(error, has_worked=True):
@@ -193,9 +202,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             self._late.put_off_resume(self._instance, run, error, send)
 
     def _send(
-        self, run: DagsterRun, name: TaskName, resume_number: int
+        self, run: DagsterRun, name: TaskName, resume_number: int, epoch: str | None
     ) -> tuple[Envelope, QueueWait | None]:
-        """Send a run; its task, and why it waits, where there is a reason."""
+        """Send a run; its task, and why it waits, where there is a reason.
+
+        Args:
+            epoch: the backend's, where it was just asked.
+        """
         queue = self._queue(run)
         task_id = run_task_id(run.run_id, resume_number)
         arguments = self._arguments(run)
@@ -210,13 +223,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             priority=clamp_priority(run_priority(run.tags)),
             lease_seconds=self._settings.lease_seconds,
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
-            epoch=self._client.epoch(),
+            epoch=epoch or self._client.epoch(),
             payload=json.dumps({RUN_ARGS_KEY: pack_value(arguments)}),
             code_location=location_of(pack_value(cast("Any", origin.code_pointer))),
             job=run.job_name,
         )
         # the tag first: whoever finds the run running must be able to find its task
-        self._instance.add_run_tags(run.run_id, {TASK_ID_TAG: task_id})
+        add_run_tag(self._instance, run, TASK_ID_TAG, task_id)
         self._client.submit(envelope)
         wait = self._report_sent(run, envelope)
         return envelope, wait
@@ -233,18 +246,15 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         }
         wait = None
         with suppress(ServerError):  # the watch will say it
-            waits = self._client.queue_waits()
+            waits = self._client.queue_waits(max_age_seconds=_WAITS_SECONDS)
             if wait := waits.of(queue):
                 look = self._client.look_into(queue, envelope.task_id)
                 text = f"{text} It waits. {wait.reason} {look.sentence(envelope.task_id)}".rstrip()
                 metadata |= queue_metadata(queue, wait, look, waits.listeners(queue))
                 metadata |= task_metadata(envelope.task_id, envelope.priority, look)
-        self._instance.report_engine_event(
-            text,
-            run,
-            EngineEventData(metadata=metadata, marker_start=QUEUE_WAIT_MARKER),
-            cls=self.__class__,
-        )
+        text = f"[{type(self).__name__}] {text}"
+        data = EngineEventData(metadata=metadata, marker_start=QUEUE_WAIT_MARKER)
+        report_engine_event(self._instance, run, text, data)
         return wait
 
     def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:

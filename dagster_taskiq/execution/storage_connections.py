@@ -21,7 +21,8 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
-from dagster_taskiq._dagster.storage import storage_engines
+from dagster_taskiq._dagster.run_table import remember_columns
+from dagster_taskiq._dagster.storage import has_server, storage_engines
 
 #: How old a connection may be that is used again. Load balancers drop an idle one without a word
 #: after a while (Azure's after 240 s, AWS's after 350 s), and the next statement would wait for
@@ -33,41 +34,62 @@ _of_parents: list[Pool] = []
 
 
 @contextmanager
-def kept_connections(instance: DagsterInstance) -> Iterator[None]:
+def kept_connections(instance: DagsterInstance, count: int = 1) -> Iterator[None]:
     """Let the storages of the instance that are in one database keep one connection.
 
     Before each use it is looked at whether the server has closed it, so that a restart costs a new
     connection and no error. Storages without a server, such as SQLite, and those that keep
-    connections already stay as they are. Afterwards all is as it was.
+    connections already stay as they are. Afterwards all is as it was, and a connection that is
+    still in use is closed when it comes back. What the table of runs has is known from then on.
+
+    Args:
+        count: how many are kept where several threads have used one at once.
     """
+    remember_columns(instance)
     engines: dict[Any, Engine] = {}
     before = []
     for storage in storage_engines(instance):
         engine = storage.engine
-        if type(engine.pool) is NullPool and engine.dialect.name != "sqlite":
+        if _opens_each_time(engine):
             before.append((storage, engine))
             storage.engine = engines.setdefault(engine.url, engine)
     pools = [(engine, engine.pool) for engine in engines.values()]
     for engine, pool in pools:
-        engine.pool = _keep(pool)
+        engine.pool = _keep(pool, count)
         _keeping.add(engine)
     try:
         yield
     finally:
-        for engine, pool in pools:
-            _keeping.discard(engine)
-            engine.pool.dispose()
-            engine.pool = pool
         for storage, engine in before:
             storage.engine = engine
+        for engine, pool in pools:
+            _keeping.discard(engine)
+            kept, engine.pool = engine.pool, pool
+            event.listen(kept, "checkin", _close)
+            kept.dispose()
 
 
-def _keep(pool: Any) -> Pool:
+def can_keep_connections(instance: DagsterInstance) -> bool:
+    """Whether a storage of the instance opens a connection to a server for each statement."""
+    return any(_opens_each_time(storage.engine) for storage in storage_engines(instance))
+
+
+def _opens_each_time(engine: Engine) -> bool:
+    return type(engine.pool) is NullPool and has_server(engine)
+
+
+def _close(connection: Any, record: Any) -> None:
+    """Close a connection that comes back to a pool that has ended."""
+    del connection
+    record.close()
+
+
+def _keep(pool: Any, count: int) -> Pool:
     """A pool that connects as the given one does, and listens to the same events."""
     # as its `recreate` does, which cannot change the class
     keeping = QueuePool(
         pool._creator,  # noqa: SLF001
-        pool_size=1,
+        pool_size=count,
         max_overflow=-1,
         recycle=RECYCLE_SECONDS,
         dialect=pool._dialect,  # noqa: SLF001

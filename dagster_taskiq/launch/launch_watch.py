@@ -165,8 +165,11 @@ class LaunchWatch:
             # what a worker refuses was not lost: it has said why it does not want it
             if it.envelope.task_id in lost and not (wait and wait.kind is WaitKind.REFUSED):
                 self._send_again(instance, run, it.envelope)
-            self._explain_wait(instance, run, it, wait, queues.listeners(queue), now)
-            self._look_after_refused(instance, run, it, now)
+            report, result = self._client.look(run.run_id, it.envelope.task_id)
+            listeners = queues.listeners(queue)
+            self._explain_wait(instance, run, it, wait, listeners, now, report.state)
+            if report.state is TaskState.REFUSED:
+                self._look_after_refused(instance, run, it, now, result)
 
         _each(found, act)
         return False
@@ -204,10 +207,12 @@ class LaunchWatch:
         wait: QueueWait | None,
         listeners: Listeners,
         now: float,
+        state: TaskState,
     ) -> None:
         """Say why a run waits; fail it where no worker of its queue can ever execute it."""
         envelope, waited_seconds = launched.envelope, now - launched.sent_at
-        if self._is_taken(launched, wait, waited_seconds):
+        is_said_to_wait = wait is not None or waited_seconds > TURN_REASON_SECONDS
+        if is_said_to_wait and state is not TaskState.UNKNOWN:  # claimed or given back by a worker
             launched.waits.news(None, waited_seconds, now)
             return
         if news := launched.waits.news(wait, waited_seconds, now, listeners):
@@ -225,21 +230,16 @@ class LaunchWatch:
         if wait and launched.waits.is_hopeless(now):
             self._fail_unexecuted(instance, run, envelope, wait.reason)
 
-    def _is_taken(self, launched: _Launched, wait: QueueWait | None, waited_seconds: float) -> bool:
-        """Whether a run that would be said to wait was claimed or given back by a worker."""
-        if wait is None and waited_seconds <= TURN_REASON_SECONDS:
-            return False
-        run_id, task_id = launched.envelope.run_id, launched.envelope.task_id
-        return self._client.state_of(run_id, task_id)[1] is not TaskState.UNKNOWN
-
     def _look_after_refused(
-        self, instance: DagsterInstance, run: DagsterRun, launched: _Launched, now: float
+        self,
+        instance: DagsterInstance,
+        run: DagsterRun,
+        launched: _Launched,
+        now: float,
+        result: TaskResult | None,
     ) -> None:
         """Send a run again that a worker with another instance has given back, for a while."""
         envelope = launched.envelope
-        report, result = self._client.look(run.run_id, envelope.task_id)
-        if report.state is not TaskState.REFUSED:
-            return
         if result is not None and result.queue:
             self._move(instance, run, launched, result)
             return

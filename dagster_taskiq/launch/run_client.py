@@ -57,6 +57,8 @@ class RunClient:
         self._lock = threading.Lock()
         self._thread: LoopThread | None = None
         self._silence: UnreachableServerError | None = None
+        #: What was last said of all queues, and when it was asked, on this process's clock.
+        self._waits: tuple[float, QueueWaits] | None = None
         self._broker: TaskBroker
         self._backend: Backend
         self._carrier: Carrier
@@ -68,13 +70,14 @@ class RunClient:
         """Whether the servers have ever taken us."""
         return self._thread is not None
 
-    def reach(self, queue: str) -> None:
-        """Raise unless both servers answer, asked for one queue."""
-        self._call(lambda: self._ask(queue))
+    def reach(self, queue: str) -> str:
+        """The backend's epoch; raises unless both servers answer, asked for one queue."""
+        return self._call(lambda: self._ask(queue))
 
-    async def _ask(self, queue: str) -> None:
-        await self._backend.epoch()
+    async def _ask(self, queue: str) -> str:
+        epoch = await self._backend.epoch()
         await self._carrier.depth(queue)
+        return epoch
 
     def epoch(self) -> str:
         """The backend's epoch, to send a task in."""
@@ -141,13 +144,19 @@ class RunClient:
 
         return self._call(cancel)
 
-    def queue_waits(self) -> QueueWaits:
-        """Why runs wait in their queues, as the workers are now."""
+    def queue_waits(self, max_age_seconds: float = 0.0) -> QueueWaits:
+        """Why runs wait in their queues, as the workers are now, or were lately."""
+        known = self._waits
+        if known is not None and time.monotonic() - known[0] < max_age_seconds:
+            return known[1]
 
         async def look() -> QueueWaits:
             return await self._carrier.queue_waits()
 
-        return self._call(look)
+        asked_at = time.monotonic()
+        waits = self._call(look)
+        self._waits = asked_at, waits
+        return waits
 
     def look_into(self, queue: str, task_id: str) -> QueueLook:
         """What is to be seen of a queue in which a run waits, for people."""
@@ -155,6 +164,8 @@ class RunClient:
 
     def explained(self, run_id: str, wait: QueueWait | None) -> QueueWait | None:
         """Why a run waits, with what a worker says of it; see ``Carrier.explained``."""
+        if not Carrier.may_explain(wait):
+            return wait
 
         async def explain() -> QueueWait | None:
             return await self._carrier.explained(run_id, wait)

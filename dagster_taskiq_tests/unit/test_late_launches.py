@@ -65,14 +65,14 @@ class FakeClient:
         self.error_of_run: dict[str, Exception] = {}
         self.refused_runs: list[str] = []
 
-    def reach(self, _: str) -> None:
+    def reach(self, _: str) -> str:
         self.tries += 1
         if self.error:
             raise self.error
+        return "epoch"
 
     def epoch(self) -> str:
-        self.reach("")
-        return "epoch"
+        return self.reach("")
 
     def submit(self, envelope: Envelope) -> None:
         if self.submit_error:
@@ -82,7 +82,7 @@ class FakeClient:
             raise error
         self.sent.append(envelope)
 
-    def queue_waits(self) -> FakeClient:
+    def queue_waits(self, max_age_seconds: float = 0.0) -> FakeClient:
         return self
 
     def of(self, _: str) -> None:
