@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 from dagster import DagsterInstance, DagsterRun, MetadataValue
 from typing_extensions import Self
@@ -18,27 +17,24 @@ from dagster_taskiq._dagster.names import (
     ConfigurableClass,
     ConfigurableClassData,
     EngineEventData,
-    ExecuteRunArgs,
     LaunchRunContext,
     ResumeRunContext,
     RunLauncher,
     WorkerStatus,
-    pack_value,
 )
 from dagster_taskiq._dagster.run_table import add_run_tag, report_engine_event
-from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.backend import TaskReport, TaskState
 from dagster_taskiq.config.schema import CONNECTION_SCHEMA
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
-from dagster_taskiq.errors import ServerError, UnloadableCodeError
-from dagster_taskiq.execution.code_locations import RUN_ARGS_KEY, location_of
+from dagster_taskiq.errors import ServerError
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_connections import LaunchConnections
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
+from dagster_taskiq.launch.run_payloads import payload_of
 from dagster_taskiq.launch.termination import Termination
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.envelope import (
@@ -211,8 +207,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         """
         queue = self._queue(run)
         task_id = run_task_id(run.run_id, resume_number)
-        arguments = self._arguments(run)
-        origin = arguments.job_origin.repository_origin
+        payload, code_location = payload_of(self._instance, run)
         envelope = Envelope(
             task_id=task_id,
             name=name,
@@ -224,8 +219,8 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             lease_seconds=self._settings.lease_seconds,
             cancel_grace_seconds=self._settings.cancel_grace_seconds,
             epoch=epoch or self._client.epoch(),
-            payload=json.dumps({RUN_ARGS_KEY: pack_value(arguments)}),
-            code_location=location_of(pack_value(cast("Any", origin.code_pointer))),
+            payload=payload,
+            code_location=code_location,
             job=run.job_name,
         )
         # the tag first: whoever finds the run running must be able to find its task
@@ -256,17 +251,6 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         data = EngineEventData(metadata=metadata, marker_start=QUEUE_WAIT_MARKER)
         report_engine_event(self._instance, run, text, data)
         return wait
-
-    def _arguments(self, run: DagsterRun) -> ExecuteRunArgs:
-        if run.job_code_origin is None:
-            raise UnloadableCodeError(f"Run {run.run_id} does not say where its job's code is.")
-        instance = self._instance
-        return ExecuteRunArgs(
-            job_origin=run.job_code_origin,
-            run_id=run.run_id,
-            instance_ref=None if is_own_instance(instance) else instance.get_ref(),
-            set_exit_code_on_failure=True,
-        )
 
     def terminate(self, run_id: str) -> bool:
         """Stop a run, wherever it is.
