@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from dagster import DagsterEvent, DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterEvent, DagsterInstance, DagsterRun
 
 from dagster_taskiq._dagster.names import (
     DagsterExecutionInterruptedError,
@@ -42,6 +42,7 @@ from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_
 from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
+from dagster_taskiq.execution.known_runs import LiveRuns, find_run, startable_run
 from dagster_taskiq.execution.step_plans import RunPlans
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
@@ -89,6 +90,7 @@ class TaskRunner:
         self._keeps_connections = keeps_connections
         self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
+        self._runs = LiveRuns()
         self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
         self._events = EventWriter()
         self._resources = ExitStack()
@@ -96,6 +98,7 @@ class TaskRunner:
     def close(self) -> None:
         """Close the instance and its connections."""
         self._known = None
+        self._runs = LiveRuns()
         self._events = EventWriter()
         self._resources.close()
 
@@ -125,7 +128,7 @@ class TaskRunner:
             try:
                 args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
                 instance = self._instance(args.instance_ref)
-                run = _startable_run(instance, args.run_id, name)
+                run = startable_run(instance, args.run_id, name)
                 report_run_start(instance, run, place, arrival)
                 self._events.flush()
                 return _execute_run(instance, run, name, place, on_run_start_logged)
@@ -247,7 +250,7 @@ class TaskRunner:
         trace: StepTrace,
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
-        run = _live_run(instance, args.run_id)
+        run = self._runs.find(instance, args.run_id)
         (step_key,) = args.step_keys_to_execute or ()
         location = run.remote_job_origin.location_name if run.remote_job_origin else None
         instance.inject_env_vars(location)
@@ -282,7 +285,7 @@ class TaskRunner:
     def _run_of(self, payload: Mapping[str, Any]) -> DagsterRun | None:
         """The run that a step belongs to, as it is now; None if it was deleted."""
         args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-        return _find_run(self._instance(args.instance_ref), args.run_id)
+        return find_run(self._instance(args.instance_ref), args.run_id)
 
     def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
         """Fail a run that could not start, unless something else has become of it.
@@ -293,7 +296,7 @@ class TaskRunner:
         """
         args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
         instance = self._instance(args.instance_ref)
-        run = _find_run(instance, args.run_id)
+        run = find_run(instance, args.run_id)
         if run is not None and run.status is DagsterRunStatus.STARTING:
             instance.report_run_failed(run, f"The run could not start: {reason}")
 
@@ -331,19 +334,6 @@ def _execute_run(
     return TaskResult(Outcome.FINISHED, place, exit_code=exit_code)
 
 
-def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:
-    """The run, if it still waits to be started (or resumed): much can happen in a queue."""
-    run = _known_run(instance, run_id)
-    waiting = (
-        (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED)
-        if name is TaskName.RESUME_JOB
-        else (DagsterRunStatus.STARTING,)
-    )
-    if run.status not in waiting:
-        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
-    return run
-
-
 def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
     place = already_begun(instance, run_id, step_key, attempt)
     if place is None:
@@ -354,33 +344,6 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
         "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
         "See who can write to broker and backend."
     )
-
-
-def _find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
-    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
-    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
-
-
-def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = _find_run(instance, run_id)
-    if run is None:
-        raise WrongInstanceError(
-            f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
-            "worker needs the same dagster.yaml and storage as the run."
-        )
-    return run
-
-
-def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = _known_run(instance, run_id)
-    if run.is_finished or run.status is DagsterRunStatus.CANCELING:
-        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
-    return run
-
-
-def _describe(instance: DagsterInstance) -> str:
-    home = os.getenv("DAGSTER_HOME")
-    return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__
 
 
 def _open_instance(ref: InstanceRef | None) -> DagsterInstance:
