@@ -73,7 +73,7 @@ class SqlEventLog:
         """
         columns = tuple(rows[0])
         if columns != self._columns:
-            self._insert = _insert_of(self._storage._engine, columns)
+            self._insert = insert_of(self._storage._engine, columns)
             self._columns = columns
         row_marks = f"({', '.join(['%s'] * len(columns))})"
         statement = self._insert + ", ".join([row_marks] * len(rows))
@@ -104,7 +104,7 @@ class SqlEventLog:
                 self._storage.store_event = before
 
 
-def _insert_of(engine: Engine, columns: Sequence[str]) -> str:
+def insert_of(engine: Engine, columns: Sequence[str]) -> str:
     """The beginning of a statement that writes rows of these columns into the log's table."""
     quote = engine.dialect.identifier_preparer
     names = ", ".join(quote.format_column(SqlEventLogStorageTable.c[it]) for it in columns)

@@ -250,7 +250,7 @@ def _worker_options(
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         server_patience_seconds=settings.server_patience_seconds,
-        keeps_connections=not source.database_short_lived_sessions,
+        database_idle_seconds=source.kept_connection_seconds,
         tracing=find_tracing,
         secrets=_take_secrets(settings),
         watch=Path.cwd() if given["reload"] else None,

@@ -31,7 +31,7 @@ from dagster_taskiq._dagster.names import (
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
 from dagster_taskiq._dagster.replay import is_end_of_attempt
 from dagster_taskiq.aio.tracing import StepTrace, Tracing
-from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
+from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS, SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import (
     CopyOfStepError,
     EventsNotWrittenError,
@@ -67,7 +67,8 @@ class TaskRunner:
     """Executes one task after the other, in one process.
 
     Args:
-        keeps_connections: whether the database of Dagster's storage may be left connected.
+        database_idle_seconds: how long the database of Dagster's storage is left connected that
+            nobody uses; 0 is not at all.
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
         tracing: hears of each step.
@@ -79,7 +80,7 @@ class TaskRunner:
     def __init__(
         self,
         *,
-        keeps_connections: bool = True,
+        database_idle_seconds: float = DATABASE_IDLE_SECONDS,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
         refuses_copies: bool = False,
         tracing: Tracing | None = None,
@@ -87,7 +88,7 @@ class TaskRunner:
         self.step_end = ""
         self._tracing = tracing or Tracing()
         self._refuses_copies = refuses_copies
-        self._keeps_connections = keeps_connections
+        self._idle_seconds = database_idle_seconds
         self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
         self._runs = LiveRuns()
@@ -307,8 +308,7 @@ class TaskRunner:
             instance = self._patience.keep_trying(partial(_open_instance, ref))
             self._resources.callback(instance.dispose)
             self._resources.enter_context(patient_connections(instance, self._patience))
-            if self._keeps_connections:
-                self._resources.enter_context(kept_connections(instance))
+            self._resources.enter_context(kept_connections(instance, self._idle_seconds))
             self._events = self._resources.enter_context(batched_events(instance, self._patience))
             self._known = (ref, instance)
         return self._known[1]

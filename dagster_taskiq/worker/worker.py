@@ -155,7 +155,7 @@ class Worker:
                 options.include,
                 options.log_level,
                 number,
-                options.keeps_connections,
+                options.database_idle_seconds,
                 options.server_patience_seconds,
                 refuses_copies=self._servers.signer.is_active,
                 tracing=options.tracing,
