@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class SqlEventLog:
             self._columns = columns
         row_marks = f"({', '.join(['%s'] * len(columns))})"
         statement = self._insert + ", ".join([row_marks] * len(rows))
-        values = tuple(row[column] for row in rows for column in columns)
+        values = tuple(chain.from_iterable(map(itemgetter(*columns), rows)))
         with self._storage.index_connection() as connection:
             # what SQLAlchemy makes of an insert takes longer than psycopg2 takes for all of it
             connection.exec_driver_sql(statement, values)
