@@ -96,7 +96,7 @@ def _keep(pool: Any, closer: IdleCloser) -> Pool:
 class IdleCloser:
     """The thread that closes what has not been used for a time; it begins with the first use.
 
-    Where threads are not real there is none, and nothing is closed.
+    Where threads are not real, or no more are to be had, there is none, and nothing is closed.
 
     Args:
         seconds: that time.
@@ -120,12 +120,15 @@ class IdleCloser:
     def note_use(self, *_: Any) -> None:
         """Something is idle from now on."""
         self._used_at = time.monotonic()
-        if not self._is_watching:
-            self._words.put(None)
-            if self._thread is None and has_real_threads():
-                thread = threading.Thread(target=self._live, name="idle-closer", daemon=True)
+        if self._is_watching:
+            return
+        if self._thread is None and has_real_threads():
+            thread = threading.Thread(target=self._live, name="idle-closer", daemon=True)
+            with suppress(RuntimeError):  # no step fails for want of a thread that tidies up
                 thread.start()
                 self._thread = thread
+        if self._thread is not None:
+            self._words.put(None)
 
     def end(self) -> None:
         """End the thread."""
