@@ -167,7 +167,7 @@ def _postgres_connections(cluster: Cluster, figures: Figures) -> float:
     A slot's connection is open while a step begins and while it ends, when the next one begins
     there, and is closed a while later; a run's is used with each step that ends.
     """
-    nothing_seconds = figures["step"]["wall_seconds"] * figures["idle_worker"]["slots"]
+    nothing_seconds: float = figures["step"]["wall_seconds"] * figures["idle_worker"]["slots"]
     of_slot = min(1.0, (nothing_seconds + DATABASE_IDLE_SECONDS) / cluster.step_seconds)
     of_run = min(1.0, DATABASE_IDLE_SECONDS * cluster.steps_per_second / cluster.runs)
     return cluster.slots * of_slot + cluster.runs * of_run
