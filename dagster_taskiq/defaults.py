@@ -118,6 +118,10 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 #: How long what begins waits for a server that is away.
 SERVER_PATIENCE_SECONDS = 300.0
 
+#: How long a slot or a run keeps a connection to Dagster's database that it does not use. To
+#: connect takes some 5 ms of CPU, so it is far above the time between the steps of a busy slot.
+DATABASE_IDLE_SECONDS = 2.0
+
 #: How long a drained worker waits for its running steps before it cancels them.
 DRAIN_TIMEOUT_SECONDS = 3600.0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 from dagster import DagsterEvent, Executor, InitExecutorContext, executor
@@ -97,13 +96,13 @@ class TaskiqExecutor(Executor):
         def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
             return _payload(plan_context, step, known_state)
 
-        is_kept = not self._settings.source.database_short_lived_sessions
+        kept_seconds = self._settings.source.kept_connection_seconds
         patience = DatabasePatience(self._settings.server_patience_seconds)
         tracing = find_tracing()
         instance = plan_context.instance
         try:
             with (
-                kept_connections(instance) if is_kept else nullcontext(),
+                kept_connections(instance, kept_seconds),
                 patient_connections(instance, patience),
                 batched_events(instance, patience) as events,
             ):
@@ -129,10 +128,9 @@ def _open_dispatcher(
     settings: Settings, context: PlanOrchestrationContext, events: EventWriter, tracing: Tracing
 ) -> Dispatcher:
     if settings.source.task_always_eager:
-        is_kept = not settings.source.database_short_lived_sessions
         return EagerDispatcher(
             events,
-            keeps_connections=is_kept,
+            database_idle_seconds=settings.source.kept_connection_seconds,
             patience_seconds=settings.server_patience_seconds,
             tracing=tracing,
         )

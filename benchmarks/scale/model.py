@@ -13,6 +13,7 @@ from typing import Any
 
 from dagster_taskiq.defaults import (
     CLOSED_RECORD_EXPIRES_SECONDS,
+    DATABASE_IDLE_SECONDS,
     LEASE_SECONDS,
     RECONCILE_SECONDS,
     RENEWALS_PER_LEASE,
@@ -161,19 +162,15 @@ def _redis_needs(cluster: Cluster, figures: Figures, lease: Figures) -> dict[Res
 
 
 def _postgres_connections(cluster: Cluster, figures: Figures) -> float:
-    """What idle slots and runs hold or, where they hold none, what is open at a time on average.
+    """What is open at a time, on average, of steps that say nothing but that they begin and end.
 
-    Then connections are opened for a moment: of a step that does nothing they are as many as were
-    seen at most, of one that takes longer as many less as it takes longer.
+    A slot's connection is open while a step begins and while it ends, when the next one begins
+    there, and is closed a while later; a run's is used with each step that ends.
     """
-    held = float(figures["slot"]["postgres_connections"])
-    of_run = float(figures["idle_run"]["postgres_connections"])
-    if held < 0.5:
-        slots = figures["idle_worker"]["slots"]
-        nothing_seconds = figures["step"]["wall_seconds"] * slots
-        held = figures["peak"]["postgres_connections"] / (slots + 1)
-        held *= min(1.0, nothing_seconds / cluster.step_seconds)
-    return cluster.slots * held + cluster.runs * max(held, of_run)
+    nothing_seconds: float = figures["step"]["wall_seconds"] * figures["idle_worker"]["slots"]
+    of_slot = min(1.0, (nothing_seconds + DATABASE_IDLE_SECONDS) / cluster.step_seconds)
+    of_run = min(1.0, DATABASE_IDLE_SECONDS * cluster.steps_per_second / cluster.runs)
+    return cluster.slots * of_slot + cluster.runs * of_run
 
 
 def lease_costs(simulations: Sequence[Figures]) -> dict[str, Any]:

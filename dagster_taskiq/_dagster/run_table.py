@@ -60,6 +60,14 @@ def remember_columns(instance: DagsterInstance) -> None:
     vars(storage)["has_run_stats_index_cols"] = has_columns
 
 
+def know_columns(instance: DagsterInstance) -> None:
+    """Ask that now, so that no process which is forked from this one has to."""
+    remember_columns(instance)
+    storage: Any = instance.run_storage
+    if isinstance(storage, SqlRunStorage):
+        storage.has_run_stats_index_cols()
+
+
 def add_run_tag(instance: DagsterInstance, run: DagsterRun, key: str, value: str) -> None:
     """Add a tag to a run, as ``DagsterInstance.add_run_tags`` does.
 

@@ -255,7 +255,7 @@ def _worker_options(
         .or_else(TimeLimits(celery.soft_time_limit, celery.time_limit))
         .or_else(TimeLimits(source.task_soft_time_limit, source.task_time_limit)),
         server_patience_seconds=settings.server_patience_seconds,
-        keeps_connections=not source.database_short_lived_sessions,
+        database_idle_seconds=source.kept_connection_seconds,
         has_warm_code=not given["no_warm_code"],
         code_max_age_seconds=source.code_max_age_seconds,
         tracing=find_tracing,

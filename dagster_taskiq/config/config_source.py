@@ -26,7 +26,7 @@ _NO_LIMIT = "no limit"
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """The settings of ``config_source``; the names are Celery's, but for ``key_prefix``."""
+    """The settings of ``config_source``; the names are Celery's, but for the last two."""
 
     task_default_priority: int = setting(
         defaults.DEFAULT_STEP_PRIORITY,
@@ -114,14 +114,24 @@ class ConfigSource:
     database_short_lived_sessions: bool = setting(
         False,
         parsers.boolean,
-        "Connect to Dagster's database anew for each statement, as Dagster does; else each slot "
-        "and each run keeps one connection.",
+        "The same as `database_idle_seconds: 0`; it comes first.",
+    )
+    database_idle_seconds: float = setting(
+        defaults.DATABASE_IDLE_SECONDS,
+        parsers.seconds,
+        "Seconds that a slot or a run keeps its connection to Dagster's database when it does not "
+        "use it; 0 is to connect anew for each statement, as Dagster does.",
     )
     key_prefix: str = setting(
         defaults.KEY_PREFIX,
         parsers.text,
         "Start of the name of every key and queue on the servers: give two deployments two.",
     )
+
+    @property
+    def kept_connection_seconds(self) -> float:
+        """``database_idle_seconds``, under whichever name it was given."""
+        return 0.0 if self.database_short_lived_sessions else self.database_idle_seconds
 
     @classmethod
     def read(cls, value: Any) -> ConfigSource:

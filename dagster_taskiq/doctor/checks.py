@@ -108,8 +108,8 @@ CHECKS = (
     ),
     Check(
         server_checks.connections,
-        "slots for steps alone need more than there are",
-        "all slots together may, while all are busy",
+        "idle workers need more than there are",
+        "all slots together may, while all are busy with short steps",
     ),
     Check(server_checks.pooler, "", "a pooler before the backend, without RabbitMQ as the broker"),
     Check(

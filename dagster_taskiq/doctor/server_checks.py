@@ -153,21 +153,22 @@ def _connections(evidence: Evidence, roles: list[str], facts: PostgresqlFacts) -
         return ok("a pooler shares out the connections")
     limit = facts.max_connections
     is_of_dagster = "instance" in roles
-    if is_of_dagster and evidence.settings.source.database_short_lived_sessions:
+    if is_of_dagster and not evidence.settings.source.kept_connection_seconds:
         return ok(f"short-lived sessions, {limit} connections")
     workers = evidence.live_workers
     steps, runs = sum(it.slots for it in workers), sum(it.run_slots for it in workers)
-    kept = steps + _CONNECTIONS_OF_DAGSTER if is_of_dagster else 0
-    least = kept + sum(len(workers) * _OF_A_WORKER[role][0] for role in roles)
-    most = kept + sum(
+    of_dagster = _CONNECTIONS_OF_DAGSTER if is_of_dagster else 0
+    least = of_dagster + sum(len(workers) * _OF_A_WORKER[role][0] for role in roles)
+    most = of_dagster + sum(
         len(workers) * _OF_A_WORKER[role][1] + runs * _OF_A_RUN[role] for role in roles
     )
+    most += steps if is_of_dagster else 0
     advice = (
         "Raise max_connections there, put a pooler before it, or start fewer slots; "
         "docs/scaling.md says what each part needs."
     )
     if least > limit:
-        return fail(f"{steps} slots for steps alone need {least} connections of {limit}", advice)
+        return fail(f"all workers need {least} connections of {limit} when they are idle", advice)
     if most > limit:
         all_slots = f"{steps} slots for steps and {runs} for runs"
         return warn(f"{all_slots} may need {most} connections of {limit}", advice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dagster import DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterInstance
 
 from dagster_taskiq._dagster.names import InstanceRef
 from dagster_taskiq.errors import WrongInstanceError
@@ -24,9 +24,3 @@ def open_instance(ref: InstanceRef | None) -> DagsterInstance:
             "dagster.yaml that the run uses, and start the worker again."
         )
     return DagsterInstance.get()
-
-
-def find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
-    """The run as it is now; None if there is none."""
-    # ``get_run_by_id`` asks PostgreSQL for the columns of its table each time
-    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)

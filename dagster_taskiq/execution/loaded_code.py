@@ -31,11 +31,13 @@ from dagster_taskiq._dagster.names import (
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import end_copies_of_steps, keep_definitions
+from dagster_taskiq._dagster.run_table import know_columns
 from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.generators import noting_seeds
-from dagster_taskiq.execution.instances import find_run, open_instance
+from dagster_taskiq.execution.instances import open_instance
+from dagster_taskiq.execution.known_runs import find_run
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 
 
@@ -98,14 +100,19 @@ class LoadedCode:
             if reason := import_modules(modules):
                 raise UnloadableCodeError(reason)
             if self._instance is None and os.getenv("DAGSTER_HOME"):
-                self._instance = (None, open_instance(None))
+                self._open_instance(None)
             if payload is not None:
                 self._load_location(json.loads(payload))
+
+    def _open_instance(self, ref: InstanceRef | None) -> None:
+        self._instance = (ref, open_instance(ref))
+        know_columns(self._instance[1])
 
     def _load_location(self, payload: Mapping[str, Any]) -> None:
         ref, run_id, job = _code_of(payload)
         if self._instance is None or self._instance[0] != ref:
-            self._instance = (ref, open_instance(ref))
+            self._open_instance(ref)
+        assert self._instance is not None
         instance = self._instance[1]
         run = find_run(instance, run_id)
         if run is not None and run.remote_job_origin is not None:

@@ -1,17 +1,19 @@
 """Keeping a connection to Dagster's database open in the processes that execute steps and runs.
 
 Dagster opens a connection for every statement, which takes longer than the statement, and a step
-writes a dozen events. Here the storages of an instance share one engine that keeps one connection.
-A thread that wants another one at the same time gets it, and it is closed when it comes back.
+writes a dozen events. Here the storages of an instance share one engine that keeps one connection,
+until nobody has used it for a while. A thread that wants another one at the same time gets it, and
+it is closed when it comes back.
 """
 
 from __future__ import annotations
 
 import os
 import select
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -23,18 +25,22 @@ from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from dagster_taskiq._dagster.run_table import remember_columns
 from dagster_taskiq._dagster.storage import has_server, storage_engines
+from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, has_real_threads
+from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS
 
 #: How old a connection may be that is used again. Load balancers drop an idle one without a word
 #: after a while (Azure's after 240 s, AWS's after 350 s), and the next statement would wait for
 #: minutes.
 RECYCLE_SECONDS = 180
 
-_keeping: weakref.WeakSet[Engine] = weakref.WeakSet()
+_keeping: dict[Engine, IdleCloser] = {}
 _of_parents: list[Pool] = []
 
 
 @contextmanager
-def kept_connections(instance: DagsterInstance, count: int = 1) -> Iterator[None]:
+def kept_connections(
+    instance: DagsterInstance, idle_seconds: float = DATABASE_IDLE_SECONDS, count: int = 1
+) -> Iterator[None]:
     """Let the storages of the instance that are in one database keep one connection.
 
     Before each use it is looked at whether the server has closed it, so that a restart costs a new
@@ -43,27 +49,30 @@ def kept_connections(instance: DagsterInstance, count: int = 1) -> Iterator[None
     still in use is closed when it comes back. What the table of runs has is known from then on.
 
     Args:
+        instance: whose storages.
+        idle_seconds: how long the connection is kept that nobody uses; 0 keeps none.
         count: how many are kept where several threads have used one at once.
     """
     remember_columns(instance)
     engines: dict[Any, Engine] = {}
     before = []
-    for storage in storage_engines(instance):
+    for storage in storage_engines(instance) if idle_seconds else ():
         engine = storage.engine
         if _opens_each_time(engine):
             before.append((storage, engine))
             storage.engine = engines.setdefault(engine.url, engine)
     pools = [(engine, engine.pool) for engine in engines.values()]
     for engine, pool in pools:
-        engine.pool = _keep(pool, count)
-        _keeping.add(engine)
+        closer = IdleCloser(idle_seconds, partial(_close_idle, engine))
+        engine.pool = _keep(pool, closer, count)
+        _keeping[engine] = closer
     try:
         yield
     finally:
         for storage, engine in before:
             storage.engine = engine
         for engine, pool in pools:
-            _keeping.discard(engine)
+            _keeping.pop(engine).end()
             kept, engine.pool = engine.pool, pool
             event.listen(kept, "checkin", _close)
             kept.dispose()
@@ -84,7 +93,11 @@ def _close(connection: Any, record: Any) -> None:
     record.close()
 
 
-def _keep(pool: Any, count: int) -> Pool:
+def _close_idle(engine: Engine) -> None:
+    engine.pool.dispose()  # leaves alone what is in use
+
+
+def _keep(pool: Any, closer: IdleCloser, count: int) -> Pool:
     """A pool that connects as the given one does, and listens to the same events."""
     # as its `recreate` does, which cannot change the class
     keeping = QueuePool(
@@ -96,7 +109,73 @@ def _keep(pool: Any, count: int) -> Pool:
         _dispatch=pool.dispatch,
     )
     event.listen(keeping, "checkout", partial(_check, pool._dialect))  # noqa: SLF001
+    event.listen(keeping, "checkin", closer.note_use)
     return keeping
+
+
+class IdleCloser:
+    """The thread that closes what has not been used for a time; it begins with the first use.
+
+    Where threads are not real, or no more are to be had, there is none, and nothing is closed.
+
+    Args:
+        seconds: that time.
+        close: closes what is not in use, in this object's thread.
+    """
+
+    def __init__(self, seconds: float, close: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._close = close
+        self._is_over = False
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Know of no use and no thread, as a forked process does."""
+        self._used_at = 0.0
+        #: Whether the thread will look by itself at what becomes idle.
+        self._is_watching = False
+        self._words: SimpleQueue[None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def note_use(self, *_: Any) -> None:
+        """Something is idle from now on."""
+        self._used_at = time.monotonic()
+        if self._is_watching:
+            return
+        if self._thread is None and has_real_threads():
+            thread = threading.Thread(target=self._live, name="idle-closer", daemon=True)
+            with suppress(RuntimeError):  # no step fails for want of a thread that tidies up
+                thread.start()
+                self._thread = thread
+        if self._thread is not None:
+            self._words.put(None)
+
+    def end(self) -> None:
+        """End the thread."""
+        if self._thread is not None:
+            self._is_over = True
+            self._words.put(None)
+            self._thread.join()
+
+    def _live(self) -> None:
+        seconds: float | None = None
+        while True:
+            with suppress(Empty):
+                self._words.get(timeout=seconds)
+            if self._is_over:
+                return
+            seconds = self._close_or_wait()
+
+    def _close_or_wait(self) -> float | None:
+        """How long nothing has to be done; None until the next use."""
+        # first: whoever uses something after this look says so
+        self._is_watching = False
+        left = self._used_at + self._seconds - time.monotonic()
+        if left > 0:
+            self._is_watching = True
+            return left
+        self._close()
+        return None
 
 
 def _check(dialect: Any, connection: Any, record: Any, proxy: Any) -> None:
@@ -123,7 +202,8 @@ def _check(dialect: Any, connection: Any, record: Any, proxy: Any) -> None:
 
 def _forget_after_fork() -> None:
     """Keep a process that a step forks from writing into its parent's connection or closing it."""
-    for engine in _keeping:
+    for engine, closer in _keeping.items():
+        closer.begin_anew()
         _of_parents.append(engine.pool)
         engine.pool = engine.pool.recreate()
 

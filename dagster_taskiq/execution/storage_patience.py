@@ -157,8 +157,7 @@ class PatientConnection(Connection):
             try:
                 done = super().execute(statement, *arguments, **options)
             except DBAPIError as error:
-                if is_read_only(error):
-                    self.invalidate()  # another connection may lead to another server
+                self._leave_read_only(error)
                 if is_last or not is_repeatable or not is_passing(error):
                     raise
                 logger.warning("Reading again from Dagster's database: %s", words_of(error))
@@ -172,6 +171,19 @@ class PatientConnection(Connection):
                 self.rollback()
             self._patience.keep_trying(lambda: self.connection)
         raise AssertionError
+
+    def exec_driver_sql(self, statement: str, *arguments: Any, **options: Any) -> Any:
+        """See SQLAlchemy; nothing is known of such a statement, so it is executed once."""
+        self._has_only_read = False
+        try:
+            return super().exec_driver_sql(statement, *arguments, **options)
+        except DBAPIError as error:
+            self._leave_read_only(error)
+            raise
+
+    def _leave_read_only(self, error: DBAPIError) -> None:
+        if is_read_only(error):
+            self.invalidate()  # another connection may lead to another server
 
     def begin(self) -> Any:
         """See SQLAlchemy, which calls it, too; who asks for a transaction gets no other one."""

@@ -6,7 +6,6 @@ process's output. Objects that are costly to make and the same for many steps ar
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -31,7 +30,7 @@ from dagster_taskiq._dagster.names import (
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
 from dagster_taskiq._dagster.replay import is_end_of_attempt
 from dagster_taskiq.aio.tracing import StepTrace, Tracing
-from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
+from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS, SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import (
     CopyOfStepError,
     EventsNotWrittenError,
@@ -42,7 +41,8 @@ from dagster_taskiq.execution.arrivals import Arrival, report_run_start, report_
 from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
-from dagster_taskiq.execution.instances import find_run, open_instance
+from dagster_taskiq.execution.instances import open_instance
+from dagster_taskiq.execution.known_runs import LiveRuns, find_run, startable_run
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.step_plans import RunPlans
 from dagster_taskiq.execution.storage_connections import kept_connections
@@ -64,7 +64,8 @@ class TaskRunner:
     """Executes one task after the other, in one process.
 
     Args:
-        keeps_connections: whether the database of Dagster's storage may be left connected.
+        database_idle_seconds: how long the database of Dagster's storage is left connected that
+            nobody uses; 0 is not at all.
         patience_seconds: how long that database is waited for when it is away.
         refuses_copies: whether a step is not executed whose attempt Dagster's log has as begun.
         tracing: hears of each step.
@@ -76,7 +77,7 @@ class TaskRunner:
     def __init__(
         self,
         *,
-        keeps_connections: bool = True,
+        database_idle_seconds: float = DATABASE_IDLE_SECONDS,
         patience_seconds: float = SERVER_PATIENCE_SECONDS,
         refuses_copies: bool = False,
         tracing: Tracing | None = None,
@@ -84,9 +85,10 @@ class TaskRunner:
         self.step_end = ""
         self._tracing = tracing or Tracing()
         self._refuses_copies = refuses_copies
-        self._keeps_connections = keeps_connections
+        self._idle_seconds = database_idle_seconds
         self._patience = DatabasePatience(patience_seconds)
         self._plans = RunPlans()
+        self._runs = LiveRuns()
         self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
         self._events = EventWriter()
         self._resources = ExitStack()
@@ -94,6 +96,7 @@ class TaskRunner:
     def close(self) -> None:
         """Close the instance and its connections."""
         self._known = None
+        self._runs = LiveRuns()
         self._events = EventWriter()
         self._resources.close()
 
@@ -123,7 +126,7 @@ class TaskRunner:
             try:
                 args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
                 instance = self._instance(args.instance_ref)
-                run = _startable_run(instance, args.run_id, name)
+                run = startable_run(instance, args.run_id, name)
                 report_run_start(instance, run, place, arrival)
                 self._events.flush()
                 return _execute_run(instance, run, name, place, on_run_start_logged)
@@ -245,7 +248,7 @@ class TaskRunner:
         trace: StepTrace,
     ) -> Iterator[DagsterEvent]:
         instance = self._instance(args.instance_ref)
-        run = _live_run(instance, args.run_id)
+        run = self._runs.find(instance, args.run_id)
         (step_key,) = args.step_keys_to_execute or ()
         location = run.remote_job_origin.location_name if run.remote_job_origin else None
         instance.inject_env_vars(location)
@@ -304,8 +307,7 @@ class TaskRunner:
             )
             self._resources.callback(instance.dispose)
             self._resources.enter_context(patient_connections(instance, self._patience))
-            if self._keeps_connections:
-                self._resources.enter_context(kept_connections(instance))
+            self._resources.enter_context(kept_connections(instance, self._idle_seconds))
             self._events = self._resources.enter_context(batched_events(instance, self._patience))
             self._known = (ref, instance)
         return self._known[1]
@@ -331,19 +333,6 @@ def _execute_run(
     return TaskResult(Outcome.FINISHED, place, exit_code=exit_code)
 
 
-def _startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:
-    """The run, if it still waits to be started (or resumed): much can happen in a queue."""
-    run = _known_run(instance, run_id)
-    waiting = (
-        (DagsterRunStatus.STARTING, DagsterRunStatus.STARTED)
-        if name is TaskName.RESUME_JOB
-        else (DagsterRunStatus.STARTING,)
-    )
-    if run.status not in waiting:
-        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: it is not started any more.")
-    return run
-
-
 def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, attempt: int) -> None:
     place = already_begun(instance, run_id, step_key, attempt)
     if place is None:
@@ -354,25 +343,3 @@ def _check_is_to_begin(instance: DagsterInstance, run_id: str, step_key: str, at
         "Dagster's log: this is a copy of its task, and the first claim is gone from the backend. "
         "See who can write to broker and backend."
     )
-
-
-def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = find_run(instance, run_id)
-    if run is None:
-        raise WrongInstanceError(
-            f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "
-            "worker needs the same dagster.yaml and storage as the run."
-        )
-    return run
-
-
-def _live_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = _known_run(instance, run_id)
-    if run.is_finished or run.status is DagsterRunStatus.CANCELING:
-        raise TaskRefusedError(f"Run {run_id} is {run.status.value}: its steps do not start.")
-    return run
-
-
-def _describe(instance: DagsterInstance) -> str:
-    home = os.getenv("DAGSTER_HOME")
-    return f"DAGSTER_HOME={home}" if home else type(instance.run_storage).__name__

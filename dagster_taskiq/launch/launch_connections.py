@@ -57,7 +57,7 @@ class LaunchConnections:
             if self._background.is_closed:
                 return
             self._kept = ExitStack()
-            self._kept.enter_context(kept_connections(instance, MAX_CONNECTIONS))
+            self._kept.enter_context(kept_connections(instance, count=MAX_CONNECTIONS))
         self._background.repeat(
             "launch-connections",
             self._close_idle,

@@ -26,7 +26,7 @@ class EagerDispatcher(Dispatcher):
 
     Args:
         events: writes what the loop reports.
-        keeps_connections: see ``TaskRunner``.
+        database_idle_seconds: see ``TaskRunner``.
         patience_seconds: see ``TaskRunner``.
         tracing: see ``TaskRunner``.
     """
@@ -35,7 +35,7 @@ class EagerDispatcher(Dispatcher):
         self,
         events: EventWriter,
         *,
-        keeps_connections: bool,
+        database_idle_seconds: float,
         patience_seconds: float,
         tracing: Tracing | None = None,
     ) -> None:
@@ -45,7 +45,9 @@ class EagerDispatcher(Dispatcher):
         self._waiting: deque[StepTask] = deque()
         self._waker = Waker()
         self._runner = TaskRunner(
-            keeps_connections=keeps_connections, patience_seconds=patience_seconds, tracing=tracing
+            database_idle_seconds=database_idle_seconds,
+            patience_seconds=patience_seconds,
+            tracing=tracing,
         )
 
     def open(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from dagster_taskiq._dagster.patches import copy_logs_by, end_copies_of_steps, keep_definitions
 from dagster_taskiq.aio.tracing import Tracing, no_tracing
-from dagster_taskiq.defaults import SERVER_PATIENCE_SECONDS
+from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS, SERVER_PATIENCE_SECONDS
 from dagster_taskiq.errors import ChannelLostError
 from dagster_taskiq.execution.generators import reseed
 from dagster_taskiq.execution.loaded_code import LOADED, import_modules
@@ -57,7 +57,8 @@ class ChildOptions:
         include: modules to import before it counts as ready.
         log_level: of the root logger, a name.
         slot: the number of its slot.
-        keeps_connections: whether it leaves Dagster's database connected between statements.
+        database_idle_seconds: how long it leaves Dagster's database connected that it does not
+            use; 0 is not at all.
         patience_seconds: how long it waits for Dagster's database when that is away.
         refuses_copies: whether it looks into Dagster's log before a step, see ``TaskRunner``.
         code_max_age_seconds: how old the code of its template may be when it begins with a run;
@@ -70,7 +71,7 @@ class ChildOptions:
     include: tuple[str, ...]
     log_level: str
     slot: int
-    keeps_connections: bool = True
+    database_idle_seconds: float = DATABASE_IDLE_SECONDS
     patience_seconds: float = SERVER_PATIENCE_SECONDS
     refuses_copies: bool = False
     code_max_age_seconds: float | None = None
@@ -128,7 +129,7 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     end_copies_of_steps()
     tracing = options.tracing()
     runner = TaskRunner(
-        keeps_connections=options.keeps_connections,
+        database_idle_seconds=options.database_idle_seconds,
         patience_seconds=options.patience_seconds,
         refuses_copies=options.refuses_copies,
         tracing=tracing,

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dagster_taskiq.aio.tracing import Tracing, no_tracing
-from dagster_taskiq.defaults import RESULT_EXPIRES_SECONDS, SERVER_PATIENCE_SECONDS
+from dagster_taskiq.defaults import (
+    DATABASE_IDLE_SECONDS,
+    RESULT_EXPIRES_SECONDS,
+    SERVER_PATIENCE_SECONDS,
+)
 from dagster_taskiq.messages.time_limits import TimeLimits
 
 
@@ -26,7 +30,7 @@ class WorkerOptions:
         drain_timeout_seconds: how long running steps may finish when the worker is told to stop.
         result_expires_seconds: how long an unread result is kept.
         limits: how long a step may take whose tags say nothing.
-        keeps_connections: see ``ChildOptions``.
+        database_idle_seconds: see ``ChildOptions``.
         server_patience_seconds: how long it waits for servers that are away when it starts, and its
             children for the database.
         has_warm_code: whether children are forked from processes that have loaded their code.
@@ -47,7 +51,7 @@ class WorkerOptions:
     drain_timeout_seconds: float = 3600.0
     result_expires_seconds: float = RESULT_EXPIRES_SECONDS
     limits: TimeLimits = TimeLimits()
-    keeps_connections: bool = True
+    database_idle_seconds: float = DATABASE_IDLE_SECONDS
     server_patience_seconds: float = SERVER_PATIENCE_SECONDS
     has_warm_code: bool = True
     code_max_age_seconds: float | None = None

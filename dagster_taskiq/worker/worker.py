@@ -163,7 +163,7 @@ class Worker:
                 options.include,
                 options.log_level,
                 number,
-                options.keeps_connections,
+                options.database_idle_seconds,
                 options.server_patience_seconds,
                 refuses_copies=self._servers.signer.is_active,
                 code_max_age_seconds=options.code_max_age_seconds,

@@ -1,18 +1,19 @@
-"""How many connections each process has to a PostgreSQL that is both broker and backend."""
+"""How many connections each process has to a PostgreSQL: broker and backend, Dagster's own."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
 import psycopg2
 import pytest
 
-from dagster_taskiq_tests.acceptance.harness import Stack, until
+from dagster_taskiq_tests.acceptance.harness import Stack, open_stack, until
 from dagster_taskiq_tests.acceptance.launched import launch, open_launching_stack
+from dagster_taskiq_tests.servers import postgres_database
 
 #: Seen at a look, beside those of the README: an urgent call may have one for a moment.
 FOR_A_MOMENT = 1
@@ -88,3 +89,38 @@ def test_processes_have_few_connections(stack: Stack) -> None:
         worker.terminate()
         worker.wait()
         assert counter.of(worker.pid) == (0, 0)
+
+
+def _connected_to(url: str, processes: Iterable[psutil.Process]) -> int:
+    """How many connections of these processes a database has."""
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT client_port FROM pg_stat_activity WHERE datname = current_database()"
+        )
+        ports = {port for (port,) in cursor.fetchall()}
+    sockets = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            sockets += process.net_connections()
+    return sum(it.laddr.port in ports for it in sockets)
+
+
+def test_a_long_step_holds_no_connection_to_dagsters_database(tmp_path: Path) -> None:
+    """Nor does its run, nor the idle slot beside it; all connect again when they need it."""
+    with postgres_database() as url:
+        storage = {"storage": {"postgres": {"postgres_url": url}}}
+        with open_stack("redis", tmp_path, dagster_yaml=storage) as stack:
+            source = {"key_prefix": stack.prefix, "database_idle_seconds": 0.2}
+            settings = stack.settings_file(config_source=source)
+            worker = stack.worker(slots=2, settings=settings).await_ready()
+            assert stack.run("parallel", config_source=source).is_success
+            run = stack.start("one_gated", config_source=source)
+            run.await_notes("started")
+
+            def is_unconnected() -> bool:
+                processes = [psutil.Process(run.process.pid), *worker.descendants()]
+                return not _connected_to(url, processes)
+
+            until(is_unconnected, "nobody is connected")
+            run.open_gate()
+            assert run.wait().is_success

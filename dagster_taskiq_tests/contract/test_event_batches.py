@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import psycopg2
@@ -18,6 +18,7 @@ import pytest
 import yaml
 from dagster import AssetKey, AssetMaterialization, DagsterInstance, DagsterRun
 from sqlalchemy import event
+from sqlalchemy.dialects.mysql.base import MySQLDialect
 
 from dagster_taskiq._dagster.names import (
     DagsterEvent,
@@ -25,7 +26,7 @@ from dagster_taskiq._dagster.names import (
     EngineEventData,
     EventLogEntry,
 )
-from dagster_taskiq._dagster.storage import sql_event_log, storage_engines
+from dagster_taskiq._dagster.storage import insert_of, sql_event_log, storage_engines
 from dagster_taskiq.errors import EventsNotWrittenError
 from dagster_taskiq.execution.event_batches import batched_events
 from dagster_taskiq.execution.storage_connections import kept_connections
@@ -140,9 +141,9 @@ def test_what_comes_together_is_one_statement(log: Log) -> None:
 
 
 def test_a_row_is_as_dagster_writes_it(log: Log) -> None:
-    """All columns, whichever way it took."""
-    key = "step"
-    entry = EventLogEntry(
+    """All columns, whichever way it took: alone, or with others that have other columns."""
+    key = "step[ä%s 'quoted' %(name)s \\]"
+    event_of_step = EventLogEntry(
         error_info=None,
         level=20,
         user_message="",
@@ -156,15 +157,28 @@ def test_a_row_is_as_dagster_writes_it(log: Log) -> None:
             step_key=key,
         ),
     )
+    line = _line("100 %", log.run.run_id)
     sql_log = sql_event_log(log.instance)
     assert sql_log is not None
-    sql_log.store_event(entry)
-    sql_log.store_rows([sql_log.row_of(entry)])
+    entries = [event_of_step, line, event_of_step]
+    for entry in entries:
+        sql_log.store_event(entry)
+    for together in (entries[:1], entries[1:]):
+        sql_log.store_rows([sql_log.row_of(entry) for entry in together])
     with storage_engines(log.instance)[0].engine.connect() as connection:
         rows = connection.exec_driver_sql("SELECT * FROM event_logs ORDER BY id").mappings().all()
-    one, two = ({name: it for name, it in row.items() if name != "id"} for row in rows)
-    assert one == two
-    assert one["step_key"] == key
+    found = [{name: it for name, it in row.items() if name != "id"} for row in rows]
+    assert found[:3] == found[3:]
+    assert [it["step_key"] for it in found[:3]] == [key, None, key]
+    assert log.messages()[1] == "100 %"
+
+
+def test_mysql_s_words_are_quoted() -> None:
+    """One of the log's columns is called as a word of MySQL's."""
+    engine: Any = SimpleNamespace(dialect=MySQLDialect())
+    assert insert_of(engine, ("run_id", "partition")) == (
+        "INSERT INTO event_logs (run_id, `partition`) VALUES "
+    )
 
 
 def _end_waiting_insert(cursor: Any) -> bool:
@@ -210,6 +224,7 @@ def test_the_users_words_are_there_at_once(log: Log, reader: DagsterInstance) ->
 
 def test_afterwards_all_is_as_before(log: Log) -> None:
     """Also where two batch, one within the other; and nothing that waited is lost."""
+    log.instance.get_runs(limit=1)  # begins the thread that closes the idle connection
     threads = threading.active_count()
     with batched_events(log.instance, PATIENCE):
         with batched_events(log.instance, PATIENCE):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from dagster_taskiq._dagster.names import EngineEventData, capture_interrupts
 from dagster_taskiq._dagster.storage import storage_engines
 from dagster_taskiq.errors import DatabaseAwayError
 from dagster_taskiq.execution import storage_patience
-from dagster_taskiq.execution.storage_connections import kept_connections
+from dagster_taskiq.execution.storage_connections import IdleCloser, kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
 
 PATIENCE_SECONDS = 60.0
+IDLE_SECONDS = 0.1
+
+#: Longer than any test takes, on however busy a machine.
+KEPT_SECONDS = 3600.0
 
 
 @dataclass
@@ -39,13 +44,14 @@ class Storage:
     """An instance in PostgreSQL.
 
     Attributes:
-        connects: one entry for each connection that was opened.
+        connects, closes: one entry for each connection that was opened or closed.
     """
 
     url: str
     instance: DagsterInstance
     run: DagsterRun
     connects: list[Any]
+    closes: list[Any]
     at_end: ExitStack
 
     def listen(self, name: str, listener: Callable[..., Any]) -> None:
@@ -81,14 +87,15 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Da
 def storage(database: tuple[str, DagsterInstance]) -> Iterator[Storage]:
     url, instance = database
     with ExitStack() as at_end:
-        found = Storage(url, instance, instance.create_run_for_job(single_job), [], at_end)
+        found = Storage(url, instance, instance.create_run_for_job(single_job), [], [], at_end)
         found.listen("connect", lambda *_: found.connects.append(1))
+        found.listen("close", lambda *_: found.closes.append(1))
         yield found
 
 
 def test_one_connection_serves_all_storages(storage: Storage) -> None:
     """Events, runs and their reading share it."""
-    with kept_connections(storage.instance):
+    with kept_connections(storage.instance, KEPT_SECONDS):
         for number in range(5):
             storage.write(f"event {number}")
         assert storage.instance.get_run_by_id(storage.run.run_id) is not None
@@ -99,8 +106,8 @@ def test_one_connection_serves_all_storages(storage: Storage) -> None:
 def test_it_is_closed_and_all_is_as_before(storage: Storage) -> None:
     """Also where two keep it, one within the other."""
     before = storage.engines
-    with kept_connections(storage.instance):
-        with kept_connections(storage.instance):
+    with kept_connections(storage.instance, KEPT_SECONDS):
+        with kept_connections(storage.instance, KEPT_SECONDS):
             storage.write("inner")
         storage.write("outer")
         assert len(storage.connects) == 1
@@ -110,9 +117,99 @@ def test_it_is_closed_and_all_is_as_before(storage: Storage) -> None:
     assert len(storage.connects) == 2
 
 
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _has_connections(url: str) -> bool:
+    """Whether the database has others than the one that asks."""
+    with closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT 1 FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid() LIMIT 1"
+        )
+        return cursor.fetchone() is not None
+
+
+def test_it_is_closed_when_nobody_uses_it(storage: Storage) -> None:
+    """Each time, and the next use opens another one."""
+    with kept_connections(storage.instance, IDLE_SECONDS):
+        for number in range(3):
+            storage.write(f"event {number}")
+            _await(lambda: not _has_connections(storage.url))
+        assert storage.messages() == [f"event {number}" for number in range(3)]
+        assert len(storage.connects) == 4
+
+
+def test_what_is_in_use_is_not_closed(storage: Storage) -> None:
+    """A transaction outlives that another connection is idle, and is closed when it is over."""
+    with kept_connections(storage.instance, IDLE_SECONDS):
+        with storage.engines[0].connect() as connection:
+            connection.execute(text("CREATE TEMPORARY TABLE mine (number int)"))
+            for number in range(3):
+                closed = len(storage.closes)
+                storage.write(f"event {number}")
+                _await(lambda before=closed: len(storage.closes) > before)
+            connection.execute(text("INSERT INTO mine VALUES (1)"))
+            assert connection.execute(text("SELECT number FROM mine")).scalar() == 1
+        _await(lambda: not _has_connections(storage.url))
+
+
+def test_what_is_used_all_the_time_stays_open(storage: Storage) -> None:
+    """Until all is as before."""
+    with kept_connections(storage.instance, KEPT_SECONDS):
+        for number in range(20):
+            storage.write(f"event {number}")
+        assert not storage.closes
+    assert len(storage.connects) == len(storage.closes) == 1
+
+
+def test_nothing_is_kept_for_no_time(storage: Storage) -> None:
+    """Each statement has a connection of its own, as in Dagster."""
+    threads = threading.active_count()
+    with kept_connections(storage.instance, 0):
+        storage.write("event")
+        assert len(storage.connects) == len(storage.closes) == 1
+        assert threading.active_count() == threads
+
+
+def test_what_a_step_forks_closes_its_own(storage: Storage) -> None:
+    """It has no thread of its parent's."""
+    with kept_connections(storage.instance, IDLE_SECONDS):
+        storage.write("before")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                storage.write("child")
+                _await(lambda: not _has_connections(storage.url))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert storage.messages() == ["before", "child"]
+
+
+def test_the_last_use_is_always_noticed() -> None:
+    """However it falls to the look that finds nothing in use."""
+    closes: list[float] = []
+    closer = IdleCloser(0.0001, lambda: closes.append(time.monotonic()))
+    try:
+        for number in range(2000):
+            used_at = time.monotonic()
+            closer.note_use()
+            if number % 50 == 0:
+                _await(lambda at=used_at: closes[-1:] > [at])
+    finally:
+        closer.end()
+    assert "idle-closer" not in [it.name for it in threading.enumerate()]
+
+
 def test_a_server_that_has_closed_it_costs_no_event(storage: Storage) -> None:
     """As one does that is restarted."""
-    with kept_connections(storage.instance):
+    with kept_connections(storage.instance, KEPT_SECONDS):
         for number in range(3):
             storage.write(f"event {number}")
             execute_sql(
@@ -127,7 +224,7 @@ def test_a_server_that_has_closed_it_costs_no_event(storage: Storage) -> None:
 
 def test_threads_get_connections_of_their_own(storage: Storage) -> None:
     """As many as write at once."""
-    with kept_connections(storage.instance):
+    with kept_connections(storage.instance, KEPT_SECONDS):
         barrier = threading.Barrier(4)
 
         def write(number: int) -> None:
@@ -145,7 +242,7 @@ def test_threads_get_connections_of_their_own(storage: Storage) -> None:
 
 def test_what_a_step_forks_has_its_own(storage: Storage) -> None:
     """Two processes that wrote into one connection would destroy both's words."""
-    with kept_connections(storage.instance):
+    with kept_connections(storage.instance, KEPT_SECONDS):
         storage.write("before")
         pid = os.fork()
         if pid == 0:
@@ -189,7 +286,7 @@ def test_what_loses_its_connection_is_read_again(storage: Storage, is_kept: bool
     storage.write("an event")
     patience = DatabasePatience(PATIENCE_SECONDS)
     with (
-        kept_connections(storage.instance) if is_kept else nullcontext(),
+        kept_connections(storage.instance, KEPT_SECONDS) if is_kept else nullcontext(),
         patient_connections(storage.instance, patience),
     ):
         assert storage.instance.get_run_by_id(storage.run.run_id) is not None

@@ -414,6 +414,7 @@ GOOD: Mapping[str, tuple[Any, Any]] = {
     "task_time_limit": (0, 0.0),
     "code_max_age_seconds": (3600, 3600.0),
     "database_short_lived_sessions": (True, True),
+    "database_idle_seconds": ("0.5", 0.5),
     "key_prefix": ("staging", "staging"),
 }
 
@@ -423,6 +424,7 @@ BAD: Mapping[str, tuple[Any, ...]] = {
     "task_always_eager": ("maybe", 2, None),
     "code_max_age_seconds": (0, "an hour"),
     "database_short_lived_sessions": ("maybe", 2, None),
+    "database_idle_seconds": (-1, "soon", float("nan"), None, 86401),
     "result_expires": (0, -1, "soon", float("nan"), float("inf"), 10**400, None),
     "broker_connection_timeout": (0, "x", float("nan")),
     "broker_heartbeat": (0, -5, "x", 1.5),

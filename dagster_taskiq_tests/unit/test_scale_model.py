@@ -25,12 +25,12 @@ FIGURES: dict[str, Any] = {
         "record_bytes": 100,
         "postgres_cpu_seconds": 0.02,
         "postgres_wal_bytes": 20_000,
+        "wall_seconds": 0.5,
     },
-    "slot": {"postgres_connections": 2.0, "worker_files": 3.0},
+    "slot": {"worker_files": 3.0},
     "worker": {"worker_files": 14.0, "amqp_connections": 1.0},
     "idle_worker": {"slots": 2, "amqp_cpu_seconds_per_s": 0.001},
-    "idle_run": {"redis_connections": 3.0, "postgres_connections": 1.0, "amqp_connections": 1.0},
-    "peak": {"postgres_connections": 6},
+    "idle_run": {"redis_connections": 3.0, "amqp_connections": 1.0},
 }
 
 LEASE = {
@@ -85,25 +85,23 @@ def test_what_the_other_resources_need() -> None:
     assert limits(FIGURES)[Resource.LOOP_CPU] == pytest.approx(100)
     assert found[Resource.POSTGRES_CPU] == pytest.approx(2)
     assert found[Resource.POSTGRES_WRITES] == pytest.approx(2)
-    assert found[Resource.POSTGRES_CONNECTIONS] == 1_000 * 2 + 2 * 2
+    assert found[Resource.POSTGRES_CONNECTIONS] == pytest.approx(1_000 * 0.3 + 2)
     assert found[Resource.WORKER_FILES] == 14 + 10 * 3
     assert found[Resource.SLOT_CPU] == pytest.approx(0.005)
     assert Resource.RABBITMQ_CPU not in found
 
 
-@pytest.mark.parametrize(("step_seconds", "of_each"), [(0.5, 2), (1, 2), (10, 0.2)])
-def test_where_slots_hold_no_connection_the_peak_counts(
-    step_seconds: float, of_each: float
+@pytest.mark.parametrize(
+    ("step_seconds", "of_slot", "of_run"),
+    [(0.5, 1, 1), (3, 1, 1), (60, 0.05, 1), (600, 0.005, 0.5)],
+)
+def test_a_connection_is_open_for_a_while_after_its_last_use(
+    step_seconds: float, of_slot: float, of_run: float
 ) -> None:
-    """Six at most for two slots and a run, of steps of 1 s: two for each while it works."""
-    figures = {
-        **FIGURES,
-        "step": {**FIGURES["step"], "wall_seconds": 0.5},
-        "slot": {"postgres_connections": 0.0, "worker_files": 3.0},
-        "idle_run": {**FIGURES["idle_run"], "postgres_connections": 0.0},
-    }
-    found = needs(Cluster(1_000, step_seconds, slots_per_run=500), figures, LEASE)
-    assert found[Resource.POSTGRES_CONNECTIONS] == pytest.approx(1_002 * of_each)
+    """2 s, and the second that a step takes on one of two slots; 150 slots of a run end a step."""
+    found = needs(Cluster(1_500, step_seconds, slots_per_run=150), FIGURES, LEASE)
+    expected = 1_500 * of_slot + 10 * of_run
+    assert found[Resource.POSTGRES_CONNECTIONS] == pytest.approx(expected)
 
 
 def test_rabbitmq_counts_where_it_carries_the_steps() -> None:
@@ -130,10 +128,10 @@ def test_the_costs_of_leases_are_differences_of_simulations() -> None:
 
 
 def test_what_is_used_most_comes_first() -> None:
-    """2,020 connections where there are 97 is far more than 10 of 8 cores."""
+    """1,010 connections where there are 97 is far more than 10 of 8 cores."""
     (first, share), *others = shares(Cluster(1_000, 2), FIGURES, LEASE).items()
     assert first is Resource.POSTGRES_CONNECTIONS
-    assert share == pytest.approx(2_020 / 97)
+    assert share == pytest.approx(1_010 / 97)
     assert [it for _, it in others] == sorted((it for _, it in others), reverse=True)
 
 
