@@ -181,7 +181,7 @@ def test_a_database_that_starts_up_when_a_step_begins_is_waited_for(
 ) -> None:
     """A process that has not been connected yet opens its instance later."""
     left = ["the database system is starting up", "sorry, too many clients already"]
-    open_instance = tasks._open_instance
+    open_instance = tasks.open_instance
 
     def refuse_and_open(ref: InstanceRef | None) -> DagsterInstance:
         if left:
@@ -189,7 +189,7 @@ def test_a_database_that_starts_up_when_a_step_begins_is_waited_for(
             raise RuntimeError("too many retries for DB connection") from lost
         return open_instance(ref)
 
-    monkeypatch.setattr(tasks, "_open_instance", refuse_and_open)
+    monkeypatch.setattr(tasks, "open_instance", refuse_and_open)
     is_success, said = database.run()
     assert is_success
     assert not left
