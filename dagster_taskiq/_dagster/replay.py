@@ -71,17 +71,20 @@ def cut_known_state(active: ActiveExecution, step: ExecutionStep) -> KnownExecut
     count, and of the dynamic mappings those that its plan is resolved by: the key of a step
     that is mapped is in its name, one that collects needs all.
     """
-    state = active.get_known_state()
+    plan_state = active._plan.known_state
     upstream = {
         handle
         for step_input in step.step_inputs
         for handle in step_input.get_step_output_handle_dependencies()
     }
-    attempts = state.previous_retry_attempts
-    return state._replace(
-        ready_outputs=state.ready_outputs & upstream,
-        previous_retry_attempts={step.key: attempts[step.key]} if step.key in attempts else {},
-        dynamic_mappings=state.dynamic_mappings if _collects(step) else {},
+    attempts = active.retry_state.get_attempt_count(step.key)
+    # not ``get_known_state``, which checks the type of every output that the run has by now
+    return KnownExecutionState(
+        previous_retry_attempts={step.key: attempts} if attempts else {},
+        dynamic_mappings=dict(active._completed_dynamic_outputs) if _collects(step) else {},
+        ready_outputs=active._step_outputs & upstream,
+        step_output_versions=plan_state.step_output_versions,
+        parent_state=plan_state.parent_state,
     )
 
 

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 
 from dagster import DagsterEvent, MetadataValue
 
+from dagster_taskiq._dagster.indexed_execution import IndexedExecution
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
     DagsterExecutionInterruptedError,
@@ -92,7 +93,7 @@ def core_execution_loop(
 
     with (
         InstanceConcurrencyContext(context.instance, context.dagster_run) as concurrency,
-        ActiveExecution(
+        IndexedExecution(
             plan,
             retry_mode=context.executor.retries,
             sort_key_fn=lambda step: -priority_of(step),
