@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from dagster import DagsterEvent, DagsterInstance
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.handle import ResolvedFromDynamicStepHandle, StepHandle
@@ -18,6 +18,17 @@ from dagster._core.execution.plan.step import (
     ExecutionStep,
 )
 from dagster._core.storage.tags import GLOBAL_CONCURRENCY_TAG
+
+_OF_OUTCOME = {
+    kind.value
+    for kind in (
+        DagsterEventType.STEP_OUTPUT,
+        DagsterEventType.STEP_SUCCESS,
+        DagsterEventType.STEP_FAILURE,
+        DagsterEventType.STEP_UP_FOR_RETRY,
+        DagsterEventType.RESOURCE_INIT_FAILURE,
+    )
+}
 
 
 def withheld_steps(active: ActiveExecution) -> list[str]:
@@ -103,6 +114,14 @@ def _is_dynamic(output: StepOutputHandle) -> bool:
 def is_end_of_attempt(event: DagsterEvent) -> bool:
     """Whether the event says how an attempt of a step ended."""
     return event.is_step_success or event.is_step_failure or event.is_step_up_for_retry
+
+
+def is_of_outcome(event: DagsterEvent) -> bool:
+    """Whether the event says what came of an attempt: an output, its end, or why it has none.
+
+    These are all that ``ActiveExecution`` and the end of a run depend on.
+    """
+    return event.event_type_value in _OF_OUTCOME
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,7 @@ def end_one(pair: Pair, chance: Random, may_retry: bool) -> None:
         pair.told(key, DagsterEventType.STEP_SUCCESS, StepSuccessData(1.0))
     elif word == "unknown":
         pair.both(f"{key} unknown", lambda it: it.mark_unknown_state(key))
+        pair.both(f"free {key}", lambda it: it._instance_concurrency_context.free_step(key))
     elif word == "failure" or not may_retry:
         data = StepFailureData(error, None, ErrorSource.USER_CODE_ERROR)
         pair.told(key, DagsterEventType.STEP_FAILURE, data)
@@ -271,13 +272,14 @@ def end_one(pair: Pair, chance: Random, may_retry: bool) -> None:
 def go(pair: Pair, chance: Random, clock: list[float]) -> None:
     """Rounds in which steps become ready and end, until there is nothing left to do."""
     retries = 12
-    for _ in range(400):
+    for _ in range(200):
         for key in pair.keys("get_steps_to_skip"):
             pair.both(f"skip {key}", lambda it, key=key: it.mark_skipped(key))
         for key in pair.keys("get_steps_to_abandon"):
             pair.both(f"abandon {key}", lambda it, key=key: it.mark_abandoned(key))
-        if pair.own._executable and chance.random() < 0.1:  # as a run that is resumed
-            key = chance.choice(pair.own._executable)
+        ready = [it for it in pair.own._executable if not pair.own.get_step_by_key(it).pool]
+        if ready and chance.random() < 0.1:  # as a run that is resumed
+            key = chance.choice(ready)
             pair.both(f"replay {key}", lambda it, key=key: put_in_flight(it, key))
         pair.keys("get_steps_to_execute")
         for _ in range(chance.choice([1, 1, 2])):
