@@ -49,7 +49,7 @@ class StepPayloads:
             known_state=None,
             print_serialized_events=False,
         )
-        self._args: Mapping[str, Any] = pack_value(args)
+        self._args: Any = pack_value(args)
         self._constant: dict[str, Any] = {EXECUTABLE_KEY: job.to_dict()}
         if is_run_worker():  # who calls ``execute_job`` is given all events that come back
             self._constant[OUTCOME_ONLY_KEY] = True

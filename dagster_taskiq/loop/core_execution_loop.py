@@ -80,7 +80,8 @@ def core_execution_loop(
         tracing: hears of the run and its attempts.
 
     Yields:
-        the steps' events, which their workers have logged, and the loop's own, which it logs.
+        the steps' events that their results carry, which their workers have logged, and the loop's
+        own, which it logs.
     """
     if not plan.step_keys_to_execute:
         return
