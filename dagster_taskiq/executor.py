@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from dagster import DagsterEvent, Executor, InitExecutorContext, executor
 
 from dagster_taskiq._dagster.names import (
-    ExecuteStepArgs,
     ExecutionPlan,
-    ExecutionStep,
-    KnownExecutionState,
     PlanOrchestrationContext,
     RetryMode,
     multiple_process_executor_requirements,
-    pack_value,
 )
-from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.aio.tracing import Tracing
 from dagster_taskiq.config.schema import EXECUTOR_SCHEMA
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.errors import SupersededLoopError
-from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
+from dagster_taskiq.execution.step_messages import StepPayloads
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq.execution.tasks import EXIT_SUPERSEDED
@@ -93,9 +87,6 @@ class TaskiqExecutor(Executor):
     ) -> Iterator[DagsterEvent]:
         """Execute the plan's steps on workers; yields their events."""
 
-        def make_payload(step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
-            return _payload(plan_context, step, known_state)
-
         kept_seconds = self._settings.source.kept_connection_seconds
         patience = DatabasePatience(self._settings.server_patience_seconds)
         tracing = find_tracing()
@@ -115,7 +106,7 @@ class TaskiqExecutor(Executor):
                     execution_plan,
                     self._settings,
                     open_dispatcher,
-                    make_payload,
+                    StepPayloads(plan_context).of,
                     tracing=tracing,
                 )
         except SupersededLoopError as error:
@@ -147,19 +138,3 @@ def _open_dispatcher(
         cancel_grace_seconds=settings.cancel_grace_seconds,
         events=events,
     )
-
-
-def _payload(
-    context: PlanOrchestrationContext, step: ExecutionStep, known_state: KnownExecutionState
-) -> dict[str, Any]:
-    job = context.reconstructable_job
-    args = ExecuteStepArgs(
-        job_origin=job.get_python_origin(),
-        run_id=context.run_id,
-        step_keys_to_execute=[step.key],
-        instance_ref=None if is_own_instance(context.instance) else context.instance.get_ref(),
-        retry_mode=context.executor.retries.for_inner_plan(),
-        known_state=known_state,
-        print_serialized_events=False,
-    )
-    return {ARGS_KEY: pack_value(args), EXECUTABLE_KEY: job.to_dict()}

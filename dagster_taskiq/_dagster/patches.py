@@ -24,6 +24,7 @@ from dagster._core.execution.api import (
 from dagster._core.execution.plan import execute_plan
 from dagster._core.storage.dagster_run import DagsterRunStatus
 from dagster._core.system_config.objects import ResolvedRunConfig
+from dagster._grpc.impl import core_execute_run
 from dagster._utils.interrupts import (
     check_captured_interrupt,
     raise_interrupts_as,
@@ -173,6 +174,17 @@ def _known_by_identity(build: Callable[[Any, Any], Any]) -> Callable[..., Any]:
         return known[key][-1]
 
     return remembering
+
+
+def is_run_worker() -> bool:
+    """Whether Dagster's code for the process of a launched run, of any launcher, has called this.
+
+    Nobody keeps the events there that an executor yields; ``execute_job`` returns them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not core_execute_run.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def execute_or_resume_run(

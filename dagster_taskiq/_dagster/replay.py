@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from dagster import DagsterEvent, DagsterInstance
+from dagster import DagsterEvent, DagsterEventType, DagsterInstance
 from dagster._core.events.log import EventLogEntry
 from dagster._core.execution.plan.active import ActiveExecution
 from dagster._core.execution.plan.handle import ResolvedFromDynamicStepHandle, StepHandle
@@ -18,6 +18,17 @@ from dagster._core.execution.plan.step import (
     ExecutionStep,
 )
 from dagster._core.storage.tags import GLOBAL_CONCURRENCY_TAG
+
+_OF_OUTCOME = {
+    kind.value
+    for kind in (
+        DagsterEventType.STEP_OUTPUT,
+        DagsterEventType.STEP_SUCCESS,
+        DagsterEventType.STEP_FAILURE,
+        DagsterEventType.STEP_UP_FOR_RETRY,
+        DagsterEventType.RESOURCE_INIT_FAILURE,
+    )
+}
 
 
 def withheld_steps(active: ActiveExecution) -> list[str]:
@@ -71,17 +82,20 @@ def cut_known_state(active: ActiveExecution, step: ExecutionStep) -> KnownExecut
     count, and of the dynamic mappings those that its plan is resolved by: the key of a step
     that is mapped is in its name, one that collects needs all.
     """
-    state = active.get_known_state()
+    plan_state = active._plan.known_state
     upstream = {
         handle
         for step_input in step.step_inputs
         for handle in step_input.get_step_output_handle_dependencies()
     }
-    attempts = state.previous_retry_attempts
-    return state._replace(
-        ready_outputs=state.ready_outputs & upstream,
-        previous_retry_attempts={step.key: attempts[step.key]} if step.key in attempts else {},
-        dynamic_mappings=state.dynamic_mappings if _collects(step) else {},
+    attempts = active.retry_state.get_attempt_count(step.key)
+    # not ``get_known_state``, which checks the type of every output that the run has by now
+    return KnownExecutionState(
+        previous_retry_attempts={step.key: attempts} if attempts else {},
+        dynamic_mappings=dict(active._completed_dynamic_outputs) if _collects(step) else {},
+        ready_outputs=active._step_outputs & upstream,
+        step_output_versions=plan_state.step_output_versions,
+        parent_state=plan_state.parent_state,
     )
 
 
@@ -100,6 +114,14 @@ def _is_dynamic(output: StepOutputHandle) -> bool:
 def is_end_of_attempt(event: DagsterEvent) -> bool:
     """Whether the event says how an attempt of a step ended."""
     return event.is_step_success or event.is_step_failure or event.is_step_up_for_retry
+
+
+def is_of_outcome(event: DagsterEvent) -> bool:
+    """Whether the event says what came of an attempt: an output, its end, or why it has none.
+
+    These are all that ``ActiveExecution`` and the end of a run depend on.
+    """
+    return event.event_type_value in _OF_OUTCOME
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from dagster_taskiq._dagster.names import (
     error_info,
     execute_plan_iterator,
     pack_value,
-    serialize_value,
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import execute_or_resume_run, interrupts_end_no_attempt
@@ -44,6 +43,7 @@ from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.instances import open_instance
 from dagster_taskiq.execution.known_runs import LiveRuns, find_run, startable_run
 from dagster_taskiq.execution.loaded_code import LOADED
+from dagster_taskiq.execution.step_messages import StepTale
 from dagster_taskiq.execution.step_plans import RunPlans
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
@@ -156,11 +156,12 @@ class TaskRunner:
             on_loaded: called when the code is loaded, before the step's part of it runs.
 
         Returns:
-            the events of the step, also when it failed; all of them are in Dagster's log. An error
-            where the step could not be brought to run, or where the log did not take its events.
-            ``COPY`` where the attempt has begun before, which nothing was written about. An
-            interrupted step has no end among its events, unless its run is over, and an error that
-            shows where it was: why it was interrupted is for the worker to add.
+            the events of the step, also when it failed; where the payload asks for no more, those
+            that say what came of it. All are in Dagster's log. An error where the step could not
+            be brought to run, or where the log did not take its events. ``COPY`` where the attempt
+            has begun before, which nothing was written about. An interrupted step has no end among
+            its events, unless its run is over, and an error that shows where it was: why it was
+            interrupted is for the worker to add.
         """
         self._patience.begin_anew()
 
@@ -208,35 +209,31 @@ class TaskRunner:
         on_loaded: Callable[[], None],
         trace: StepTrace,
     ) -> TaskResult:
-        events: list[str] = []
+        tale = StepTale(payload, place)
         self.step_end = ""
         try:
             args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
             executable = payload[EXECUTABLE_KEY]
             for event in self._step_events(args, executable, place, arrival, on_loaded, trace):
-                events.append(serialize_value(event))
+                tale.note(event)
                 self.step_end = _STEP_ENDS.get(event.event_type_value, self.step_end)
                 if is_end_of_attempt(event):
                     trace.note(*end_in_words(event))
         except (DagsterExecutionInterruptedError, KeyboardInterrupt):
-            return TaskResult(
-                Outcome.FINISHED,
-                place,
-                tuple(events),
-                error=pack_value(error_info()),
-                reason="It was stopped." if events else "It was stopped before it had started.",
-                is_cancelled=True,
+            stopped = (
+                "It was stopped." if tale.has_begun else "It was stopped before it had started."
             )
+            error = pack_value(error_info())
+            return tale.result(Outcome.FINISHED, error=error, reason=stopped, is_cancelled=True)
         except CopyOfStepError as refusal:
             return TaskResult(Outcome.COPY, place, reason=str(refusal))
         except WrongInstanceError as refusal:
             return TaskResult(Outcome.REFUSED, place, reason=str(refusal))
         except TaskRefusedError as refusal:
-            return TaskResult(Outcome.ERROR, place, tuple(events), reason=str(refusal))
+            return tale.result(Outcome.ERROR, reason=str(refusal))
         except Exception:
-            error = pack_value(error_info())
-            return TaskResult(Outcome.ERROR, place, tuple(events), error=error)
-        return TaskResult(Outcome.FINISHED, place, tuple(events))
+            return tale.result(Outcome.ERROR, error=pack_value(error_info()))
+        return tale.result(Outcome.FINISHED)
 
     def _step_events(
         self,

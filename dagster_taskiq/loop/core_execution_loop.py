@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 
 from dagster import DagsterEvent, MetadataValue
 
+from dagster_taskiq._dagster.indexed_execution import IndexedExecution
 from dagster_taskiq._dagster.names import (
     ActiveExecution,
     DagsterExecutionInterruptedError,
@@ -79,7 +80,8 @@ def core_execution_loop(
         tracing: hears of the run and its attempts.
 
     Yields:
-        the steps' events, which their workers have logged, and the loop's own, which it logs.
+        the steps' events that their results carry, which their workers have logged, and the loop's
+        own, which it logs.
     """
     if not plan.step_keys_to_execute:
         return
@@ -92,7 +94,7 @@ def core_execution_loop(
 
     with (
         InstanceConcurrencyContext(context.instance, context.dagster_run) as concurrency,
-        ActiveExecution(
+        IndexedExecution(
             plan,
             retry_mode=context.executor.retries,
             sort_key_fn=lambda step: -priority_of(step),
@@ -107,29 +109,36 @@ def core_execution_loop(
         run = LoopRun(context, dispatcher, Flights(concurrency), now, trace)
         loop = _Loop(run, active, concurrency, settings, make_payload, priority_of)
         try:
-            if page := settings.page_of(context.run_id):
-                yield DagsterEvent.engine_event(
-                    context,
-                    "The dashboard shows where this run's steps are.",
-                    EngineEventData(metadata={"dashboard": MetadataValue.url(page)}),
-                )
-            yield from loop.open()
-            if context.resume_from_failure:
-                yield from loop.adopt()
-            yield from loop.run()
-        except SupersededLoopError as error:
-            loop.leave_steps_running()
-            trace.ended(str(error))
-            raise
-        except BaseException as error:
-            # also when Dagster closes this generator: nothing may run on unwatched
-            loop.stop_everything()
-            trace.ended(f"{type(error).__name__}: {error}")
-            raise
+            yield from _events_of(loop, run, settings)
         finally:
             dispatcher.close(leave_running=loop.leaves_steps_running)
             trace.ended()
             tracing.flush()
+
+
+def _events_of(loop: _Loop, run: LoopRun, settings: Settings) -> Iterator[DagsterEvent]:
+    """The loop from its beginning to its end; where it fails, the steps end with it."""
+    context = run.context
+    try:
+        if page := settings.page_of(context.run_id):
+            yield DagsterEvent.engine_event(
+                context,
+                "The dashboard shows where this run's steps are.",
+                EngineEventData(metadata={"dashboard": MetadataValue.url(page)}),
+            )
+        yield from loop.open()
+        if context.resume_from_failure:
+            yield from loop.adopt()
+        yield from loop.run()
+    except SupersededLoopError as error:
+        loop.leave_steps_running()
+        run.trace.ended(str(error))
+        raise
+    except BaseException as error:
+        # also when Dagster closes this generator: nothing may run on unwatched
+        loop.stop_everything()
+        run.trace.ended(f"{type(error).__name__}: {error}")
+        raise
 
 
 class _Loop:

@@ -17,7 +17,7 @@ from dagster_taskiq._dagster.names import (
     retry_or_fail_step,
     unpack_error,
 )
-from dagster_taskiq._dagster.replay import is_in_flight
+from dagster_taskiq._dagster.replay import is_in_flight, is_of_outcome
 from dagster_taskiq.backend.base import TaskState
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import MalformedResultError
@@ -64,7 +64,7 @@ class Endings:
         end = None
         for event in events:
             yield event
-            if event.step_key != flight.step.key:
+            if event.step_key != flight.step.key or not is_of_outcome(event):
                 continue
             if event.is_resource_init_failure:
                 # no end of the attempt, though older versions of Dagster take it for one

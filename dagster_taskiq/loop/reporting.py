@@ -53,7 +53,7 @@ class Reporting:
             outcome,
             "" if outcome is EndOutcome.SUCCEEDED else _reason_of(result, last),
             place=result.place,
-            started_at=last_start(told),
+            started_at=result.started_at or last_start(told),
             # while the run stops, what a step's policy asks for is not done
             is_retried=last is not None
             and last.is_step_up_for_retry

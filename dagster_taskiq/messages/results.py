@@ -112,6 +112,8 @@ class TaskResult:
             was the reason, which rules out a retry.
         queue: of a task that is ``REFUSED``, the queue to send it to instead, as people name it;
             empty for the one that it came from.
+        started_at: when a step whose result has only the events of its outcome was begun, by its
+            host's clock, in seconds since the epoch.
     """
 
     outcome: Outcome
@@ -122,6 +124,7 @@ class TaskResult:
     exit_code: int | None = None
     is_cancelled: bool = False
     queue: str = ""
+    started_at: float | None = None
 
     def to_bytes(self, signer: Signer | None = None, task_id: str = "") -> bytes:
         """The text for its reader; with a signer, the sealed result of a task.
@@ -155,6 +158,8 @@ class TaskResult:
                 raise TypeError("the error is no mapping")
             if not isinstance(values.get("reason"), str):
                 raise TypeError("the reason is no text")
+            if not isinstance(values.get("started_at"), (float, type(None))):
+                raise TypeError("the start is no time")
             values["queue"] = plain_name(values.get("queue", ""))
             return cls(
                 outcome=Outcome(values.pop("outcome")),
@@ -169,8 +174,11 @@ class TaskResult:
 def _head_of(result: TaskResult) -> bytes:
     values = {**vars(result), "outcome": result.outcome.value, "place": vars(result.place)}
     values["events"] = [len(event.encode()) for event in result.events]
+    # older versions know neither: they move no tasks, and ask for all events
     if not result.queue:
-        del values["queue"]  # which older versions do not know
+        del values["queue"]
+    if result.started_at is None:
+        del values["started_at"]
     return json.dumps(values).encode()
 
 

@@ -34,6 +34,7 @@ RESULTS = st.builds(
     reason=NAMES,
     exit_code=st.none() | st.integers(),
     is_cancelled=st.booleans(),
+    started_at=st.none() | st.floats(allow_nan=False, allow_infinity=False),
 )
 
 KEY = Signer(["k" * 32])
