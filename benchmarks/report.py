@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import sentence_of
-from benchmarks.results import Results, Status, Verdict
+from benchmarks.results import FORMER, Results, Status, Verdict
 
 #: Is in every sample of a contender with workers, and has a table of its own.
 WORKER_START = "worker_start_seconds"
@@ -118,7 +118,9 @@ def targets_table(results: Results) -> Table:
     for case in _measured(results):
         for name in _contenders(case.name, results):
             contender = CONTENDERS[name]
-            for target in case.targets if contender.family == "taskiq" else ():
+            for target in case.targets if contender.is_judged else ():
+                if target.against == FORMER and not results.of(case.name, f"{name}-{FORMER}"):
+                    continue  # there is a former version only where the user has named one
                 verdict = results.judge(case.name, name, contender.peer, target)
                 rows.append([case.name, name, str(target), _reached(verdict), _said(verdict)])
     return Table(["case", "contender", "target", "reached", ""], rows, "targets")
