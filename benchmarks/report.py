@@ -149,6 +149,12 @@ _SPEED_ROWS = (
     ("loads of a 300-asset location for two jobs in turn", "loads", "loads"),
     ("memory of a worker with 8 warm slots, MiB (PSS)", "memory", "worker_mib"),
     ("memory of a run with 1,000 steps, MiB (PSS)", "memory", "run_mib"),
+    ("from launch to start, heavy location, its first run, s", "heavy-launch", "first_s"),
+    ("the runs after it, s", "heavy-launch", "next_s"),
+    ("CPU time of a tiny run of it, s", "heavy-launch", "run_cpu_s"),
+    ("tiny runs a minute on 4 run slots", "runs-per-minute", "runs_per_minute"),
+    ("start of a worker with 8 slots that imports it, CPU s", "heavy-start", "cpu_s"),
+    ("memory of 8 slots after a step of it, MiB (PSS)", "heavy-memory", "worker_mib"),
 )
 _SPEED_COLUMNS = {
     "taskiq-redis": "Redis",
@@ -177,6 +183,7 @@ def speed_table(results: Results) -> Table:
     rows = [
         [text, *(cell(case, name, metric) for name in _SPEED_COLUMNS)]
         for text, case, metric in _SPEED_ROWS
+        if case in results.plans
     ]
     starts = [_starts(results, name) for name in _SPEED_COLUMNS]
     medians = [number(statistics.median(it)) if it else "-" for it in starts]
