@@ -93,9 +93,7 @@ def _wall(job: str, plan: Plan, times: float, share: float) -> dict[str, Any]:
     """A case of wall time: so many times as fast as dagster-celery, in a share of in-process's."""
     times_as_fast = Target("seconds", "at least", times, against=PEER)
     at_most = Target("seconds", "at most", share, against="in-process")
-    less_cpu = Target("step_cpu_ms", "at most", 0.8, against=FORMER)
-    targets = (times_as_fast, at_most, less_cpu)
-    return {"measure": wall, "jobs": (job,), "plan": plan, "targets": targets}
+    return {"measure": wall, "jobs": (job,), "plan": plan, "targets": (times_as_fast, at_most)}
 
 
 _CASES: Sequence[Case] = (
@@ -160,7 +158,10 @@ _CASES: Sequence[Case] = (
         growth,
         ("parallel_{steps}", "parallel_{large}"),
         Plan(steps=500, slots=2, limit_seconds=1800, growth=10),
-        (Target("growth", "at most", 1.3),),
+        (
+            Target("growth", "at most", 1.3),
+            Target("step_cpu_ms", "at most", 0.8, against=FORMER),
+        ),
         TASKIQ,
         headline="growth",
         repeats=1,

@@ -28,6 +28,7 @@ def main(order: dict[str, Any]) -> None:
         if order["launches"]:
             done = _launch(instance, job, order)
         else:
+            job.get_definition()  # loads the code, which is kept
             before = _cpu_seconds()
             with execute_job(job, instance, order["run_config"]) as result:
                 cpu_seconds = _cpu_seconds() - before

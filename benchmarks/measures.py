@@ -14,7 +14,7 @@ import psutil
 import redis
 from dagster import DagsterEventType
 
-from benchmarks.lab import Lab, Launch, Plan
+from benchmarks.lab import Lab, Launch, Plan, Run
 from benchmarks.processes import Looks, cpu_seconds, pss_mib, tree
 
 Metrics = dict[str, float]
@@ -51,13 +51,16 @@ def warm_worker(lab: Lab, plan: Plan, run_slots: int = 0, module: str = "benchma
 
 
 def wall(lab: Lab, plan: Plan, job: str) -> Metrics:
-    """The wall time of one run, and the CPU time of its process and its workers."""
+    """The wall time of one run."""
     warm_worker(lab, plan)
+    return {"seconds": lab.run(job, plan).seconds}
+
+
+def _run_beside_workers(lab: Lab, plan: Plan, job: str) -> tuple[Run, float]:
+    """A run, and the CPU time of the workers meanwhile in seconds."""
     used = lab.worker_cpu_seconds()
     run = lab.run(job, plan)
-    used = lab.worker_cpu_seconds() - used
-    step_ms = 1000 * (used + run.cpu_seconds) / plan.steps
-    return {"seconds": run.seconds, "worker_cpu_s": used, "step_cpu_ms": step_ms}
+    return run, lab.worker_cpu_seconds() - used
 
 
 def launched(lab: Lab, plan: Plan, job: str) -> Metrics:
@@ -90,26 +93,32 @@ def latency(lab: Lab, plan: Plan, job: str) -> Metrics:
 
 def sleepers(lab: Lab, plan: Plan, job: str) -> Metrics:
     """The share of the ideal: all slots asleep all the time."""
-    metrics = wall(lab, plan, job)
+    warm_worker(lab, plan)
+    run, worker_cpu = _run_beside_workers(lab, plan, job)
     ideal = -(-plan.steps // plan.slots) * SLEEP_SECONDS
-    return {**metrics, "percent_of_ideal": 100 * ideal / metrics["seconds"]}
+    percent = 100 * ideal / run.seconds
+    return {"seconds": run.seconds, "percent_of_ideal": percent, "worker_cpu_s": worker_cpu}
 
 
 def growth(lab: Lab, plan: Plan, small_job: str, large_job: str) -> Metrics:
-    """The cost of a step in a larger plan over that in the plan itself: time, and the run's CPU."""
+    """The cost of a step in a larger plan over that in the plan itself.
+
+    CPU time of a step is what more steps take, so that the beginning of a run is not in it.
+    """
     warm_worker(lab, plan)
-    metrics = {}
-    for size, job, steps in (
-        ("small", small_job, plan.steps),
-        ("large", large_job, plan.steps * plan.growth),
-    ):
-        run = lab.run(job, plan)
-        metrics[f"{size}_step_ms"] = 1000 * run.seconds / steps
-        metrics[f"{size}_run_cpu_ms"] = 1000 * run.cpu_seconds / steps
+    more_steps = plan.steps * (plan.growth - 1)
+    small, small_worker_cpu = _run_beside_workers(lab, plan, small_job)
+    large, large_worker_cpu = _run_beside_workers(lab, plan, large_job)
+    small_ms = 1000 * small.seconds / plan.steps
+    large_ms = 1000 * large.seconds / (plan.steps * plan.growth)
+    run_cpu = large.cpu_seconds - small.cpu_seconds
+    worker_cpu = large_worker_cpu - small_worker_cpu
     return {
-        **metrics,
-        "growth": metrics["large_step_ms"] / metrics["small_step_ms"],
-        "run_cpu_growth": metrics["large_run_cpu_ms"] / metrics["small_run_cpu_ms"],
+        "small_step_ms": small_ms,
+        "large_step_ms": large_ms,
+        "growth": large_ms / small_ms,
+        "step_cpu_ms": 1000 * (run_cpu + worker_cpu) / more_steps,
+        "run_step_cpu_ms": 1000 * run_cpu / more_steps,
     }
 
 
