@@ -1,4 +1,4 @@
-"""The documents say what is there: links, settings, tags, modules, code."""
+"""The documents say what is there: links, settings, tags, modules, code; their marks are whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from dagster_taskiq_tests.unit.test_imports import PACKAGE
 
 ROOT = PACKAGE.parent
 
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted(
+    it for folder in (".", "docs", "benchmarks", "example") for it in ROOT.glob(f"{folder}/*.md")
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf8")
@@ -33,6 +35,34 @@ def links() -> Iterator[tuple[Path, str]]:
         for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text):
             if "://" not in target:
                 yield document, target
+
+
+def text_of(document: Path) -> str:
+    """Without blocks of code."""
+    text = document.read_text(encoding="utf8")
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_and_marks_are_whole(document: Path) -> None:
+    """What two merged texts leave of a row or a paragraph is rarely so."""
+    for paragraph in re.split(r"\n{2,}", text_of(document)):
+        assert paragraph.count("`") % 2 == 0, paragraph
+        plain = re.sub(r"`[^`]*`", "", paragraph)
+        assert plain.count("**") % 2 == 0, paragraph
+        rows = re.findall(r"^ *\|.*", plain, re.MULTILINE)
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) <= 1, paragraph
+
+
+def test_a_promise_begins_its_paragraph_and_stands_once() -> None:
+    """Nor does a row of the table of modules say a thing twice."""
+    text = text_of(ROOT / "ARCHITECTURE.md")
+    promises = re.findall(r"\*\*[A-Z].*?\*\*", text, re.DOTALL)
+    assert len(promises) == len(set(promises))
+    assert promises == re.findall(r"(?<=\n\n)\*\*[A-Z].*?\*\*", text, re.DOTALL)
+    for row in re.findall(r"^\|.*", text, re.MULTILINE):
+        parts = [it.strip() for it in row.split(";") if " " in it.strip()]
+        assert len(parts) == len(set(parts)), row
 
 
 @pytest.mark.parametrize(("document", "target"), list(links()), ids=lambda it: Path(str(it)).name)
