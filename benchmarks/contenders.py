@@ -6,9 +6,11 @@ variable of the processes' environment), the run config, and the worker's comman
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -162,6 +164,12 @@ class Contender:
         return {"module": module, "class": name, "config": config}
 
 
+def former_package() -> str | None:
+    """The directory of the former version's package, if the environment names one."""
+    directory = Path(os.environ.get(FORMER_VARIABLE) or os.devnull).absolute()
+    return str(directory) if (directory / "dagster_taskiq").is_dir() else None
+
+
 def _celery_key_prefix(prefix: str) -> dict[str, Any]:
     """Celery's settings that put every key of its own below a prefix."""
     # here, so that the arithmetic of reports needs no Celery
@@ -173,39 +181,31 @@ def _celery_key_prefix(prefix: str) -> dict[str, Any]:
     }
 
 
-def _with_variants(contenders: Sequence[Contender]) -> Iterator[Contender]:
-    """After each of dagster-taskiq's that is measured most, what it is compared with."""
-    for contender in contenders:
-        yield contender
-        if contender.family == "taskiq" and not contender.is_on_database:
-            for variant in get_args(Variant):
-                yield replace(contender, name=f"{contender.name}-{variant}", variant=variant)
+_CONTENDERS = (
+    Contender("taskiq-rabbitmq", "taskiq", "rabbitmq", peer="celery-rabbitmq"),
+    Contender("taskiq-redis", "taskiq", "redis", peer="celery-redis"),
+    Contender("taskiq-embedded", "taskiq", "embedded", peer="celery-redis"),
+    Contender("taskiq-redis-database", "taskiq", "redis", "celery-redis", is_on_database=True),
+    Contender(
+        "taskiq-rabbitmq-database", "taskiq", "rabbitmq", "celery-rabbitmq", is_on_database=True
+    ),
+    Contender("taskiq-database", "taskiq", "database", "celery-redis", is_on_database=True),
+    Contender("celery-rabbitmq", "celery", "rabbitmq"),
+    Contender("celery-redis", "celery", "redis"),
+    # what is left under CeleryRunLauncher, where celery_executor fails (README.md)
+    Contender("celery-redis-whole-runs", "celery", "redis", executor="in-process"),
+    Contender("multiprocess", "multiprocess"),
+    Contender("in-process", "in-process"),
+)
+
+
+def _variants(contender: Contender) -> Iterator[Contender]:
+    """What one of dagster-taskiq's is compared with; those on the database have none."""
+    if contender.family == "taskiq" and not contender.is_on_database:
+        for variant in get_args(Variant):
+            yield replace(contender, name=f"{contender.name}-{variant}", variant=variant)
 
 
 CONTENDERS: Mapping[str, Contender] = {
-    contender.name: contender
-    for contender in _with_variants(
-        (
-            Contender("taskiq-rabbitmq", "taskiq", "rabbitmq", peer="celery-rabbitmq"),
-            Contender("taskiq-redis", "taskiq", "redis", peer="celery-redis"),
-            Contender("taskiq-embedded", "taskiq", "embedded", peer="celery-redis"),
-            Contender(
-                "taskiq-redis-database", "taskiq", "redis", "celery-redis", is_on_database=True
-            ),
-            Contender(
-                "taskiq-rabbitmq-database",
-                "taskiq",
-                "rabbitmq",
-                "celery-rabbitmq",
-                is_on_database=True,
-            ),
-            Contender("taskiq-database", "taskiq", "database", "celery-redis", is_on_database=True),
-            Contender("celery-rabbitmq", "celery", "rabbitmq"),
-            Contender("celery-redis", "celery", "redis"),
-            # what is left under CeleryRunLauncher, where celery_executor fails (README.md)
-            Contender("celery-redis-whole-runs", "celery", "redis", executor="in-process"),
-            Contender("multiprocess", "multiprocess"),
-            Contender("in-process", "in-process"),
-        )
-    )
+    it.name: it for contender in _CONTENDERS for it in (contender, *_variants(contender))
 }

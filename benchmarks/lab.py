@@ -29,7 +29,7 @@ from dagster import (
 )
 
 from benchmarks.assets import LOADS_VARIABLE
-from benchmarks.contenders import FORMER_VARIABLE, Contender, Namespace
+from benchmarks.contenders import Contender, Namespace, former_package
 from benchmarks.jobs import EXECUTOR_VARIABLE, JOBS_VARIABLE
 from benchmarks.processes import (
     LOOK_AT_STORAGE_SECONDS,
@@ -75,12 +75,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has succeeded.
-
-    Attributes:
-        record: Dagster's.
-        cpu_seconds: of its process while it executed the run, with the children of that.
-    """
+    """A run that has succeeded, and the CPU time of its process and that one's children."""
 
     record: RunRecord
     cpu_seconds: float
@@ -164,7 +159,7 @@ class Lab:
         return {**settings, **({"run_launcher": launcher} if launcher else {})}
 
     def _environment(self, jobs: Sequence[str]) -> dict[str, str | None]:
-        former = os.environ.get(FORMER_VARIABLE) if self.contender.variant == "former" else None
+        former = former_package() if self.contender.variant == "former" else None
         paths = list(filter(None, [former, str(ROOT), os.environ.get("PYTHONPATH")]))
         return {
             **dict.fromkeys(_NOT_INHERITED),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS, FORMER_VARIABLE, Namespace
+from benchmarks.contenders import CONTENDERS, FORMER_VARIABLE, Namespace, former_package
 from benchmarks.lab import Plan, open_lab
 from benchmarks.measures import warm_up_job
 from benchmarks.namespace import own_redis
@@ -54,7 +53,7 @@ def _take_sample(
     sample = Sample(case.name, name, repeat)
     if not space.offers(contender.broker):
         return replace(sample, problem="its server is not there")
-    if contender.variant == "former" and FORMER_VARIABLE not in os.environ:
+    if contender.variant == "former" and former_package() is None:
         return replace(sample, problem=f"{FORMER_VARIABLE} names no package")
     jobs = case.job_names(plan)
     defined = [warm_up_job(plan), *jobs]

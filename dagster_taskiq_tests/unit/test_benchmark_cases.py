@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ import pytest
 from dagster import Definitions
 
 from benchmarks.cases import CASES, Case
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import CONTENDERS, FORMER_VARIABLE, former_package
 from benchmarks.jobs import JOBS_VARIABLE, define
 from benchmarks.processes import Looks, wait_for_rest
 from benchmarks.report import targets_table
@@ -58,6 +59,18 @@ def test_variants_differ_in_what_they_are_compared_for() -> None:
     assert former_command == command
     assert [it.is_judged for it in (usual, cold, former)] == [True, False, False]
     assert cold.peer == former.peer == usual.peer
+
+
+def test_a_former_version_is_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a directory without it, or the present version would be compared with itself."""
+    monkeypatch.delenv(FORMER_VARIABLE, raising=False)
+    assert former_package() is None
+    monkeypatch.setenv(FORMER_VARIABLE, str(tmp_path))
+    assert former_package() is None
+    (tmp_path / "dagster_taskiq").mkdir()
+    assert former_package() == str(tmp_path)
 
 
 def targets_reached(case: str, **values: dict[str, float]) -> list[tuple[str, str]]:
