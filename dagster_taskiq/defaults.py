@@ -106,6 +106,12 @@ HISTORY_EXPIRES_SECONDS = 7 * 24 * 3600
 #: How often a run or a worker adds to the history what has ended, at most.
 HISTORY_SECONDS = 3.0
 
+#: How often a run tells which steps it holds back, at most.
+WITHHELD_SECONDS = 2.0
+
+#: How often Dagster is asked who has the slots of a pool for which steps are held back.
+POOL_LOOK_SECONDS = 15.0
+
 #: How long to try to reach a server before the error is reported.
 CONNECT_TIMEOUT_SECONDS = 5.0
 

@@ -1,5 +1,6 @@
-"""What a backend must do, in five roles: for the execution loop, for workers, for people, and two
-of modules of their own: to hold queues up (``pauses``), and to keep a history (``history``).
+"""What a backend must do, in six roles: for the execution loop, for workers, for people, and three
+of modules of their own: to hold queues up (``pauses``), to keep a history (``history``), and to say
+what runs hold back (``withheld``).
 
 The backend is the one place that decides who may run a task. ``life`` draws a task's life in it and
 says what each operation does to it, as pure functions; ``memory`` is the whole contract on top of
@@ -21,8 +22,10 @@ from enum import Enum
 
 from dagster_taskiq.backend.history import HistoryBackend
 from dagster_taskiq.backend.pauses import PauseBackend
+from dagster_taskiq.backend.withheld import WithheldBackend
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 
 #: How long an order waits for its worker: one that has not taken it by then is gone.
@@ -129,12 +132,14 @@ class RunReport:
         has_loop: whether an execution loop of it lives.
         is_resumable: whether it may get another loop.
         tasks: by id, those in one of the states ``NOT_ENDED``.
+        withheld: what its living loop has told last that it holds back, for people.
     """
 
     run_id: str
     has_loop: bool
     is_resumable: bool
     tasks: Mapping[str, TaskReport]
+    withheld: Withheld = Withheld()
 
 
 def superseded_error(run_id: str, generation: int) -> SupersededLoopError:
@@ -346,7 +351,9 @@ class ControlBackend(ABC):
         """
 
 
-class Backend(RunBackend, ClaimBackend, ControlBackend, PauseBackend, HistoryBackend):
+class Backend(
+    RunBackend, ClaimBackend, ControlBackend, PauseBackend, HistoryBackend, WithheldBackend
+):
     """All roles, on one server.
 
     Errors: ``UnreachableServerError`` or ``RefusedByServerError`` with the address and without

@@ -141,6 +141,7 @@ class RunLife:
         is_resumable: whether another loop may follow; None where nobody has said.
         is_closed: whether its loop has come to its end.
         ends_at: when the record expires, by the server's clock; None where there is none.
+        withheld: what a loop has told that it holds back, with the token of that loop.
     """
 
     generation: int = -1
@@ -148,6 +149,13 @@ class RunLife:
     is_closed: bool = False
     ends_at: float | None = None
     loop: RunLoop | None = None
+    withheld: tuple[str, bytes] = ("", b"")
+
+    @property
+    def withheld_now(self) -> bytes:
+        """What its living loop has told that it holds back; empty for nothing."""
+        token, data = self.withheld
+        return data if self.loop is not None and self.loop.token == token else b""
 
     def at(self, moment: Moment) -> RunLife:
         """The same without what has expired."""
@@ -189,7 +197,8 @@ def open_run(
     if run.is_lower(generation, token):
         return run, False
     loop = RunLoop(token, moment.seconds + lease_seconds)
-    return RunLife(generation, is_resumable, loop=loop).kept(moment), True
+    opened = RunLife(generation, is_resumable, loop=loop, withheld=run.withheld)
+    return opened.kept(moment), True
 
 
 def renew_run(
@@ -211,20 +220,28 @@ def renew_run(
         return run, False
     may_follow = is_resumable if run.is_resumable is None else run.is_resumable
     loop = RunLoop(token, moment.seconds + lease_seconds)
-    return RunLife(generation, may_follow, loop=loop).kept(moment), True
+    renewed = RunLife(generation, may_follow, loop=loop, withheld=run.withheld)
+    return renewed.kept(moment), True
 
 
 def close_run(run: RunLife, moment: Moment, *, token: str) -> tuple[RunLife, bool]:
     """See ``RunBackend.close_run``; False when another loop has taken over or the lease is over."""
     if run.loop is None or run.loop.token != token:
         return run, False
-    closed = replace(run, is_resumable=False, is_closed=True, loop=None)
+    closed = replace(run, is_resumable=False, is_closed=True, loop=None, withheld=("", b""))
     return closed.kept(moment), True
 
 
 def disown_run(run: RunLife, moment: Moment) -> RunLife:
     """See ``RunBackend.disown_run``."""
     return replace(run, is_resumable=False).kept(moment)
+
+
+def tell_withheld(run: RunLife, data: bytes, *, token: str) -> tuple[RunLife, bool]:
+    """See ``WithheldBackend.tell_withheld``; empty for nothing."""
+    if run.loop is None or run.loop.token != token:
+        return run, False
+    return replace(run, withheld=(token, data)), True
 
 
 # --- a task, as its workers see it ---

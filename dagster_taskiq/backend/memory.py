@@ -46,6 +46,7 @@ from dagster_taskiq.messages.attempt_ends import (
     write_end,
 )
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import Withheld, read_withheld, write_withheld
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
@@ -307,15 +308,24 @@ class MemoryBackend(MemoryPauses, Backend):
             reports = [self._report_run(session, run_id) for run_id in session.run_ids()]
         return [report for report in reports if report.has_loop or report.tasks]
 
-    @staticmethod
-    def _report_run(session: Session, run_id: str) -> RunReport:
+    def _report_run(self, session: Session, run_id: str) -> RunReport:
         run, moment = session.run(run_id), session.moment
         reports = {
             task_id: life.report_task(session.task(run_id, task_id), moment)
             for task_id in session.task_ids(run_id)
         }
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
-        return RunReport(run_id, run.loop is not None, bool(run.is_resumable), tasks)
+        withheld = read_withheld(self._signer, run_id, run.withheld_now)
+        return RunReport(run_id, run.loop is not None, bool(run.is_resumable), tasks, withheld)
+
+    async def tell_withheld(self, run_id: str, withheld: Withheld, *, token: str) -> bool:
+        """See ``WithheldBackend``."""
+        data = write_withheld(self._signer, run_id, withheld) if withheld != Withheld() else b""
+        with self._server.reached() as session:
+            run, is_kept = life.tell_withheld(session.run(run_id), data, token=token)
+            if is_kept:
+                session.put_run(run_id, run)
+        return is_kept
 
     async def tidy(self) -> None:
         """See ``ControlBackend``."""

@@ -31,9 +31,11 @@ from dagster_taskiq.backend.postgresql_hints import Mailbox, NotifyBell, channel
 from dagster_taskiq.backend.postgresql_history import PostgresqlHistory
 from dagster_taskiq.backend.postgresql_pauses import PostgresqlPauses
 from dagster_taskiq.backend.postgresql_schema import PART
+from dagster_taskiq.backend.postgresql_withheld import PostgresqlWithheld
 from dagster_taskiq.messages.refusals import Unreadable
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import read_withheld
 from dagster_taskiq.messages.worker_records import (
     RunningTask,
     WorkerRecord,
@@ -63,7 +65,7 @@ _LOOKS_PER_SECOND = 50.0
 _LONGEST_LOOK_SECONDS = 5.0
 
 
-class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
+class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, PostgresqlWithheld, Backend):
     """See ``Backend``.
 
     Args:
@@ -336,11 +338,12 @@ class PostgresqlBackend(PostgresqlPauses, PostgresqlHistory, Backend):
     async def runs(self) -> list[RunReport]:
         """See ``ControlBackend``."""
         reports = []
-        for run_id, has_loop, is_resumable, task_ids in await self._call("list_runs"):
+        for run_id, has_loop, is_resumable, task_ids, data in await self._call("list_runs"):
             found = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
             tasks = {key: report for key, report in found.items() if report.state in NOT_ENDED}
             if has_loop or tasks:
-                reports.append(RunReport(run_id, has_loop, is_resumable, tasks))
+                withheld = read_withheld(self._signer, run_id, data or b"")
+                reports.append(RunReport(run_id, has_loop, is_resumable, tasks, withheld))
         return reports
 
     async def tidy(self) -> None:

@@ -122,6 +122,7 @@ BEGIN
   UPDATE {s}.runs SET is_resumable = false, is_closed = true, token = NULL, lease_until = 'epoch',
       seen_at = clock_timestamp()
     WHERE run_id = p_run AND token = p_token AND lease_until > clock_timestamp();
+  IF FOUND THEN DELETE FROM {s}.withheld WHERE run_id = p_run; END IF;
 END $$;
 
 CREATE OR REPLACE FUNCTION {s}.disown_run{v}(p_run text) RETURNS void LANGUAGE plpgsql AS $$
@@ -194,7 +195,7 @@ END $$;
 
 -- For people: every run, with those of its tasks that have not ended by the record's words.
 CREATE OR REPLACE FUNCTION {s}.list_runs{v}()
-RETURNS TABLE (run text, has_loop boolean, resumable boolean, open_tasks text[])
+RETURNS TABLE (run text, has_loop boolean, resumable boolean, open_tasks text[], held_back bytea)
 LANGUAGE plpgsql AS $$
 BEGIN
 {begin}
@@ -202,7 +203,9 @@ BEGIN
     SELECT r.run_id, r.token IS NOT NULL AND r.lease_until > clock_timestamp(),
       coalesce(r.is_resumable, false),
       ARRAY(SELECT t.task_id FROM {s}.tasks AS t
-        WHERE t.run_id = r.run_id AND t.state IN ('claimed', 'refused', 'dropped'))
+        WHERE t.run_id = r.run_id AND t.state IN ('claimed', 'refused', 'dropped')),
+      (SELECT w.data FROM {s}.withheld AS w WHERE w.run_id = r.run_id AND w.token = r.token
+        AND r.lease_until > clock_timestamp())
     FROM {s}.runs AS r ORDER BY r.run_id;
 END $$;
 
@@ -571,6 +574,9 @@ BEGIN
   DELETE FROM {s}.workers WHERE ctid = ANY (ARRAY(
     SELECT ctid FROM {s}.workers WHERE expires_at < clock_timestamp() - interval '{lost} s'
     LIMIT 10 * p_most));
+  DELETE FROM {s}.withheld WHERE ctid = ANY (ARRAY(
+    SELECT ctid FROM {s}.withheld AS w
+    WHERE NOT EXISTS (SELECT FROM {s}.runs AS r WHERE r.run_id = w.run_id) LIMIT 10 * p_most));
   PERFORM {s}.tidy_history{v}(10 * p_most);
   RETURN v_sum;
 END $$;

@@ -63,9 +63,11 @@ PART = Part(
         FUNCTION_SETS,
         read_sql(str(__package__), "pauses"),
         read_sql(str(__package__), "history_tables"),
+        read_sql(str(__package__), "withheld_table"),
     ),
     oldest=1,
     functions="\n".join(
-        read_sql(str(__package__), name, _FRAGMENTS) for name in ("functions", "history")
+        read_sql(str(__package__), name, _FRAGMENTS)
+        for name in ("functions", "history", "withheld")
     ),
 )

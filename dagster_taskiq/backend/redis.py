@@ -29,6 +29,7 @@ from dagster_taskiq.backend.redis_control import RedisControl
 from dagster_taskiq.backend.redis_history import COMMANDS, RedisHistory
 from dagster_taskiq.backend.redis_pauses import RedisPauses
 from dagster_taskiq.backend.redis_store import BATCH, RedisStore, milliseconds, text_of
+from dagster_taskiq.backend.redis_withheld import TELL, RedisWithheld
 from dagster_taskiq.defaults import RUN_RECORD_EXPIRES_SECONDS
 from dagster_taskiq.messages.results import Place
 from dagster_taskiq.messages.signing import Signer
@@ -44,11 +45,12 @@ _NOT_ENDED = {state.value for state in NOT_ENDED}
 _COMMANDS = {
     *commands_of(script.text for script in scripts.ALL),
     *COMMANDS,
+    *commands_of([TELL.text]),
     *"BLPOP EVALSHA HDEL HGETALL HSET MGET SCRIPT UNLINK ZADD ZRANGE ZREM ZREMRANGEBYSCORE".split(),
 }
 
 
-class RedisBackend(RedisControl, RedisPauses, RedisHistory, Backend):
+class RedisBackend(RedisControl, RedisPauses, RedisHistory, RedisWithheld, Backend):
     """See ``Backend``.
 
     What cannot be decoded counts as unknown and is said once: anybody who can write to the server
@@ -300,15 +302,17 @@ class RedisBackend(RedisControl, RedisPauses, RedisHistory, Backend):
         return [report for report in reports if report.has_loop or report.tasks]
 
     async def _report_run(self, run_id: str) -> RunReport:
-        record, loop = await self._store.run_all(
-            [("HGETALL", self._store.record(run_id)), ("EXISTS", self._store.loop(run_id))]
+        record, loops = await self._store.run_all(
+            [("HGETALL", self._store.record(run_id)), ("MGET", self._store.loop(run_id))]
         )
+        (loop,) = loops
         fields = {text_of(key): text_of(value) for key, value in record.items()}
         words = {key[2:]: value for key, value in fields.items() if key.startswith("t:")}
         task_ids = [key for key, word in words.items() if word.partition(":")[0] in _NOT_ENDED]
         reports = (await self.inspect(run_id, task_ids))[1] if task_ids else {}
         tasks = {key: report for key, report in reports.items() if report.state in NOT_ENDED}
-        return RunReport(run_id, bool(loop), fields.get("resumable") == "1", tasks)
+        withheld = self._withheld_of(run_id, record, loop)
+        return RunReport(run_id, loop is not None, fields.get("resumable") == "1", tasks, withheld)
 
     async def product(self) -> str:
         """See ``Backend``."""

@@ -11,7 +11,8 @@ States in the run's record, field ``t:<task id>``: ``claimed``, ``done:<token>``
 ``lost``; ``dropped:<epoch>`` where a worker has dropped the message in that epoch, in which nobody
 had claimed it, and ``dropped:`` where the message was of an older epoch. Field ``c:<task id>`` is
 the order to cancel that the task's worker was given, ``b:<task id>`` is there when a launched run
-has begun. ``closed`` is there when the run's loop has come to its end.
+has begun. ``closed`` is there when the run's loop has come to its end; ``withheld`` is in
+``redis_withheld``.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ CLOSE_RUN = Script(
     + """
 if redis.call('GET', KEYS[2]) == ARGV[1] then
   redis.call('DEL', KEYS[2], KEYS[3])
+  redis.call('HDEL', KEYS[1], 'withheld')
   redis.call('HSET', KEYS[1], 'resumable', '0', 'closed', '1')
   keep(KEYS[1])
 end

@@ -11,6 +11,7 @@ from typing import Any
 
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_pauses import QueuePause
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import Overview, QueueView, ServerView, TaskView
 
@@ -104,6 +105,15 @@ def _end_shape(end: AttemptEnd) -> dict[str, Any]:
         "ended_at": end.ended_at,
         "is_retried": end.is_retried,
     }
+
+
+def withheld_shape(withheld: Withheld) -> list[dict[str, Any]]:
+    """The steps that a run holds back, those that are named."""
+    return [
+        {"step_key": key, "since": since, "pool": group.pool or None, "reason": group.reason}
+        for group in withheld.groups
+        for key, since in group.steps
+    ]
 
 
 def unseen_shape(overview: Overview) -> list[dict[str, Any]]:

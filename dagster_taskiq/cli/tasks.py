@@ -21,7 +21,7 @@ from dagster_taskiq.cli.finding import full_id
 from dagster_taskiq.cli.later import Later
 from dagster_taskiq.cli.looking import look, look_at_backend
 from dagster_taskiq.cli.options import config_yaml_option, read_settings, say_errors
-from dagster_taskiq.cli.shapes import task_shape, unseen_shape
+from dagster_taskiq.cli.shapes import task_shape, unseen_shape, withheld_shape
 from dagster_taskiq.cli.tables import (
     DASH,
     count_of,
@@ -34,6 +34,7 @@ from dagster_taskiq.cli.tables import (
     short_id,
     time_since,
 )
+from dagster_taskiq.cli.withheld_steps import echo_withheld
 from dagster_taskiq.defaults import HISTORY_ENDS
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.overview import MOST_WAITING, Overview, QueueView, TaskStatus, TaskView
@@ -143,6 +144,7 @@ def run_show(run_id: str, as_json: bool, config_yaml: str | None) -> None:
     ended = [it for it in overview.ended if it.run_id == run_id]
     known = next((it for it in overview.runs if it.run_id == run_id), None)
     tasks = [it for it in overview.tasks() if it.run_id == run_id]
+    withheld = overview.withheld_of(run_id)
     if as_json:
         shape = {
             "run_id": run_id,
@@ -150,6 +152,8 @@ def run_show(run_id: str, as_json: bool, config_yaml: str | None) -> None:
             "is_resumable": None if known is None else known.is_resumable,
             "tasks": list(map(task_shape, tasks)),
             "ended": list(map(task_shape, ended)),
+            "held_back": withheld_shape(withheld),
+            "held_back_more": withheld.more,
         }
         echo_json({"run": shape, "unseen": unseen_shape(overview)})
         return
@@ -163,6 +167,7 @@ def run_show(run_id: str, as_json: bool, config_yaml: str | None) -> None:
     if tasks:
         click.echo()
         echo_tasks(tasks)
+    echo_withheld(withheld)
     if ended:
         click.echo("\nended lately")
         echo_ended_of_run(ended)

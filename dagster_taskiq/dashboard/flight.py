@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dagster_taskiq.dashboard.looks import MOST_WAITING, Look
 from dagster_taskiq.dashboard.words import DASH, count_of, duration, short_id
 from dagster_taskiq.messages.envelope import QueueKind
+from dagster_taskiq.messages.queue_looks import named
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq.overview import QueueView, RunView, TaskStatus, TaskView
 
 #: The most tasks that a page shows in flight, and the most of one run beside others.
@@ -60,6 +62,7 @@ class RunRows:
     Attributes:
         loop: what is to be said of its execution loop; empty where one lives.
         more: how many of its tasks are not shown.
+        withheld: which steps it holds back and why, in sentences.
     """
 
     run_id: str
@@ -70,6 +73,7 @@ class RunRows:
     tasks: Sequence[TaskRow]
     counts: str
     more: int
+    withheld: Sequence[str]
 
 
 def run_rows(look: Look, only: str = "") -> tuple[list[RunRows], int]:
@@ -104,7 +108,9 @@ def run_rows(look: Look, only: str = "") -> tuple[list[RunRows], int]:
         if left <= 0:
             break
         shown = found[run_id][: min(left, most_of_run)]
-        rows.append(_run_rows(run_id, known.get(run_id), found[run_id], shown, look.at, depths))
+        withheld = _withheld_notes(look.overview.withheld_of(run_id))
+        run = known.get(run_id)
+        rows.append(_run_rows(run_id, run, found[run_id], shown, look.at, depths, withheld))
         left -= max(1, len(shown))
     return rows, len(ordered) - len(rows)
 
@@ -124,6 +130,7 @@ def _run_rows(
     shown: Sequence[TaskView],
     now: float,
     depths: Mapping[tuple[str | None, QueueKind | None], int],
+    withheld: Sequence[str],
 ) -> RunRows:
     loop, tone = "", "good"
     if run is None:
@@ -146,7 +153,18 @@ def _run_rows(
     counts = [f"{states.count(it):,} {it.value}" for it in _ORDER if it in states]
     more = len(tasks) - len(shown)
     job = next((task.job for task in tasks if task.job), "")
-    return RunRows(run_id, short_id(run_id), job, loop, tone, rows, ", ".join(counts), more)
+    told = ", ".join(counts)
+    return RunRows(run_id, short_id(run_id), job, loop, tone, rows, told, more, withheld)
+
+
+def _withheld_notes(withheld: Withheld) -> list[str]:
+    notes = []
+    for group in withheld.groups:
+        keys = named([key for key, _ in group.steps])
+        notes.append(f"Ready, but held back: {keys}. {group.reason}")
+    if withheld.more:
+        notes.append(f"{count_of(withheld.more, 'more step')} held back.")
+    return notes
 
 
 def _task_row(

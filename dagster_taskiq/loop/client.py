@@ -2,13 +2,13 @@
 
 Background tasks keep a run going while its loop computes or waits: ``collect`` takes results out of
 the run's mailbox and wakes the loop, ``keep-alive`` renews the lease that says that the run has a
-living loop (without it no step of the run is claimed any more). ``history`` tells what has ended.
+living loop (without it no step of the run is claimed any more). ``history`` tells what has ended,
+``withheld`` which steps the run holds back.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
@@ -24,6 +24,7 @@ from dagster_taskiq.aio.vigil import EpochWatch
 from dagster_taskiq.aio.waker import Waker
 from dagster_taskiq.backend import Backend, TaskState, open_backend
 from dagster_taskiq.backend.history_log import HistoryLog
+from dagster_taskiq.backend.withheld_log import WithheldLog
 from dagster_taskiq.brokers import TaskBroker, open_bell, open_broker
 from dagster_taskiq.carrier import Carrier
 from dagster_taskiq.connections import Servers
@@ -34,13 +35,14 @@ from dagster_taskiq.errors import (
     SupersededLoopError,
     UnreachableServerError,
 )
-from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
+from dagster_taskiq.loop.step_envelopes import envelope_of
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
-from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
+from dagster_taskiq.messages.envelope import Envelope, QueueKind
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import NOWHERE, TaskResult
+from dagster_taskiq.messages.withheld_steps import Withheld
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ class Client(Dispatcher):
             raise
         self._carrier = Carrier(servers, QueueKind.STEPS, self._broker, self._backend)
         self._history = HistoryLog(self._backend)
+        self._withheld = WithheldLog(self._backend, run_id, self._token)
 
     async def _make_connections(self) -> tuple[TaskBroker, Backend]:
         servers = self._servers
@@ -151,6 +154,7 @@ class Client(Dispatcher):
             asyncio.create_task(self._collect(), name="collect"),
             asyncio.create_task(self._keep_alive(), name="keep-alive"),
             asyncio.create_task(self._history.run(), name="history"),
+            asyncio.create_task(self._withheld.run(), name="withheld"),
         ]
         for task in self._background:
             task.add_done_callback(self._note_failure)
@@ -251,6 +255,7 @@ class Client(Dispatcher):
 
     def _note_epoch(self, epoch: str) -> None:
         if self._watch.note_epoch(epoch, time.monotonic()):
+            self._withheld.note_new_epoch()
             logger.warning(
                 "Run %s: %s was restarted or emptied; what is missing there is judged after "
                 "%g seconds.",
@@ -349,6 +354,10 @@ class Client(Dispatcher):
         """See ``Dispatcher``."""
         self._history.note_end(end)
 
+    def note_withheld(self, withheld: Withheld) -> None:
+        """See ``Dispatcher``."""
+        self._withheld.note(withheld)
+
     def close(self, *, leave_running: bool = False) -> None:
         """See ``Dispatcher``."""
         try:
@@ -373,25 +382,14 @@ class Client(Dispatcher):
     # --- messages ---
 
     def _envelope(self, task: StepTask) -> Envelope:
-        payload = task.make_payload()
-        return Envelope(
-            task_id=task.task_id,
-            name=TaskName.EXECUTE_PLAN,
-            run_id=self._run_id,
-            step_key=task.step_key,
-            attempt=task.attempt,
-            queue=task.queue,
-            priority=task.priority,
+        # the epoch of the first one, where a submission is repeated that may have arrived: the
+        # server may have forgotten since then that a worker has claimed it
+        return envelope_of(
+            task,
+            self._run_id,
             lease_seconds=self._lease_seconds,
             cancel_grace_seconds=self._cancel_grace_seconds,
-            # the first one, where a submission is repeated that may have arrived: the server may
-            # have forgotten since then that a worker has claimed it
             epoch=self._sent_in.setdefault(task.task_id, self._watch.epoch),
-            payload=json.dumps(payload),
-            code_location=code_location(payload),
-            limits=task.limits,
-            job=task.job,
-            trace=task.trace,
         )
 
 

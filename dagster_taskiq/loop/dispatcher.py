@@ -17,6 +17,7 @@ from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.messages.time_limits import TimeLimits
+from dagster_taskiq.messages.withheld_steps import Withheld
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Inspection:
 class Dispatcher(ABC):
     """Carries the steps of one run; used from one thread.
 
-    Errors: ``ServerError`` from every method but ``wait``, ``note_end`` and ``close``, after which
+    Errors: ``ServerError`` from every method but ``wait``, ``note_...`` and ``close``, after which
     the call may be repeated; ``Patience`` knows for how long that is of use.
     """
 
@@ -142,6 +143,13 @@ class Dispatcher(ABC):
     @abstractmethod
     def note_end(self, end: AttemptEnd) -> None:
         """Tell the history of an attempt that has ended, sooner or later, or never.
+
+        It returns at once, and raises nothing.
+        """
+
+    @abstractmethod
+    def note_withheld(self, withheld: Withheld) -> None:
+        """Tell people what the run holds back now, sooner or later, or never.
 
         It returns at once, and raises nothing.
         """

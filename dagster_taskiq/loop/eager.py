@@ -18,6 +18,7 @@ from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.attempt_ends import AttemptEnd
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.results import Place, TaskResult
+from dagster_taskiq.messages.withheld_steps import Withheld
 
 
 class EagerDispatcher(Dispatcher):
@@ -99,6 +100,9 @@ class EagerDispatcher(Dispatcher):
 
     def note_end(self, end: AttemptEnd) -> None:
         """Do nothing: there is no backend with a history."""
+
+    def note_withheld(self, withheld: Withheld) -> None:
+        """Do nothing: there is no backend to tell it."""
 
     def close(self, *, leave_running: bool = False) -> None:
         """Forget what waits."""

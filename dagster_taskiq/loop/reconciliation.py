@@ -68,7 +68,9 @@ class Reconciliation:
             return
         self.due_at = now + RECONCILE_SECONDS
         flights = self._flights.sent()
-        if not self._flights.is_stopping:
+        if self._flights.is_stopping:
+            self._waiting.forget_withheld()
+        else:
             yield from self._waiting.tell_of_withheld()
         if not flights:
             return

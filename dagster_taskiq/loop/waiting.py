@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dagster import DagsterEvent
 
 from dagster_taskiq._dagster.names import ActiveExecution, EngineEventData
-from dagster_taskiq._dagster.replay import pool_holders, steps_by_pool, withheld_steps
+from dagster_taskiq._dagster.replay import steps_by_pool, withheld_steps
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.loop.dispatcher import Inspection
 from dagster_taskiq.loop.flights import Flight, LoopRun
+from dagster_taskiq.loop.holding import Holding
 from dagster_taskiq.messages.queue_looks import named, queue_metadata, task_metadata
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitHistory, WaitKind
 
@@ -37,7 +38,7 @@ class Waiting:
         self._context = run.context
         self._dispatcher = run.dispatcher
         self._active = active
-        self._settings = settings
+        self._holding = Holding(run, settings)
         #: What is to be told, by queue and kind of reason.
         self._news: dict[tuple[str, WaitKind], list[tuple[Flight, QueueWait]]] = {}
         #: Of steps that are ready and not sent, by the name of the pool that is full; empty for
@@ -103,6 +104,7 @@ class Waiting:
         now, found = self._run.now(), steps_by_pool(self._active)
         if keys := withheld_steps(self._active):
             found[""] = keys
+        self._holding.note(found)
         self._since = {pool: self._since.get(pool, now) for pool in found}
         for pool in found.keys() | self._histories.keys():
             wait = QueueWait(WaitKind.LIMITED, "") if pool in found else None
@@ -115,19 +117,12 @@ class Waiting:
         verb = "1 step is ready and waits" if count == 1 else f"{count} steps are ready and wait"
         return DagsterEvent.engine_event(
             self._context,
-            f"{verb}. {self._full_pool(pool) if pool else self._limit()}",
+            f"{verb}. {self._holding.reason(pool)}",
             EngineEventData(
                 metadata={"reason": WaitKind.LIMITED.value, "steps": named(sorted(keys))}
             ),
         )
 
-    def _limit(self) -> str:
-        count, limit = len(self._run.flights), self._settings.max_concurrent
-        if limit is not None and count >= limit:
-            return f"max_concurrent is {limit}, and {count} steps are queued or running."
-        return "tag_concurrency_limits are reached by steps that are queued or running."
-
-    def _full_pool(self, pool: str) -> str:
-        limit, holders = pool_holders(self._context.instance, pool)
-        who = named([f"{step} of run {run_id}" for run_id, step in holders])
-        return f'Slots of pool "{pool}": {len(holders)} of {limit} are taken, by {who}.'
+    def forget_withheld(self) -> None:
+        """No step is held back any more: the run stops."""
+        self._holding.note({})

@@ -44,6 +44,7 @@ class Purpose(str, Enum):
     NOTE = "note"
     PAUSE = "pause"
     HISTORY = "history"
+    WITHHELD = "withheld"
     KEY_ID = "key-id"
 
 

@@ -257,6 +257,7 @@ async def _read_runs(backend: Backend) -> list[RunView]:
             report.has_loop,
             report.is_resumable,
             _tasks_of(report, told),
+            report.withheld,
         )
         for report in await backend.runs()
     ]

@@ -12,6 +12,7 @@ from dagster_taskiq.messages.queue_names import QueueKind
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.queue_waits import QueueWait, WaitKind
 from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
 
@@ -137,12 +138,15 @@ class RunView:
         has_loop: whether an execution loop of it lives.
         is_resumable: whether it may get another one.
         tasks: those that are executed or wait for a judgement, by step.
+        withheld: the steps that its living loop holds back, as it has told some seconds ago;
+            ``Overview.withheld_of`` leaves out those that were sent since then.
     """
 
     run_id: str
     has_loop: bool
     is_resumable: bool
     tasks: Sequence[TaskView]
+    withheld: Withheld = Withheld()
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,13 @@ class Overview:
             yield from run.tasks
         for queue in self.queues:
             yield from queue.waiting or ()
+
+    def withheld_of(self, run_id: str) -> Withheld:
+        """The steps that a run holds back, by all that is seen here."""
+        told = next((run.withheld for run in self.runs if run.run_id == run_id), Withheld())
+        if not told.groups:
+            return told
+        return told.without({task.step_key or "" for task in self.tasks() if task.run_id == run_id})
 
     def tasks_of_worker(self, record: WorkerRecord) -> list[TaskView]:
         """What a worker executes, the longest first."""

@@ -215,7 +215,7 @@ class PostgresHarness(Harness):
     """A schema on a PostgreSQL server; a new life of the server is one of the schema."""
 
     #: What a snapshot has: orders and workers are not asked for across lives.
-    TABLES = ("runs", "tasks", "results", "history", "counts", "batches")
+    TABLES = ("runs", "tasks", "results", "withheld", "history", "counts", "batches")
 
     def __init__(self, options: ServerOptions) -> None:
         self.options = options

@@ -24,6 +24,7 @@ from dagster_taskiq.errors import SupersededLoopError, UnreachableServerError
 from dagster_taskiq.messages.attempt_ends import HistoryBatch
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq.messages.worker_records import RunningTask, WorkerRecord
 from dagster_taskiq_tests.contract.backend_bench import (
     KINDS,
@@ -866,6 +867,7 @@ def calls(bench: Bench) -> Mapping[str, Callable[[], Awaitable[Any]]]:
         "pause_queue": lambda: backend.pause_queue(QueuePause("q", "", 1.0, "host")),
         "resume_queue": lambda: backend.resume_queue("q"),
         "paused_queues": backend.paused_queues,
+        "tell_withheld": lambda: backend.tell_withheld("run", Withheld(), token="t"),
     }
 
 

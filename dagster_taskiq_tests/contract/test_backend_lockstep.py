@@ -19,6 +19,7 @@ from dagster_taskiq.backend import Claim
 from dagster_taskiq.errors import SupersededLoopError
 from dagster_taskiq.messages.attempt_ends import EndOutcome, HistoryBatch, counters_of
 from dagster_taskiq.messages.results import Place
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq_tests.contract.backend_bench import (
     KINDS,
     LONG_LEASE,
@@ -68,6 +69,10 @@ class Side:
         except SupersededLoopError as error:
             return str(error)
 
+    def withhold(self, which: int, withheld: Withheld) -> bool:
+        token, backend = self.LOOPS[which][1], self.loops[which]
+        return self.bench.call(backend.tell_withheld(self.bench.run_id, withheld, token=token))
+
     def claim_of(self, worker: int, epochs_ago: int = 0, task: str = "task") -> Claim:
         name = f"w{worker}"
         epoch = self.epochs[max(0, len(self.epochs) - 1 - epochs_ago)]
@@ -91,7 +96,12 @@ class Side:
         (task,) = reports.values()
         known = (self.see(epoch), task.state, task.place, task.lease_left_seconds > 0)
         listed = [
-            (run.has_loop, run.is_resumable, {key: it.state for key, it in run.tasks.items()})
+            (
+                run.has_loop,
+                run.is_resumable,
+                {key: it.state for key, it in run.tasks.items()},
+                run.withheld,
+            )
             for run in bench.call(bench.backend.runs())
         ]
         renewed = self.renew(self.claim_of(0, task="no task"))
@@ -139,6 +149,10 @@ class Lockstep(RuleBasedStateMachine):
         what = what if which in self.opened else "open"
         self.both(lambda side: side.loop(which, what, is_resumable))
         self.opened = self.opened - {which} if what == "close" else self.opened | {which}
+
+    @rule(which=st.sampled_from([0, 0, 1, 2]), count=st.integers(0, 2))
+    def withhold(self, which: int, count: int) -> None:
+        self.both(lambda side: side.withhold(which, Withheld(more=count)))
 
     @rule(
         worker=WORKERS,

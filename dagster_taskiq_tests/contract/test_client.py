@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 
 import pytest
 import redis
 
-from dagster_taskiq.backend import TaskState
+from dagster_taskiq.backend import TaskState, open_backend
 from dagster_taskiq.connections import Servers
 from dagster_taskiq.execution.event_batches import EventWriter
 from dagster_taskiq.loop.client import Client
 from dagster_taskiq.loop.dispatcher import StepTask
 from dagster_taskiq.messages.envelope import Envelope, QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import Withheld, WithheldGroup
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.servers import redis_options
 
@@ -45,6 +47,24 @@ class Bench:
             keys = list(server.scan_iter(f"*{self.options.key_prefix}*", count=1000))
             server.delete(*keys)
         self.client.inspect([TASK])
+
+    def held_back(self) -> Withheld:
+        """What others see that the run holds back."""
+
+        async def look() -> Withheld:
+            backend = open_backend(self.options, Signer())
+            try:
+                return next((run.withheld for run in await backend.runs()), Withheld())
+            finally:
+                await backend.shutdown()
+
+        return asyncio.run(look())
+
+    def await_held_back(self, withheld: Withheld) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.held_back() != withheld:
+            assert time.monotonic() < deadline, "what the run holds back is not told"
+            time.sleep(0.05)
 
     def sent_in(self) -> str:
         """The epoch of the task that waits in the queue."""
@@ -105,6 +125,25 @@ def test_a_cancel_is_no_proof_before_live_workers_have_asserted_their_claims(ben
     while bench.client.cancel([TASK], "enough")[TASK.task_id] is TaskState.EXPIRED:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_what_is_held_back_is_told_until_the_run_ends() -> None:
+    """Again to a server that has forgotten it, as soon as that knows the run."""
+    withheld = Withheld((WithheldGroup("pool", "It is full.", (("step", 1.5),)),), 2)
+    with redis_options() as options:
+        bench = Bench(options)
+        try:
+            bench.client.note_withheld(withheld)
+            bench.await_held_back(withheld)
+            bench.flush()
+            bench.await_held_back(withheld)
+            bench.client.note_withheld(Withheld())
+            bench.await_held_back(Withheld())
+            bench.client.note_withheld(withheld)
+            bench.await_held_back(withheld)
+        finally:
+            bench.client.close()
+        assert bench.held_back() == Withheld()
 
 
 def test_a_background_task_that_fails_ends_the_loop(

@@ -19,6 +19,7 @@ from dagster_taskiq.brokers.postgresql import PostgresqlTaskBroker
 from dagster_taskiq.errors import RefusedByServerError
 from dagster_taskiq.messages.attempt_ends import Counted, Counter, HistoryBatch
 from dagster_taskiq.messages.queue_pauses import QueuePause
+from dagster_taskiq.messages.withheld_steps import Withheld, WithheldGroup
 from dagster_taskiq.messages.worker_records import RunningTask
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.contract import broker_bench
@@ -101,6 +102,9 @@ def use_backend(bench: Bench) -> None:
     assert bench.renew(held).is_held
     bench.release(held)
     assert bench.renew_run()
+    withheld = Withheld((WithheldGroup("pool", "", (("step", 1.5),)),))
+    assert bench.call(bench.backend.tell_withheld(bench.run_id, withheld, token="loop"))
+    assert bench.call(bench.backend.runs())[0].withheld == withheld
     bench.disown_run()
     bench.close_run()
     running = [RunningTask("task", "run", "step", 1, "queue", 1.5)]

@@ -21,6 +21,7 @@ from dagster_taskiq.backend.memory import MemoryBackend
 from dagster_taskiq.brokers.memory import MemoryBroker
 from dagster_taskiq.cli import asking, looking, main
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import Withheld, WithheldGroup
 from dagster_taskiq.messages.worker_records import WorkerRecord
 from dagster_taskiq.overview import MOST_WAITING
 from dagster_taskiq_tests.cli_runner import cli_runner
@@ -249,6 +250,44 @@ def test_a_task_and_a_run_are_found_by_the_beginning_of_their_ids() -> None:
     assert "No task in flight or ended lately has the id 'zzz'." in ends[0].stderr
     assert "Did you mean 'run'?" in ends[1].stderr
     assert "Several ids begin with ''" in ends[2].stderr
+
+
+HELD = Withheld(
+    (
+        WithheldGroup("", "max_concurrent is 1.", (("waits", 17.0), ("later", 17.0))),
+        WithheldGroup("db", f"Its slots are taken{ESCAPE}.", (("pooled", 17.0),)),
+    ),
+    3,
+)
+
+
+def test_what_a_run_holds_back_is_shown(busy: Scene) -> None:
+    """But for what was sent since it has told it; with its reasons, in 80 columns."""
+    do(busy.backend.tell_withheld("run", HELD, token="t"))
+    done = call("run", "show", "run")
+    part = done.stdout.partition("held back: ready, but not sent\n")[2].splitlines()
+    assert [re.sub(" +", " ", re.sub(r"\d+ d", "N d", line)) for line in part] == [
+        " step for by",
+        " later N d limits of the run",
+        " pooled N d pool db",
+        " max_concurrent is 1.",
+        " Its slots are taken\N{REPLACEMENT CHARACTER}[31m.",
+        " 3 more steps are held back.",
+    ]
+    assert max(map(len, part)) < 80
+    run = shape("run", "show", "run")["run"]
+    assert run["held_back"][0] == {
+        "step_key": "later",
+        "since": 17.0,
+        "pool": None,
+        "reason": "max_concurrent is 1.",
+    }
+    assert (run["held_back"][1]["pool"], run["held_back_more"]) == ("db", 3)
+    other = shape("run", "show", "oth")["run"]
+    assert (other["held_back"], other["held_back_more"]) == ([], 0)
+    assert "held back" not in call("run", "show", "oth").stdout
+    busy.state.expire_loop("run")
+    assert shape("run", "show", "run")["run"]["held_back"] == []
 
 
 def test_a_run_that_waits_for_a_worker_is_a_run_in_flight(scene: Scene) -> None:

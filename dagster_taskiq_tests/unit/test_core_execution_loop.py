@@ -51,6 +51,7 @@ from dagster_taskiq.messages.envelope import QueueKind, step_task_id
 from dagster_taskiq.messages.queue_looks import QueueLook
 from dagster_taskiq.messages.queue_waits import Listeners, QueueWait, WaitKind
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult
+from dagster_taskiq.messages.withheld_steps import Withheld
 from dagster_taskiq_tests.unit import loop_jobs as jobs
 
 LEASE_SECONDS = 30.0
@@ -140,6 +141,7 @@ class FakeDispatcher(Dispatcher):
         self.waits = 0
         self.closed: list[bool] = []
         self.ended: list[AttemptEnd] = []
+        self.withheld: list[Withheld] = []
 
     # --- what happens to tasks ---
 
@@ -299,6 +301,10 @@ class FakeDispatcher(Dispatcher):
 
     def note_end(self, end: AttemptEnd) -> None:
         self.ended.append(end)
+
+    def note_withheld(self, withheld: Withheld) -> None:
+        if withheld != (self.withheld[-1] if self.withheld else Withheld()):
+            self.withheld.append(withheld)
 
     def close(self, *, leave_running: bool = False) -> None:
         self.closed.append(leave_running)
@@ -1289,6 +1295,51 @@ def test_steps_that_max_concurrent_holds_back(
     assert told[2]["steps"].startswith("step_03, step_04")
 
 
+def test_what_is_held_back_is_told_to_people_while_it_is(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """Twenty steps by name, each with its own time, and the others by their number."""
+    for number in range(2):
+        fake.plan[f"step_{number:02}"] = [HOLD]
+
+    def happen(number: int) -> None:
+        if number in (20, 60):
+            fake.finish(fake.sent[number // 40])
+
+    fake.on_wait = happen
+    began_at = time.time()
+    ran = execute(jobs.crowd_job, instance, {"max_concurrent": 2})
+    assert ran.status is SUCCESS
+    first, *_, last = fake.withheld
+    (group,) = first.groups
+    reason = "max_concurrent is 2, and 2 steps are queued or running."
+    assert (group.pool, group.reason, first.more) == ("", reason, 3)
+    assert [key for key, _ in group.steps] == [f"step_{number:02}" for number in range(2, 22)]
+    assert all(began_at <= since <= time.time() for _, since in group.steps)
+    for later in fake.withheld[1:-1]:
+        kept = {key: since for it in later.groups for key, since in it.steps}
+        assert kept.items() & dict(group.steps).items()  # since the first time that it was seen
+    assert last == Withheld()
+
+
+def test_a_run_that_stops_holds_nothing_back(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    fake.plan["step_00"] = [HOLD]
+
+    def happen(number: int) -> None:
+        if number == 20:
+            assert fake.withheld[-1] != Withheld()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif number == 60:
+            assert fake.withheld[-1] == Withheld()
+            fake.finish(fake.sent[0])
+
+    fake.on_wait = happen
+    execute(jobs.crowd_job, instance, {"max_concurrent": 1})
+    assert fake.waits >= 60
+
+
 def test_a_step_that_waits_for_a_pool_names_who_has_its_slots(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
@@ -1311,6 +1362,8 @@ def test_a_step_that_waits_for_a_pool_names_who_has_its_slots(
         f"{ran.run_id}."
     )
     assert told[2]["steps"] == "second"
+    reason = told[1].partition("waits. ")[2]
+    assert [(it.pool, it.reason) for it in fake.withheld[0].groups] == [("narrow", reason)]
 
 
 def test_a_step_that_begins_says_where_and_after_which_wait(

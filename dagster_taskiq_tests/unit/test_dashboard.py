@@ -16,6 +16,7 @@ from dagster_taskiq.dashboard.face import Face
 from dagster_taskiq.dashboard.looks import Watch
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome, HistoryBatch
 from dagster_taskiq.messages.signing import Signer
+from dagster_taskiq.messages.withheld_steps import Withheld, WithheldGroup
 from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.unit.dashboard_client import Browser, Page, read_events
 from dagster_taskiq_tests.unit.overview_scene import Scene, step, worker
@@ -162,6 +163,15 @@ def test_much_is_cut_and_said(
     assert "4 more tasks of this run: dagster-taskiq run show b" in text
     assert "1 more run: dagster-taskiq task list" in text
     assert "1 more task of this run" in browser.text("/runs/a")
+
+
+def test_it_shows_what_a_run_holds_back(page: Page, browser: Browser) -> None:
+    """Also of a run of which nothing else is in flight."""
+    full = WithheldGroup("db", "Slots <b> are taken.", (("pooled", 17.0), ("later", 17.0)))
+    told = page.scene.backend.tell_withheld("run", Withheld((full,), 3), token="t")
+    do(page.scene.open("run"), told)
+    text = until_read(browser, "held back: pooled, later. Slots <b> are taken.")
+    assert "3 more steps held back." in text
 
 
 def test_it_says_what_it_cannot_tell(blind: Page) -> None:
