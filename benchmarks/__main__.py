@@ -11,7 +11,7 @@ import click
 
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS
-from benchmarks.lab import Plan, open_lab, seconds_of
+from benchmarks.lab import Plan, open_lab
 from benchmarks.machine import describe_machine
 from benchmarks.namespace import open_namespace
 from benchmarks.pages import PLOT_FILE, RESULTS_FILE, fill, tables_of_pages
@@ -30,6 +30,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--repeat", "-r", type=_POSITIVE, help="Repeats. Default: the case's own.")
 @click.option("--steps", type=_POSITIVE, help="Steps. Default: the case's own.")
 @click.option("--slots", type=_POSITIVE, help="Slots. Default: the case's own.")
+@click.option("--runs", type=_POSITIVE, help="Launched runs. Default: the case's own.")
 @click.option("--limit", type=float, help="Seconds that a run may take. Default: the case's own.")
 @click.option(
     "--output",
@@ -48,6 +49,7 @@ def main(
     repeat: int | None,
     steps: int | None,
     slots: int | None,
+    runs: int | None,
     limit: float | None,
     output: Path,
     keep: bool,
@@ -61,7 +63,7 @@ def main(
     try:
         with open_namespace() as space:
             for case in [CASES[name] for name in cases or CASES]:
-                plan = case.sized(steps, slots, limit)
+                plan = case.sized(steps, slots, runs, limit)
                 chosen = list(dict.fromkeys(contenders or case.contenders))
                 repeats = repeat or case.repeats
                 for sample in take_samples(results, case, plan, chosen, repeats, space, keep):
@@ -111,9 +113,10 @@ def profile(case: str, steps: int, lines: int, output: Path | None) -> None:
         file = lab.directory / "profile"
         # the run's own process executes the steps, by the code that a worker's child runs
         eager = {"config_source": {"task_always_eager": True}}
-        record = lab.run(job, Plan(steps=steps, slots=1), profile=file, execution=eager)
-        seconds = seconds_of(record)
-        click.echo(f"{seconds:.2f} s, {1000 * seconds / steps:.1f} ms a step, under the profiler")
+        run = lab.run(job, Plan(steps=steps, slots=1), profile=file, execution=eager)
+        click.echo(
+            f"{run.seconds:.2f} s, {1000 * run.seconds / steps:.1f} ms a step, under the profiler"
+        )
         stats = pstats.Stats(str(file))
         for order in ("cumulative", "tottime"):
             stats.sort_stats(order).print_stats(lines)

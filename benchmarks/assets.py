@@ -19,7 +19,8 @@ ASSET_COUNT = 300
 JOB_ASSETS = 5
 
 
-def _asset(index: int) -> AssetsDefinition:
+def make_asset(index: int) -> AssetsDefinition:
+    """One that needs the one before it, ten in a row."""
     upstream = [AssetKey(f"asset_{index - 1}")] if index % 10 else []
 
     @asset(name=f"asset_{index}", deps=upstream)
@@ -41,7 +42,7 @@ def defs() -> Definitions:
     _note()
     ends = {"head": range(JOB_ASSETS), "tail": range(ASSET_COUNT - JOB_ASSETS, ASSET_COUNT)}
     return Definitions(
-        assets=[_asset(index) for index in range(ASSET_COUNT)],
+        assets=[make_asset(index) for index in range(ASSET_COUNT)],
         jobs=[
             define_asset_job(name, [AssetKey(f"asset_{index}") for index in ends[name]])
             for name in ends

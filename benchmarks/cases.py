@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from benchmarks.contenders import Family
 from benchmarks.lab import Plan
 from benchmarks.measures import (
-    GROWTH,
+    HEAVY,
     SLEEP_SECONDS,
     Measure,
+    connections,
     growth,
+    heavy_launch,
+    heavy_memory,
+    heavy_start,
     idle,
     latency,
     launched,
     loads,
     memory,
+    runs_per_minute,
     sleepers,
     wall,
 )
-from benchmarks.results import PEER, Target
+from benchmarks.results import COLD, FORMER, PEER, Target
 
 TASKIQ = ("taskiq-rabbitmq", "taskiq-redis", "taskiq-embedded")
 CELERY = ("celery-rabbitmq", "celery-redis")
 ALL = (*TASKIQ, *CELERY, "multiprocess", "in-process")
+WARM_AND_COLD = (*TASKIQ, *(f"{name}-{COLD}" for name in TASKIQ), *CELERY)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Case:
         contenders: who takes part unless the command line says otherwise.
         headline: the metric that the plot and the first column show.
         has_own_redis: whether a contender on Redis gets a server that nobody else uses.
+        executor: of the jobs, where it is not each contender's own.
     """
 
     name: str
@@ -50,23 +59,32 @@ class Case:
     headline: str = "seconds"
     repeats: int = 3
     has_own_redis: bool = False
+    executor: Family | None = None
 
     def job_names(self, plan: Plan) -> list[str]:
         """The jobs for a plan."""
         numbers = {
             "steps": plan.steps,
-            "large": plan.steps * GROWTH,
+            "large": plan.steps * plan.growth,
             "sleep_ms": round(SLEEP_SECONDS * 1000),
+            "window_ms": round(plan.window_seconds * 1000),
             "pause_ms": round((plan.window_seconds + 60) * 1000),
         }
         return [job.format(**numbers) for job in self.jobs]
 
-    def sized(self, steps: int | None, slots: int | None, limit_seconds: float | None) -> Plan:
+    def sized(
+        self,
+        steps: int | None,
+        slots: int | None,
+        runs: int | None,
+        limit_seconds: float | None,
+    ) -> Plan:
         """The plan with what the command line says."""
         return replace(
             self.plan,
             steps=steps or self.plan.steps,
             slots=slots or self.plan.slots,
+            runs=runs or self.plan.runs,
             limit_seconds=limit_seconds or self.plan.limit_seconds,
         )
 
@@ -118,7 +136,7 @@ _CASES: Sequence[Case] = (
         latency,
         ("chain_{steps}",),
         Plan(steps=100, slots=2, limit_seconds=300),
-        (Target("p50_ms", "at most", 10),),
+        (Target("p50_ms", "at most", 10), Target("p50_ms", "at most", 0.8, against=FORMER)),
         headline="p50_ms",
     ),
     Case(
@@ -127,7 +145,10 @@ _CASES: Sequence[Case] = (
         sleepers,
         ("sleep_{steps}_{sleep_ms}",),
         Plan(steps=640, slots=64, limit_seconds=300),
-        (Target("percent_of_ideal", "at least", 85),),
+        (
+            Target("percent_of_ideal", "at least", 85),
+            Target("worker_cpu_s", "at most", 0.6, against=FORMER),
+        ),
         TASKIQ,
         headline="percent_of_ideal",
     ),
@@ -136,8 +157,11 @@ _CASES: Sequence[Case] = (
         "cost of a step in a plan of ten times {steps} steps over that in one of {steps}",
         growth,
         ("parallel_{steps}", "parallel_{large}"),
-        Plan(steps=500, slots=2, limit_seconds=1800),
-        (Target("growth", "at most", 1.3),),
+        Plan(steps=500, slots=2, limit_seconds=1800, growth=10),
+        (
+            Target("growth", "at most", 1.3),
+            Target("step_cpu_ms", "at most", 0.8, against=FORMER),
+        ),
         TASKIQ,
         headline="growth",
         repeats=1,
@@ -174,6 +198,87 @@ _CASES: Sequence[Case] = (
         ),
         headline="worker_mib",
         repeats=1,
+    ),
+    Case(
+        "connections",
+        "connections of a worker to PostgreSQL, {steps} steps that sleep a minute, {slots} slots",
+        connections,
+        ("sleep_{steps}_{window_ms}",),
+        Plan(steps=16, slots=8, window_seconds=60),
+        (Target("connections_a_slot", "at most", 0.2),),
+        TASKIQ,
+        headline="connections_a_slot",
+        repeats=1,
+    ),
+    Case(
+        "long-chain",
+        "cost of a step in a chain of {growth} times {steps} steps over that in one of {steps}",
+        growth,
+        ("chain_{steps}", "chain_{large}"),
+        Plan(steps=500, slots=2, limit_seconds=1800, growth=8),
+        (Target("growth", "at most", 1.15),),
+        TASKIQ,
+        headline="growth",
+        repeats=1,
+    ),
+    Case(
+        "heavy-launch",
+        "from launch to RUN_START, {runs} tiny runs of a heavy code location in turn",
+        heavy_launch,
+        (),
+        Plan(steps=1, slots=1, runs=10, limit_seconds=300),
+        (
+            Target("next_s", "at most", 0.5, against=PEER),
+            Target("first_s", "at most", 0.7, against=PEER),
+            Target("run_cpu_s", "at most", 0.5, against=PEER),
+            Target("run_cpu_s", "at most", 0.1, against=COLD),
+        ),
+        WARM_AND_COLD,
+        headline="next_s",
+        executor="in-process",
+    ),
+    Case(
+        "heavy-first",
+        "the same on workers that have imported the heavy code location when they started",
+        partial(heavy_launch, includes=HEAVY),
+        (),
+        Plan(steps=1, slots=1, runs=3, limit_seconds=300),
+        (Target("first_s", "at most", 0.7, against=PEER),),
+        headline="first_s",
+        executor="in-process",
+    ),
+    Case(
+        "runs-per-minute",
+        "{runs} tiny runs at once of a heavy code location, {slots} slots for runs",
+        runs_per_minute,
+        (),
+        Plan(steps=1, slots=4, runs=60, limit_seconds=600),
+        (Target("seconds", "at least", 2.5, against=PEER),),
+        headline="runs_per_minute",
+        executor="in-process",
+    ),
+    Case(
+        "heavy-start",
+        "start of a worker that imports heavy code, {slots} slots for steps and {slots} for runs",
+        heavy_start,
+        (),
+        Plan(steps=1, slots=4),
+        (Target("cpu_s", "at most", 0.3, against=COLD),),
+        WARM_AND_COLD,
+        headline="cpu_s",
+    ),
+    Case(
+        "heavy-memory",
+        "PSS of a worker with {slots} slots that have all executed a step of a heavy code location",
+        heavy_memory,
+        (),
+        Plan(steps=1, slots=8, limit_seconds=600),
+        (
+            Target("worker_mib", "at most", 0.4, against=COLD),
+            Target("worker_mib", "at most", 0.4, against=PEER),
+        ),
+        WARM_AND_COLD,
+        headline="worker_mib",
     ),
 )
 

@@ -6,20 +6,27 @@ variable of the processes' environment), the run config, and the worker's comman
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from dagster_taskiq.servers.kinds import ServerOptions
 
 Family = Literal["taskiq", "celery", "multiprocess", "in-process"]
 BrokerKind = Literal["rabbitmq", "redis", "embedded", "database"]
+#: The names of ``results.COLD`` and ``results.FORMER``.
+Variant = Literal["cold", "former"]
 
 #: Queue of the steps, and that of the runs which a launcher sends. dagster-celery's runs need a
 #: queue and worker of their own, or they take all slots and wait for steps that never start.
 STEP_QUEUE = "dagster"
 RUN_QUEUE = "runs"
+
+#: Names a directory with another version's ``dagster_taskiq``, for the contender that runs that.
+FORMER_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK_FORMER"
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Contender:
         peer: the contender of dagster-celery that this one is compared with.
         executor: of the jobs; the family's own if not given.
         is_on_database: whether its backend is Dagster's database.
+        variant: what it is to compare with, so that no target is its own: ``cold`` keeps no code
+            warm, ``former`` is the version of the package that ``FORMER_VARIABLE`` names.
     """
 
     name: str
@@ -56,6 +65,12 @@ class Contender:
     peer: str | None = None
     executor: Family | None = None
     is_on_database: bool = False
+    variant: Variant | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the targets are for it."""
+        return self.family == "taskiq" and self.variant is None
 
     @property
     def job_executor(self) -> Family:
@@ -104,20 +119,32 @@ class Contender:
             return {"max_concurrent": slots}
         return {} if self.job_executor == "in-process" else self.connection(space)
 
-    def worker_command(self, settings_file: str, slots: int, run_slots: int) -> list[list[str]]:
-        """The commands that start its workers, one for steps and runs or one for each."""
+    def worker_command(
+        self, settings_file: str, slots: int, run_slots: int, includes: str | None = None
+    ) -> list[list[str]]:
+        """The commands that start its workers, one for steps and runs or one for each.
+
+        Args:
+            settings_file: with what ``connection`` says.
+            slots: for steps.
+            run_slots: for runs.
+            includes: a module that workers import before there is a task.
+        """
         if not self.has_worker:
             return []
+        more = ["-i", includes] if includes else []
         if self.family == "taskiq":
+            if self.variant == "cold":
+                more.append("--no-warm-code")
             return [
                 [
                     *(sys.executable, "-m", "dagster_taskiq", "worker", "start"),
                     *("-y", settings_file, "-n", "benchmark"),
-                    *("-q", STEP_QUEUE, "-c", str(slots), "--run-slots", str(run_slots)),
+                    *("-q", STEP_QUEUE, "-c", str(slots), "--run-slots", str(run_slots), *more),
                 ]
             ]
         program = [sys.executable, "-m", "dagster_celery.cli", "worker", "start"]
-        options = ["-A", "dagster_celery.app", "-y", settings_file]
+        options = ["-A", "dagster_celery.app", "-y", settings_file, *more]
         kinds = [(STEP_QUEUE, slots), (RUN_QUEUE, run_slots)]
         return [
             [*program, *options, "-n", queue, "-q", queue, "--", f"--concurrency={count}"]
@@ -137,6 +164,12 @@ class Contender:
         return {"module": module, "class": name, "config": config}
 
 
+def former_package() -> str | None:
+    """The directory of the former version's package, if the environment names one."""
+    directory = Path(os.environ.get(FORMER_VARIABLE) or os.devnull).absolute()
+    return str(directory) if (directory / "dagster_taskiq").is_dir() else None
+
+
 def _celery_key_prefix(prefix: str) -> dict[str, Any]:
     """Celery's settings that put every key of its own below a prefix."""
     # here, so that the arithmetic of reports needs no Celery
@@ -148,22 +181,31 @@ def _celery_key_prefix(prefix: str) -> dict[str, Any]:
     }
 
 
+_CONTENDERS = (
+    Contender("taskiq-rabbitmq", "taskiq", "rabbitmq", peer="celery-rabbitmq"),
+    Contender("taskiq-redis", "taskiq", "redis", peer="celery-redis"),
+    Contender("taskiq-embedded", "taskiq", "embedded", peer="celery-redis"),
+    Contender("taskiq-redis-database", "taskiq", "redis", "celery-redis", is_on_database=True),
+    Contender(
+        "taskiq-rabbitmq-database", "taskiq", "rabbitmq", "celery-rabbitmq", is_on_database=True
+    ),
+    Contender("taskiq-database", "taskiq", "database", "celery-redis", is_on_database=True),
+    Contender("celery-rabbitmq", "celery", "rabbitmq"),
+    Contender("celery-redis", "celery", "redis"),
+    # what is left under CeleryRunLauncher, where celery_executor fails (README.md)
+    Contender("celery-redis-whole-runs", "celery", "redis", executor="in-process"),
+    Contender("multiprocess", "multiprocess"),
+    Contender("in-process", "in-process"),
+)
+
+
+def _variants(contender: Contender) -> Iterator[Contender]:
+    """What one of dagster-taskiq's is compared with; those on the database have none."""
+    if contender.family == "taskiq" and not contender.is_on_database:
+        for variant in get_args(Variant):
+            yield replace(contender, name=f"{contender.name}-{variant}", variant=variant)
+
+
 CONTENDERS: Mapping[str, Contender] = {
-    contender.name: contender
-    for contender in (
-        Contender("taskiq-rabbitmq", "taskiq", "rabbitmq", peer="celery-rabbitmq"),
-        Contender("taskiq-redis", "taskiq", "redis", peer="celery-redis"),
-        Contender("taskiq-embedded", "taskiq", "embedded", peer="celery-redis"),
-        Contender("taskiq-redis-database", "taskiq", "redis", "celery-redis", is_on_database=True),
-        Contender(
-            "taskiq-rabbitmq-database", "taskiq", "rabbitmq", "celery-rabbitmq", is_on_database=True
-        ),
-        Contender("taskiq-database", "taskiq", "database", "celery-redis", is_on_database=True),
-        Contender("celery-rabbitmq", "celery", "rabbitmq"),
-        Contender("celery-redis", "celery", "redis"),
-        # what is left under CeleryRunLauncher, where celery_executor fails (README.md)
-        Contender("celery-redis-whole-runs", "celery", "redis", executor="in-process"),
-        Contender("multiprocess", "multiprocess"),
-        Contender("in-process", "in-process"),
-    )
+    it.name: it for contender in _CONTENDERS for it in (contender, *_variants(contender))
 }

@@ -75,4 +75,9 @@ def define(name: str) -> JobDefinition:
     return defined
 
 
-defs = Definitions(jobs=[define(name) for name in os.environ.get(JOBS_VARIABLE, "").split()])
+def defined_jobs() -> list[JobDefinition]:
+    """Those that the environment names."""
+    return [define(name) for name in os.environ.get(JOBS_VARIABLE, "").split()]
+
+
+defs = Definitions(jobs=defined_jobs())

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import redis
@@ -28,9 +29,18 @@ from dagster import (
 )
 
 from benchmarks.assets import LOADS_VARIABLE
-from benchmarks.contenders import Contender, Namespace
+from benchmarks.contenders import Contender, Namespace, former_package
 from benchmarks.jobs import EXECUTOR_VARIABLE, JOBS_VARIABLE
-from benchmarks.processes import LOOK_AT_STORAGE_SECONDS, FailedError, Processes, tree, wait_for
+from benchmarks.processes import (
+    LOOK_AT_STORAGE_SECONDS,
+    FailedError,
+    Processes,
+    connections,
+    cpu_seconds,
+    tree,
+    wait_for,
+    wait_for_rest,
+)
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE, SIGNING_KEY_VARIABLE
 from dagster_taskiq.servers.embedded.server import find_embedded_server
 
@@ -52,6 +62,7 @@ class Plan:
         runs: that are launched at once.
         limit_seconds: after which a run counts as one that does not end.
         window_seconds: how long an idle process is watched.
+        growth: how many times as many steps a case's large job has.
     """
 
     steps: int
@@ -59,6 +70,29 @@ class Plan:
     runs: int = 1
     limit_seconds: float = 600.0
     window_seconds: float = 20.0
+    growth: int = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has succeeded, and the CPU time of its process and that one's children."""
+
+    record: RunRecord
+    cpu_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """From the start of execution to the end of the run."""
+        return _moment(self.record.end_time) - _moment(self.record.start_time)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launched run that has succeeded; when it was launched, began and ended, by Unix time."""
+
+    launched: float
+    began: float
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +159,8 @@ class Lab:
         return {**settings, **({"run_launcher": launcher} if launcher else {})}
 
     def _environment(self, jobs: Sequence[str]) -> dict[str, str | None]:
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        former = former_package() if self.contender.variant == "former" else None
+        paths = list(filter(None, [former, str(ROOT), os.environ.get("PYTHONPATH")]))
         return {
             **dict.fromkeys(_NOT_INHERITED),
             "DAGSTER_HOME": str(self.home),
@@ -140,8 +175,13 @@ class Lab:
 
     # --- workers ---
 
-    def start_workers(self, slots: int, run_slots: int = 0) -> None:
+    def start_workers(self, slots: int, run_slots: int = 0, includes: str | None = None) -> None:
         """Start them, and wait until they take steps.
+
+        Args:
+            slots: for steps.
+            run_slots: for runs.
+            includes: a module that they import before there is a task.
 
         Raises:
             FailedError: one of them has ended.
@@ -150,7 +190,7 @@ class Lab:
         settings = self.directory / "settings.yaml"
         config = self.contender.connection(self._space)
         settings.write_text(yaml.safe_dump({"execution": {"config": config}}))
-        commands = self.contender.worker_command(str(settings), slots, run_slots)
+        commands = self.contender.worker_command(str(settings), slots, run_slots, includes)
         began = time.monotonic()
         started = [self._processes.start("worker", command) for command in commands]
         for process, log in started:
@@ -169,6 +209,18 @@ class Lab:
         """The workers and all below them."""
         return [process for worker in self.workers for process in tree(worker.pid)]
 
+    def worker_cpu_seconds(self) -> float:
+        """CPU time that they have used so far, with their children that have ended."""
+        return cpu_seconds(self.worker_processes(), with_past=True)
+
+    def wait_for_rest(self) -> float:
+        """Wait until the workers only wait; since when they do, by ``time.monotonic``."""
+        return wait_for_rest(self.worker_processes, START_SECONDS)
+
+    def worker_connections(self) -> int:
+        """How many connections to PostgreSQL they have."""
+        return connections(self.worker_processes(), urlsplit(self._space.postgres_url).port or 5432)
+
     # --- runs ---
 
     def run(
@@ -180,7 +232,7 @@ class Lab:
         watch: Sequence[Callable[[int], None]] = (),
         profile: Path | None = None,
         execution: Mapping[str, Any] | None = None,
-    ) -> RunRecord:
+    ) -> Run:
         """A run in a process of its own that has succeeded.
 
         Args:
@@ -201,8 +253,9 @@ class Lab:
             return driver.has_ended
 
         wait_for(has_ended, f"{job} did not end", plan.limit_seconds)
-        (run_id,) = driver.answer()["run_ids"]
-        return self._succeeded(run_id)
+        answer = driver.answer()
+        (run_id,) = answer["run_ids"]
+        return Run(self._succeeded(run_id), answer["cpu_seconds"])
 
     def start_run(self, job: str, plan: Plan) -> int:
         """Start a run of one step and wait until its step is executed; its process's id."""
@@ -219,14 +272,17 @@ class Lab:
         wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
         return driver.process.pid
 
-    def launch(self, job: str, plan: Plan) -> float:
-        """Launch runs all at once; the seconds from the first launch to the end of the last run.
+    def launch(
+        self, job: str, plan: Plan, *, module: str = "benchmarks.jobs", in_turn: bool = False
+    ) -> list[Launch]:
+        """Launch runs, all at once or each when the one before has ended.
 
         Raises:
             FailedError, DidNotEndError: not all of them have succeeded.
         """
-        driver = self._drive(job, plan, launches=plan.runs)
-        wait_for(lambda: driver.has_ended, "Launching did not end", START_SECONDS)
+        driver = self._drive(job, plan, module=module, launches=plan.runs, in_turn=in_turn)
+        limit_seconds = START_SECONDS + (plan.limit_seconds if in_turn else 0)
+        wait_for(lambda: driver.has_ended, "Launching did not end", limit_seconds)
         launched = driver.answer()
         chosen = RunsFilter(run_ids=launched["run_ids"])
 
@@ -240,8 +296,11 @@ class Lab:
         what = f"{plan.runs} runs of {job} did not end"
         # the moment of the end is in the storage; to look more often would slow what is measured
         wait_for(are_finished, what, plan.limit_seconds, LOOK_AT_STORAGE_SECONDS)
-        ends = [self._succeeded(run_id).end_time or 0.0 for run_id in launched["run_ids"]]
-        return max(ends) - float(launched["began"])
+        records = [self._succeeded(run_id) for run_id in launched["run_ids"]]
+        return [
+            Launch(began, _moment(record.start_time), _moment(record.end_time))
+            for began, record in zip(launched["began"], records, strict=True)
+        ]
 
     def _drive(
         self,
@@ -250,6 +309,7 @@ class Lab:
         *,
         module: str = "benchmarks.jobs",
         launches: int = 0,
+        in_turn: bool = False,
         profile: Path | None = None,
         execution: Mapping[str, Any] | None = None,
     ) -> _Driver:
@@ -259,6 +319,7 @@ class Lab:
             "module": module,
             "job": job,
             "launches": launches,
+            "in_turn": in_turn,
             "run_config": {"execution": {"config": config}} if config else {},
             "result": str(result),
         }
@@ -302,11 +363,10 @@ class Lab:
         return None if is_rpc else redis.Redis.from_url(self._space.redis.url)
 
 
-def seconds_of(record: RunRecord) -> float:
-    """From the start of execution to the end of the run."""
-    assert record.start_time is not None
-    assert record.end_time is not None
-    return record.end_time - record.start_time
+def _moment(time_of_record: float | None) -> float:
+    """One that the record of a run has that has ended."""
+    assert time_of_record is not None
+    return time_of_record
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import statistics
 import subprocess
 import time
 import uuid
@@ -21,6 +22,11 @@ from dagster_taskiq_tests.server_processes import popen, stop
 #: How often to look at what costs nothing to look at, and at what another server must answer.
 LOOK_SECONDS = 0.02
 LOOK_AT_STORAGE_SECONDS = 0.25
+
+#: Processes are at rest when they have used less than this share of a core, at each of the looks
+#: of these seconds. Waiting workers use a hundredth of a core, and the kernel counts in 10 ms.
+_REST_SHARE = 0.08
+_REST_SECONDS = 2.0
 
 
 class FailedError(click.ClickException):
@@ -103,11 +109,11 @@ def wait_for(
         time.sleep(look_seconds)
 
 
-class Peak:
-    """The most that looks at a process find, one look in each pause; for ``Lab.run`` to call."""
+class Looks:
+    """What looks at a process find, one look in each pause; for ``Lab.run`` to call."""
 
     def __init__(self, look: Callable[[int], float], pause_seconds: float = 0.0) -> None:
-        self.value = 0.0
+        self._found: list[float] = []
         self._look = look
         self._pause_seconds = pause_seconds
         self._looked_at = float("-inf")
@@ -115,8 +121,18 @@ class Peak:
     def __call__(self, pid: int) -> None:
         """Look, unless the last look was a moment ago."""
         if time.monotonic() - self._looked_at >= self._pause_seconds:
-            self.value = max(self.value, self._look(pid))
+            self._found.append(self._look(pid))
             self._looked_at = time.monotonic()
+
+    @property
+    def most(self) -> float:
+        """The largest."""
+        return max(self._found, default=0.0)
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self._found) if self._found else 0.0
 
 
 def tree(pid: int) -> list[psutil.Process]:
@@ -135,6 +151,37 @@ def cpu_seconds(processes: Sequence[psutil.Process], *, with_past: bool = False)
             if with_past:
                 total += times.children_user + times.children_system
     return total
+
+
+def wait_for_rest(processes: Callable[[], Sequence[psutil.Process]], limit_seconds: float) -> float:
+    """Wait until they only wait; the moment at which they began to, by ``time.monotonic``.
+
+    Raises:
+        DidNotEndError: they went on for longer than the limit.
+    """
+    looked_at = rest_since = time.monotonic()
+    used = cpu_seconds(processes(), with_past=True)
+
+    def are_at_rest() -> bool:
+        nonlocal looked_at, rest_since, used
+        now, now_used = time.monotonic(), cpu_seconds(processes(), with_past=True)
+        if now_used - used > _REST_SHARE * (now - looked_at):
+            rest_since = now
+        looked_at, used = now, now_used
+        return now - rest_since > _REST_SECONDS
+
+    wait_for(are_at_rest, "Processes did not come to rest", limit_seconds, LOOK_AT_STORAGE_SECONDS)
+    return rest_since
+
+
+def connections(processes: Sequence[psutil.Process], port: int) -> int:
+    """Connections that they have to a port."""
+    count = 0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found = process.net_connections("tcp")
+            count += sum(bool(it.raddr) and it.raddr.port == port for it in found)
+    return count
 
 
 def pss_mib(processes: Sequence[psutil.Process]) -> float:

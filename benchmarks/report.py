@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import CONTENDERS
 from benchmarks.machine import sentence_of
-from benchmarks.results import Results, Status, Verdict
+from benchmarks.results import FORMER, Results, Status, Verdict
 
 #: Is in every sample of a contender with workers, and has a table of its own.
 WORKER_START = "worker_start_seconds"
@@ -118,7 +118,9 @@ def targets_table(results: Results) -> Table:
     for case in _measured(results):
         for name in _contenders(case.name, results):
             contender = CONTENDERS[name]
-            for target in case.targets if contender.family == "taskiq" else ():
+            for target in case.targets if contender.is_judged else ():
+                if target.against == FORMER and not results.of(case.name, f"{name}-{FORMER}"):
+                    continue  # there is a former version only where the user has named one
                 verdict = results.judge(case.name, name, contender.peer, target)
                 rows.append([case.name, name, str(target), _reached(verdict), _said(verdict)])
     return Table(["case", "contender", "target", "reached", ""], rows, "targets")
@@ -147,6 +149,12 @@ _SPEED_ROWS = (
     ("loads of a 300-asset location for two jobs in turn", "loads", "loads"),
     ("memory of a worker with 8 warm slots, MiB (PSS)", "memory", "worker_mib"),
     ("memory of a run with 1,000 steps, MiB (PSS)", "memory", "run_mib"),
+    ("from launch to start, heavy location, its first run, s", "heavy-launch", "first_s"),
+    ("the runs after it, s", "heavy-launch", "next_s"),
+    ("CPU time of a tiny run of it, s", "heavy-launch", "run_cpu_s"),
+    ("tiny runs a minute on 4 run slots", "runs-per-minute", "runs_per_minute"),
+    ("start of a worker with 8 slots that imports it, CPU s", "heavy-start", "cpu_s"),
+    ("memory of 8 slots after a step of it, MiB (PSS)", "heavy-memory", "worker_mib"),
 )
 _SPEED_COLUMNS = {
     "taskiq-redis": "Redis",
@@ -175,6 +183,7 @@ def speed_table(results: Results) -> Table:
     rows = [
         [text, *(cell(case, name, metric) for name in _SPEED_COLUMNS)]
         for text, case, metric in _SPEED_ROWS
+        if case in results.plans
     ]
     starts = [_starts(results, name) for name in _SPEED_COLUMNS]
     medians = [number(statistics.median(it)) if it else "-" for it in starts]

@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 #: Stands in a target for the contender's own peer of dagster-celery.
 PEER = "peer"
+#: Stand there for the contender itself without warm code, and for its former version.
+COLD = "cold"
+FORMER = "former"
+_OTHERS = {PEER: "dagster-celery", COLD: "the cold contender", FORMER: "the former version"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Target:
         bound: on which side of the value to be.
         value: of the metric, or of its ratio to another contender's: with ``at least`` it says
             how many times as much the other one has, with ``at most`` the share of the other's.
-        against: the other contender, ``PEER``, or None for none.
+        against: the other contender, ``PEER``, ``COLD``, ``FORMER``, or None for none.
     """
 
     metric: str
@@ -54,10 +58,16 @@ class Target:
         number = f"{self.value:g}"
         if self.against is None:
             return f"{self.metric} {self.bound} {number}"
-        other = "dagster-celery" if self.against == PEER else self.against
+        other = _OTHERS.get(self.against, self.against)
         if self.bound == "at least":
             return f"{other} takes at least {number} times as many {self.metric}"
         return f"{self.metric} at most {number} of {other}'s"
+
+    def other(self, contender: str, peer: str | None) -> str | None:
+        """Whom it compares a contender with, which has that peer."""
+        if self.against in {COLD, FORMER}:
+            return f"{contender}-{self.against}"
+        return peer if self.against == PEER else self.against
 
 
 class Status(Enum):
@@ -152,7 +162,7 @@ class Results:
 
     def judge(self, case: str, contender: str, peer: str | None, target: Target) -> Verdict:
         """What a target came to for a contender."""
-        other = peer if target.against == PEER else target.against
+        other = target.other(contender, peer)
         is_bound = False
         if other is None:
             value = self.median(case, contender, target.metric)

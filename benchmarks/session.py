@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CONTENDERS, Namespace
+from benchmarks.contenders import CONTENDERS, FORMER_VARIABLE, Namespace, former_package
 from benchmarks.lab import Plan, open_lab
 from benchmarks.measures import warm_up_job
 from benchmarks.namespace import own_redis
@@ -49,9 +49,12 @@ def _take_sample(
     case: Case, plan: Plan, name: str, repeat: int, space: Namespace, keep: bool
 ) -> Sample:
     contender = CONTENDERS[name]
+    contender = replace(contender, executor=case.executor or contender.executor)
     sample = Sample(case.name, name, repeat)
     if not space.offers(contender.broker):
         return replace(sample, problem="its server is not there")
+    if contender.variant == "former" and former_package() is None:
+        return replace(sample, problem=f"{FORMER_VARIABLE} names no package")
     jobs = case.job_names(plan)
     defined = [warm_up_job(plan), *jobs]
     try:

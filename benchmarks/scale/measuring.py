@@ -17,10 +17,10 @@ import psutil
 import redis
 
 from benchmarks.contenders import CONTENDERS, Contender, Namespace
-from benchmarks.lab import Lab, Plan, open_lab, seconds_of
+from benchmarks.lab import Lab, Plan, open_lab
 from benchmarks.measures import SETTLE_SECONDS, warm_up_job, warm_worker
 from benchmarks.namespace import needed, own_redis
-from benchmarks.processes import Peak, cpu_seconds, pss_mib, tree
+from benchmarks.processes import Looks, cpu_seconds, pss_mib, tree
 from benchmarks.scale.amqp_counts import AmqpCounts
 from benchmarks.scale.counters import CONNECTIONS, Servers, children_of, difference, session
 from dagster_taskiq.servers.kinds import ServerOptions
@@ -112,14 +112,16 @@ class _Place:
         before = self._look()
         # one connection for all looks, since each new one would be counted
         with session(self.servers.postgres_url) as ask:
-            cpu = Peak(lambda pid: cpu_seconds([psutil.Process(pid)]))
-            connections = Peak(lambda _: ask(CONNECTIONS)["connections"], _CONNECTIONS_LOOK_SECONDS)
-            record = self.lab.run(f"parallel_{steps}", PLAN, watch=(cpu, connections))
+            cpu = Looks(lambda pid: cpu_seconds([psutil.Process(pid)]))
+            connections = Looks(
+                lambda _: ask(CONNECTIONS)["connections"], _CONNECTIONS_LOOK_SECONDS
+            )
+            run = self.lab.run(f"parallel_{steps}", PLAN, watch=(cpu, connections))
         happened = difference(self._look(), before)
-        happened["loop_cpu_seconds"] = cpu.value
-        happened["record_bytes"] = self.servers.record_bytes(record.dagster_run.run_id)
-        happened["wall_seconds"] = seconds_of(record)
-        return happened, connections.value
+        happened["loop_cpu_seconds"] = cpu.most
+        happened["record_bytes"] = self.servers.record_bytes(run.record.dagster_run.run_id)
+        happened["wall_seconds"] = run.seconds
+        return happened, connections.most
 
     def _look(self) -> dict[str, float]:
         processes = self.lab.worker_processes()
