@@ -88,6 +88,9 @@ BROKERS: tuple[BrokerKind, ...] = ("redis", "valkey", "rabbitmq", "embedded", "p
 #: Every broker beside a PostgreSQL as the backend: they are not all of a kind for each other.
 PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
 
+#: More options of every worker, such as ``--no-warm-code``: the suite passes with it, too.
+WORKER_OPTIONS_VARIABLE = "DAGSTER_TASKIQ_TEST_WORKER_OPTIONS"
+
 #: How long something may take that takes a moment on an idle machine.
 PATIENCE_SECONDS = 60.0
 
@@ -468,7 +471,8 @@ class Stack:
         name = name or f"worker-{uuid.uuid4().hex[:6]}"
         options = ["-n", name, "-c", str(slots), *[x for queue in queues for x in ("-q", queue)]]
         settings = settings or self.settings_file()
-        command = ["worker", "start", "-y", str(settings), *options, *arguments]
+        everywhere = os.environ.get(WORKER_OPTIONS_VARIABLE, "").split()
+        command = ["worker", "start", "-y", str(settings), *options, *everywhere, *arguments]
         log = self.new_log(name)
         with log.open("wb") as output:
             process = self._popen(
@@ -705,6 +709,13 @@ class Stack:
         open_logs.append(path)
         self.exit_stack.callback(open_logs.remove, path)
         return path
+
+
+def has_forked(process: psutil.Process) -> bool:
+    """Whether it is a worker's fork server, or a template, with children: each leads a session."""
+    with suppress(psutil.Error, ProcessLookupError):
+        return any(os.getsid(it.pid) == it.pid for it in process.children())
+    return False
 
 
 def check_nothing_is_left() -> None:

@@ -22,7 +22,7 @@ from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.acceptance.harness import is_running
+from dagster_taskiq_tests.acceptance.harness import has_forked, is_running
 from dagster_taskiq_tests.acceptance.launched import LaunchedRun, metadata
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
@@ -61,6 +61,7 @@ def faults_of(director: Director, seconds: float) -> dict[str, Fault]:
         "drain a worker": _drain_worker,
         "kill a guard": _kill_guard,
         "kill a fork server": _kill_fork_server,
+        "kill a template": _kill_template,
         "kill a run's process": lambda it: _signal_run(it, signal.SIGKILL),
         "freeze a run's process": lambda it: _signal_run(it, signal.SIGSTOP),
         "cancel a run": _cancel_run,
@@ -109,10 +110,8 @@ def _signal_idle(director: Director, number: signal.Signals) -> str | None:
     if worker is None:
         return None
     busy = set(director.busy_pids())
-    server = _forkserver(worker)
-    children = server.children() if server else []
     # a run's process does not tell that it is one; it may be hit as well
-    idle = [child.pid for child in children if child.pid not in busy]
+    idle = [it.pid for it in _forked(worker) if not has_forked(it) and it.pid not in busy]
     if not idle:
         return None
     pid = director.random.choice(idle)
@@ -191,6 +190,28 @@ def _kill_guard(director: Director) -> str | None:
 
 def _kill_fork_server(director: Director) -> str | None:
     return _kill_helper(director, _forkserver)
+
+
+def _kill_template(director: Director) -> str | None:
+    worker = _some_worker(director)
+    templates = [it for it in _forked(worker) if has_forked(it)] if worker else []
+    if worker is None or not templates:
+        return None
+    template = director.random.choice(templates)
+    template.kill()
+    return f"pid {template.pid} of {worker.process.name}"
+
+
+def _forked(worker: SoakWorker) -> list[psutil.Process]:
+    """Its templates and children: each leads a session, which what steps start does not."""
+    server = _forkserver(worker)
+    found = []
+    with suppress(psutil.Error):
+        for process in server.children(recursive=True) if server else []:
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) == process.pid:
+                    found.append(process)
+    return found
 
 
 def _kill_helper(
