@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from contextlib import suppress
 
@@ -12,6 +13,8 @@ from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, Word, unpack_word
 from dagster_taskiq.worker.fork_server import new_address
 from dagster_taskiq.worker.forked_process import ForkedProcess, Forking
+from dagster_taskiq.worker.out_of_memory import count_oom_kills
+from dagster_taskiq.worker.slot_base import ChildDied
 from dagster_taskiq.worker.template_process import TemplateOptions, template_main
 
 #: How long a template may take to load its code; a child may take as long.
@@ -74,14 +77,18 @@ class Template:
         return template
 
     async def _await_ready(self) -> None:
+        oom_kills = count_oom_kills()
         try:
             word = await asyncio.wait_for(self._last_word(), LOAD_TIMEOUT_SECONDS)
         except asyncio.TimeoutError:
             reason = f"it was not loaded within {LOAD_TIMEOUT_SECONDS:g} seconds"
             raise UnusableTemplateError(reason, self.title) from None
         except (EOFError, OSError, ValueError) as error:
-            reason = f"the process that loaded it ended ({error!r})"
-            raise UnusableTemplateError(reason, self.title) from error
+            self._process.kill()  # should it have said nonsense
+            exit_code = await self._process.exit_code()
+            was_killed = exit_code == -signal.SIGKILL
+            died = ChildDied(exit_code, self.pid, was_killed and count_oom_kills() > oom_kills)
+            raise UnusableTemplateError(f"while it was loaded {died}", self.title) from error
         if isinstance(word, NotReady):
             raise UnusableTemplateError(word.reason, self.title, is_final=word.is_final)
 

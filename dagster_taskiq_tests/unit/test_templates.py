@@ -315,6 +315,7 @@ def test_code_that_is_too_old_is_loaded_anew(bench: Bench) -> None:
 
 
 HAZARDS = {
+    "database": "import sqlite3; db = sqlite3.connect(__file__ + '.db'); db.execute('SELECT 1')",
     "thread": "import threading, time; "
     "threading.Thread(target=time.sleep, args=(900,), daemon=True).start()",
     "connection": "import socket; server = socket.create_server(('127.0.0.1', 0)); "
@@ -462,6 +463,24 @@ def test_a_template_that_does_not_come_up_is_given_up(
             monkeypatch.setattr(template_module, "LOAD_TIMEOUT_SECONDS", 1.0)
             assert (await part.found(slow)).version == "1"
             assert "not loaded within 1 seconds" in part.reason(slow)
+
+    play(scenario())
+
+
+def test_a_template_that_dies_while_it_loads_is_no_end_of_the_task(bench: Bench) -> None:
+    """As where there is no memory left for it: a child loads the code itself."""
+
+    async def scenario() -> None:
+        mortal = bench.location("mortal")
+        marker = bench.directory / "mortal.once"
+        mortal.write(
+            "1",
+            f"import os\nif not os.path.exists({str(marker)!r}):\n"
+            f"    open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), 9)",
+        )
+        async with bench.part() as part:
+            assert (await part.found(mortal)).version == "1"
+            assert part.reason(mortal) == "while it was loaded its process was killed by SIGKILL"
 
     play(scenario())
 
