@@ -9,6 +9,7 @@ import socket
 from contextlib import suppress
 
 from dagster_taskiq.errors import UnusableTemplateError
+from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, Word, unpack_word
 from dagster_taskiq.worker.fork_server import new_address
@@ -98,7 +99,7 @@ class Template:
             word = unpack_word({key: values[key] for key in values.keys() - {"pid", "task"}})
             if not isinstance(word, TemplateLoads):
                 return word
-            self.title = word.title
+            self.title = plain_name(word.title)
 
     @property
     def pid(self) -> int:

@@ -67,7 +67,8 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
     try:
         LOADED.load(options.include, options.payload)
     except BaseException as error:
-        return NotReady(f"it cannot be loaded ({type(error).__name__}: {error})")
+        first_line = next(iter(str(error).splitlines()), "")
+        return NotReady(f"it cannot be loaded ({type(error).__name__}: {first_line})")
     if hazard := trial.hazard():
         return NotReady(hazard, is_final=True)
     if old := LOADED.why_old(None)[0]:

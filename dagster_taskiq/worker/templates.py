@@ -134,6 +134,8 @@ class Templates:
             self._base.leave_to_children("this Python's fork server is not known", math.inf)
         #: By code location, the one of the last task last.
         self._locations: OrderedDict[str, _Place] = OrderedDict()
+        #: Those that have not ended; a retired one lives on with its children.
+        self._alive: set[Template] = set()
         self._is_stopped = False
 
     async def ready(self, location: str) -> Template | None:
@@ -166,6 +168,8 @@ class Templates:
 
     def discard(self, template: Template, reason: str) -> None:
         """What a template has loaded is not to be executed any more."""
+        if template.is_old:
+            return
         for place in (self._base, *self._locations.values()):
             if place.template is template:
                 logger.info("%s is loaded anew: %s.", place.title, reason)
@@ -175,6 +179,7 @@ class Templates:
         self._base.retire(reason, is_old=True)
 
     def _note_end(self, place: _Place, template: Template) -> None:
+        self._alive.discard(template)
         if place.template is template and not self._is_stopped:
             logger.warning("The process that had loaded %s has ended.", place.title)
             place.retire("its process has ended", is_old=False)
@@ -194,14 +199,13 @@ class Templates:
         for place in (self._base, *self._locations.values()):
             if place.loading is not None:
                 await end_tasks([place.loading])
-            if place.template is not None:
-                await place.template.stop()
+        for template in list(self._alive):
+            await template.stop()
 
     @property
     def pids(self) -> set[int]:
         """Of the templates; any thread may ask."""
-        places = (self._base, *list(self._locations.values()))
-        return {it.template.pid for it in places if it.template is not None}
+        return {it.pid for it in list(self._alive)}
 
     @property
     def states(self) -> list[CodeState]:
@@ -221,14 +225,18 @@ class Templates:
 
     async def _have(self, place: _Place) -> None:
         """Have a template, unless there is one or cannot be one now."""
-        if place.usable or self._is_stopped:
-            return
-        if place.loading is None or place.loading.done():
-            if time.monotonic() < place.cold_until:
+        loading = None
+        # a reload may have put another load in its place meanwhile
+        while place.loading is not loading or loading is None:
+            if place.usable or self._is_stopped:
                 return
-            place.loading = asyncio.create_task(self._load(place), name="template")
-        # several wait for it, of whom one may be cancelled
-        await asyncio.wait({place.loading})
+            if place.loading is None or place.loading.done():
+                if time.monotonic() < place.cold_until:
+                    return
+                place.loading = asyncio.create_task(self._load(place), name="template")
+            loading = place.loading
+            # several wait for it, of whom one may be cancelled
+            await asyncio.wait({loading})
 
     async def _load(self, place: _Place) -> None:
         base = None
@@ -252,6 +260,7 @@ class Templates:
         place.template, place.reason = template, ""
         place.title = template.title or place.title
         place.loaded_at = time.monotonic()
+        self._alive.add(template)
         template.exited.add_done_callback(lambda _: self._note_end(place, template))
         seconds = place.loaded_at - began_at
         logger.info("Loaded %s in %.1f s: children are forked from it.", place.title, seconds)

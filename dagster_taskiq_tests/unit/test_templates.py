@@ -517,9 +517,9 @@ def test_so_many_code_locations_have_a_template_at_once(bench: Bench) -> None:
             child = await part.found(first)
             for slot, location in enumerate(others, 1):
                 await part.found(location, slot)
-            assert len(part.templates.pids) == 3  # with the base
+            assert len([it for it in part.templates.states if it.is_warm]) == 3  # with the base
             # it still knows how its children end
-            assert psutil.pid_exists(child.parent)
+            assert child.parent in part.templates.pids
             assert (await part.found(first, run_id="r")).pid == child.pid
 
     play(scenario())
