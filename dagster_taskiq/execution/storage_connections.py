@@ -136,19 +136,26 @@ class IdleCloser:
         self._is_watching = False
         self._words: SimpleQueue[None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        #: Held to start the thread: a second one would take the word that ends the first.
+        self._starting = threading.Lock()
 
     def note_use(self, *_: Any) -> None:
         """Something is idle from now on."""
         self._used_at = time.monotonic()
         if self._is_watching:
             return
-        if self._thread is None and has_real_threads():
-            thread = threading.Thread(target=self._live, name="idle-closer", daemon=True)
-            with suppress(RuntimeError):  # no step fails for want of a thread that tidies up
-                thread.start()
-                self._thread = thread
+        if self._thread is None:
+            self._start()
         if self._thread is not None:
             self._words.put(None)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None and has_real_threads():
+                thread = threading.Thread(target=self._live, name="idle-closer", daemon=True)
+                with suppress(RuntimeError):  # no step fails for want of a thread that tidies up
+                    thread.start()
+                    self._thread = thread
 
     def end(self) -> None:
         """End the thread."""

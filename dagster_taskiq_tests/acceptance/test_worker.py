@@ -178,21 +178,27 @@ def test_an_include_that_is_missing(stack: Stack) -> None:
     assert "dagster_taskiq/cli" not in worker.log
 
 
-def test_includes_are_imported_by_each_child_and_the_app_by_the_worker_too(stack: Stack) -> None:
-    """``-i`` and ``-A`` run before the first step, in the process that executes it."""
+@pytest.mark.parametrize("is_warm", [True, False], ids=["warm", "cold"])
+def test_includes_are_imported_before_the_first_step(stack: Stack, is_warm: bool) -> None:
+    """``-i`` and ``-A`` once for all slots, or by each child; ``-A`` by the worker, too."""
     for module in ("included", "team_app"):
         (stack.directory / f"{module}.py").write_text(
             "import os, pathlib\n"
             "directory = os.environ['DAGSTER_TASKIQ_TEST_DIRECTORY']\n"
             "pathlib.Path(directory, f'{__name__}-{os.getpid()}').touch()\n"
         )
-    options = ("-i", "included", "-A", "team_app:any")
+    way = [] if is_warm else ["--no-warm-code"]
+    options = ("-i", "included", "-A", "team_app:any", *way)
     worker = stack.worker(*options, slots=1, is_fresh=True).await_ready()
     run = stack.run("serial")
     (pid,) = {note.pid for note in run.notes("ran")}
-    for process in (f"included-{pid}", f"team_app-{pid}", f"team_app-{worker.pid}"):
-        assert (stack.directory / process).exists()
-    assert not (stack.directory / f"included-{worker.pid}").exists()
+    found = {it.name for it in stack.directory.glob("*-*")}
+    assert f"team_app-{worker.pid}" in found
+    assert f"included-{worker.pid}" not in found
+    importers = [it for it in found if it.startswith("included-")]
+    assert len(importers) == (1 if is_warm else 2)  # a step's child and a run's
+    assert (f"included-{pid}" in found) != is_warm
+    assert (f"team_app-{pid}" in found) != is_warm
 
 
 def _forged(task_id: str, **changes: object) -> bytes:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_what_a_step_forks_closes_its_own(storage: Storage) -> None:
 
 def test_the_last_use_is_always_noticed() -> None:
     """However it falls to the look that finds nothing in use."""
+    before = threading.active_count()
     closes: list[float] = []
     closer = IdleCloser(0.0001, lambda: closes.append(time.monotonic()))
     try:
@@ -204,7 +206,25 @@ def test_the_last_use_is_always_noticed() -> None:
                 _await(lambda at=used_at: closes[-1:] > [at])
     finally:
         closer.end()
-    assert "idle-closer" not in [it.name for it in threading.enumerate()]
+    assert threading.active_count() == before
+
+
+def test_threads_that_use_it_first_at_once_start_one_thread() -> None:
+    """Which its end ends."""
+    before = threading.active_count()
+    for _ in range(50):
+        closer = IdleCloser(60, lambda: None)
+        with ThreadPoolExecutor(4) as users:
+            barrier = threading.Barrier(4)
+            for _ in range(4):
+                users.submit(_use_with_others, closer, barrier)
+        closer.end()
+        assert threading.active_count() == before
+
+
+def _use_with_others(closer: IdleCloser, barrier: threading.Barrier) -> None:
+    barrier.wait()
+    closer.note_use()
 
 
 def test_a_server_that_has_closed_it_costs_no_event(storage: Storage) -> None:
