@@ -28,12 +28,18 @@ from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, NoReturn
 
-from dagster_taskiq._dagster.storage import STORAGE_MODULES
+from dagster_taskiq._dagster.storage import RUN_MODULES, STORAGE_MODULES
 from dagster_taskiq.worker.lifeline import die_with
 
 #: What every child finds already imported. User code is not among it: a fresh child must run what
 #: stands on disk now, and a broken module must break one child only.
-_PRELOAD = ("__main__", "dagster", "dagster_taskiq.worker.template_process", *STORAGE_MODULES)
+_PRELOAD = (
+    "__main__",
+    "dagster",
+    "dagster_taskiq.worker.template_process",
+    *STORAGE_MODULES,
+    *RUN_MODULES,
+)
 
 #: The standard library's object that knows the fork server; None where there is no such thing.
 _STATE: Any = getattr(forkserver, "_forkserver", None)
