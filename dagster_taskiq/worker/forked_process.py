@@ -16,13 +16,14 @@ from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
 from dagster_taskiq.worker.guard_client import GuardClient
+from dagster_taskiq.worker.slot_base import UNKNOWN_EXIT_CODE
 
 #: How long the last message of a process that has ended may be in the socket.
 _LAST_MESSAGE_SECONDS = 0.1
 
 #: What the standard library says of a process whose exit code it cannot know, as the process is
-#: gone that has forked it.
-_UNKNOWN_EXIT_CODE = 255
+#: gone that has forked it. A process may also end with it.
+_PERHAPS_UNKNOWN = 255
 
 
 @dataclass(frozen=True)
@@ -161,24 +162,24 @@ def _watch_exit(process: ForkServerProcess, guard: GuardClient) -> asyncio.Futur
     exited: asyncio.Future[int] = loop.create_future()
     pid = process.pid or 0
 
-    def end() -> None:
+    def end(exit_code: int) -> None:
         # at once, while the number cannot yet be that of another group: what it had started
         kill_group(pid)
         guard.forget(pid)
-        exited.set_result(process.exitcode or 0)
+        exited.set_result(exit_code)
 
     def note() -> None:
         loop.remove_reader(process.sentinel)
         process.join()
-        handle = _handle(pid) if process.exitcode == _UNKNOWN_EXIT_CODE else -1
+        handle = _handle(pid) if process.exitcode == _PERHAPS_UNKNOWN else -1
         if handle < 0:
-            end()
+            end(process.exitcode or 0)
             return
 
         def note_later() -> None:
             loop.remove_reader(handle)
             os.close(handle)
-            end()
+            end(UNKNOWN_EXIT_CODE)
 
         loop.add_reader(handle, note_later)
 

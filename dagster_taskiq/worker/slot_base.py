@@ -10,13 +10,16 @@ from enum import Enum
 
 from dagster_taskiq.worker.child_messages import Answer, Order
 
+#: Of a process that has ended after what had forked it: nobody can know its own, below 256.
+UNKNOWN_EXIT_CODE = 256
+
 
 @dataclass(frozen=True)
 class ChildDied:
     """The child ended while it had a task.
 
     Attributes:
-        exit_code: negative for the number of the signal that ended it.
+        exit_code: negative for the number of the signal that ended it; or ``UNKNOWN_EXIT_CODE``.
         pid: it had.
         is_out_of_memory: whether the kernel has killed for lack of memory meanwhile.
         fault: for which the worker has killed it, in words; empty if it has ended by itself.
@@ -37,6 +40,8 @@ class ChildDied:
                 name = f"signal {-self.exit_code}"
             cause = " (out of memory, as the kernel says)" if self.is_out_of_memory else ""
             return f"its process was killed by {name}{cause}"
+        if self.exit_code == UNKNOWN_EXIT_CODE:
+            return "its process ended, and how is not known, as the one that had forked it was gone"
         return f"its process ended with exit code {self.exit_code}"
 
 

@@ -440,7 +440,9 @@ def test_a_child_whose_template_was_killed_is_seen_to_end(bench: Bench) -> None:
             os.kill(victim, signal.SIGKILL)
             await until(lambda: victim not in part.templates.pids)
             os.kill(part.slots[0].pid, signal.SIGKILL)
-            assert isinstance(await running, ChildDied)
+            died = await running
+            assert isinstance(died, ChildDied)
+            assert "how is not known" in str(died)
             assert (await part.found(code)).found
 
     play(scenario())
