@@ -16,9 +16,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 
 from dagster import Definitions, ExecutorDefinition, JobDefinition, job, op
+
+# Dagster walks a chain by recursion, and Python's own limit would end it at some thousand steps
+sys.setrecursionlimit(50_000)
 
 #: Names of the jobs to define, with spaces between.
 JOBS_VARIABLE = "DAGSTER_TASKIQ_BENCHMARK_JOBS"
