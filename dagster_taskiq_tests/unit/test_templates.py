@@ -7,13 +7,17 @@ step, so that it tells how it found itself.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from multiprocessing import util
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, code_location
 from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Place, TaskResult
+from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker import template as template_module
 from dagster_taskiq.worker import templates as templates_module
 from dagster_taskiq.worker.child import ChildOptions
@@ -485,6 +490,66 @@ def test_a_template_that_dies_while_it_loads_is_no_end_of_the_task(bench: Bench)
             assert part.reason(mortal) == "while it was loaded its process was killed by SIGKILL"
 
     play(scenario())
+
+
+def no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    def listen(_listener: socket.socket) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(socket.socket, "listen", listen)
+
+
+def no_short_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "new_address", lambda _: "/tmp/" + 200 * "x")
+
+
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = forked_process.start_deaf
+
+    def start_slots(process: ForkServerProcess, address: str) -> None:
+        if process.name == "template":
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(process, address)
+
+    monkeypatch.setattr(forked_process, "start_deaf", start_slots)
+
+
+SHORTAGES = {
+    no_space: "cannot listen: OSError(28, 'No space left on device')",
+    no_short_path: "cannot listen: OSError('AF_UNIX path too long')",
+    no_process: "cannot start a process: BlockingIOError(11, 'Resource temporarily unavailable')",
+}
+
+
+@pytest.mark.parametrize(("shortage", "reason"), SHORTAGES.items())
+def test_a_template_that_cannot_be_started_leaves_nothing(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: Callable[[pytest.MonkeyPatch], None],
+    reason: str,
+) -> None:
+    """Children load the code, until there can be one again."""
+
+    async def scenario() -> None:
+        code = bench.location("short_of_all")
+        async with bench.part() as part:
+            before = (sockets_of_templates(), psutil.Process().num_fds())
+            with monkeypatch.context() as now:
+                shortage(now)
+                now.setattr(templates_module, "_RETRY_SECONDS", 0.0)
+                assert not (await part.found(code)).found
+                (state,) = [it for it in part.templates.states if not it.is_warm]
+                assert state.reason == f"template: {reason}"
+                part.slots[0].retire()
+                await part.slots[0].prepare()
+                assert (sockets_of_templates(), psutil.Process().num_fds()) == before
+            assert (await part.found(code)).found
+
+    play(scenario())
+
+
+def sockets_of_templates() -> set[Path]:
+    return set(Path(util.get_temp_dir()).glob("template-*"))
 
 
 def test_a_task_that_is_stopped_while_its_code_is_loaded_never_begins(bench: Bench) -> None:
