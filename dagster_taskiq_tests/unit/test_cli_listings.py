@@ -357,6 +357,23 @@ def test_a_worker_is_shown_with_what_it_runs(busy: Scene) -> None:
     assert {**both[0], "tasks": record["tasks"]} == record
 
 
+def test_each_code_location_of_a_worker_has_a_line(scene: Scene) -> None:
+    do(
+        scene.beat(
+            worker(warm_code=("the instance", "from a import it"), cold_code=("b: no\nway",))
+        )
+    )
+    found = call("worker", "show", "w").stdout.splitlines()
+    first = next(number for number, line in enumerate(found) if line.startswith("warm code"))
+    assert found[first : first + 3] == [
+        "warm code  the instance",
+        "           from a import it",
+        "cold code  b: no\N{REPLACEMENT CHARACTER}way",
+    ]
+    do(scene.beat(worker()))
+    assert "cold code  -" in call("worker", "show", "w").stdout
+
+
 def test_a_lost_worker_is_shown_and_is_no_running_one(scene: Scene) -> None:
     """With what it had been at, and red in the status; the exit code says that it is gone."""
     lost = worker("a@one", sent_at=time.time() - 60, done=7)
