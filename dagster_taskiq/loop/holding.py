@@ -11,6 +11,7 @@ from dagster_taskiq._dagster.replay import pool_holders
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.defaults import POOL_LOOK_SECONDS
 from dagster_taskiq.loop.flights import LoopRun
+from dagster_taskiq.messages.plain_text import plain_name, plain_sentence
 from dagster_taskiq.messages.queue_looks import named
 from dagster_taskiq.messages.withheld_steps import MOST_WITHHELD, Withheld, WithheldGroup
 
@@ -73,9 +74,10 @@ class Holding:
         try:
             limit, holders = pool_holders(self._run.context.instance, pool)
         except Exception as error:  # it is for people, and no reason to fail a run
-            logger.warning("Who has the slots of pool %r is not known: %s", pool, error)
+            problem = plain_sentence(str(error))
+            logger.warning("Who has the slots of pool %r is not known: %s", pool, problem)
             return f'Slots of pool "{pool}" are taken.'
-        who = named([f"{step} of run {run_id}" for run_id, step in holders])
+        who = named([plain_name(f"{step} of run {run_id}") for run_id, step in holders])
         return f'Slots of pool "{pool}": {len(holders)} of {limit} are taken, by {who}.'
 
     def _limit(self) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,7 +147,7 @@ def test_status_watches(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     # not as an attribute of the package, which has the command under that name
-    module = sys.modules["dagster_taskiq.cli.status"]
+    module = import_module("dagster_taskiq.cli.status")
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause))
     done = call("status", "--watch")
     assert looks == [2.0, 2.0]
@@ -288,6 +288,16 @@ def test_what_a_run_holds_back_is_shown(busy: Scene) -> None:
     assert "held back" not in call("run", "show", "oth").stdout
     busy.state.expire_loop("run")
     assert shape("run", "show", "run")["run"]["held_back"] == []
+
+
+def test_an_error_is_safe_to_show(scene: Scene) -> None:
+    """The ids that it names may be anybody's who can write to the backend."""
+    do(scene.open(f"run-{ESCAPE}\n1"), scene.open(f"run-{ESCAPE}\n2"))
+    done = call("run", "show", "run-")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable()
+    assert "run-\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}1, " in line
 
 
 def test_a_run_that_waits_for_a_worker_is_a_run_in_flight(scene: Scene) -> None:
