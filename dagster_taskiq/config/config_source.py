@@ -119,8 +119,8 @@ class ConfigSource:
     database_idle_seconds: float = setting(
         defaults.DATABASE_IDLE_SECONDS,
         parsers.seconds,
-        "Seconds that a slot or a run keeps its connection to Dagster's database when it does not "
-        "use it; 0 is to connect anew for each statement, as Dagster does.",
+        "Seconds that a slot, a run or the launcher keeps its connection to Dagster's database "
+        "when it does not use it; 0 is to connect anew for each statement, as Dagster does.",
     )
     key_prefix: str = setting(
         defaults.KEY_PREFIX,
