@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,10 @@ from sqlalchemy.pool import NullPool
 
 from dagster_taskiq._dagster.storage import storage_engines
 from dagster_taskiq.launch.launch_connections import MAX_CONNECTIONS, LaunchConnections
+from dagster_taskiq.launcher import TaskiqRunLauncher
 from dagster_taskiq.tags import TASK_ID_TAG
 from dagster_taskiq_tests.acceptance import launcher_jobs
+from dagster_taskiq_tests.forked import forked
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import amqp_options, postgres_database, redis_options
 
@@ -212,16 +213,15 @@ def test_a_forked_process_has_its_own(open_launching: Callable[..., Launching]) 
     run_id = it.create()
     it.launch(run_id)
     before = len(it.opened)
-    pid = os.fork()
-    if pid == 0:
-        is_right = False
-        try:
-            is_right = it.known(run_id).run_id == run_id and len(it.opened) > before
-            it.instance.run_launcher._connections.close()
-            is_right = is_right and it.is_as_before()
-        finally:
-            os._exit(0 if is_right else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+
+    def use() -> None:
+        assert it.known(run_id).run_id == run_id
+        assert len(it.opened) > before
+        cast("TaskiqRunLauncher", it.instance.run_launcher)._connections.close()
+        assert it.is_as_before()
+
+    with forked(use):
+        pass
     assert it.known(run_id).run_id == run_id
     assert len(it.opened) == before
 
