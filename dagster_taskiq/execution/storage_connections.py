@@ -154,9 +154,9 @@ class IdleCloser:
 
     def end(self) -> None:
         """End the thread."""
+        self._is_over = True
+        self._words.put(None)
         if self._thread is not None:
-            self._is_over = True
-            self._words.put(None)
             self._thread.join()
 
     def _live(self) -> None:
@@ -165,6 +165,8 @@ class IdleCloser:
             with suppress(Empty):
                 self._words.get(timeout=seconds)
             if self._is_over:
+                # an interrupt of its start leaves a thread that nobody knows, and a second one
+                self._words.put(None)
                 return
             seconds = self._close_or_wait()
 

@@ -221,6 +221,31 @@ def test_threads_that_use_it_first_at_once_start_one_thread() -> None:
         assert threading.active_count() == before
 
 
+def test_an_interrupt_of_the_start_leaves_no_thread() -> None:
+    """It has begun by then, unknown to all, and the next use begins another one."""
+    before = threading.active_count()
+    start = threading.Thread.start
+
+    def start_and_raise(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    for uses_afterwards in (0, 1):
+        closer = IdleCloser(KEPT_SECONDS, lambda: None)
+        with (
+            patch.object(threading.Thread, "start", start_and_raise),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            closer.note_use()
+        for _ in range(uses_afterwards):
+            closer.note_use()
+        end = threading.Thread(target=closer.end, daemon=True)
+        end.start()
+        end.join(PATIENCE_SECONDS)
+        assert not end.is_alive()
+        _await(lambda: threading.active_count() == before)
+
+
 def _use_with_others(closer: IdleCloser, barrier: threading.Barrier) -> None:
     barrier.wait()
     closer.note_use()
