@@ -143,7 +143,7 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     while (order := channel.receive()) is not None:
         if isinstance(order, Execute) and order.run_id != known_run:
             reason, is_own = LOADED.why_old(options.code_max_age_seconds)
-            if reason:
+            if reason and not (is_own and order.takes_own_code):
                 channel.say(CodeIsOld(reason, is_own))
                 continue
             known_run = order.run_id

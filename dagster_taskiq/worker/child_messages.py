@@ -30,6 +30,8 @@ class Execute:
         code_location: see ``code_locations``; empty for any.
         soft_timeout_seconds: after which the worker will warn the child; None is never.
         run_id: of the task's run.
+        takes_own_code: whether the child was started for this order, so that what it has loaded
+            itself is new enough, also where loading it has changed a file that it reads.
     """
 
     name: TaskName
@@ -39,6 +41,7 @@ class Execute:
     code_location: str = ""
     soft_timeout_seconds: float | None = None
     run_id: str = ""
+    takes_own_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,8 @@ class ChildSlot(Slot):
             word = await self._send(order)
             if isinstance(word, CodeIsOld):
                 self._note_old_code(word)
+                if isinstance(order, Execute):
+                    order = replace(order, takes_own_code=True)
                 continue
             if not isinstance(word, ChildDied):
                 return None

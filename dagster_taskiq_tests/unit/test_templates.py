@@ -390,6 +390,26 @@ def test_code_that_changes_all_the_time_is_left_to_its_children(bench: Bench) ->
     play(scenario())
 
 
+def test_code_that_is_old_in_each_child_is_left_to_its_children(bench: Bench) -> None:
+    """A child takes for new what it has loaded for its task, never what its template has."""
+
+    async def scenario() -> None:
+        changing = bench.location("changed_by_forks")
+        changing.write(
+            "1",
+            "import os, time\nforks = []\n"
+            "def change():\n"
+            "    if len(forks) > 1:  # the first is on trial\n"
+            "        os.utime(__file__, ns=(time.time_ns(),) * 2)\n"
+            "os.register_at_fork(before=lambda: forks.append(1), after_in_child=change)",
+        )
+        async with bench.part() as part:
+            assert not (await part.found(changing)).found
+            assert "has changed, 3 times in turn" in part.reason(changing)
+
+    play(scenario())
+
+
 def test_a_broken_reload_never_runs_the_old_code(bench: Bench) -> None:
     async def scenario() -> None:
         code = bench.location("breaking")

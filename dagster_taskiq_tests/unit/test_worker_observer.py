@@ -94,7 +94,9 @@ def test_the_counters_of_the_listing() -> None:
 
 
 ORDERS = [
-    Execute(TaskName.EXECUTE_PLAN, "{}", PLACE, Arrival("q", 1), "here", 1.5),
+    Execute(
+        TaskName.EXECUTE_PLAN, "{}", PLACE, Arrival("q", 1), "here", 1.5, "run", takes_own_code=True
+    ),
     LookAtRun("{}"),
     FailRun("{}", "why"),
 ]
