@@ -279,15 +279,17 @@ def test_a_fresh_child_finds_the_code_of_the_last_one(bench: Bench) -> None:
 
 
 def test_a_run_that_begins_after_a_change_executes_what_is_on_disk(bench: Bench) -> None:
-    """One that has begun goes on in its child as it has begun."""
+    """Those that have begun go on in their child as they have begun, also in turn."""
 
     async def scenario() -> None:
         code = bench.location("changing_a")
         async with bench.part(slots=2) as part:
             old = await part.found(code, run_id="before")
+            await part.found(code, run_id="between")
             await part.found(code, slot=1, run_id="before")
             code.write("22")
-            assert (await part.found(code, run_id="before")).version == "1"
+            for run_id in ("before", "between", "before"):
+                assert (await part.found(code, run_id=run_id)).pid == old.pid
             new = await part.found(code, run_id="after")
             assert new.version == "22"
             assert new.pid != old.pid
