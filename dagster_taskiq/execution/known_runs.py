@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from dagster_taskiq._dagster.names import DagsterRunStatus
+from dagster_taskiq._dagster.names import DagsterRunStatus, RepositoryLoadData
 from dagster_taskiq.errors import TaskRefusedError, WrongInstanceError
 from dagster_taskiq.messages.envelope import TaskName
 
@@ -54,6 +54,18 @@ def find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
     """The run as it is now; None where it is not in the instance."""
     # ``get_run_by_id`` may ask PostgreSQL for the columns of its table
     return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
+
+
+def load_data_of(instance: DagsterInstance, run: DagsterRun) -> RepositoryLoadData | None:
+    """What Dagster's code server has found out for the definitions of a run when it made them.
+
+    Whatever loads them for the run must have it, or they may be others.
+    """
+    if not run.has_repository_load_data or run.execution_plan_snapshot_id is None:
+        return None
+    snapshot = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+    # of a snapshot that is gone Dagster itself will tell the run
+    return snapshot.repository_load_data if snapshot else None
 
 
 def startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:

@@ -37,7 +37,7 @@ from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.generators import noting_seeds
 from dagster_taskiq.execution.instances import open_instance
-from dagster_taskiq.execution.known_runs import find_run
+from dagster_taskiq.execution.known_runs import find_run, load_data_of
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 from dagster_taskiq.execution.storage_connections import kept_connections
 
@@ -120,6 +120,8 @@ class LoadedCode:
         with kept_connections(instance):
             run = find_run(instance, run_id)
             instance.get_run_by_id(run_id)
+            if run is not None and RUN_ARGS_KEY in payload:  # a step's payload has its own
+                job = job.with_repository_load_data(load_data_of(instance, run))
         if run is not None and run.remote_job_origin is not None:
             instance.inject_env_vars(run.remote_job_origin.location_name)
         job.get_definition()

@@ -209,12 +209,15 @@ class Templates:
 
     @property
     def states(self) -> list[CodeState]:
-        """Of all that is known; any thread may ask."""
+        """Of all that is known; any thread may ask.
+
+        Of locations with one title, which are one for people, it is that of the last task's.
+        """
         places = (self._base, *list(self._locations.values()))
+        known = {it.title: it for it in places if it.usable or it.reason}
         return [
             CodeState(it.title, it.usable is not None, "" if it.usable else it.reason)
-            for it in places
-            if it.usable or it.reason
+            for it in known.values()
         ]
 
     def _forget(self, place: _Place, *, is_old: bool) -> None:

@@ -20,7 +20,11 @@ from typing import Any
 import psutil
 import pytest
 from dagster._core.code_pointer import CodePointer
+from dagster._core.definitions.metadata.metadata_value import (
+    CodeLocationReconstructionMetadataValue,
+)
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.definitions.repository_definition import RepositoryLoadData
 from dagster._core.execution.retries import RetryMode
 from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import pack_value
@@ -128,9 +132,12 @@ class Location:
     def loads(self) -> int:
         return len(self._counter.read_text()) if self._counter.exists() else 0
 
-    def payload(self, run_id: str, **more: Any) -> dict[str, Any]:
+    def payload(self, run_id: str, state: str = "", **more: Any) -> dict[str, Any]:
         pointer = CodePointer.from_module(self.name, "it", str(self._directory))
-        job = ReconstructableJob(ReconstructableRepository(pointer), "it")
+        value = CodeLocationReconstructionMetadataValue(state)
+        data = RepositoryLoadData(reconstruction_metadata={"it": value}) if state else None
+        repository = ReconstructableRepository(pointer, repository_load_data=data)
+        job = ReconstructableJob(repository, "it")
         args = ExecuteStepArgs(
             job_origin=job.get_python_origin(),
             run_id=run_id,
@@ -256,6 +263,21 @@ def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
             assert all(it.has_instance for it in found)
             assert len({it.random for it in found}) == 3
             assert part.reason(heavy) == ""
+
+    play(scenario())
+
+
+def test_each_state_that_definitions_are_made_of_has_a_template(bench: Bench) -> None:
+    """For people it is one code location."""
+
+    async def scenario() -> None:
+        code = bench.location("stateful")
+        async with bench.part() as part:
+            found = [await part.found(code, state=state) for state in ("1", "2", "1", "")]
+            assert all(it.found for it in found)
+            assert len({it.parent for it in found}) == 3
+            assert code.loads == 3
+            assert part.reason(code) == ""
 
     play(scenario())
 
