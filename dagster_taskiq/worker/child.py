@@ -147,9 +147,9 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
     known_runs: deque[str] = deque(maxlen=_KNOWN_RUNS)
     while (order := channel.receive()) is not None:
         if isinstance(order, Execute) and order.run_id not in known_runs:
-            reason, is_own = LOADED.why_old(options.code_max_age_seconds)
-            if reason and not (is_own and order.takes_own_code):
-                channel.say(CodeIsOld(reason, is_own))
+            old = LOADED.why_old(options.code_max_age_seconds)
+            if old and not (old.is_own and order.takes_own_code):
+                channel.say(CodeIsOld(old.reason, old.is_own, old.is_by_age))
                 continue
             known_runs.append(order.run_id)
         channel.say(OrderTaken())

@@ -111,12 +111,12 @@ class CodeIsOld:
     """The child has an order, and does not execute it with the code that it has.
 
     Attributes:
-        reason: what has changed, in words.
-        is_own: whether it has loaded that itself, and not its template.
+        reason, is_own, is_by_age: see ``OldCode``.
     """
 
     reason: str
     is_own: bool
+    is_by_age: bool = False
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,28 @@ PLACE = Place("w@h", "id", "h", 1, 1)
 ACTOR = """
 import json, os, random, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["DAGSTER_HOME"] = {home!r}
 sys.path.insert(0, {directory!r})
 
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster_taskiq_tests import quick_storage
+from dagster_taskiq.execution import loaded_code
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
 quick_storage.make_quick()
+
+def seconds_passed():
+    clock = Path({home!r}, "clock")
+    return clock.stat().st_size if clock.exists() else 0
+
+passed_before = seconds_passed()
+loaded_code.time = SimpleNamespace(
+    monotonic=lambda: time.monotonic() + seconds_passed() - passed_before
+)
 with open({home!r} + "/included", "a") as included:
     included.write("x")
 
@@ -202,6 +213,11 @@ class Bench:
         return Location(self.directory, name)
 
     @property
+    def clock(self) -> Path:
+        """Of templates and children: as many seconds pass for the code that they have loaded."""
+        return self.home / "clock"
+
+    @property
     def includes(self) -> int:
         return len((self.home / "included").read_text())
 
@@ -327,13 +343,27 @@ def test_code_that_is_too_old_is_loaded_anew(bench: Bench) -> None:
 
     async def scenario() -> None:
         code = bench.location("aging")
-        async with bench.part(code_max_age_seconds=3.0) as part:
+        async with bench.part(code_max_age_seconds=1000.0) as part:
             first = await part.found(code, run_id="a")
-            loaded_at = time.monotonic()
-            await until(lambda: time.monotonic() - loaded_at > 3)
+            bench.clock.write_text("x" * 2000)
             assert (await part.found(code, run_id="a")).pid == first.pid
             assert (await part.found(code, run_id="b")).pid != first.pid
             assert code.loads == 2
+            # its age is no reason to have no template for a while
+            assert [it.short_lives for it in part.templates._locations.values()] == [0]
+
+    play(scenario())
+
+
+def test_code_that_is_too_old_once_it_is_loaded_is_executed(bench: Bench) -> None:
+    """By a child that has loaded it for its task, after some templates that served nobody."""
+
+    async def scenario() -> None:
+        slow = bench.location("slowly_aging")
+        slow.write("1", f"with open({str(bench.clock)!r}, 'a') as clock: clock.write('x' * 2000)")
+        async with bench.part(code_max_age_seconds=1000.0) as part:
+            assert not (await part.found(slow)).found
+            assert "seconds ago, 3 times in turn" in part.reason(slow)
 
     play(scenario())
 

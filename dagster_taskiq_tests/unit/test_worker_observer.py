@@ -13,6 +13,7 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.worker import child_messages
 from dagster_taskiq.worker.child_messages import (
+    CodeIsOld,
     Execute,
     Executed,
     FailRun,
@@ -103,6 +104,7 @@ ORDERS = [
 WORDS = [
     Ready(),
     NotReady("why"),
+    CodeIsOld("a has changed", is_own=False, is_by_age=True),
     OrderTaken(),
     LogOpened("/log", 1),
     LogClosed("/log"),
