@@ -11,6 +11,7 @@ from dagster import DagsterEvent
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.definitions.reconstruct import ReconstructableJob
+from dagster._core.definitions.repository_definition import RepositoryLoadData
 from dagster._core.errors import DagsterExecutionInterruptedError, DagsterSubprocessError
 from dagster._core.events import DagsterEventType, EngineEventData
 from dagster._core.events.log import EventLogEntry
@@ -82,6 +83,7 @@ __all__ = [
     "LaunchRunContext",
     "PlanOrchestrationContext",
     "ReconstructableJob",
+    "RepositoryLoadData",
     "ResolvedFromDynamicStepHandle",
     "ResumeRunContext",
     "RetryMode",

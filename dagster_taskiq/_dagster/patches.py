@@ -32,10 +32,12 @@ from dagster._utils.interrupts import (
 
 from dagster_taskiq.aio.forked_copies import ending_copies
 
-#: Code locations, and jobs of them, that a process keeps.
+#: Code locations that a process keeps. A child has one, and Dagster may ask for it by more than one
+#: pointer, such as that of the location and that of a job within it.
 _KEPT_LOCATIONS = 4
 
-
+#: Jobs that a process keeps, cut to the selections of runs, and resolved configs. A step needs one
+#: of each, and most locations have fewer jobs; what is kept more is memory of each child.
 _KEPT_JOBS = 64
 
 

@@ -29,22 +29,33 @@ def code_location(payload: Mapping[str, Any]) -> str:
         empty where the payload has none.
     """
     found: Any = payload
-    for key in (EXECUTABLE_KEY, "repository", "pointer"):
+    for key in (EXECUTABLE_KEY, "repository"):
         found = found.get(key) if isinstance(found, Mapping) else None
-    return location_of(found) if found else ""
+    if not isinstance(found, Mapping) or not found.get("pointer"):
+        return ""
+    return location_of(found["pointer"], digest_of(found.get("repository_load_data")))
 
 
-def location_of(pointer: Any) -> str:
-    """The place that decides which modules code is of: file or module, and directory.
+def location_of(pointer: Any, load_data_digest: str = "") -> str:
+    """What decides which definitions code has: file or module, directory, and state.
 
     Args:
         pointer: Dagster's pointer to the code, packed.
+        load_data_digest: of what Dagster's code server has found out for the definitions when it
+            made them, such as what an API has said. Modules read it when they are loaded.
 
     Returns:
         a digest that is the same for all jobs of a location.
     """
-    text = json.dumps(_without_names(pointer), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    place = _without_names(pointer)
+    return digest_of([place, load_data_digest] if load_data_digest else place)
+
+
+def digest_of(packed: Any) -> str:
+    """A digest of what Dagster has packed; empty for None."""
+    if packed is None:
+        return ""
+    return hashlib.sha256(json.dumps(packed, sort_keys=True).encode()).hexdigest()
 
 
 def _without_names(pointer: Any) -> Any:

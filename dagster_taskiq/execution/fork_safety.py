@@ -193,9 +193,17 @@ def _shared(number: int, target: str) -> str:
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         is_harmless = target in _HARMLESS_DEVICES or target.startswith(_TERMINALS)
         return "" if is_harmless else target
+    if stat.S_ISFIFO(mode):
+        return "a pipe from another process" if _is_fed_from_outside(number) else ""
     if stat.S_ISREG(mode) and not target.startswith(_SHARED_MEMORY) and _is_like_database(number):
         return f"{target}, for reading and writing,"
     return ""
+
+
+def _open_flags(number: int) -> int:
+    """The flags that a descriptor was opened with, as ``os.open`` takes them."""
+    lines = (_DESCRIPTOR_FACTS / str(number)).read_text().splitlines()
+    return next(int(it.split()[1], 8) for it in lines if it.startswith("flags:"))
 
 
 def _is_like_database(number: int) -> bool:
@@ -203,9 +211,27 @@ def _is_like_database(number: int) -> bool:
 
     So are the files of SQLite and DuckDB, whose locks a forked child does not have.
     """
-    lines = (_DESCRIPTOR_FACTS / str(number)).read_text().splitlines()
-    flags = next(int(it.split()[1], 8) for it in lines if it.startswith("flags:"))
+    flags = _open_flags(number)
     return flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_APPEND
+
+
+def _is_fed_from_outside(number: int) -> bool:
+    """Whether a descriptor reads from a pipe into which this process cannot write.
+
+    Of what a helper process answers there, each child would read what is for another one. Pipes
+    whose both ends are here wake this process itself, mostly.
+    """
+    if not _only_reads(number):
+        return False
+    for other in _descriptors():
+        with suppress(OSError):  # closed meanwhile
+            if os.path.sameopenfile(number, other) and not _only_reads(other):
+                return False
+    return True
+
+
+def _only_reads(number: int) -> bool:
+    return _open_flags(number) & os.O_ACCMODE == os.O_RDONLY
 
 
 def _conversation(number: int) -> str:

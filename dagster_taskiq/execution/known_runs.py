@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from dagster import DagsterInstance, DagsterRun
 
-from dagster_taskiq._dagster.names import DagsterRunStatus
+from dagster_taskiq._dagster.names import DagsterRunStatus, RepositoryLoadData
 from dagster_taskiq.errors import TaskRefusedError, WrongInstanceError
 from dagster_taskiq.messages.envelope import TaskName
 
@@ -48,6 +48,18 @@ class LiveRuns:
             # aged from before it was read
             self._found[run_id] = (now, _live_run(instance, run_id))
         return self._found[run_id][1]
+
+
+def load_data_of(instance: DagsterInstance, run: DagsterRun) -> RepositoryLoadData | None:
+    """What Dagster's code server has found out for the definitions of a run when it made them.
+
+    Whatever loads them for the run must have it, or they may be others.
+    """
+    if not run.has_repository_load_data or run.execution_plan_snapshot_id is None:
+        return None
+    snapshot = instance.get_execution_plan_snapshot(run.execution_plan_snapshot_id)
+    # of a snapshot that is gone Dagster itself will tell the run
+    return snapshot.repository_load_data if snapshot else None
 
 
 def startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:

@@ -37,8 +37,24 @@ from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.generators import noting_seeds
 from dagster_taskiq.execution.instances import open_instance
+from dagster_taskiq.execution.known_runs import load_data_of
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 from dagster_taskiq.execution.storage_connections import kept_connections
+
+
+@dataclass(frozen=True)
+class OldCode:
+    """Why no new run may be executed with what a process has.
+
+    Attributes:
+        reason: in words.
+        is_own: whether the process has loaded it itself, and not what it was forked from.
+        is_by_age: whether it is only older than it may be, and nothing has changed.
+    """
+
+    reason: str
+    is_own: bool
+    is_by_age: bool = False
 
 
 @dataclass
@@ -60,12 +76,13 @@ class _Load:
         with self.files.noting(), noting_seeds():
             yield
 
-    def why_old(self, max_age_seconds: float | None) -> str:
+    def why_old(self, max_age_seconds: float | None, *, is_own: bool) -> OldCode | None:
         """See ``LoadedCode``."""
         if max_age_seconds is not None and time.monotonic() - self.at > max_age_seconds:
-            return f"it was loaded more than {max_age_seconds:g} seconds ago"
+            reason = f"it was loaded more than {max_age_seconds:g} seconds ago"
+            return OldCode(reason, is_own, is_by_age=True)
         path = self.files.changed()
-        return path and f"{path} has changed"
+        return OldCode(f"{path} has changed", is_own) if path else None
 
 
 class LoadedCode:
@@ -118,6 +135,8 @@ class LoadedCode:
         # there for them, too
         with kept_connections(instance):
             run = instance.get_run_by_id(run_id)
+            if run is not None and RUN_ARGS_KEY in payload:  # a step's payload has its own
+                job = job.with_repository_load_data(load_data_of(instance, run))
         if run is not None and run.remote_job_origin is not None:
             instance.inject_env_vars(run.remote_job_origin.location_name)
         job.get_definition()
@@ -157,19 +176,16 @@ class LoadedCode:
         with self._own.going_on():
             yield
 
-    def why_old(self, max_age_seconds: float | None) -> tuple[str, bool]:
-        """Why no new run may be executed with what was loaded, and whether that was done here.
+    def why_old(self, max_age_seconds: float | None) -> OldCode | None:
+        """Why no new run may be executed with what was loaded; None if it may.
 
         Args:
             max_age_seconds: how old it may be; None for any age.
-
-        Returns:
-            an empty reason if it may.
         """
         for load in self._inherited:
-            if reason := load.why_old(max_age_seconds):
-                return reason, False
-        return self._own.why_old(max_age_seconds), True
+            if old := load.why_old(max_age_seconds, is_own=False):
+                return old
+        return self._own.why_old(max_age_seconds, is_own=True)
 
     def take_instance(self, ref: InstanceRef | None) -> DagsterInstance | None:
         """The open instance of a message, for its taker to close; None if it is not open here.

@@ -57,7 +57,13 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 #: Letters of the modes in which ``open`` writes.
 _WRITES = frozenset("wax+")
 
-_EVENTS = frozenset({"open", "os.listdir", "os.scandir"})
+#: What makes or removes files and directories, apart from opening them.
+_CHANGES = frozenset({"os.mkdir", "os.remove", "os.rename", "os.rmdir"})
+
+_EVENTS = frozenset({"open", "os.listdir", "os.scandir"}) | _CHANGES
+
+#: What audit events have for a path that is relative to no descriptor.
+_NO_DESCRIPTOR = -1
 
 
 class _Stamp(NamedTuple):
@@ -78,6 +84,7 @@ class LoadedFiles:
 
     def __init__(self) -> None:
         self._files: dict[str, _Stamp | None] = {}
+        # by this process meanwhile, also made or removed; what is below them, too
         self._written: set[str] = set()
         # by path, and whether they were listed to find modules in them
         self._directories: dict[tuple[str, bool], _Entries] = {}
@@ -108,17 +115,21 @@ class LoadedFiles:
         """The path of the first that is not as it was when it was first read; empty if all are.
 
         It is changed or gone, or has appeared since then where it was looked for or where its
-        directory was listed. Of the packages that are installed in a site-packages directory only
-        their installation counts, for which that directory's path stands.
+        directory was listed. What this process itself has written, made or removed meanwhile does
+        not count. Of the packages that are installed in a site-packages directory only their
+        installation counts, for which that directory's path stands.
         """
         with _unheard():
             for path, stamp in list(self._files.items()):
-                if _stamp(path) != stamp:
+                if _stamp(path) != stamp and not self._is_own(path):
                     return path
             for (path, is_finder), entries in list(self._directories.items()):
                 found = _entries(path, is_finder=is_finder)
                 if found != entries:
-                    return _first_difference(path, entries, found)
+                    differing = _differences(path, entries, found)
+                    others = [it for it in differing if not self._is_own(it)]
+                    if others:
+                        return min(others)
             for path, installed in list(self._installed.items()):
                 if not installed.is_as_it_was(path):
                     return path
@@ -132,21 +143,38 @@ class LoadedFiles:
             arguments: of the event, as Python documents them.
             caller: name of the module in which it happened.
         """
-        if event != "open":
+        if event in _CHANGES:
+            self._note_change(event, arguments)
+        elif event != "open":
             self._note_directory(_path(arguments[0]), is_finder=caller in _FINDERS)
         elif not isinstance(arguments[0], int):  # else its descriptor's opening was heard before
             path, (mode, flags) = _path(arguments[0]), arguments[1:3]
             if flags & _WRITING or not _WRITES.isdisjoint(mode or ""):
                 # its content is of this process's making
                 self._written.add(path)
-                self._files.pop(path, None)
             else:
                 self._note_file(_source(path))
+
+    def _note_change(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Note what is about to be made or removed, unless that will fail."""
+        if event == "os.rename":
+            paths, descriptors, exists = arguments[:2], arguments[2:], True
+        else:
+            paths, descriptors, exists = arguments[:1], arguments[-1:], event != "os.mkdir"
+        is_known = all(it == _NO_DESCRIPTOR for it in descriptors)
+        if is_known and os.path.lexists(paths[0]) == exists:
+            self._written.update(map(_path, paths))
+
+    def _is_own(self, path: str) -> bool:
+        """Whether this process has written it, or a directory that it is in."""
+        while path and path not in self._written:
+            path = path.rpartition("/")[0]
+        return bool(path)
 
     def _note_file(self, path: str) -> None:
         if (
             path in self._files
-            or path in self._written
+            or self._is_own(path)
             or path.startswith(_NO_FILES)
             or self._note_installed(path)
         ):
@@ -159,6 +187,7 @@ class LoadedFiles:
         if (
             (path, is_finder) in self._directories
             or path.endswith("/__pycache__")
+            or self._is_own(path)
             or f"{path}/".startswith(_NO_FILES)
             or self._note_installed(path)
         ):
@@ -282,8 +311,10 @@ def _path(given: Any) -> str:
     if isinstance(given, int):
         given = Path(f"/proc/self/fd/{given}").readlink()
     path = os.curdir if given is None else os.fsdecode(given)
-    # not made shorter: with symbolic links, a/../b may be another file than b
-    return path if path.startswith("/") else f"{Path.cwd()}/{path}"
+    if not path.startswith("/"):
+        path = f"{Path.cwd()}/{path}"
+    # ".." stays: with symbolic links, a/../b may be another file than b
+    return "/" + "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _source(path: str) -> str:
@@ -338,7 +369,8 @@ def _is_importable(entry: os.DirEntry[str]) -> bool:
     )
 
 
-def _first_difference(path: str, before: _Entries, now: _Entries) -> str:
+def _differences(path: str, before: _Entries, now: _Entries) -> list[str]:
+    """The paths that are in a directory either before or now; its own where it is absent in one."""
     if before is None or now is None:
-        return path
-    return f"{path.rstrip('/')}/{min(before.keys() ^ now.keys())}"
+        return [path]
+    return [f"{path.rstrip('/')}/{name}" for name in before.keys() ^ now.keys()]

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,10 @@ from dagster_taskiq.worker.child_messages import (
 from dagster_taskiq.worker.fork_server import die_with_worker, leave_fork_server
 from dagster_taskiq.worker.leftovers import Leftovers
 from dagster_taskiq.worker.soft_limit import SOFT_LIMIT_SIGNAL, soft_time_limit
+
+#: Runs that a child has begun with last, for which it does not look again whether its code is old.
+#: It may work for many in turn, and to look takes milliseconds.
+_KNOWN_RUNS = 64
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,14 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
         lambda path: mention(LogClosed(path)),
     )
     channel.say(Ready())
-    known_run = ""
+    known_runs: deque[str] = deque(maxlen=_KNOWN_RUNS)
     while (order := channel.receive()) is not None:
-        if isinstance(order, Execute) and order.run_id != known_run:
-            reason, is_own = LOADED.why_old(options.code_max_age_seconds)
-            if reason:
-                channel.say(CodeIsOld(reason, is_own))
+        if isinstance(order, Execute) and order.run_id not in known_runs:
+            old = LOADED.why_old(options.code_max_age_seconds)
+            if old and not (old.is_own and order.takes_own_code):
+                channel.say(CodeIsOld(old.reason, old.is_own, old.is_by_age))
                 continue
-            known_run = order.run_id
+            known_runs.append(order.run_id)
         channel.say(OrderTaken())
         if isinstance(order, Execute):
             answer = _execute(runner, order, options, lambda: mention(RunStartLogged()))

@@ -30,6 +30,8 @@ class Execute:
         code_location: see ``code_locations``; empty for any.
         soft_timeout_seconds: after which the worker will warn the child; None is never.
         run_id: of the task's run.
+        takes_own_code: whether the child was started for this order, so that what it has loaded
+            itself is new enough, also where loading it has changed a file that it reads.
     """
 
     name: TaskName
@@ -39,6 +41,7 @@ class Execute:
     code_location: str = ""
     soft_timeout_seconds: float | None = None
     run_id: str = ""
+    takes_own_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,12 @@ class CodeIsOld:
     """The child has an order, and does not execute it with the code that it has.
 
     Attributes:
-        reason: what has changed, in words.
-        is_own: whether it has loaded that itself, and not its template.
+        reason, is_own, is_by_age: see ``OldCode``.
     """
 
     reason: str
     is_own: bool
+    is_by_age: bool = False
 
 
 @dataclass(frozen=True)

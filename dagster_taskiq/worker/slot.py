@@ -220,7 +220,7 @@ class ChildSlot(Slot):
             self._oom_kills = count_oom_kills()
             word = await self._send(order)
             if isinstance(word, CodeIsOld):
-                self._note_old_code(word)
+                order = self._note_old_code(word, order)
                 continue
             if not isinstance(word, ChildDied):
                 return None
@@ -241,10 +241,15 @@ class ChildSlot(Slot):
         finally:
             await end_tasks([loading, stopped])
 
-    def _note_old_code(self, word: CodeIsOld) -> None:
+    def _note_old_code(self, word: CodeIsOld, order: Order) -> Order:
+        """The order as the next child is given it."""
         self._spent_by = ReplaceReason.OLD_CODE
+        is_again = isinstance(order, Execute) and order.takes_own_code
         if self._templates is not None and self._template is not None and not word.is_own:
-            self._templates.discard(self._template, word.reason)
+            # a template that is too old for the order that it was loaded for is not worth having
+            has_served = word.is_by_age and not is_again
+            self._templates.discard(self._template, word.reason, has_served=has_served)
+        return replace(order, takes_own_code=True) if isinstance(order, Execute) else order
 
     async def _send(self, order: Order) -> Word | ChildDied:
         assert self._child is not None

@@ -71,8 +71,8 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
         return NotReady(f"it cannot be loaded ({type(error).__name__}: {first_line})")
     if hazard := trial.hazard():
         return NotReady(hazard, is_final=True)
-    if old := LOADED.why_old(None)[0]:
-        return NotReady(f"{old} while it was loaded")
+    if old := LOADED.why_old(None):
+        return NotReady(f"{old.reason} while it was loaded")
     LOADED.hand_on()
     return TemplateReady()
 

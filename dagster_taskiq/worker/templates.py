@@ -166,15 +166,22 @@ class Templates:
             self._forget(surplus, is_old=False)
         await self._have(place)
 
-    def discard(self, template: Template, reason: str) -> None:
-        """What a template has loaded is not to be executed any more."""
+    def discard(self, template: Template, reason: str, *, has_served: bool = False) -> None:
+        """What a template has loaded is not to be executed any more.
+
+        Args:
+            template: which.
+            reason: for people.
+            has_served: whether it has served for as long as it may, which is never too short.
+        """
         if template.is_old:
             return
         for place in (self._base, *self._locations.values()):
             if place.template is template:
                 logger.info("%s is loaded anew: %s.", place.title, reason)
                 place.retire(reason, is_old=True)
-                place.note_short_life()
+                if not has_served:
+                    place.note_short_life()
         # it may have loaded the same, and its next children would find out only then
         self._base.retire(reason, is_old=True)
 
@@ -209,12 +216,15 @@ class Templates:
 
     @property
     def states(self) -> list[CodeState]:
-        """Of all that is known; any thread may ask."""
+        """Of all that is known; any thread may ask.
+
+        Of locations with one title, which are one for people, it is that of the last task's.
+        """
         places = (self._base, *list(self._locations.values()))
+        known = {it.title: it for it in places if it.usable or it.reason}
         return [
             CodeState(it.title, it.usable is not None, "" if it.usable else it.reason)
-            for it in places
-            if it.usable or it.reason
+            for it in known.values()
         ]
 
     def _forget(self, place: _Place, *, is_old: bool) -> None:

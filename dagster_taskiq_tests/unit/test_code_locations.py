@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import uuid
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from dagster import DagsterInstance, DagsterRun, job
 from dagster._core.code_pointer import (
     AutoloadDefsModuleCodePointer,
     CodePointer,
     PackageCodePointer,
 )
+from dagster._core.definitions.metadata.metadata_value import (
+    CodeLocationReconstructionMetadataValue,
+)
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.definitions.repository_definition import RepositoryLoadData
 
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY, code_location
+from dagster_taskiq.launch import run_payloads
+from dagster_taskiq.launch.run_payloads import payload_of
 from dagster_taskiq.worker.slot_pool import SlotPool
 
 
@@ -54,6 +64,68 @@ def test_other_files_modules_and_directories_are_other_locations() -> None:
 def test_what_names_no_code_has_no_location(payload: dict[str, Any]) -> None:
     """That is nobody's error here: the child says what is wrong with its task."""
     assert code_location(payload) == ""
+
+
+# --- definitions that were made of what an API has said ---
+
+
+@job
+def it() -> None: ...
+
+
+POINTER = CodePointer.from_module(__name__, "it", None)
+
+
+@pytest.fixture
+def instance(monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
+    monkeypatch.setattr(run_payloads, "is_own_instance", lambda _: True)
+    with DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+def load_data(state: str) -> RepositoryLoadData:
+    """What Dagster's code server has asked for."""
+    value = CodeLocationReconstructionMetadataValue(state)
+    return RepositoryLoadData(reconstruction_metadata={"b": value, "a": value})
+
+
+def create(instance: DagsterInstance, data: RepositoryLoadData | None) -> DagsterRun:
+    origin = ReconstructableJob(ReconstructableRepository(POINTER), "it").get_python_origin()
+    return instance.create_run_for_job(it, job_code_origin=origin, repository_load_data=data)
+
+
+def test_a_run_and_its_steps_have_one_location(instance: DagsterInstance) -> None:
+    """Which is another one with what another code server has asked for, or with nothing."""
+    locations = set()
+    for data in (load_data("1"), load_data("2"), None):
+        _, of_run = payload_of(instance, create(instance, data))
+        repository = ReconstructableRepository(POINTER, repository_load_data=data)
+        executable = ReconstructableJob(repository, "it").to_dict()
+        assert code_location({EXECUTABLE_KEY: json.loads(json.dumps(executable))}) == of_run
+        locations.add(of_run)
+    assert len(locations) == 3
+
+
+def test_the_plan_of_a_run_is_read_where_it_has_to_be(
+    instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a run without such data, and not again for another one with the same plan."""
+    read: list[str] = []
+    original = instance.get_execution_plan_snapshot
+
+    def get(plan_id: str) -> Any:
+        read.append(plan_id)
+        return original(plan_id)
+
+    plain = create(instance, None)
+    state = load_data(uuid.uuid4().hex)
+    stateful = [create(instance, state) for _ in range(2)]
+    monkeypatch.setattr(instance, "get_execution_plan_snapshot", get)
+    payload_of(instance, plain)
+    assert not read
+    first, second = [payload_of(instance, it)[1] for it in stateful]
+    assert first == second
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ NO_HAZARD = {
     "a log": "a = open('log', 'a+')",
     "a file to read": "a = open(os.__file__)",
     "a pipe": "a = os.pipe()",
+    "a pipe with a name": "os.mkfifo('a'); b = os.open('a', os.O_RDWR)",
+    "a pipe to another process": """
+import subprocess
+a = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+""",
     "closed again": "socket.socket().close(); select.epoll().close()",
     "datagrams": "a = socket.socket(type=socket.SOCK_DGRAM); a.connect(('127.0.0.1', 9))",
     "shared memory": """
@@ -103,6 +108,22 @@ b.connect("a.socket")
 a.close()
 """,
         "a socket to a.socket is open",
+    ),
+    "a helper process": (
+        """
+import subprocess
+a = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+""",
+        "a pipe from another process is open",
+    ),
+    "a pipe with a name, from another process": (
+        """
+import subprocess
+os.mkfifo("a")
+a = subprocess.Popen(["sh", "-c", "exec cat > a"], stdin=subprocess.PIPE)
+b = open("a")
+""",
+        "a pipe from another process is open",
     ),
     "a database": (
         "a = sqlite3.connect('a.db'); a.execute('create table a (b)')",

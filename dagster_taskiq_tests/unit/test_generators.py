@@ -61,16 +61,41 @@ def test_a_seed_that_code_gives_holds_in_each_child() -> None:
     assert drawn("pass", "random.seed(42); random.random()") == wanted
 
 
-def test_a_seed_may_be_taken_back() -> None:
-    first, second = drawn("random.seed(42)", "random.seed()")
+def test_a_state_that_code_gives_holds_in_each_child() -> None:
+    code = "random.setstate(random.Random(42).getstate())"
+    wanted = [str(random.Random(42).random())] * 2
+    assert drawn(code) == wanted
+    assert drawn("pass", code) == wanted
+
+
+def test_a_seed_that_is_in_the_state_that_code_puts_back() -> None:
+    wanted = [str(random.Random(42).random())] * 2
+    code = "random.seed(42); state = random.getstate(); random.seed(); random.setstate(state)"
+    assert drawn(code) == wanted
+
+
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        ("random.seed(42)", "random.seed()"),
+        # as a library does that needs the same numbers for a moment
+        (
+            "state = random.getstate(); random.seed(42); random.random(); random.setstate(state)",
+            "pass",
+        ),
+        ("state = random.getstate(); random.random(); random.setstate(state)", "pass"),
+    ],
+)
+def test_a_seed_may_be_taken_back(code: str, more: str) -> None:
+    first, second = drawn(code, more)
     assert first != second
 
 
 def test_noting_leaves_nothing_behind() -> None:
-    before = random.seed
+    before = random.seed, random.getstate, random.setstate
     with generators.noting_seeds():
         pass
-    assert random.seed == before
+    assert (random.seed, random.getstate, random.setstate) == before
     assert not generators._seeded
 
 

@@ -1,6 +1,6 @@
 """Which files loading code has read: real files, and Python's own ways to read them."""
-# all ways to read a file are the subject
-# ruff: noqa: PTH123, PTH208, SIM115
+# all ways to read, make and remove a file are the subject
+# ruff: noqa: PTH102, PTH104, PTH106, PTH123, PTH208, SIM115
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 import venv
@@ -142,13 +143,14 @@ def test_what_does_not_count(project: Project, change: Callable[[Project], objec
 
 
 def test_a_file_that_changes_while_the_code_is_loaded(project: Project) -> None:
+    """By another process: what the code itself has written does not count."""
     project.write(
         "helper.py",
+        "import subprocess\n"
         "from pathlib import Path\n"
         "path = Path(__file__).with_name('settings.yaml')\n"
         "path.read_text()\n"
-        "new = path.with_name('new')\n"
-        "new.touch(); new.write_text('a: 7'); new.rename(path)\n",
+        "subprocess.run(['cp', __file__, path], check=True)\n",
     )
     project.load()
     assert project.loaded.changed() == str(project.package / "settings.yaml")
@@ -326,6 +328,136 @@ def test_what_is_written_or_not_read(tmp_path: Path, use: Callable[[Path], objec
     assert loaded.changed() == ""
 
 
+def _use_a_temporary_directory(directory: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        subprocess.run(["touch", f"{made}/by another process"], check=True)
+        for path in Path(made).iterdir():
+            path.read_text()
+
+
+def _make_and_remove(directory: Path) -> None:
+    (directory / "made" / "deep").mkdir(parents=True)
+    list((directory / "made").rglob("*"))
+    shutil.rmtree(directory / "made")
+
+
+def _replace(directory: Path) -> None:
+    settings = directory / "settings.yaml"
+    settings.read_text()
+    (directory / "new").write_text("a: 2")
+    (directory / "new").replace(settings)
+    settings.read_text()
+
+
+def _list_and_write(directory: Path) -> None:
+    list(directory.iterdir())
+    (directory / "written").write_text("a")
+
+
+def _list_and_remove(directory: Path) -> None:
+    list(directory.iterdir())
+    (directory / "settings.yaml").unlink()
+
+
+def _list_and_move(directory: Path) -> None:
+    list(directory.iterdir())
+    os.rename(directory / "settings.yaml", os.fsencode(directory / "moved"))
+    os.rename(directory / "inner", directory / "moved inner")
+
+
+def _remove_a_tree(directory: Path) -> None:
+    list(directory.rglob("*"))
+    (directory / "inner" / "file").read_text()
+    shutil.rmtree(directory / "inner")
+
+
+def _make_in_a_relative_way(directory: Path) -> None:
+    for name in ("./made/", f"{directory}//./made too"):
+        os.mkdir(name)
+        os.listdir(name)
+    list(directory.iterdir())
+    shutil.rmtree("made")
+    os.rmdir("./made too")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _use_a_temporary_directory,
+        _make_and_remove,
+        _replace,
+        _list_and_write,
+        _list_and_remove,
+        _list_and_move,
+        _remove_a_tree,
+        _make_in_a_relative_way,
+    ],
+)
+def test_what_the_code_itself_makes_and_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object]
+) -> None:
+    (tmp_path / "settings.yaml").write_text("a: 1")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    loaded = LoadedFiles()
+    with loaded.noting():
+        use(tmp_path)
+    assert loaded.changed() == ""
+
+
+def test_what_another_process_makes_beside_it(tmp_path: Path) -> None:
+    loaded = LoadedFiles()
+    with loaded.noting():
+        _list_and_write(tmp_path)
+    (tmp_path / "other").touch()
+    assert loaded.changed() == str(tmp_path / "other")
+
+
+def _fail(change: Callable[..., object], *paths: Path) -> None:
+    with pytest.raises(OSError, match="Errno"):
+        change(*paths)
+
+
+def _make_elsewhere(directory: Path) -> None:
+    number = os.open(directory / "inner", os.O_RDONLY)
+    os.mkdir("absent", dir_fd=number)
+    os.rename("absent", "settings.yaml", src_dir_fd=number, dst_dir_fd=number)
+    os.rmdir("settings.yaml", dir_fd=number)
+    os.close(number)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _make_elsewhere,
+        lambda it: _fail(os.mkdir, it / "settings.yaml"),
+        lambda it: _fail(os.rename, it / "absent", it / "settings.yaml"),
+        lambda it: _fail(os.remove, it / "absent"),
+        lambda it: _fail(os.rmdir, it / "absent"),
+    ],
+)
+def test_what_was_there_before_is_not_made_by_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], object]
+) -> None:
+    """Also where it has tried, or has made something of that name elsewhere."""
+    (tmp_path / "settings.yaml").write_text("a: 1")
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    loaded = LoadedFiles()
+    with loaded.noting():
+        use(tmp_path)
+        (tmp_path / "settings.yaml").read_text()
+        for change in (Path.read_text, os.listdir):
+            with pytest.raises(FileNotFoundError):
+                change(tmp_path / "absent")
+    assert loaded.changed() == ""
+    (tmp_path / "absent").touch()
+    assert loaded.changed() == str(tmp_path / "absent")
+    (tmp_path / "settings.yaml").write_text("a: 22")
+    assert loaded.changed() == str(tmp_path / "settings.yaml")
+
+
 def test_files_of_the_kernel_do_not_count() -> None:
     loaded = LoadedFiles()
     with loaded.noting():
@@ -349,16 +481,21 @@ def test_nothing_of_a_strange_path_reaches_user_code(tmp_path: Path) -> None:
             open("a\0b")
         with pytest.raises(FileNotFoundError):
             open("")
-        with pytest.raises(OSError, match="descriptor"):
-            os.listdir(999_999)
         with pytest.raises(TypeError):
             open(None)  # type: ignore[call-overload]
         number = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(FileNotFoundError):
             os.open("no file", os.O_RDONLY, dir_fd=number)
         os.close(number)
-    # a descriptor that is none has no path, so nothing can be said of what it stood for
-    assert loaded.changed() in ("", "(999999,)")
+    assert loaded.changed() == ""
+
+
+def test_a_descriptor_that_is_none_counts_as_changed() -> None:
+    """It has no path, so nothing can be said of what it stood for."""
+    loaded = LoadedFiles()
+    with loaded.noting(), pytest.raises(OSError, match="descriptor"):
+        os.listdir(999_999)
+    assert loaded.changed() == "(999999,)"
 
 
 def test_what_cannot_be_noted_counts_as_changed(

@@ -164,10 +164,15 @@ async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | Chil
     return TaskResult.from_bytes(answer.result.encode())
 
 
-def order(payload: dict[str, Any]) -> Execute:
+def order(payload: dict[str, Any], run_id: str = "") -> Execute:
     """To execute a step with a payload."""
     return Execute(
-        TaskName.EXECUTE_PLAN, json.dumps(payload), PLACE, Arrival("q", 1), code_location(payload)
+        TaskName.EXECUTE_PLAN,
+        json.dumps(payload),
+        PLACE,
+        Arrival("q", 1),
+        code_location(payload),
+        run_id=run_id,
     )
 
 
@@ -318,6 +323,24 @@ def test_a_fresh_child_runs_what_stands_on_disk_now(tmp_path: Path) -> None:
                 result = await run(slot)
                 assert isinstance(result, TaskResult)
                 assert result.reason == f"version {number}"
+
+    play(scenario())
+
+
+def test_code_that_changes_with_each_import_is_executed(tmp_path: Path) -> None:
+    """By a child that was started for the task: the next one would find the same."""
+    restless = "import os, time; os.utime(__file__, ns=(time.time_ns(),) * 2)"
+    (tmp_path / "slot_restless.py").write_text(restless)
+
+    async def scenario() -> None:
+        async with a_slot("slot_actor", "slot_restless") as slot:
+            pids = []
+            for run_id in ("a", "a", "b"):
+                answer = await slot.run(order({"do": "echo"}, run_id), lambda _: None)
+                assert isinstance(answer, Executed)
+                pids.append(slot.pid)
+            assert pids[0] == pids[1]
+            assert pids[1] != pids[2]
 
     play(scenario())
 

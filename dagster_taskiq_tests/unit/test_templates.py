@@ -23,7 +23,11 @@ from typing import Any
 import psutil
 import pytest
 from dagster._core.code_pointer import CodePointer
+from dagster._core.definitions.metadata.metadata_value import (
+    CodeLocationReconstructionMetadataValue,
+)
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
+from dagster._core.definitions.repository_definition import RepositoryLoadData
 from dagster._core.execution.retries import RetryMode
 from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import pack_value
@@ -50,17 +54,28 @@ from dagster_taskiq_tests.unit.slot_scenarios import PLACE, play, until
 ACTOR = """
 import json, os, random, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["DAGSTER_HOME"] = {home!r}
 sys.path.insert(0, {directory!r})
 
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster_taskiq_tests import quick_storage
+from dagster_taskiq.execution import loaded_code
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
 quick_storage.make_quick()
+
+def seconds_passed():
+    clock = Path({home!r}, "clock")
+    return clock.stat().st_size if clock.exists() else 0
+
+passed_before = seconds_passed()
+loaded_code.time = SimpleNamespace(
+    monotonic=lambda: time.monotonic() + seconds_passed() - passed_before
+)
 with open({home!r} + "/included", "a") as included:
     included.write("x")
 
@@ -77,8 +92,6 @@ def act(runner, payload, place, *_):
         random=random.random(),
         has_instance=runner._instance(None) is not None,
     )
-    for load in LOADED._inherited:
-        load.at -= payload.get("ages", 0)  # seconds
     if wait := payload.get("wait"):
         Path(wait + ".begun").touch()
         while not os.path.exists(wait):
@@ -131,9 +144,12 @@ class Location:
     def loads(self) -> int:
         return len(self._counter.read_text()) if self._counter.exists() else 0
 
-    def payload(self, run_id: str, **more: Any) -> dict[str, Any]:
+    def payload(self, run_id: str, state: str = "", **more: Any) -> dict[str, Any]:
         pointer = CodePointer.from_module(self.name, "it", str(self._directory))
-        job = ReconstructableJob(ReconstructableRepository(pointer), "it")
+        value = CodeLocationReconstructionMetadataValue(state)
+        data = RepositoryLoadData(reconstruction_metadata={"it": value}) if state else None
+        repository = ReconstructableRepository(pointer, repository_load_data=data)
+        job = ReconstructableJob(repository, "it")
         args = ExecuteStepArgs(
             job_origin=job.get_python_origin(),
             run_id=run_id,
@@ -198,6 +214,11 @@ class Bench:
         return Location(self.directory, name)
 
     @property
+    def clock(self) -> Path:
+        """Of templates and children: as many seconds pass for the code that they have loaded."""
+        return self.home / "clock"
+
+    @property
     def includes(self) -> int:
         return len((self.home / "included").read_text())
 
@@ -249,6 +270,21 @@ def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
     play(scenario())
 
 
+def test_each_state_that_definitions_are_made_of_has_a_template(bench: Bench) -> None:
+    """For people it is one code location."""
+
+    async def scenario() -> None:
+        code = bench.location("stateful")
+        async with bench.part() as part:
+            found = [await part.found(code, state=state) for state in ("1", "2", "1", "")]
+            assert all(it.found for it in found)
+            assert len({it.parent for it in found}) == 3
+            assert code.loads == 3
+            assert part.reason(code) == ""
+
+    play(scenario())
+
+
 def test_a_fresh_child_finds_the_code_of_the_last_one(bench: Bench) -> None:
     """It waits for its task with the code that its slot has executed last."""
 
@@ -268,15 +304,17 @@ def test_a_fresh_child_finds_the_code_of_the_last_one(bench: Bench) -> None:
 
 
 def test_a_run_that_begins_after_a_change_executes_what_is_on_disk(bench: Bench) -> None:
-    """One that has begun goes on in its child as it has begun."""
+    """Those that have begun go on in their child as they have begun, also in turn."""
 
     async def scenario() -> None:
         code = bench.location("changing_a")
         async with bench.part(slots=2) as part:
             old = await part.found(code, run_id="before")
+            await part.found(code, run_id="between")
             await part.found(code, slot=1, run_id="before")
             code.write("22")
-            assert (await part.found(code, run_id="before")).version == "1"
+            for run_id in ("before", "between", "before"):
+                assert (await part.found(code, run_id=run_id)).pid == old.pid
             new = await part.found(code, run_id="after")
             assert new.version == "22"
             assert new.pid != old.pid
@@ -292,11 +330,27 @@ def test_code_that_is_too_old_is_loaded_anew(bench: Bench) -> None:
 
     async def scenario() -> None:
         code = bench.location("aging")
-        async with bench.part(code_max_age_seconds=600.0) as part:
-            first = await part.found(code, run_id="a", ages=600)
+        async with bench.part(code_max_age_seconds=1000.0) as part:
+            first = await part.found(code, run_id="a")
+            bench.clock.write_text("x" * 2000)
             assert (await part.found(code, run_id="a")).pid == first.pid
             assert (await part.found(code, run_id="b")).pid != first.pid
             assert code.loads == 2
+            # its age is no reason to have no template for a while
+            assert [it.short_lives for it in part.templates._locations.values()] == [0]
+
+    play(scenario())
+
+
+def test_code_that_is_too_old_once_it_is_loaded_is_executed(bench: Bench) -> None:
+    """By a child that has loaded it for its task, after some templates that served nobody."""
+
+    async def scenario() -> None:
+        slow = bench.location("slowly_aging")
+        slow.write("1", f"with open({str(bench.clock)!r}, 'a') as clock: clock.write('x' * 2000)")
+        async with bench.part(code_max_age_seconds=1000.0) as part:
+            assert not (await part.found(slow)).found
+            assert "seconds ago, 3 times in turn" in part.reason(slow)
 
     play(scenario())
 
@@ -373,6 +427,26 @@ def test_code_that_changes_all_the_time_is_left_to_its_children(bench: Bench) ->
                 found = await part.found(restless, run_id=str(version))
                 assert found.version == "1" * version
             assert "times in turn" in part.reason(restless)
+
+    play(scenario())
+
+
+def test_code_that_is_old_in_each_child_is_left_to_its_children(bench: Bench) -> None:
+    """A child takes for new what it has loaded for its task, never what its template has."""
+
+    async def scenario() -> None:
+        changing = bench.location("changed_by_forks")
+        changing.write(
+            "1",
+            "import os, time\nforks = []\n"
+            "def change():\n"
+            "    if len(forks) > 1:  # the first is on trial\n"
+            "        os.utime(__file__, ns=(time.time_ns(),) * 2)\n"
+            "os.register_at_fork(before=lambda: forks.append(1), after_in_child=change)",
+        )
+        async with bench.part() as part:
+            assert not (await part.found(changing)).found
+            assert "has changed, 3 times in turn" in part.reason(changing)
 
     play(scenario())
 

@@ -13,6 +13,7 @@ from dagster_taskiq.messages.envelope import Envelope, QueueKind, TaskName
 from dagster_taskiq.messages.results import Outcome
 from dagster_taskiq.worker import child_messages
 from dagster_taskiq.worker.child_messages import (
+    CodeIsOld,
     Execute,
     Executed,
     FailRun,
@@ -94,13 +95,16 @@ def test_the_counters_of_the_listing() -> None:
 
 
 ORDERS = [
-    Execute(TaskName.EXECUTE_PLAN, "{}", PLACE, Arrival("q", 1), "here", 1.5),
+    Execute(
+        TaskName.EXECUTE_PLAN, "{}", PLACE, Arrival("q", 1), "here", 1.5, "run", takes_own_code=True
+    ),
     LookAtRun("{}"),
     FailRun("{}", "why"),
 ]
 WORDS = [
     Ready(),
     NotReady("why"),
+    CodeIsOld("a has changed", is_own=False, is_by_age=True),
     OrderTaken(),
     LogOpened("/log", 1),
     LogClosed("/log"),
