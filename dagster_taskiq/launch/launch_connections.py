@@ -13,7 +13,7 @@ from contextlib import ExitStack
 
 from dagster import DagsterInstance
 
-from dagster_taskiq._dagster.run_table import remember_columns
+from dagster_taskiq._dagster.known_schema import remember_schema
 from dagster_taskiq.execution.storage_connections import can_keep_connections, kept_connections
 from dagster_taskiq.launch.background import Background
 
@@ -49,7 +49,7 @@ class LaunchConnections:
 
     def keep(self, instance: DagsterInstance) -> None:
         """Keep open what is opened from now on, until no launch has called this for a while."""
-        remember_columns(instance)
+        remember_schema(instance)
         with self._lock:
             self._used_at = time.monotonic()
             if self._kept is not None or not can_keep_connections(instance):
