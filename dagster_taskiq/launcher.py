@@ -79,13 +79,13 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
         self._settings = settings
         self._opened: tuple[RunClient, LaunchWatch] | None = None
         self._opening = threading.Lock()
+        self._connections = LaunchConnections(settings.source.kept_connection_seconds)
         #: Tasks of runs that the history was told of as lost.
         self._lost: set[str] = set()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         self._background = Background()
-        self._connections = LaunchConnections(self._background)
         self._late = LateLaunches(self._background, self._settings.server_patience_seconds)
 
     # --- configuration ---
@@ -149,8 +149,7 @@ class TaskiqRunLauncher(RunLauncher[DagsterInstance], ConfigurableClass):
             TagError: a tag of the run cannot be used.
         """
         run = context.dagster_run
-        if not self._settings.source.database_short_lived_sessions:
-            self._connections.keep(self._instance)
+        self._connections.keep(self._instance)
         is_sending = False
         try:
             epoch = self._client.reach(self._queue(run))

@@ -39,10 +39,10 @@ class IndexedExecution(ActiveExecution):
             keys = due.in_order()
             with self._cut_to(keys):
                 super()._update()
-                left = list(self._pending)
-            for key in set(keys).difference(left):
+                assert not self._pending, "Dagster has left steps whose dependencies have ended"
+            for key in keys:
                 del self._pending[key]
-            due.keep(left)
+            due.clear()
 
     @contextmanager
     def _cut_to(self, keys: Sequence[str]) -> Iterator[None]:
@@ -118,6 +118,6 @@ class _DueSteps:
         """Those that are due."""
         return sorted(self._keys, key=self._places.__getitem__)
 
-    def keep(self, step_keys: Collection[str]) -> None:
-        """Of those that were due these still are."""
-        self._keys = list(step_keys)
+    def clear(self) -> None:
+        """Those that were due do not wait any more."""
+        self._keys.clear()

@@ -176,15 +176,18 @@ def _known_by_identity(build: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return remembering
 
 
-def is_run_worker() -> bool:
-    """Whether Dagster's code for the process of a launched run, of any launcher, has called this.
+def is_run_worker(run_id: str) -> bool:
+    """Whether a run is executed by Dagster's code for the process of a launched run.
 
-    Nobody keeps the events there that an executor yields; ``execute_job`` returns them.
+    Nobody keeps the events there that an executor yields, whichever launcher has started it.
+    ``execute_job`` returns them, also to a step or a hook of a launched run, which has a run of its
+    own executed in the same process.
     """
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not core_execute_run.__code__:
         frame = frame.f_back
-    return frame is not None
+    launched = frame.f_locals.get("dagster_run") if frame is not None else None
+    return isinstance(launched, DagsterRun) and launched.run_id == run_id
 
 
 def execute_or_resume_run(

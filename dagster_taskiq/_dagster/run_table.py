@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from dagster import DagsterEvent, DagsterInstance, DagsterRun
@@ -15,9 +16,6 @@ from sqlalchemy import Insert, Text, bindparam, insert, select, update
 from sqlalchemy.engine import Engine
 
 from dagster_taskiq._dagster.storage import sql_event_log
-
-#: Of the log levels of Python, as Dagster gives it to what is no error.
-_INFO = 20
 
 
 def _adding_a_tag() -> Insert:
@@ -99,7 +97,7 @@ def report_engine_event(
     entry = EventLogEntry(
         error_info=None,
         user_message="",
-        level=_INFO,
+        level=logging.INFO,
         run_id=run.run_id,
         timestamp=get_current_timestamp(),
         job_name=run.job_name,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,5 +52,5 @@ def full_id(what: str, beginning: str, known: Iterable[str]) -> str:
         return beginning if beginning in found else found[0]
     if not found:
         raise DagsterTaskiqError(f"{what} has the id {beginning!r}.{nearest(beginning, ids)}")
-    several = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    several = ", ".join(map(plain_name, found[:3])) + (", ..." if len(found) > 3 else "")
     raise DagsterTaskiqError(f"Several ids begin with {beginning!r}: {several}.")

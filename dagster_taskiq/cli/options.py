@@ -13,6 +13,7 @@ import click
 from dagster_taskiq.config.settings import Settings, check_config
 from dagster_taskiq.config.settings_file import load_yaml
 from dagster_taskiq.errors import DagsterTaskiqError
+from dagster_taskiq.messages.plain_text import plain_reason
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +51,8 @@ def say_errors(command: F) -> F:
             try:
                 return command(*args, **kwargs)
             except DagsterTaskiqError as error:
-                raise click.ClickException(str(error)) from error
+                # servers, workers and runs may have written a part of it
+                raise click.ClickException(plain_reason(str(error))) from error
 
     return wrapper  # type: ignore[return-value]
 

@@ -20,6 +20,7 @@ from dagster_taskiq.cli.tables import (
     echo_table,
     in_red,
     json_option,
+    plain_line,
     time_since,
 )
 from dagster_taskiq.config.settings import Settings
@@ -82,7 +83,9 @@ def _watch_once(settings: Settings, queues: tuple[str, ...], as_json: bool) -> N
         click.clear()  # after the look, or the screen would be empty meanwhile
         _show(overview, as_json)
     except (DagsterTaskiqError, click.ClickException) as error:
-        click.echo(in_red(f"Error: {error}"), err=as_json)  # or it would stand between the JSON
+        click.echo(
+            in_red(plain_line(f"Error: {error}")), err=as_json
+        )  # or it would stand between the JSON
 
 
 def _show(overview: Overview, as_json: bool) -> None:

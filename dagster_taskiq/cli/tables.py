@@ -149,8 +149,14 @@ def count_of(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def echo_fields(fields: Mapping[str, str]) -> None:
-    """Write what is known of one thing, a line each."""
+def echo_fields(fields: Mapping[str, str | tuple[str, ...]]) -> None:
+    """Write what is known of one thing, a line each.
+
+    Args:
+        fields: by its name the value, or several, of which each has a line of its own.
+    """
     width = max(map(len, fields))
     for name, value in fields.items():
-        click.echo(f"{name.ljust(width)}  {plain_line(value)}")
+        values = (value,) if isinstance(value, str) else value
+        for number, line in enumerate(values or (DASH,)):
+            click.echo(f"{('' if number else name).ljust(width)}  {plain_line(line)}")

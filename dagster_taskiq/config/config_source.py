@@ -26,7 +26,7 @@ _NO_LIMIT = "no limit"
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """The settings of ``config_source``; the names are Celery's, but for the last two."""
+    """The settings of ``config_source``; the names are Celery's, but for the last three."""
 
     task_default_priority: int = setting(
         defaults.DEFAULT_STEP_PRIORITY,
@@ -104,6 +104,11 @@ class ConfigSource:
         "Seconds after which a step is killed, as `--time-limit`; 0 is no limit.",
         default_text=_NO_LIMIT,
     )
+    database_short_lived_sessions: bool = setting(
+        False,
+        parsers.boolean,
+        "The same as `database_idle_seconds: 0`; true wins over that.",
+    )
     code_max_age_seconds: float | None = setting(
         None,
         parsers.positive_number,
@@ -111,16 +116,11 @@ class ConfigSource:
         "anew. For definitions that come from elsewhere than files, such as an API.",
         default_text=_NO_LIMIT,
     )
-    database_short_lived_sessions: bool = setting(
-        False,
-        parsers.boolean,
-        "The same as `database_idle_seconds: 0`; it comes first.",
-    )
     database_idle_seconds: float = setting(
         defaults.DATABASE_IDLE_SECONDS,
         parsers.seconds,
-        "Seconds that a slot or a run keeps its connection to Dagster's database when it does not "
-        "use it; 0 is to connect anew for each statement, as Dagster does.",
+        "Seconds that a slot, a run or the launcher keeps its connection to Dagster's database "
+        "when it does not use it; 0 is to connect anew for each statement, as Dagster does.",
     )
     key_prefix: str = setting(
         defaults.KEY_PREFIX,

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 #: written yet, far below what somebody who looks at the run notices.
 DELAY_SECONDS = 0.02
 
-#: How many events are written in one statement; SQLAlchemy splits it from 1,000 on.
+#: How many events are written in one statement: with seven columns they are far from the 65,535
+#: values for which PostgreSQL's protocol has room.
 _ROWS = 500
 
 #: How large they may be together; a larger one is written alone. Escaped it is twice as much at

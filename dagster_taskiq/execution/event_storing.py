@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import dropwhile
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError
@@ -95,9 +94,7 @@ class EventStore:
         """
         if len(rows) > 1 and self._store_together(rows):
             return
-        # a driver may have made several statements of one, and the first ones be there
-        missing = dropwhile(self._has, rows) if len(rows) > 1 else rows
-        for row in missing:
+        for row in rows:
             store = partial(self._log.store_rows, [row.values])
             try:
                 self._store_once(store, partial(self._has, row))
@@ -111,7 +108,7 @@ class EventStore:
                 logger.error("%s", sentence)
 
     def _store_together(self, rows: Sequence[Row]) -> bool:
-        """Write rows in one statement; whether they are known to be in the log."""
+        """Write rows in one statement, all or none; whether they are known to be in the log."""
         try:
             self._log.store_rows([row.values for row in rows])
         except DatabaseAwayError:

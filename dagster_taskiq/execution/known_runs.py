@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 
-from dagster import DagsterInstance, DagsterRun, RunsFilter
+from dagster import DagsterInstance, DagsterRun
 
 from dagster_taskiq._dagster.names import DagsterRunStatus
 from dagster_taskiq.errors import TaskRefusedError, WrongInstanceError
@@ -50,12 +50,6 @@ class LiveRuns:
         return self._found[run_id][1]
 
 
-def find_run(instance: DagsterInstance, run_id: str) -> DagsterRun | None:
-    """The run as it is now; None where it is not in the instance."""
-    # ``get_run_by_id`` may ask PostgreSQL for the columns of its table
-    return next(iter(instance.get_runs(RunsFilter(run_ids=[run_id]), limit=1)), None)
-
-
 def startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> DagsterRun:
     """The run, if it still waits to be started (or resumed): much can happen in a queue.
 
@@ -75,7 +69,7 @@ def startable_run(instance: DagsterInstance, run_id: str, name: TaskName) -> Dag
 
 
 def _known_run(instance: DagsterInstance, run_id: str) -> DagsterRun:
-    run = find_run(instance, run_id)
+    run = instance.get_run_by_id(run_id)
     if run is None:
         raise WrongInstanceError(
             f"Run {run_id} is not in this worker's Dagster instance ({_describe(instance)}): the "

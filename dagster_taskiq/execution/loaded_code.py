@@ -37,7 +37,6 @@ from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.generators import noting_seeds
 from dagster_taskiq.execution.instances import open_instance
-from dagster_taskiq.execution.known_runs import find_run
 from dagster_taskiq.execution.loaded_files import LoadedFiles
 from dagster_taskiq.execution.storage_connections import kept_connections
 
@@ -117,7 +116,7 @@ class LoadedCode:
             self._open_instance(ref)
         assert self._instance is not None
         instance = self._instance[1]
-        run = find_run(instance, run_id)
+        run = instance.get_run_by_id(run_id)
         if run is not None and run.remote_job_origin is not None:
             instance.inject_env_vars(run.remote_job_origin.location_name)
         _ = job.get_definition().run_config_schema  # it is made when it is first asked for

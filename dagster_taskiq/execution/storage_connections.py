@@ -1,9 +1,9 @@
-"""Keeping a connection to Dagster's database open in the processes that execute steps and runs.
+"""Keeping a connection to Dagster's database open in the processes that use it often.
 
-Dagster opens a connection for every statement, which takes longer than the statement, and a step
-writes a dozen events. Here the storages of an instance share one engine that keeps one connection,
-until nobody has used it for a while. A thread that wants another one at the same time gets it, and
-it is closed when it comes back.
+Dagster opens a connection for every statement, which takes longer than the statement. A step writes
+a dozen events, and a launch has a dozen statements. Here the storages of an instance share one
+engine that keeps one connection, until nobody has used it for a while. A thread that wants another
+one at the same time gets it, and it is closed when it comes back.
 """
 
 from __future__ import annotations
@@ -76,11 +76,6 @@ def kept_connections(
             kept, engine.pool = engine.pool, pool
             event.listen(kept, "checkin", _close)
             kept.dispose()
-
-
-def can_keep_connections(instance: DagsterInstance) -> bool:
-    """Whether a storage of the instance opens a connection to a server for each statement."""
-    return any(_opens_each_time(storage.engine) for storage in storage_engines(instance))
 
 
 def _opens_each_time(engine: Engine) -> bool:
@@ -159,9 +154,9 @@ class IdleCloser:
 
     def end(self) -> None:
         """End the thread."""
+        self._is_over = True
+        self._words.put(None)
         if self._thread is not None:
-            self._is_over = True
-            self._words.put(None)
             self._thread.join()
 
     def _live(self) -> None:
@@ -170,6 +165,8 @@ class IdleCloser:
             with suppress(Empty):
                 self._words.get(timeout=seconds)
             if self._is_over:
+                # an interrupt of its start leaves a thread that nobody knows, and a second one
+                self._words.put(None)
                 return
             seconds = self._close_or_wait()
 

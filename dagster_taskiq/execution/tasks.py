@@ -41,7 +41,7 @@ from dagster_taskiq.execution.attempt_log import already_begun, end_in_words
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
 from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.instances import open_instance
-from dagster_taskiq.execution.known_runs import LiveRuns, find_run, startable_run
+from dagster_taskiq.execution.known_runs import LiveRuns, startable_run
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.step_messages import StepTale
 from dagster_taskiq.execution.step_plans import RunPlans
@@ -280,7 +280,7 @@ class TaskRunner:
     def _run_of(self, payload: Mapping[str, Any]) -> DagsterRun | None:
         """The run that a step belongs to, as it is now; None if it was deleted."""
         args = unpack_value(payload[ARGS_KEY], as_type=ExecuteStepArgs)
-        return find_run(self._instance(args.instance_ref), args.run_id)
+        return self._instance(args.instance_ref).get_run_by_id(args.run_id)
 
     def fail_run(self, payload: Mapping[str, Any], reason: str) -> None:
         """Fail a run that could not start, unless something else has become of it.
@@ -291,7 +291,7 @@ class TaskRunner:
         """
         args = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
         instance = self._instance(args.instance_ref)
-        run = find_run(instance, args.run_id)
+        run = instance.get_run_by_id(args.run_id)
         if run is not None and run.status is DagsterRunStatus.STARTING:
             instance.report_run_failed(run, f"The run could not start: {reason}")
 

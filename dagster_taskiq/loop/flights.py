@@ -63,6 +63,7 @@ class Flights:
 
     Attributes:
         unsent: the tasks of those that are still to be sent, the next one first.
+        count_when_taken: how many there were when ready steps were last taken, with these.
         is_stopping: whether all are to end: none is sent, sent again or retried.
     """
 
@@ -70,6 +71,7 @@ class Flights:
         self._concurrency = concurrency
         self._by_id: dict[str, Flight] = {}
         self.unsent: list[StepTask] = []
+        self.count_when_taken = 0
         self.is_stopping = False
 
     def add(self, flight: Flight) -> None:

@@ -91,6 +91,7 @@ class Sending:
             self._flights.unsent.append(task)
             if self._now() - self._sent_at > _SEND_EVERY_SECONDS and not self._outages.is_waiting:
                 yield from self.send()
+        self._flights.count_when_taken = len(self._flights)
 
     def send(self) -> Iterator[DagsterEvent]:
         """Send what is unsent; it stays so while a server is away."""

@@ -21,7 +21,8 @@ from dagster_taskiq.messages.signing import Purpose, Signer
 #: How many steps of a run are named; the others are counted.
 MOST_WITHHELD = 20
 
-#: The longest text that is believed, in bytes: it is some hundred, and has 20 reasons at most.
+#: The longest text that is believed, in bytes: it is some hundred. With 20 steps, each of a pool of
+#: its own, and all names and reasons as long as they may be, it has 83 KB.
 _MAX_BYTES = 128 * 2**10
 
 
@@ -72,7 +73,8 @@ def write_withheld(signer: Signer, run_id: str, withheld: Withheld) -> bytes:
         }
         for it in withheld.groups
     ]
-    text = json.dumps({"groups": groups, "more": withheld.more})
+    # in UTF-8, since its reader believes so many bytes: an escaped character takes up to twelve
+    text = json.dumps({"groups": groups, "more": withheld.more}, ensure_ascii=False)
     return signer.seal(Purpose.WITHHELD, run_id, text.encode())
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,7 +20,7 @@ from dagster_taskiq.worker.guard_client import GuardClient
 #: How long a process may take to end when it is told to.
 STOP_SECONDS = 15.0
 
-#: How long what is dead or killed may take to disappear.
+#: How long what is dead or killed may take to disappear, and the children of what has ended to end.
 GONE_SECONDS = 5.0
 
 #: Pause between two looks at a process that is to end.
@@ -92,19 +94,27 @@ class Processes:
 
     def _end(self, process: subprocess.Popen[bytes], deadline: float) -> None:
         """Wait for its end, with patience but not for ever; then nothing of its group is left."""
+        group = process.pid
         while process.poll() is None and time.monotonic() < deadline and not self._is_forced():
             time.sleep(_LOOK_SECONDS)
-        # at once, while the number cannot yet be that of another group
-        kill_group(process.pid)
+        if process.poll() is not None:
+            # a child that ends a little later would leave its files if it were killed
+            self._wait_for(lambda: not _members(group))
+        # without members the number may be that of another group by now
+        if process.poll() is None or _members(group):
+            kill_group(group)
         process.wait()
-        self._guard.forget(process.pid)
+        _wait_until(lambda: not _members(group), GONE_SECONDS)
+        self._guard.forget(group)
 
     def _wait(self, processes: set[psutil.Process]) -> set[psutil.Process]:
         """Those that are still there after a while."""
-        deadline = time.monotonic() + (0 if self._is_forced() else GONE_SECONDS)
-        while (left := set(filter(_is_alive, processes))) and time.monotonic() < deadline:
-            time.sleep(_LOOK_SECONDS)
-        return left
+        self._wait_for(lambda: not any(map(_is_alive, processes)))
+        return set(filter(_is_alive, processes))
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait for a while until it holds, if there is patience."""
+        _wait_until(lambda: condition() or self._is_forced(), GONE_SECONDS)
 
 
 def exit_code_in_words(code: int) -> str:
@@ -112,6 +122,23 @@ def exit_code_in_words(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     return f"exit code {code}, by the signal {signal.Signals(-code).name}"
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Return when it holds, or when it has not for this time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """The processes of a process group, whoever their parent is by now."""
+    found = []
+    for pid in psutil.pids():
+        with suppress(OSError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group:
+                found.append(psutil.Process(pid))
+    return [process for process in found if _is_alive(process)]
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -53,7 +53,6 @@ class ForkedProcess:
     def __init__(
         self,
         process: ForkServerProcess,
-        guard: GuardClient,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         exited: asyncio.Future[int],
@@ -95,7 +94,7 @@ class ForkedProcess:
         exited.add_done_callback(
             lambda it: it.get_loop().call_later(_LAST_MESSAGE_SECONDS, writer.transport.abort)
         )
-        return cls(process, guard, reader, writer, exited)
+        return cls(process, reader, writer, exited)
 
     @property
     def has_ended(self) -> bool:

@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
-from dagster_taskiq.errors import UnusableTemplateError
+from dagster_taskiq.errors import NoProcessError, UnusableTemplateError
 from dagster_taskiq.messages.plain_text import plain_name
 from dagster_taskiq.worker import frames
 from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, Word, unpack_word
@@ -54,13 +54,19 @@ class Template:
             base: to fork it from; None for the fork server.
 
         Raises:
-            NoProcessError: no process can be started now.
+            NoProcessError: no process can be started now, or it could not listen.
             UnusableTemplateError: the code cannot be loaded, or no process be forked afterwards.
         """
-        address = new_address("template")
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
-            listener.listen()
+        with ExitStack() as undo, ExitStack() as after:
+            try:
+                address = new_address("template")
+                listener = after.enter_context(socket.socket(socket.AF_UNIX))
+                listener.bind(address)
+                undo.callback(_remove, address)
+                listener.listen()
+            # no space for it, no descriptor, or the path is too long
+            except OSError as error:
+                raise NoProcessError(f"template: cannot listen: {error!r}") from error
             process = await ForkedProcess.start(
                 forking,
                 "template",
@@ -69,12 +75,14 @@ class Template:
                 options,
                 address=base.address if base else "",
             )
-        template = cls(process, options.location, address)
-        try:
-            await template._await_ready()
-        except BaseException:
-            await process.stop()
-            raise
+            after.close()  # else who calls a template that has died would wait
+            template = cls(process, options.location, address)
+            try:
+                await template._await_ready()
+            except BaseException:
+                await process.stop()
+                raise
+            undo.pop_all()
         return template
 
     async def _await_ready(self) -> None:

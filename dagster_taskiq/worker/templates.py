@@ -40,7 +40,7 @@ class _Place:
     """What is known of the base or a code location.
 
     Attributes:
-        title: for people; empty before it was loaded.
+        title: for people; what it is called itself is known once it was loaded.
         location: its key; empty of the base.
         payload: of its last task; None of the base.
         template: the last one.
@@ -52,7 +52,7 @@ class _Place:
     """
 
     location: str = ""
-    title: str = ""
+    title: str = "a code location"
     payload: str | None = None
     template: Template | None = None
     loading: asyncio.Task[None] | None = None
@@ -267,6 +267,4 @@ class Templates:
 
     def _note_failure(self, place: _Place, reason: str, seconds: float) -> None:
         place.leave_to_children(reason, seconds)
-        logger.warning(
-            "Each child loads %s itself: %s.", place.title or "its code location", reason
-        )
+        logger.warning("Each child loads %s itself: %s.", place.title, reason)

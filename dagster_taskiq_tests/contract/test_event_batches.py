@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -31,6 +30,7 @@ from dagster_taskiq.errors import EventsNotWrittenError
 from dagster_taskiq.execution.event_batches import batched_events
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience
+from dagster_taskiq_tests.forked import forked
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
@@ -324,15 +324,13 @@ def test_what_a_step_forks_writes_its_own(log: Log) -> None:
         events.flush()
         for number in range(20):
             log.report(f"parent {number}")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                log.report("child")
-                events.flush()
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def report() -> None:
+            log.report("child")
+            events.flush()
+
+        with forked(report):
+            pass
         messages = log.messages()
     assert messages.count("child") == 1
     assert [it for it in messages if it != "child"] == [

@@ -8,19 +8,15 @@ import pytest
 
 from dagster_taskiq.messages.queue_pauses import QueuePause
 from dagster_taskiq.messages.signing import Signer
-from dagster_taskiq_tests.contract.backend_bench import KINDS, Bench, shared_harness
+from dagster_taskiq_tests.contract.backend_bench import KINDS, Bench, shared_bench
 
 PAUSE = QueuePause("etl", "the warehouse is migrated", 1.5, "host-a")
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    with shared_harness(request.param) as harness:
-        bench = Bench(harness)
-        try:
-            yield bench
-        finally:
-            bench.close()
+    with shared_bench(request.param) as bench:
+        yield bench
 
 
 def test_a_pause_holds_for_all_until_it_is_ended(bench: Bench) -> None:

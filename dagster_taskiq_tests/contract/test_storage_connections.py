@@ -29,6 +29,7 @@ from dagster_taskiq.errors import DatabaseAwayError
 from dagster_taskiq.execution import storage_patience
 from dagster_taskiq.execution.storage_connections import IdleCloser, kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
+from dagster_taskiq_tests.forked import forked
 from dagster_taskiq_tests.server_nodes import execute_sql
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
@@ -181,15 +182,13 @@ def test_what_a_step_forks_closes_its_own(storage: Storage) -> None:
     """It has no thread of its parent's."""
     with kept_connections(storage.instance, IDLE_SECONDS):
         storage.write("before")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                storage.write("child")
-                _await(lambda: not _has_connections(storage.url))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def write_and_wait() -> None:
+            storage.write("child")
+            _await(lambda: not _has_connections(storage.url))
+
+        with forked(write_and_wait):
+            pass
         assert storage.messages() == ["before", "child"]
 
 
@@ -220,6 +219,31 @@ def test_threads_that_use_it_first_at_once_start_one_thread() -> None:
                 users.submit(_use_with_others, closer, barrier)
         closer.end()
         assert threading.active_count() == before
+
+
+def test_an_interrupt_of_the_start_leaves_no_thread() -> None:
+    """It has begun by then, unknown to all, and the next use begins another one."""
+    before = threading.active_count()
+    start = threading.Thread.start
+
+    def start_and_raise(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    for uses_afterwards in (0, 1):
+        closer = IdleCloser(KEPT_SECONDS, lambda: None)
+        with (
+            patch.object(threading.Thread, "start", start_and_raise),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            closer.note_use()
+        for _ in range(uses_afterwards):
+            closer.note_use()
+        end = threading.Thread(target=closer.end, daemon=True)
+        end.start()
+        end.join(PATIENCE_SECONDS)
+        assert not end.is_alive()
+        _await(lambda: threading.active_count() == before)
 
 
 def _use_with_others(closer: IdleCloser, barrier: threading.Barrier) -> None:
@@ -264,16 +288,9 @@ def test_what_a_step_forks_has_its_own(storage: Storage) -> None:
     """Two processes that wrote into one connection would destroy both's words."""
     with kept_connections(storage.instance, KEPT_SECONDS):
         storage.write("before")
-        pid = os.fork()
-        if pid == 0:
-            try:
-                storage.write("child")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        for number in range(20):
-            storage.write(f"parent {number}")
-        assert os.waitpid(pid, 0)[1] == 0
+        with forked(lambda: storage.write("child")):
+            for number in range(20):
+                storage.write(f"parent {number}")
         storage.write("after")
         messages = storage.messages()
         assert messages.count("child") == 1

@@ -9,7 +9,7 @@ import pytest
 from dagster_taskiq.backend import Backend
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.withheld_steps import Withheld, WithheldGroup
-from dagster_taskiq_tests.contract.backend_bench import KINDS, LONG_LEASE, Bench, shared_harness
+from dagster_taskiq_tests.contract.backend_bench import KINDS, LONG_LEASE, Bench, shared_bench
 
 WITHHELD = Withheld((WithheldGroup("db", "It is full.", (("a", 1.5), ("b", 2.5))),), 7)
 NOTHING = Withheld()
@@ -17,12 +17,8 @@ NOTHING = Withheld()
 
 @pytest.fixture(params=KINDS)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    with shared_harness(request.param) as harness:
-        bench = Bench(harness)
-        try:
-            yield bench
-        finally:
-            bench.close()
+    with shared_bench(request.param) as bench:
+        yield bench
 
 
 def open_run(bench: Bench, token: str = "one", generation: int = 0) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from dagster import (
     AssetCheckResult,
+    AssetCheckSeverity,
     AssetExecutionContext,
     AssetSelection,
     DailyPartitionsDefinition,
@@ -11,6 +12,7 @@ from dagster import (
     DynamicOut,
     DynamicOutput,
     Failure,
+    HookContext,
     In,
     JobDefinition,
     Nothing,
@@ -22,10 +24,14 @@ from dagster import (
     asset,
     asset_check,
     define_asset_job,
+    execute_job,
+    failure_hook,
     job,
     mem_io_manager,
     op,
+    reconstructable,
     resource,
+    success_hook,
 )
 
 from dagster_taskiq import taskiq_executor
@@ -262,3 +268,81 @@ def asset_job() -> JobDefinition:
         jobs=[define_asset_job("assets", AssetSelection.all())],
         executor=taskiq_executor,
     ).resolve_job_def("assets")
+
+
+@asset
+def some_asset() -> int:
+    return 1
+
+
+@asset
+def asset_after_checks(some_asset: int) -> int:
+    return some_asset
+
+
+@asset_check(asset=some_asset)
+def warns() -> AssetCheckResult:
+    return AssetCheckResult(passed=False, severity=AssetCheckSeverity.WARN)
+
+
+@asset_check(asset=some_asset, blocking=True)
+def blocks() -> AssetCheckResult:
+    return AssetCheckResult(passed=False)
+
+
+def check_job() -> JobDefinition:
+    """A job of which a check fails that an asset waits for."""
+    return Definitions(
+        assets=[some_asset, asset_after_checks],
+        asset_checks=[warns, blocks],
+        jobs=[define_asset_job("checks", AssetSelection.all())],
+        executor=taskiq_executor,
+    ).resolve_job_def("checks")
+
+
+@success_hook
+def on_success(context: HookContext) -> None:
+    context.log.info("it has succeeded")
+
+
+@failure_hook
+def on_failure(_context: HookContext) -> None:
+    raise ValueError("a hook that fails")
+
+
+@job(executor_def=taskiq_executor, hooks={on_success, on_failure})
+def hook_job() -> None:
+    add_one(one())
+    never()
+
+
+#: Without servers.
+EAGER = {"execution": {"config": {"config_source": {"task_always_eager": True}}}}
+
+
+def _nest(context: OpExecutionContext | HookContext) -> None:
+    """Execute a job here, and fail unless all that its log has of its steps comes back."""
+    done = execute_job(reconstructable(chain_job), context.instance, EAGER, raise_on_error=True)
+    told = [it.event_type_value for it in done.all_events if it.step_key]
+    logged = [
+        it.dagster_event.event_type_value
+        for it in context.instance.all_logs(done.run_id)
+        if it.dagster_event and it.dagster_event.step_key
+    ]
+    if sorted(told) != sorted(logged):
+        raise Failure(f"of {sorted(logged)} only {sorted(told)} came back")
+
+
+@op
+def nests(context: OpExecutionContext) -> None:
+    _nest(context)
+
+
+@success_hook
+def nests_too(context: HookContext) -> None:
+    _nest(context)
+
+
+@job(executor_def=taskiq_executor, hooks={nests_too})
+def nesting_job() -> None:
+    nests()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import psutil
 import pytest
 from dagster import Definitions
 
+from benchmarks import processes
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import CONTENDERS, FORMER_VARIABLE, former_package
 from benchmarks.jobs import JOBS_VARIABLE, define
@@ -117,25 +119,33 @@ def test_the_heavy_location_has_its_assets_and_jobs(monkeypatch: pytest.MonkeyPa
 
 
 class Process:
-    """Uses a second of CPU time before each of its first looks, and then no more."""
+    """Uses a second of CPU time before each of its first looks, and then no more.
+
+    Attributes:
+        looked_at: the moment of each look, by ``time.monotonic``.
+    """
 
     def __init__(self, busy_looks: int) -> None:
-        self.looks = 0
+        self.looked_at: list[float] = []
         self._busy_looks = busy_looks
 
     def cpu_times(self) -> SimpleNamespace:
-        self.looks += 1
-        past = float(min(self.looks, self._busy_looks))
+        self.looked_at.append(time.monotonic())
+        past = float(min(len(self.looked_at), self._busy_looks))
         return SimpleNamespace(user=0.0, system=0.0, children_user=past, children_system=0.0)
 
 
-def test_processes_are_at_rest_when_they_use_no_more_time() -> None:
+def test_processes_are_at_rest_when_they_use_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the time of children that have ended counts; the moment is the last busy look's."""
-    process = Process(busy_looks=4)
-    rest_since = wait_for_rest(lambda: [cast("psutil.Process", process)], 60)
-    assert process.looks > 4
-    quick = Process(busy_looks=1)
-    assert wait_for_rest(lambda: [cast("psutil.Process", quick)], 60) > rest_since
+    monkeypatch.setattr(processes, "_REST_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "LOOK_AT_STORAGE_SECONDS", 0.02)
+    for busy_looks in (4, 1):
+        process = Process(busy_looks)
+        begun_at = time.monotonic()
+        rest_since = wait_for_rest(lambda it=process: [cast("psutil.Process", it)], 60)
+        before, busy_at = [begun_at, *process.looked_at][busy_looks - 1 : busy_looks + 1]
+        assert before <= rest_since <= busy_at
+        assert process.looked_at[-1] - rest_since > 0.3
 
 
 def test_looks_have_a_mean_and_a_most() -> None:

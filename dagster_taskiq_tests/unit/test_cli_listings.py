@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,7 +147,7 @@ def test_status_watches(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
 
     # not as an attribute of the package, which has the command under that name
-    module = sys.modules["dagster_taskiq.cli.status"]
+    module = import_module("dagster_taskiq.cli.status")
     monkeypatch.setattr(module, "time", SimpleNamespace(sleep=pause))
     done = call("status", "--watch")
     assert looks == [2.0, 2.0]
@@ -290,6 +290,16 @@ def test_what_a_run_holds_back_is_shown(busy: Scene) -> None:
     assert shape("run", "show", "run")["run"]["held_back"] == []
 
 
+def test_an_error_is_safe_to_show(scene: Scene) -> None:
+    """The ids that it names may be anybody's who can write to the backend."""
+    do(scene.open(f"run-{ESCAPE}\n1"), scene.open(f"run-{ESCAPE}\n2"))
+    done = call("run", "show", "run-")
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable()
+    assert "run-\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}1, " in line
+
+
 def test_a_run_that_waits_for_a_worker_is_a_run_in_flight(scene: Scene) -> None:
     do(scene.send(RUN))
     assert lines("run", "show", "run")[1] == "loop not begun: it waits in a queue"
@@ -355,6 +365,23 @@ def test_a_worker_is_shown_with_what_it_runs(busy: Scene) -> None:
     both = shape("worker", "list")["workers"]
     assert [it["name"] for it in both] == ["a@one", "b@two"]
     assert {**both[0], "tasks": record["tasks"]} == record
+
+
+def test_each_code_location_of_a_worker_has_a_line(scene: Scene) -> None:
+    do(
+        scene.beat(
+            worker(warm_code=("the instance", "from a import it"), cold_code=("b: no\nway",))
+        )
+    )
+    found = call("worker", "show", "w").stdout.splitlines()
+    first = next(number for number, line in enumerate(found) if line.startswith("warm code"))
+    assert found[first : first + 3] == [
+        "warm code  the instance",
+        "           from a import it",
+        "cold code  b: no\N{REPLACEMENT CHARACTER}way",
+    ]
+    do(scene.beat(worker()))
+    assert "cold code  -" in call("worker", "show", "w").stdout
 
 
 def test_a_lost_worker_is_shown_and_is_no_running_one(scene: Scene) -> None:

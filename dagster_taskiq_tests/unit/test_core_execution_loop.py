@@ -33,7 +33,12 @@ from dagster_taskiq import executor as executor_module
 from dagster_taskiq._dagster.names import SerializableErrorInfo, pack_value
 from dagster_taskiq._dagster.patches import execute_or_resume_run
 from dagster_taskiq.backend.base import TaskReport, TaskState
-from dagster_taskiq.defaults import FOREIGN_WORKERS_SECONDS, IN_HAND_SECONDS, RECONCILE_SECONDS
+from dagster_taskiq.defaults import (
+    FOREIGN_WORKERS_SECONDS,
+    IN_HAND_SECONDS,
+    POOL_LOOK_SECONDS,
+    RECONCILE_SECONDS,
+)
 from dagster_taskiq.errors import (
     RefusedByServerError,
     ServerError,
@@ -43,7 +48,7 @@ from dagster_taskiq.errors import (
 from dagster_taskiq.execution import attempt_log, tasks
 from dagster_taskiq.execution.arrivals import Arrival, report_step_start
 from dagster_taskiq.execution.tasks import TaskRunner
-from dagster_taskiq.loop import endings
+from dagster_taskiq.loop import endings, holding
 from dagster_taskiq.loop.core_execution_loop import core_execution_loop
 from dagster_taskiq.loop.dispatcher import Dispatcher, Inspection, StepTask
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
@@ -1322,6 +1327,28 @@ def test_what_is_held_back_is_told_to_people_while_it_is(
     assert last == Withheld()
 
 
+def test_max_concurrent_is_the_reason_also_when_a_step_has_just_ended(
+    fake: FakeDispatcher, instance: DagsterInstance
+) -> None:
+    """It was reached when steps were taken, and what is free since is not taken yet."""
+    for number in range(25):
+        fake.plan[f"step_{number:02}"] = [HOLD]
+
+    def happen(_: int) -> None:
+        held = [it for it in fake.sent if fake.states[it.task_id] is TaskState.CLAIMED]
+        if held:
+            fake.finish(held[0])
+            fake.clock.now += RECONCILE_SECONDS  # the look comes with the result
+
+    fake.on_wait = happen
+    ran = execute(jobs.crowd_job, instance, {"max_concurrent": 2})
+    assert ran.status is SUCCESS
+    assert len(fake.withheld) > 2
+    assert {group.reason for it in fake.withheld for group in it.groups} == {
+        "max_concurrent is 2, and 2 steps are queued or running."
+    }
+
+
 def test_a_run_that_stops_holds_nothing_back(
     fake: FakeDispatcher, instance: DagsterInstance
 ) -> None:
@@ -1364,6 +1391,33 @@ def test_a_step_that_waits_for_a_pool_names_who_has_its_slots(
     assert told[2]["steps"] == "second"
     reason = told[1].partition("waits. ")[2]
     assert [(it.pool, it.reason) for it in fake.withheld[0].groups] == [("narrow", reason)]
+
+
+def test_a_run_goes_on_where_nobody_can_say_who_has_a_pools_slots(
+    fake: FakeDispatcher, instance: DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the log is told as much as there is; each pool is asked for once in a while."""
+    instance.event_log_storage.set_concurrency_slots("narrow", 1)
+    fake.plan["first"] = [HOLD]
+    asked: list[str] = []
+
+    def fail(_instance: DagsterInstance, pool: str) -> None:
+        asked.append(pool)
+        raise OSError("the database is away")
+
+    def happen(_: int) -> None:
+        if fake.clock.now > 1010 and not fake.stored:
+            fake.finish(fake.sent[0])
+        elif fake.stored:
+            time.sleep(0.01)  # Dagster asks a pool again by the real clock
+
+    monkeypatch.setattr(holding, "pool_holders", fail)
+    fake.on_wait = happen
+    ran = execute(jobs.pool_job, instance)
+    assert ran.status is SUCCESS
+    (told,) = waiting_events(ran, "ready and wait")
+    assert told[1] == '1 step is ready and waits. Slots of pool "narrow" are taken.'
+    assert len(asked) <= 1 + (fake.clock.now - 1000) / POOL_LOOK_SECONDS
 
 
 def test_a_step_that_begins_says_where_and_after_which_wait(

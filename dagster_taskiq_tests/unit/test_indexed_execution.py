@@ -208,7 +208,7 @@ class Pair:
     """Dagster's own and ours, which are told the same and say the same."""
 
     own: ActiveExecution
-    ours: ActiveExecution
+    ours: IndexedExecution
     log: list[str] = field(default_factory=list)
 
     def both(self, name: str, call: Callable[[ActiveExecution], Any]) -> Any:
@@ -216,7 +216,20 @@ class Pair:
         expected, found = call(self.own), call(self.ours)
         assert found == expected, self.log
         assert state_of(self.ours) == state_of(self.own), self.log
+        if not self.own._new_dynamic_mappings:  # which the next update looks for among all steps
+            assert self._due() == self._would_be_due(), self.log
         return found
+
+    def _due(self) -> list[str]:
+        """The steps that the next update looks at."""
+        assert self.ours._due is not None
+        return self.ours._due.in_order()
+
+    def _would_be_due(self) -> list[str]:
+        """Those that Dagster would find among all that wait, each once."""
+        own = self.own
+        ended = own._success | own._skipped | own._failed | own._abandoned
+        return [key for key, dependencies in own._pending.items() if dependencies <= ended]
 
     def keys(self, name: str) -> list[str]:
         """What a method that returns steps returns, as keys."""
@@ -345,7 +358,7 @@ def test_both_say_the_same(
     clock = [1000.0]
     with patch.object(active_module.time, "time", lambda: clock[0]):
         own = execution(ActiveExecution, plan(), limits)
-        ours = execution(IndexedExecution, plan(), limits)
+        ours = cast("IndexedExecution", execution(IndexedExecution, plan(), limits))
         own._context_guard = ours._context_guard = True
         go(Pair(own, ours), chance, clock)
 

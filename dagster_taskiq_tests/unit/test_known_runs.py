@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus
@@ -39,13 +38,13 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     with DagsterInstance.ephemeral() as instance:
         run = instance.create_run_for_job(single_job, status=DagsterRunStatus.STARTED)
         found = Scene(instance, run)
-        get_runs = instance.get_runs
+        get_run = instance.get_run_by_id
 
-        def note_and_get(filters: Any, *arguments: Any, **options: Any) -> Any:
-            found.reads += filters.run_ids
-            return get_runs(filters, *arguments, **options)
+        def note_and_get(run_id: str) -> DagsterRun | None:
+            found.reads.append(run_id)
+            return get_run(run_id)
 
-        monkeypatch.setattr(instance, "get_runs", note_and_get)
+        monkeypatch.setattr(instance, "get_run_by_id", note_and_get)
         yield found
 
 

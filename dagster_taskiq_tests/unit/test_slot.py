@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from dagster_taskiq.errors import NoProcessError, SlotError
 from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.code_locations import code_location
 from dagster_taskiq.messages.envelope import TaskName
-from dagster_taskiq.messages.results import Outcome, Place, TaskResult
+from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker.child import ChildOptions
 from dagster_taskiq.worker.child_messages import Execute, Executed
@@ -39,10 +39,7 @@ from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import ChildDied, Slot
-
-SECONDS = 60.0
-
-PLACE = Place("w@h", "id", "h", 1, 1)
+from dagster_taskiq_tests.unit.slot_scenarios import PLACE, SECONDS, play, until
 
 #: What a child does instead of executing a step.
 ACTOR = """
@@ -69,8 +66,8 @@ def act(runner, payload, place, queue, on_loaded):
         eaten = b"x" * payload["bytes"]
     elif kind == "sleep":
         signal.signal(signal.SIGTERM, interrupt)
-        open(payload["file"], "w").close()
         try:
+            open(payload["file"], "w").close()  # once it is there the signal may come
             time.sleep(1000)
         except InterruptedError:
             reason = "cleaned up"
@@ -159,10 +156,6 @@ async def a_slot(
         own_guard.close()
 
 
-def play(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, SECONDS))
-
-
 async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | ChildDied:
     answer = await slot.run(order({"do": do, **payload}), lambda _: None)
     if isinstance(answer, ChildDied):
@@ -190,16 +183,6 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-async def until(condition: Callable[[], object]) -> None:
-    def wait() -> None:
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.005)
-
-    await asyncio.to_thread(wait)
 
 
 def test_a_prepared_child_executes_tasks_one_after_the_other() -> None:

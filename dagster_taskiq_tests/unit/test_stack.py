@@ -85,6 +85,41 @@ def test_what_ends_by_itself_is_not_killed() -> None:
         it.stdout.close()
 
 
+#: Ends at a SIGTERM, before its child, which then either removes a file and ends, or does not.
+EARLY = """
+import os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+subprocess.Popen([sys.executable, "-c", {child!r}, str(os.getpid())])
+signal.pause()
+"""
+LATE_CHILD = """
+import os, signal, sys, time
+print(os.getpid(), flush=True)
+while os.getppid() == int(sys.argv[1]):
+    time.sleep(0.01)
+time.sleep({seconds})
+os.unlink("file")
+"""
+
+
+@pytest.mark.parametrize("is_forced", [False, True])
+def test_the_children_of_what_has_ended_may_end_too(tmp_path: Path, is_forced: bool) -> None:
+    """Dagster's servers remove their sockets then; without patience they are gone all the same."""
+    (tmp_path / "file").touch()
+    made = Processes(lambda: is_forced and process.returncode is not None)
+    made.start_guard()
+    code = EARLY.format(child=LATE_CHILD.format(seconds=600 if is_forced else 0.5))
+    process = made.start("one", ["-c", code], tmp_path, subprocess.PIPE)
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    made.stop({"one": signal.SIGTERM})
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / "file").exists() == is_forced
+    assert process.returncode == 0
+    made.close()
+    process.stdout.close()
+
+
 def test_exit_codes_in_words() -> None:
     """A signal by its name, which people know."""
     assert exit_code_in_words(3) == "exit code 3"

@@ -32,10 +32,10 @@ from dagster_taskiq.execution.step_messages import OUTCOME_ONLY_KEY, StepPayload
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq_tests.unit import loop_jobs as jobs
+from dagster_taskiq_tests.unit.loop_jobs import EAGER
 
-EAGER = {"execution": {"config": {"config_source": {"task_always_eager": True}}}}
-
-#: Every way in which steps of these end: with outputs and without, skipped, retried, failed.
+#: Every way in which steps of these end: with outputs and without, skipped, retried, failed; with
+#: checks and hooks.
 JOBS = [
     jobs.diamond_job,
     jobs.skip_job,
@@ -43,6 +43,8 @@ JOBS = [
     jobs.retry_job,
     jobs.exhausted_job,
     jobs.resource_job,
+    jobs.check_job,
+    jobs.hook_job,
 ]
 
 OF_OUTCOME = {
@@ -83,8 +85,9 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[TaskResult]:
 
 def launched(job: Any, instance: DagsterInstance) -> str:
     """Execute a job in what is the process of a launched run to Dagster; the run's id."""
+    known = reconstructable(job)
     run = instance.create_run_for_job(
-        job, run_config=EAGER, job_code_origin=reconstructable(job).get_python_origin()
+        known.get_definition(), run_config=EAGER, job_code_origin=known.get_python_origin()
     )
     execute_or_resume_run(instance, run.run_id, is_resumed=False)
     return run.run_id
@@ -102,7 +105,7 @@ def kinds(result: TaskResult) -> set[DagsterEventType]:
     return {event.event_type for event in deserialize_events(result.events)}
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: getattr(job, "__name__", "") or job.name)
 def test_a_launched_run_is_the_same_by_outputs_and_ends_alone(
     job: Any, instance: DagsterInstance, results: list[TaskResult]
 ) -> None:
@@ -127,6 +130,20 @@ def test_who_executes_a_job_gets_all_events_of_its_steps(instance: DagsterInstan
         DagsterRunStatus.SUCCESS,
         sorted(story(instance, result.run_id)[1]),
     )
+
+
+def test_who_executes_a_job_in_a_launched_run_gets_all_events_of_its_steps(
+    instance: DagsterInstance, results: list[TaskResult]
+) -> None:
+    """In a step and in a hook, while the launched run itself hears only of outputs and ends."""
+    run_id = launched(jobs.nesting_job, instance)
+    status, told = story(instance, run_id)
+    assert status is DagsterRunStatus.SUCCESS
+    assert "nests HOOK_COMPLETED" in told
+    *nested, own = results
+    assert len(nested) == 6
+    assert all(kinds(result) - OF_OUTCOME for result in nested)
+    assert kinds(own) <= OF_OUTCOME
 
 
 def test_a_launched_run_understands_a_worker_that_returns_all(

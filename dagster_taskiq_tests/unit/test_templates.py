@@ -7,13 +7,16 @@ step, so that it tells how it found itself.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from multiprocessing import util
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,8 @@ from dagster._serdes import pack_value
 from dagster_taskiq.execution.arrivals import Arrival
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, code_location
 from dagster_taskiq.messages.envelope import TaskName
-from dagster_taskiq.messages.results import Place, TaskResult
+from dagster_taskiq.messages.results import TaskResult
+from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker import template as template_module
 from dagster_taskiq.worker import templates as templates_module
 from dagster_taskiq.worker.child import ChildOptions
@@ -39,11 +43,8 @@ from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import ChildDied
-from dagster_taskiq.worker.templates import Templates
-
-SECONDS = 90.0
-
-PLACE = Place("w@h", "id", "h", 1, 1)
+from dagster_taskiq.worker.templates import CodeState, Templates
+from dagster_taskiq_tests.unit.slot_scenarios import PLACE, play, until
 
 #: What a worker includes: it names the instance, and has a child tell what it finds.
 ACTOR = """
@@ -76,6 +77,8 @@ def act(runner, payload, place, *_):
         random=random.random(),
         has_instance=runner._instance(None) is not None,
     )
+    for load in LOADED._inherited:
+        load.at -= payload.get("ages", 0)  # seconds
     if wait := payload.get("wait"):
         Path(wait + ".begun").touch()
         while not os.path.exists(wait):
@@ -226,20 +229,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(tmp_path)
 
 
-def play(scenario: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(scenario, SECONDS))
-
-
-async def until(condition: Callable[[], object]) -> None:
-    def wait() -> None:
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.005)
-
-    await asyncio.to_thread(wait)
-
-
 def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
     """What is included and what tasks name; each child is a process of its own."""
 
@@ -303,10 +292,8 @@ def test_code_that_is_too_old_is_loaded_anew(bench: Bench) -> None:
 
     async def scenario() -> None:
         code = bench.location("aging")
-        async with bench.part(code_max_age_seconds=3.0) as part:
-            first = await part.found(code, run_id="a")
-            loaded_at = time.monotonic()
-            await until(lambda: time.monotonic() - loaded_at > 3)
+        async with bench.part(code_max_age_seconds=600.0) as part:
+            first = await part.found(code, run_id="a", ages=600)
             assert (await part.found(code, run_id="a")).pid == first.pid
             assert (await part.found(code, run_id="b")).pid != first.pid
             assert code.loads == 2
@@ -448,43 +435,98 @@ def test_a_child_whose_template_was_killed_is_seen_to_end(bench: Bench) -> None:
     play(scenario())
 
 
-def test_a_template_that_does_not_come_up_is_given_up(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+#: What the code does when it is loaded for the first time, and what is said of that.
+FAILED_LOADS = {
+    "import time; time.sleep(900)": "it was not loaded within 1 seconds",
+    # as where there is no memory left for it
+    "os.kill(os.getpid(), 9)": "while it was loaded its process was killed by SIGKILL",
+    "os._exit(0)": "while it was loaded its process ended with exit code 0",
+    "raise LookupError('not yet')": "it cannot be loaded (LookupError: not yet)",
+}
+
+
+@pytest.mark.parametrize(("failure", "reason"), FAILED_LOADS.items())
+def test_a_template_that_does_not_come_up_is_no_end_of_the_task(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, failure: str, reason: str
 ) -> None:
-    """The task goes to a child, which loads the code itself."""
+    """A child loads the code itself."""
 
     async def scenario() -> None:
-        slow = bench.location("slow")
-        marker = bench.directory / "slow.once"
-        slow.write(
-            "1",
-            f"import os, time\nif not os.path.exists({str(marker)!r}):\n"
-            f"    open({str(marker)!r}, 'w').close(); time.sleep(900)",
-        )
-        async with bench.part() as part:
-            monkeypatch.setattr(template_module, "LOAD_TIMEOUT_SECONDS", 1.0)
-            assert (await part.found(slow)).version == "1"
-            assert "not loaded within 1 seconds" in part.reason(slow)
-
-    play(scenario())
-
-
-def test_a_template_that_dies_while_it_loads_is_no_end_of_the_task(bench: Bench) -> None:
-    """As where there is no memory left for it: a child loads the code itself."""
-
-    async def scenario() -> None:
-        mortal = bench.location("mortal")
-        marker = bench.directory / "mortal.once"
-        mortal.write(
+        code = bench.location("failing")
+        marker = bench.directory / "failing.once"
+        code.write(
             "1",
             f"import os\nif not os.path.exists({str(marker)!r}):\n"
-            f"    open({str(marker)!r}, 'w').close(); os.kill(os.getpid(), 9)",
+            f"    open({str(marker)!r}, 'w').close(); {failure}",
         )
         async with bench.part() as part:
-            assert (await part.found(mortal)).version == "1"
-            assert part.reason(mortal) == "while it was loaded its process was killed by SIGKILL"
+            if "sleep" in failure:
+                monkeypatch.setattr(template_module, "LOAD_TIMEOUT_SECONDS", 1.0)
+            assert not (await part.found(code)).found
+            assert part.reason(code) == reason
 
     play(scenario())
+
+
+def no_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    def listen(_listener: socket.socket) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(socket.socket, "listen", listen)
+
+
+def no_short_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_module, "new_address", lambda _: "/tmp/" + 200 * "x")
+
+
+def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = forked_process.start_deaf
+
+    def start_slots(process: ForkServerProcess, address: str) -> None:
+        if process.name == "template":
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(process, address)
+
+    monkeypatch.setattr(forked_process, "start_deaf", start_slots)
+
+
+SHORTAGES = {
+    no_space: "cannot listen: OSError(28, 'No space left on device')",
+    no_short_path: "cannot listen: OSError('AF_UNIX path too long')",
+    no_process: "cannot start a process: BlockingIOError(11, 'Resource temporarily unavailable')",
+}
+
+
+@pytest.mark.parametrize(("shortage", "reason"), SHORTAGES.items())
+def test_a_template_that_cannot_be_started_leaves_nothing(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: Callable[[pytest.MonkeyPatch], None],
+    reason: str,
+) -> None:
+    """Children load the code, until there can be one again."""
+
+    async def scenario() -> None:
+        code = bench.location("short_of_all")
+        async with bench.part() as part:
+            before = (sockets_of_templates(), psutil.Process().num_fds())
+            with monkeypatch.context() as now:
+                shortage(now)
+                now.setattr(templates_module, "_RETRY_SECONDS", 0.0)
+                assert not (await part.found(code)).found
+                # its name is only known to a process that has loaded it
+                state = CodeState("a code location", is_warm=False, reason=f"template: {reason}")
+                assert state in part.templates.states
+                part.slots[0].retire()
+                await part.slots[0].prepare()
+                assert (sockets_of_templates(), psutil.Process().num_fds()) == before
+            assert (await part.found(code)).found
+
+    play(scenario())
+
+
+def sockets_of_templates() -> set[Path]:
+    return set(Path(util.get_temp_dir()).glob("template-*"))
 
 
 def test_a_task_that_is_stopped_while_its_code_is_loaded_never_begins(bench: Bench) -> None:

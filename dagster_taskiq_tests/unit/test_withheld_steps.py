@@ -71,6 +71,25 @@ def test_it_is_safe_to_show_and_short() -> None:
         assert text.isprintable()
 
 
+def test_the_longest_text_is_believed() -> None:
+    """Twenty steps, each of a pool of its own, in characters of four bytes."""
+    wide = 9999 * "\N{GRINNING FACE}"
+    groups = tuple(
+        WithheldGroup(f"{it} {wide}", f"{it} {wide}", ((f"{it} {wide}", 1e9 + it / 7),))
+        for it in range(MOST_WITHHELD)
+    )
+    told = read_withheld(KEYED, "run", write_withheld(KEYED, "run", Withheld(groups, 2**50)))
+    assert [it.pool.split()[0] for it in told.groups] == [str(it) for it in range(MOST_WITHHELD)]
+    assert told.more == 2**50
+
+
+def test_half_a_character_is_no_error() -> None:
+    """Python's names may have what UTF-8 has not."""
+    withheld = Withheld((WithheldGroup("\ud800", "\udfff", (("a\ud83d", 1.0),)),))
+    (group,) = read_withheld(KEYED, "run", write_withheld(KEYED, "run", withheld)).groups
+    assert group.steps == (("a\N{REPLACEMENT CHARACTER}", 1.0),)
+
+
 def test_steps_of_which_more_is_known_are_left_out() -> None:
     assert WITHHELD.without({"a"}).groups[0].steps == (("b", 2.5),)
     assert WITHHELD.without({"a", "b"}) == Withheld(more=7)
