@@ -38,34 +38,6 @@ def _adding_a_tag() -> Insert:
 _ADD_TAG = _adding_a_tag()
 
 
-def remember_columns(instance: DagsterInstance) -> None:
-    """Let an instance ask its database only once which columns the table of runs has.
-
-    Dagster asks before each reading of a run, on a connection of its own and in three statements.
-    Columns that are there stay; a table without them may get them, so it is asked again.
-    """
-    storage: Any = instance.run_storage
-    if not isinstance(storage, SqlRunStorage) or "has_run_stats_index_cols" in vars(storage):
-        return
-    ask = storage.has_run_stats_index_cols
-    known: list[bool] = []
-
-    def has_columns() -> bool:
-        if not known and ask():
-            known.append(True)
-        return bool(known)
-
-    vars(storage)["has_run_stats_index_cols"] = has_columns
-
-
-def know_columns(instance: DagsterInstance) -> None:
-    """Ask that now, so that no process which is forked from this one has to."""
-    remember_columns(instance)
-    storage: Any = instance.run_storage
-    if isinstance(storage, SqlRunStorage):
-        storage.has_run_stats_index_cols()
-
-
 def add_run_tag(instance: DagsterInstance, run: DagsterRun, key: str, value: str) -> None:
     """Add a tag to a run, as ``DagsterInstance.add_run_tags`` does.
 

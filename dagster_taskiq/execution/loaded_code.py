@@ -31,7 +31,7 @@ from dagster_taskiq._dagster.names import (
     unpack_value,
 )
 from dagster_taskiq._dagster.patches import end_copies_of_steps, keep_definitions
-from dagster_taskiq._dagster.run_table import know_columns
+from dagster_taskiq._dagster.ready_instance import make_ready
 from dagster_taskiq.aio.forked_copies import ending_copies
 from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, RUN_ARGS_KEY
@@ -122,8 +122,10 @@ class LoadedCode:
                 self._load_location(json.loads(payload))
 
     def _open_instance(self, ref: InstanceRef | None) -> None:
-        self._instance = (ref, open_instance(ref))
-        know_columns(self._instance[1])
+        instance = open_instance(ref)
+        self._instance = (ref, instance)
+        with kept_connections(instance):  # which has storages share an engine, as in the children
+            make_ready(instance)
 
     def _load_location(self, payload: Mapping[str, Any]) -> None:
         ref, run_id, job = _code_of(payload)
@@ -131,15 +133,12 @@ class LoadedCode:
             self._open_instance(ref)
         assert self._instance is not None
         instance = self._instance[1]
-        # with the connection that children keep, so that what SQLAlchemy makes of the queries is
-        # there for them, too
-        with kept_connections(instance):
-            run = instance.get_run_by_id(run_id)
-            if run is not None and RUN_ARGS_KEY in payload:  # a step's payload has its own
-                job = job.with_repository_load_data(load_data_of(instance, run))
+        run = instance.get_run_by_id(run_id)
+        if run is not None and RUN_ARGS_KEY in payload:  # a step's payload has its own
+            job = job.with_repository_load_data(load_data_of(instance, run))
         if run is not None and run.remote_job_origin is not None:
             instance.inject_env_vars(run.remote_job_origin.location_name)
-        job.get_definition()
+        _ = job.get_definition().run_config_schema  # it is made when it is first asked for
         with suppress(Exception):  # of another job: its own runs will tell
             job.repository.get_definition().get_all_jobs()
 

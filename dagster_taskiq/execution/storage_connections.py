@@ -23,7 +23,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool, Pool, QueuePool
 
-from dagster_taskiq._dagster.run_table import remember_columns
+from dagster_taskiq._dagster.known_schema import remember_schema
 from dagster_taskiq._dagster.storage import has_server, storage_engines
 from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, has_real_threads
 from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS
@@ -53,7 +53,7 @@ def kept_connections(
         idle_seconds: how long the connection is kept that nobody uses; 0 keeps none.
         count: how many are kept where several threads have used one at once.
     """
-    remember_columns(instance)
+    remember_schema(instance)
     engines: dict[Any, Engine] = {}
     before = []
     for storage in storage_engines(instance) if idle_seconds else ():

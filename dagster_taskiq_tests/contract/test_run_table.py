@@ -15,8 +15,9 @@ from dagster._core.errors import DagsterRunNotFoundError
 from dagster._core.storage.runs import SqlRunStorage
 from sqlalchemy import event
 
+from dagster_taskiq._dagster.known_schema import remember_schema
 from dagster_taskiq._dagster.names import EngineEventData
-from dagster_taskiq._dagster.run_table import add_run_tag, remember_columns, report_engine_event
+from dagster_taskiq._dagster.run_table import add_run_tag, report_engine_event
 from dagster_taskiq._dagster.storage import storage_engines
 from dagster_taskiq_tests.servers import postgres_database
 from dagster_taskiq_tests.unit.loop_jobs import single_job
@@ -156,7 +157,7 @@ def test_a_table_is_asked_once_for_its_columns(
     monkeypatch.setattr(SqlRunStorage, "has_run_stats_index_cols", ask)
     run = either.instance.create_run_for_job(single_job)
     for _ in range(2):
-        remember_columns(either.instance)
+        remember_schema(either.instance)
     for _ in range(4):
         assert either.instance.get_run_record_by_id(run.run_id) is not None
     assert len(asked) == 2
