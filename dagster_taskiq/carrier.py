@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from taskiq import BrokerMessage
-
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.backend import Backend, TaskState
 from dagster_taskiq.brokers import TaskBroker
 from dagster_taskiq.connections import Servers

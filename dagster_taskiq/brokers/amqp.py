@@ -25,9 +25,9 @@ from aio_pika.abc import (
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq import exceptions
-from taskiq import AsyncBroker, BrokerMessage
 from taskiq_aio_pika import AioPikaBroker
 
+from dagster_taskiq._taskiq import AsyncBroker, BrokerMessage
 from dagster_taskiq.brokers.amqp_connection import AmqpConnection, connect
 from dagster_taskiq.brokers.amqp_errors import amqp_errors
 from dagster_taskiq.brokers.amqp_properties import UNREADABLE

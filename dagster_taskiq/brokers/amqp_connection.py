@@ -12,8 +12,8 @@ from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq import exceptions
 from pamqp.exceptions import PAMQPException
-from taskiq import BrokerMessage
 
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.brokers.amqp_errors import our_message_is_enough, words_of_close
 from dagster_taskiq.brokers.base import NOTE_EXPIRES_SECONDS
 from dagster_taskiq.brokers.outgoing import priority_of, queue_of

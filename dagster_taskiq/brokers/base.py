@@ -12,8 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Seq
 from contextlib import aclosing, suppress
 from typing import Any
 
-from taskiq import AckableMessage, AsyncBroker, BrokerMessage
-
+from dagster_taskiq._taskiq import AckableMessage, AsyncBroker, BrokerMessage
 from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.brokers.looks import Looks
 from dagster_taskiq.brokers.outage import Outage

@@ -14,8 +14,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from taskiq import BrokerMessage
-
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.aio.remote_event import RemoteEvent
 from dagster_taskiq.brokers.base import (
     Admission,

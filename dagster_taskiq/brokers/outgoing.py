@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from taskiq import BrokerMessage
-
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.defaults import DEFAULT_STEP_PRIORITY, MAX_PRIORITY, MIN_PRIORITY
 from dagster_taskiq.errors import ConfigError
 

@@ -18,8 +18,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from taskiq import BrokerMessage
-
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.brokers.base import (
     NOTE_EXPIRES_SECONDS,

@@ -17,9 +17,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from taskiq import BrokerMessage
 from taskiq_redis.redis_broker import BaseRedisBroker
 
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.brokers import redis_scripts as scripts
 from dagster_taskiq.brokers.base import (
     NOTE_EXPIRES_SECONDS,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster import DagsterInstance
+from dagster import DagsterInstance, RepositoryDefinition
 
 from dagster_taskiq._dagster.names import (
     ExecuteRunArgs,
@@ -55,6 +55,11 @@ class OldCode:
     reason: str
     is_own: bool
     is_by_age: bool = False
+
+
+#: A template makes other jobs than that of its first task for this share of the time that the
+#: latter has taken, which waits. What it leaves is made by each child that executes it.
+_OTHER_JOBS_SHARE = 0.1
 
 
 @dataclass
@@ -128,6 +133,7 @@ class LoadedCode:
             make_ready(instance)
 
     def _load_location(self, payload: Mapping[str, Any]) -> None:
+        began = time.monotonic()
         ref, run_id, job = _code_of(payload)
         if self._instance is None or self._instance[0] != ref:
             self._open_instance(ref)
@@ -139,8 +145,7 @@ class LoadedCode:
         if run is not None and run.remote_job_origin is not None:
             instance.inject_env_vars(run.remote_job_origin.location_name)
         _ = job.get_definition().run_config_schema  # it is made when it is first asked for
-        with suppress(Exception):  # of another job: its own runs will tell
-            job.repository.get_definition().get_all_jobs()
+        _make_jobs(job.repository.get_definition(), _OTHER_JOBS_SHARE * (time.monotonic() - began))
 
     def hand_on(self) -> None:
         """From here on this process only forks others."""
@@ -206,6 +211,16 @@ def _code_of(payload: Mapping[str, Any]) -> tuple[InstanceRef | None, str, Recon
         return step.instance_ref, step.run_id, job
     run = unpack_value(payload[RUN_ARGS_KEY], as_type=ExecuteRunArgs)
     return run.instance_ref, run.run_id, recon_job_from_origin(run.job_origin)
+
+
+def _make_jobs(repository: RepositoryDefinition, seconds: float) -> None:
+    """Make jobs of a repository, as many as there is time for."""
+    until = time.monotonic() + seconds
+    for name in repository.job_names:
+        if time.monotonic() > until:
+            return
+        with suppress(Exception):  # its own runs will tell
+            _ = repository.get_job(name).run_config_schema
 
 
 def title_of(payload: str | None) -> str:

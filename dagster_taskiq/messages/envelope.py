@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from taskiq import BrokerMessage
-
+from dagster_taskiq._taskiq import BrokerMessage
 from dagster_taskiq.aio.tracing import TraceContext
 from dagster_taskiq.defaults import (
     LONGEST_SECONDS,

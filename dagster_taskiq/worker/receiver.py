@@ -7,12 +7,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 
-from taskiq import AckableMessage, BrokerMessage
-from taskiq.abc.formatter import TaskiqFormatter
-from taskiq.acks import AcknowledgeType
-from taskiq.message import TaskiqMessage
-from taskiq.receiver import Receiver
-
+from dagster_taskiq._taskiq import (
+    AckableMessage,
+    AcknowledgeType,
+    BrokerMessage,
+    Receiver,
+    TaskiqFormatter,
+    TaskiqMessage,
+)
 from dagster_taskiq.brokers import Delivery, TaskBroker
 from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import Envelope

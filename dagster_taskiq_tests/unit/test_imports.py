@@ -18,7 +18,7 @@ PACKAGE = Path(dagster_taskiq.__file__).parent
 #: and from its own room. Rooms that share a line know nothing of each other.
 STOREYS = [
     "version defaults errors",
-    "aio",
+    "aio _taskiq",
     "servers",
     "_dagster messages",
     "tags config brokers backend execution",
@@ -152,6 +152,13 @@ def test_dagsters_private_names_stand_in_one_room(module: str) -> None:
     assert private == []
 
 
+@pytest.mark.parametrize("module", sorted(TREES))
+def test_taskiqs_names_come_from_one_module(module: str) -> None:
+    """Whoever imports Taskiq first decides whether aiohttp is imported, too."""
+    first_names = {name.partition(".")[0] for name in _imports(TREES[module])}
+    assert module == "_taskiq" or "taskiq" not in first_names
+
+
 #: The execution loop, which knows no servers: all of its room but those who carry its steps.
 LOOP = sorted(
     it
@@ -164,7 +171,8 @@ LOOP = sorted(
 def _outside(prefix: str) -> set[str]:
     """The outside packages that the modules of one part import."""
     return {
-        name.partition(".")[0]
+        # ``_taskiq`` is Taskiq itself
+        "taskiq" if name.startswith("dagster_taskiq._taskiq") else name.partition(".")[0]
         for module in TREES
         if module == prefix or module.startswith(prefix + ".")
         for name in _imports(TREES[module])
