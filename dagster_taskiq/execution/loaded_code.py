@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster import DagsterInstance, RepositoryDefinition
+from dagster import DagsterInstance, DagsterRun, RepositoryDefinition
 
 from dagster_taskiq._dagster.names import (
     ExecuteRunArgs,
@@ -104,14 +104,17 @@ class LoadedCode:
 
     # --- in a template ---
 
-    def load(self, modules: Sequence[str], payload: str | None) -> None:
+    def load(self, modules: Sequence[str], payload: Mapping[str, Any] | None) -> DagsterRun | None:
         """Load modules, this process's own instance, and the code location of a task.
 
         What is loaded already stays.
 
         Args:
             modules: to import.
-            payload: of a task of the location; None for no location.
+            payload: of a task of the location; empty for no location.
+
+        Returns:
+            the run of the task; None where there is none.
 
         Raises:
             Exception: whatever user code or Dagster raises.
@@ -123,8 +126,7 @@ class LoadedCode:
                 raise UnloadableCodeError(reason)
             if self._instance is None and os.getenv("DAGSTER_HOME"):
                 self._open_instance(None)
-            if payload is not None:
-                self._load_location(json.loads(payload))
+            return self._load_location(payload) if payload else None
 
     def _open_instance(self, ref: InstanceRef | None) -> None:
         instance = open_instance(ref)
@@ -132,7 +134,7 @@ class LoadedCode:
         with kept_connections(instance):  # which has storages share an engine, as in the children
             make_ready(instance)
 
-    def _load_location(self, payload: Mapping[str, Any]) -> None:
+    def _load_location(self, payload: Mapping[str, Any]) -> DagsterRun | None:
         began = time.monotonic()
         ref, run_id, job = _code_of(payload)
         if self._instance is None or self._instance[0] != ref:
@@ -146,6 +148,7 @@ class LoadedCode:
             instance.inject_env_vars(run.remote_job_origin.location_name)
         _ = job.get_definition().run_config_schema  # it is made when it is first asked for
         _make_jobs(job.repository.get_definition(), _OTHER_JOBS_SHARE * (time.monotonic() - began))
+        return run
 
     def hand_on(self) -> None:
         """From here on this process only forks others."""

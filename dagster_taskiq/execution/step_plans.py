@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dagster_taskiq._dagster.names import (
     create_execution_plan,
 )
 from dagster_taskiq.errors import SoftTimeLimitError, UnloadableCodeError
+from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY
 from dagster_taskiq.execution.loaded_code import LOADED
 
 #: Runs whose plans are kept. A child seldom works for more of them in turn.
@@ -88,7 +90,7 @@ class RunPlan:
 
 
 class RunPlans:
-    """The plans of the runs that this process has worked for last."""
+    """The plans of the runs that a process has worked for last."""
 
     def __init__(self) -> None:
         self._plans: OrderedDict[str, RunPlan] = OrderedDict()
@@ -107,6 +109,17 @@ class RunPlans:
         if len(self._plans) > _RUNS:
             self._plans.popitem(last=False)
         return known
+
+
+def make_plan(run: DagsterRun, payload: Mapping[str, Any]) -> None:
+    """Have the plan of a step's run in the processes that are forked from this one.
+
+    Args:
+        run: the step's.
+        payload: of the step's task.
+    """
+    with suppress(Exception):  # the step will tell
+        PLANS.of_run(run, payload[EXECUTABLE_KEY])
 
 
 def _load(job: ReconstructableJob) -> None:
@@ -136,3 +149,7 @@ def _build(run: DagsterRun, executable: Mapping[str, Any]) -> RunPlan:
         job, run.run_config, repository_load_data=job.repository.repository_load_data
     )
     return RunPlan(executable, job, run.run_config, plan)
+
+
+#: Of this process.
+PLANS = RunPlans()

@@ -44,7 +44,7 @@ from dagster_taskiq.execution.instances import open_instance
 from dagster_taskiq.execution.known_runs import LiveRuns, startable_run
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.step_messages import StepTale
-from dagster_taskiq.execution.step_plans import RunPlans
+from dagster_taskiq.execution.step_plans import PLANS
 from dagster_taskiq.execution.storage_connections import kept_connections
 from dagster_taskiq.execution.storage_patience import DatabasePatience, patient_connections
 from dagster_taskiq.messages.envelope import TaskName
@@ -87,7 +87,6 @@ class TaskRunner:
         self._refuses_copies = refuses_copies
         self._idle_seconds = database_idle_seconds
         self._patience = DatabasePatience(patience_seconds)
-        self._plans = RunPlans()
         self._runs = LiveRuns()
         self._known: tuple[InstanceRef | None, DagsterInstance] | None = None
         self._events = EventWriter()
@@ -249,7 +248,7 @@ class TaskRunner:
         (step_key,) = args.step_keys_to_execute or ()
         location = run.remote_job_origin.location_name if run.remote_job_origin else None
         instance.inject_env_vars(location)
-        run_plan = self._plans.of_run(run, executable)
+        run_plan = PLANS.of_run(run, executable)
         known_state = args.known_state or KnownExecutionState()
         plan = run_plan.of_step(step_key, known_state)
         if self._refuses_copies:  # as late as can be, since it only counts what is in the log yet

@@ -8,6 +8,7 @@ what its children may have.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
 
+from dagster_taskiq.execution.code_locations import ARGS_KEY
 from dagster_taskiq.execution.fork_safety import ForkTrial
 from dagster_taskiq.execution.loaded_code import LOADED, title_of
+from dagster_taskiq.execution.step_plans import make_plan
 from dagster_taskiq.worker.channel import Channel
 from dagster_taskiq.worker.child import set_up_process
 from dagster_taskiq.worker.child_messages import NotReady, TemplateLoads, TemplateReady
@@ -72,7 +75,10 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
     LOADED.find_code()
     try:
         with _collecting_seldom():
-            LOADED.load(options.include, options.payload)
+            payload = json.loads(options.payload or "{}")
+            run = LOADED.load(options.include, payload)
+            if run is not None and ARGS_KEY in payload:
+                make_plan(run, payload)
     except BaseException as error:
         first_line = next(iter(str(error).splitlines()), "")
         return NotReady(f"it cannot be loaded ({type(error).__name__}: {first_line})")

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import pytest
+from dagster import DagsterInstance, DagsterRun
 from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.metadata.metadata_value import (
     CodeLocationReconstructionMetadataValue,
@@ -61,7 +62,7 @@ sys.path.insert(0, {directory!r})
 
 from dagster._core.definitions.reconstruct import ReconstructableJob
 from dagster_taskiq_tests import quick_storage
-from dagster_taskiq.execution import loaded_code
+from dagster_taskiq.execution import loaded_code, step_plans
 from dagster_taskiq.execution.loaded_code import LOADED
 from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import Outcome, TaskResult
@@ -91,6 +92,7 @@ def act(runner, payload, place, *_):
         version=version,
         random=random.random(),
         has_instance=runner._instance(None) is not None,
+        plans=list(step_plans.PLANS._plans),
     )
     if wait := payload.get("wait"):
         Path(wait + ".begun").touch()
@@ -123,6 +125,7 @@ class Found:
     version: str
     random: float
     has_instance: bool
+    plans: list[str]
 
 
 class Location:
@@ -266,6 +269,35 @@ def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
             assert all(it.has_instance for it in found)
             assert len({it.random for it in found}) == 3
             assert part.reason(heavy) == ""
+
+    play(scenario())
+
+
+def test_the_plan_of_the_run_that_it_is_loaded_for_is_made_once(bench: Bench) -> None:
+    """In the template, for all slots: their children are forked with the run's first steps."""
+
+    async def scenario() -> None:
+        with DagsterInstance.from_config(str(bench.home)) as instance:
+            run = instance.add_run(DagsterRun("it"))
+        code = bench.location("planned")
+        async with bench.part(slots=2) as part:
+            for slot in range(2):
+                assert (await part.found(code, slot, run_id=run.run_id)).plans == [run.run_id]
+            assert (await part.found(code, run_id="another")).plans == [run.run_id]
+
+    play(scenario())
+
+
+def test_a_plan_that_cannot_be_made_is_no_reason_to_have_no_template(bench: Bench) -> None:
+    """The run's own steps tell what is wrong with it."""
+
+    async def scenario() -> None:
+        with DagsterInstance.from_config(str(bench.home)) as instance:
+            run = instance.add_run(DagsterRun("it", run_config={"ops": {"no_such_op": {}}}))
+        code = bench.location("unplanned")
+        async with bench.part() as part:
+            found = await part.found(code, run_id=run.run_id)
+            assert (found.found, found.plans) == (True, [])
 
     play(scenario())
 
