@@ -9,7 +9,8 @@ import os
 import sqlite3
 import tempfile
 import uuid
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from dagster._core.storage.event_log.sqlite import sqlite_event_log
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from dagster._core.storage.runs.sqlite import sqlite_run_storage
+from dagster._core.storage.schedules.sqlite import sqlite_schedule_storage
 from dagster._core.storage.sql import create_engine, get_alembic_config
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, Pool
 
 _read_migrations = ScriptDirectory.from_config
 _migrations: dict[str | None, ScriptDirectory] = {}
@@ -35,10 +38,14 @@ def make_quick() -> None:
       to date, which every instance does four times. Here it loads them once.
     - The log of each run is a database of its own. To make its tables takes a fortieth of a second;
       here it begins as a copy of an empty one.
+    - Dagster makes an engine for each use of a database, and with it SQLAlchemy compiles each
+      statement anew. Here it makes one for each database, which keeps no connection either.
     - Each commit waits for the disk, which is for when the machine crashes, as no test has it do.
     """
     setattr(ScriptDirectory, "from_config", _from_config)  # noqa: B010 - mypy knows a classmethod
     setattr(SqliteEventLogStorage, "_initdb", _make_log_of_copy)  # noqa: B010
+    for module in (sqlite_event_log, sqlite_run_storage, sqlite_schedule_storage):
+        setattr(module, "create_engine", _engine_of)  # noqa: B010
     event.listen(Engine, "connect", _let_commits_wait_for_nothing)
 
 
@@ -69,6 +76,16 @@ def _make_log_of_copy(
         finally:
             copy.unlink()
     _make_log(storage, engine, for_index_shard)  # which looks whether there is all
+
+
+def _engine_of(url: str, *, poolclass: type[Pool], **options: Mapping[str, Any]) -> Engine:
+    assert poolclass is NullPool
+    return _new_engine(url, tuple((key, tuple(it.items())) for key, it in options.items()))
+
+
+@lru_cache(maxsize=256)
+def _new_engine(url: str, options: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]) -> Engine:
+    return create_engine(url, poolclass=NullPool, **{key: dict(it) for key, it in options})
 
 
 @cache
