@@ -104,7 +104,7 @@ class LoadedCode:
 
     # --- in a template ---
 
-    def load(self, modules: Sequence[str], payload: Mapping[str, Any] | None) -> DagsterRun | None:
+    def load(self, modules: Sequence[str], payload: Mapping[str, Any]) -> DagsterRun | None:
         """Load modules, this process's own instance, and the code location of a task.
 
         What is loaded already stays.

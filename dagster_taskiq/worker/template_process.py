@@ -92,7 +92,7 @@ def _load(options: TemplateOptions) -> TemplateReady | NotReady:
 
 @contextmanager
 def _collecting_seldom() -> Iterator[None]:
-    """Collect garbage seldom, unless the code that runs meanwhile has a mind of its own."""
+    """Collect garbage seldom. Thresholds that the code sets meanwhile stay."""
     before = gc.get_threshold()
     gc.set_threshold(*_LOADING_THRESHOLDS)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import signal
@@ -53,7 +54,7 @@ from dagster_taskiq_tests.unit.slot_scenarios import PLACE, play, until
 
 #: What a worker includes: it names the instance, and has a child tell what it finds.
 ACTOR = """
-import json, os, random, sys, time
+import gc, json, os, random, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +69,7 @@ from dagster_taskiq.execution.tasks import TaskRunner
 from dagster_taskiq.messages.results import Outcome, TaskResult
 
 quick_storage.make_quick()
+loaded_code._OTHER_JOBS_SHARE = 1e6  # on however busy a machine
 
 def seconds_passed():
     clock = Path({home!r}, "clock")
@@ -93,6 +95,7 @@ def act(runner, payload, place, *_):
         random=random.random(),
         has_instance=runner._instance(None) is not None,
         plans=list(step_plans.PLANS._plans),
+        thresholds=gc.get_threshold(),
     )
     if wait := payload.get("wait"):
         Path(wait + ".begun").touch()
@@ -105,6 +108,7 @@ TaskRunner.execute_plan = act
 
 #: A code location; it counts how often it is loaded.
 LOCATION = """
+import gc, os
 from dagster import job, repository
 with open({counter!r}, "a") as counter:
     counter.write("x")
@@ -112,6 +116,27 @@ with open({counter!r}, "a") as counter:
 
 @job(tags={{"version": {version!r}}})
 def it(): ...
+{last}
+"""
+
+#: Makes a repository of the location's job and two others, of which one cannot be made.
+OTHERS = """
+alone = it
+
+@job
+def other(): ...
+
+def make_other():
+    with open(__file__ + ".others", "a") as others:
+        others.write(f"{os.getpid()} ")
+    return other
+
+def fail():
+    raise LookupError("no such table")
+
+@repository
+def it():
+    return {"jobs": {"it": alone, "broken": fail, "other": make_other}}
 """
 
 
@@ -126,6 +151,7 @@ class Found:
     random: float
     has_instance: bool
     plans: list[str]
+    thresholds: list[int]
 
 
 class Location:
@@ -138,10 +164,15 @@ class Location:
         self._directory = directory
         self.write("1")
 
-    def write(self, version: str, more: str = "") -> None:
-        text = LOCATION.format(counter=str(self._counter), version=version, more=more)
+    def write(self, version: str, more: str = "", last: str = "") -> None:
+        text = LOCATION.format(counter=str(self._counter), version=version, more=more, last=last)
         # another length, since a cached file is known by its time in whole seconds and its length
         self._file.write_text(f"{text}# {version * len(version)}\n")
+
+    @property
+    def others(self) -> list[int]:
+        """The processes that have made another job than its first."""
+        return [int(it) for it in Path(f"{self._file}.others").read_text().split()]
 
     @property
     def loads(self) -> int:
@@ -269,6 +300,36 @@ def test_code_is_loaded_once_for_all_slots(bench: Bench) -> None:
             assert all(it.has_instance for it in found)
             assert len({it.random for it in found}) == 3
             assert part.reason(heavy) == ""
+
+    play(scenario())
+
+
+def test_a_template_makes_other_jobs_too(bench: Bench) -> None:
+    """One that cannot be made is the affair of its own runs."""
+
+    async def scenario() -> None:
+        code = bench.location("of_many_jobs")
+        code.write("1", last=OTHERS)
+        async with bench.part() as part:
+            found = await part.found(code)
+            assert part.reason(code) == ""
+            assert code.others == [found.parent]
+
+    play(scenario())
+
+
+@pytest.mark.parametrize("own", [(), (5, 6, 7)])
+def test_garbage_is_collected_as_without_a_template(bench: Bench, own: tuple[int, ...]) -> None:
+    """While a template loads its code it is looked for less often, which ends with that."""
+
+    async def scenario() -> None:
+        code = bench.location("littering")
+        setting = f"gc.set_threshold{own}" if own else "kept = gc.get_threshold()"
+        code.write("1", f"{setting}\nassert gc.get_threshold() != {gc.get_threshold()}")
+        async with bench.part() as part:
+            found = await part.found(code)
+            assert found.found
+            assert tuple(found.thresholds) == (own or gc.get_threshold())
 
     play(scenario())
 
