@@ -14,28 +14,27 @@ from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
 from dagster._core.storage.event_log.schema import AssetEventTagsTable
 from dagster._core.storage.runs import SqlRunStorage
 
-#: The questions, with what they are asked for where a run executes assets.
-_OF_RUNS: dict[str, list[tuple[str, ...]]] = {"has_run_stats_index_cols": [()]}
-_OF_EVENTS: dict[str, list[tuple[str, ...]]] = {
-    "has_asset_key_col": [("last_materialization_timestamp",), ("cached_status_data",)],
-    "has_secondary_index": [(ASSET_KEY_INDEX_COLS,)],
-    "has_table": [(AssetEventTagsTable.name,)],
+#: The methods of storages that ask, with what they are asked for where a run executes assets.
+_QUESTIONS: dict[type, dict[str, list[tuple[str, ...]]]] = {
+    SqlRunStorage: {"has_run_stats_index_cols": [()]},
+    SqlEventLogStorage: {
+        "has_asset_key_col": [("last_materialization_timestamp",), ("cached_status_data",)],
+        "has_secondary_index": [(ASSET_KEY_INDEX_COLS,)],
+        "has_table": [(AssetEventTagsTable.name,)],
+    },
 }
 
 
-#: A storage, its method, and the arguments that it is called with.
-_Question = tuple[Any, str, list[tuple[str, ...]]]
-
-
-def _questions(instance: DagsterInstance) -> list[_Question]:
-    runs: Any = instance.run_storage
-    events: Any = instance.event_log_storage
-    found: list[_Question] = []
-    if isinstance(runs, SqlRunStorage):
-        found += [(runs, name, asked_for) for name, asked_for in _OF_RUNS.items()]
-    if isinstance(events, SqlEventLogStorage):
-        found += [(events, name, asked_for) for name, asked_for in _OF_EVENTS.items()]
-    return [it for it in found if hasattr(*it[:2])]
+def _questions(instance: DagsterInstance) -> list[tuple[Any, str, list[tuple[str, ...]]]]:
+    """Storages of an instance, a method of each, and what it is asked for."""
+    return [
+        (storage, name, asked_for)
+        for storage in (instance.run_storage, instance.event_log_storage)
+        for kind, questions in _QUESTIONS.items()
+        if isinstance(storage, kind)
+        for name, asked_for in questions.items()
+        if hasattr(storage, name)
+    ]
 
 
 def remember_schema(instance: DagsterInstance) -> None:
