@@ -83,9 +83,8 @@ def _watch_once(settings: Settings, queues: tuple[str, ...], as_json: bool) -> N
         click.clear()  # after the look, or the screen would be empty meanwhile
         _show(overview, as_json)
     except (DagsterTaskiqError, click.ClickException) as error:
-        click.echo(
-            in_red(plain_line(f"Error: {error}")), err=as_json
-        )  # or it would stand between the JSON
+        sentence = in_red(plain_line(f"Error: {error}"))
+        click.echo(sentence, err=as_json)  # or it would stand between the JSON
 
 
 def _show(overview: Overview, as_json: bool) -> None:

@@ -48,9 +48,8 @@ class StepPayloads:
         )
         self._args: Any = pack_value(args)
         self._constant: dict[str, Any] = {EXECUTABLE_KEY: job.to_dict()}
-        if is_run_worker(
-            context.run_id
-        ):  # who calls ``execute_job`` is given all events that come back
+        # who calls ``execute_job`` is given all events that come back
+        if is_run_worker(context.run_id):
             self._constant[OUTCOME_ONLY_KEY] = True
 
     def of(self, step: ExecutionStep, known_state: KnownExecutionState) -> dict[str, Any]:
