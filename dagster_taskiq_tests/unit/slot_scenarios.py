@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from dagster_taskiq.messages.results import Place
+from dagster_taskiq.execution.arrivals import Arrival
+from dagster_taskiq.execution.code_locations import code_location
+from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.messages.results import Place, TaskResult
+from dagster_taskiq.worker.child_messages import Execute, Executed
+from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 #: How long a scenario may take, in seconds.
 SECONDS = 90.0
@@ -31,3 +37,26 @@ async def until(condition: Callable[[], object]) -> None:
             time.sleep(0.005)
 
     await asyncio.to_thread(wait)
+
+
+def order(payload: dict[str, Any], run_id: str = "") -> Execute:
+    """To execute a step with a payload."""
+    return Execute(
+        TaskName.EXECUTE_PLAN,
+        json.dumps(payload),
+        PLACE,
+        Arrival("q", 1),
+        code_location(payload),
+        run_id=run_id,
+    )
+
+
+async def result_of(
+    slot: Slot, payload: dict[str, Any], run_id: str = ""
+) -> TaskResult | ChildDied:
+    """What a slot makes of a step with a payload."""
+    answer = await slot.run(order(payload, run_id), lambda _: None)
+    if isinstance(answer, ChildDied):
+        return answer
+    assert isinstance(answer, Executed)
+    return TaskResult.from_bytes(answer.result.encode())

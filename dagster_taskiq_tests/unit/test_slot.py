@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import signal
 import socket
@@ -25,13 +24,10 @@ from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 
 from dagster_taskiq.errors import NoProcessError, SlotError
-from dagster_taskiq.execution.arrivals import Arrival
-from dagster_taskiq.execution.code_locations import code_location
-from dagster_taskiq.messages.envelope import TaskName
 from dagster_taskiq.messages.results import Outcome, TaskResult
 from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker.child import ChildOptions
-from dagster_taskiq.worker.child_messages import Execute, Executed
+from dagster_taskiq.worker.child_messages import Executed
 from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.forked_process import Forking
 from dagster_taskiq.worker.guard import clock
@@ -39,7 +35,7 @@ from dagster_taskiq.worker.guard_client import GuardClient
 from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import ChildDied, Slot
-from dagster_taskiq_tests.unit.slot_scenarios import PLACE, SECONDS, play, until
+from dagster_taskiq_tests.unit.slot_scenarios import PLACE, SECONDS, order, play, result_of, until
 
 #: What a child does instead of executing a step.
 ACTOR = """
@@ -157,23 +153,7 @@ async def a_slot(
 
 
 async def run(slot: Slot, do: str = "echo", **payload: Any) -> TaskResult | ChildDied:
-    answer = await slot.run(order({"do": do, **payload}), lambda _: None)
-    if isinstance(answer, ChildDied):
-        return answer
-    assert isinstance(answer, Executed)
-    return TaskResult.from_bytes(answer.result.encode())
-
-
-def order(payload: dict[str, Any], run_id: str = "") -> Execute:
-    """To execute a step with a payload."""
-    return Execute(
-        TaskName.EXECUTE_PLAN,
-        json.dumps(payload),
-        PLACE,
-        Arrival("q", 1),
-        code_location(payload),
-        run_id=run_id,
-    )
+    return await result_of(slot, {"do": do, **payload})
 
 
 async def pid_of(slot: Slot) -> int:

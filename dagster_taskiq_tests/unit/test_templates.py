@@ -34,15 +34,12 @@ from dagster._core.execution.retries import RetryMode
 from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import pack_value
 
-from dagster_taskiq.execution.arrivals import Arrival
-from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, code_location
-from dagster_taskiq.messages.envelope import TaskName
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker import template as template_module
 from dagster_taskiq.worker import templates as templates_module
 from dagster_taskiq.worker.child import ChildOptions
-from dagster_taskiq.worker.child_messages import Execute, Executed
 from dagster_taskiq.worker.fork_server import fork_server
 from dagster_taskiq.worker.forked_process import Forking
 from dagster_taskiq.worker.guard_client import GuardClient
@@ -50,7 +47,7 @@ from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import ChildDied
 from dagster_taskiq.worker.templates import CodeState, Templates
-from dagster_taskiq_tests.unit.slot_scenarios import PLACE, play, until
+from dagster_taskiq_tests.unit.slot_scenarios import play, result_of, until
 
 #: What a worker includes: it names the instance, and has a child tell what it finds.
 ACTOR = """
@@ -206,20 +203,7 @@ class Part:
     async def run(
         self, location: Location, slot: int = 0, run_id: str = "r", **more: Any
     ) -> TaskResult | ChildDied:
-        payload = location.payload(run_id, **more)
-        order = Execute(
-            TaskName.EXECUTE_PLAN,
-            json.dumps(payload),
-            PLACE,
-            Arrival("q", 1),
-            code_location(payload),
-            run_id=run_id,
-        )
-        answer = await self.slots[slot].run(order, lambda _: None)
-        if isinstance(answer, ChildDied):
-            return answer
-        assert isinstance(answer, Executed)
-        return TaskResult.from_bytes(answer.result.encode())
+        return await result_of(self.slots[slot], location.payload(run_id, **more), run_id)
 
     async def found(self, location: Location, slot: int = 0, **more: Any) -> Found:
         result = await self.run(location, slot, **more)
