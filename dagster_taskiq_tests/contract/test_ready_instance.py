@@ -18,6 +18,7 @@ from dagster import (
     define_asset_job,
     in_process_executor,
 )
+from dagster._check import CheckError
 from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.execution.api import execute_run_iterator
 from dagster._core.storage.event_log.migration import ASSET_KEY_INDEX_COLS
@@ -139,3 +140,19 @@ def test_nothing_is_concluded_from_rows_that_were_not_read(home: Path) -> None:
         compile_statements(instance)
         storage: Any = instance.event_log_storage
         assert storage.has_secondary_index(ASSET_KEY_INDEX_COLS)
+
+
+def test_what_is_not_dagsters_own_is_opened_by_those_who_need_it(tmp_path: Path) -> None:
+    """It may begin threads or connect, and then nothing could be forked."""
+    parts = {"compute_logs": "compute_log_manager", "run_coordinator": "run_coordinator"}
+    for setting, part in parts.items():
+        home = tmp_path / setting
+        home.mkdir()
+        foreign = {"module": "not_installed_here", "class": "Foreign"}
+        (home / "dagster.yaml").write_text(yaml.safe_dump({setting: foreign}))
+        with DagsterInstance.from_config(str(home)) as instance:
+            make_ready(instance)
+            opened = {it for it in parts.values() if getattr(instance, f"_{it}") is not None}
+            assert opened == {*parts.values()} - {part}
+            with pytest.raises(CheckError, match="not_installed_here"):
+                getattr(instance, part)
