@@ -1,7 +1,7 @@
 """The names of Taskiq that we use, imported without what takes longest of it.
 
 Taskiq imports aiohttp, for a middleware that reports to its admin page and is not used here. That
-is two thirds of the time that Taskiq's import takes, in each process that launches or executes.
+is three quarters of the time that Taskiq's import takes, in each process that launches or executes.
 """
 
 from __future__ import annotations
