@@ -230,6 +230,7 @@ _CASES: Sequence[Case] = (
         (
             Target("next_s", "at most", 0.5, against=PEER),
             Target("first_s", "at most", 0.7, against=PEER),
+            Target("restarted_s", "at most", 0.5, against=PEER),
             Target("run_cpu_s", "at most", 0.5, against=PEER),
             Target("run_cpu_s", "at most", 0.1, against=COLD),
         ),

@@ -43,6 +43,7 @@ from benchmarks.processes import (
 )
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE, SIGNING_KEY_VARIABLE
 from dagster_taskiq.servers.embedded.server import find_embedded_server
+from dagster_taskiq_tests.server_processes import stop
 
 ROOT = Path(__file__).parents[1]
 
@@ -204,6 +205,12 @@ class Lab:
             self.workers.append(process)
         if started:
             self.worker_start_seconds = time.monotonic() - began
+
+    def stop_workers(self) -> None:
+        """Have them end in order."""
+        for worker in self.workers:
+            stop(worker)
+        self.workers.clear()
 
     def worker_processes(self) -> list[psutil.Process]:
         """The workers and all below them."""
@@ -383,6 +390,7 @@ def open_lab(
         resources.callback(shutil.rmtree, directory, ignore_errors=True)
         try:
             with closing(Lab(contender, space, directory, jobs)) as lab:
+                lab.instance.wipe()  # a worker loads the code of runs that it finds when it starts
                 yield lab
         except Exception:
             if keep:

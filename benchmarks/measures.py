@@ -194,7 +194,10 @@ def connections(lab: Lab, plan: Plan, job: str) -> Metrics:
 
 
 def heavy_launch(lab: Lab, plan: Plan, *, includes: str | None = None) -> Metrics:
-    """From a launch to RUN_START, for the first run and for those after it; CPU time of those."""
+    """From a launch to RUN_START, for the first run, for those after it, and after a restart.
+
+    And the CPU time of those after the first.
+    """
     lab.start_workers(0, plan.slots, includes)
     lab.wait_for_rest()
     (first,) = lab.launch(TINY_JOB, replace(plan, runs=1), module=HEAVY)
@@ -203,8 +206,13 @@ def heavy_launch(lab: Lab, plan: Plan, *, includes: str | None = None) -> Metric
     following = lab.launch(TINY_JOB, plan, module=HEAVY, in_turn=True)
     lab.wait_for_rest()
     used = lab.worker_cpu_seconds() - used
+    lab.stop_workers()
+    lab.start_workers(0, plan.slots, includes)
+    lab.wait_for_rest()
+    (restarted,) = lab.launch(TINY_JOB, replace(plan, runs=1), module=HEAVY)
     return {
         "first_s": first.began - first.launched,
+        "restarted_s": restarted.began - restarted.launched,
         "next_s": statistics.median(it.began - it.launched for it in following),
         "next_end_s": statistics.median(it.ended - it.launched for it in following),
         "run_cpu_s": used / plan.runs,

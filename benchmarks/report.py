@@ -151,6 +151,7 @@ _SPEED_ROWS = (
     ("memory of a run with 1,000 steps, MiB (PSS)", "memory", "run_mib"),
     ("from launch to start, heavy location, its first run, s", "heavy-launch", "first_s"),
     ("the runs after it, s", "heavy-launch", "next_s"),
+    ("its first run after a restart of the workers, s", "heavy-launch", "restarted_s"),
     ("CPU time of a tiny run of it, s", "heavy-launch", "run_cpu_s"),
     ("tiny runs a minute on 4 run slots", "runs-per-minute", "runs_per_minute"),
     ("start of a worker with 8 slots that imports it, CPU s", "heavy-start", "cpu_s"),

@@ -29,12 +29,12 @@ from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import find_servers
 from dagster_taskiq.defaults import QUEUE_WAIT_MARKER
 from dagster_taskiq.errors import ServerError
+from dagster_taskiq.execution.run_payloads import payload_of
 from dagster_taskiq.launch.background import Background
 from dagster_taskiq.launch.late_launches import LateLaunches
 from dagster_taskiq.launch.launch_connections import LaunchConnections
 from dagster_taskiq.launch.launch_watch import LaunchWatch
 from dagster_taskiq.launch.run_client import RunClient
-from dagster_taskiq.launch.run_payloads import payload_of
 from dagster_taskiq.launch.termination import Termination
 from dagster_taskiq.messages.attempt_ends import AttemptEnd, EndOutcome
 from dagster_taskiq.messages.envelope import (

@@ -41,6 +41,7 @@ from dagster._core.launcher import (
     RunLauncher,
     WorkerStatus,
 )
+from dagster._core.origin import JobPythonOrigin
 from dagster._core.secrets.env_file import get_env_var_dict
 from dagster._core.storage.dagster_run import DagsterRunStatus
 from dagster._grpc.types import ExecuteRunArgs, ExecuteStepArgs
@@ -79,6 +80,7 @@ __all__ = [
     "IExecutionStep",
     "InstanceConcurrencyContext",
     "InstanceRef",
+    "JobPythonOrigin",
     "KnownExecutionState",
     "LaunchRunContext",
     "PlanOrchestrationContext",

@@ -6,7 +6,7 @@ process's output. Objects that are costly to make and the same for many steps ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -43,6 +43,7 @@ from dagster_taskiq.execution.event_batches import EventWriter, batched_events
 from dagster_taskiq.execution.instances import open_instance
 from dagster_taskiq.execution.known_runs import LiveRuns, startable_run
 from dagster_taskiq.execution.loaded_code import LOADED
+from dagster_taskiq.execution.run_payloads import payloads_of
 from dagster_taskiq.execution.step_messages import StepTale
 from dagster_taskiq.execution.step_plans import PLANS
 from dagster_taskiq.execution.storage_connections import kept_connections
@@ -293,6 +294,10 @@ class TaskRunner:
         run = instance.get_run_by_id(args.run_id)
         if run is not None and run.status is DagsterRunStatus.STARTING:
             instance.report_run_failed(run, f"The run could not start: {reason}")
+
+    def find_code(self, run_ids: Sequence[str]) -> dict[str, str]:
+        """Where the code of runs of this process's own instance is, see ``payloads_of``."""
+        return payloads_of(self._instance(None), run_ids)
 
     def _instance(self, ref: InstanceRef | None) -> DagsterInstance:
         """The instance of the message, or this process's own where it was sent by reference."""

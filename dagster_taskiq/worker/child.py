@@ -34,7 +34,7 @@ from dagster_taskiq.worker.child_messages import (
     CodeIsOld,
     Execute,
     Executed,
-    FailRun,
+    FindCode,
     LogClosed,
     LogOpened,
     LookAtRun,
@@ -42,6 +42,7 @@ from dagster_taskiq.worker.child_messages import (
     OrderTaken,
     Ready,
     RunAnswer,
+    RunOrder,
     RunStartLogged,
     Word,
 )
@@ -199,10 +200,12 @@ def _payload(text: str) -> dict[str, Any]:
     return parse_object(text.encode(), sys.maxsize)
 
 
-def _look_after_run(runner: TaskRunner, order: LookAtRun | FailRun) -> RunAnswer:
+def _look_after_run(runner: TaskRunner, order: RunOrder) -> RunAnswer:
     try:
         if isinstance(order, LookAtRun):
             return RunAnswer(is_over=runner.is_run_over(_payload(order.payload)))
+        if isinstance(order, FindCode):
+            return RunAnswer(payloads=runner.find_code(order.run_ids))
         runner.fail_run(_payload(order.payload), order.reason)
     except Exception as error:
         return RunAnswer(error=f"{type(error).__name__}: {error}")

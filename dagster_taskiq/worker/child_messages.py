@@ -6,8 +6,8 @@ more before it. How the messages travel is the affair of ``channel``, ``slot`` a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_taskiq.errors import MalformedResultError
@@ -68,7 +68,21 @@ class FailRun:
     reason: str
 
 
-Order = Execute | LookAtRun | FailRun
+@dataclass(frozen=True)
+class FindCode:
+    """Ask Dagster where the code of runs is.
+
+    Attributes:
+        run_ids: of its own instance.
+    """
+
+    run_ids: Sequence[str]
+
+
+#: What a child can ask and tell Dagster about runs without a process.
+RunOrder = LookAtRun | FailRun | FindCode
+
+Order = Execute | RunOrder
 
 # --- words: from the child to its worker ---
 
@@ -168,14 +182,16 @@ class Executed:
 
 @dataclass(frozen=True)
 class RunAnswer:
-    """The answer to ``LookAtRun`` and ``FailRun``.
+    """The answer to a ``RunOrder``.
 
     Attributes:
         is_over: whether the run is finished or deleted, for ``LookAtRun``.
+        payloads: by code location, see ``payloads_of``, for ``FindCode``.
         error: why Dagster could not be asked or told; empty if it could.
     """
 
     is_over: bool = False
+    payloads: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
 
 
@@ -193,7 +209,9 @@ Word = (
     | Answer
 )
 
-_ORDERS: Mapping[str, type[Any]] = {it.__name__: it for it in (Execute, LookAtRun, FailRun)}
+_ORDERS: Mapping[str, type[Any]] = {
+    it.__name__: it for it in (Execute, LookAtRun, FailRun, FindCode)
+}
 _WORDS: Mapping[str, type[Any]] = {
     it.__name__: it
     for it in (

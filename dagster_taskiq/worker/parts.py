@@ -37,6 +37,36 @@ class SlotOptions:
     max_memory_kib: int = 0
 
 
+def slot_options(
+    options: WorkerOptions, kind: QueueKind, number: int, *, is_signed: bool
+) -> SlotOptions:
+    """What the slot of a worker is for.
+
+    Args:
+        kind: of its tasks.
+        number: of the slot.
+        is_signed: whether messages must be signed.
+    """
+    is_step = kind is QueueKind.STEPS
+    return SlotOptions(
+        ChildOptions(
+            options.include,
+            options.log_level,
+            number,
+            options.database_idle_seconds,
+            options.server_patience_seconds,
+            refuses_copies=is_signed,
+            code_max_age_seconds=options.code_max_age_seconds,
+            tracing=options.tracing,
+            # a run signs its steps
+            environment={} if is_step else options.secrets,
+        ),
+        # a run gets a fresh process, as from Dagster's other launchers
+        max_tasks=options.max_tasks_per_child if is_step else 1,
+        max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
+    )
+
+
 @dataclass(frozen=True)
 class WorkerParts:
     """The parts of one worker that reach beyond its own process.

@@ -13,12 +13,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from dagster_taskiq.aio.loop_thread import end_tasks
 from dagster_taskiq.errors import SlotError
-from dagster_taskiq.worker.child_messages import FailRun, LookAtRun, RunAnswer
+from dagster_taskiq.worker.child_messages import (
+    FailRun,
+    FindCode,
+    LookAtRun,
+    RunAnswer,
+    RunOrder,
+)
 from dagster_taskiq.worker.slot_base import ChildDied, Slot
 
 logger = logging.getLogger(__name__)
@@ -95,20 +101,29 @@ class RunWatch:
                 await asyncio.wait_for(self._is_stopped.wait(), pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _say(self, order: LookAtRun | FailRun) -> RunAnswer | None:
+    async def find_code(self, run_ids: Sequence[str]) -> Mapping[str, str]:
+        """The code locations of runs with a payload of each, see ``payloads_of``.
+
+        Returns:
+            nothing where Dagster cannot be asked.
+        """
+        answer = await self._say(FindCode(run_ids))
+        return {} if answer is None else answer.payloads
+
+    async def _say(self, order: RunOrder) -> RunAnswer | None:
         """The child's answer, or None where there is none."""
         async with self._turn:
             try:
                 answer = await self._slot.run(order, lambda _: None)
             except SlotError as error:
-                logger.warning("Cannot reach Dagster about a run without a process: %s.", error)
+                logger.warning("Cannot speak with Dagster about runs: %s.", error)
                 return None
             finally:
                 await self._slot.stop()  # it is rare that there is something to say
         if isinstance(answer, RunAnswer) and not answer.error:
             return answer
         reason = answer if isinstance(answer, ChildDied) else getattr(answer, "error", answer)
-        logger.warning("Cannot reach Dagster about a run without a process: %s.", reason)
+        logger.warning("Cannot speak with Dagster about runs: %s.", reason)
         return None
 
     async def stop(self) -> None:

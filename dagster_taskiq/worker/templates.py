@@ -43,6 +43,7 @@ class _Place:
         title: for people; what it is called itself is known once it was loaded.
         location: its key; empty of the base.
         payload: of its last task; None of the base.
+        is_ahead: whether no task of it has come yet.
         template: the last one.
         loading: ends when the next one is ready, or cannot be had.
         reason: why there is none, for people.
@@ -54,6 +55,7 @@ class _Place:
     location: str = ""
     title: str = "a code location"
     payload: str | None = None
+    is_ahead: bool = False
     template: Template | None = None
     loading: asyncio.Task[None] | None = None
     reason: str = ""
@@ -159,12 +161,29 @@ class Templates:
         if not location:
             return
         place = self._locations.setdefault(location, _Place(location))
-        place.payload = order.payload
+        place.payload, place.is_ahead = order.payload, False
         self._locations.move_to_end(location)
         while len(self._locations) > self._most:
             _, surplus = self._locations.popitem(last=False)
             self._forget(surplus, is_old=False)
         await self._have(place)
+
+    async def load_ahead(self, location: str, payload: str) -> None:
+        """Have the template of a code location ready before its first task comes.
+
+        Where it cannot be loaded, its first task will tell. It is the first one to make room.
+
+        Args:
+            location: its key.
+            payload: of an earlier task of it.
+        """
+        if location in self._locations or len(self._locations) >= self._most:
+            return
+        place = self._locations[location] = _Place(location, payload=payload, is_ahead=True)
+        self._locations.move_to_end(location, last=False)
+        await self._have(place)
+        if place.is_ahead and place.usable is None and place.cold_until < math.inf:
+            self._locations.pop(location, None)
 
     def discard(self, template: Template, reason: str, *, has_served: bool = False) -> None:
         """What a template has loaded is not to be executed any more.
@@ -238,7 +257,7 @@ class Templates:
         loading = None
         # a reload may have put another load in its place meanwhile
         while place.loading is not loading or loading is None:
-            if place.usable or self._is_stopped:
+            if place.usable or self._is_stopped or not self._has_room_for(place):
                 return
             if place.loading is None or place.loading.done():
                 if time.monotonic() < place.cold_until:
@@ -247,6 +266,9 @@ class Templates:
             loading = place.loading
             # several wait for it, of whom one may be cancelled
             await asyncio.wait({loading})
+
+    def _has_room_for(self, place: _Place) -> bool:
+        return place is self._base or self._locations.get(place.location) is place
 
     async def _load(self, place: _Place) -> None:
         base = None
@@ -277,4 +299,7 @@ class Templates:
 
     def _note_failure(self, place: _Place, reason: str, seconds: float) -> None:
         place.leave_to_children(reason, seconds)
-        logger.warning("Each child loads %s itself: %s.", place.title, reason)
+        if place.is_ahead:
+            logger.info("%s, which was executed lately, is not loaded: %s.", place.title, reason)
+        else:
+            logger.warning("Each child loads %s itself: %s.", place.title, reason)

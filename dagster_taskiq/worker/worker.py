@@ -4,7 +4,8 @@ A ``Station`` of steps and one of runs take tasks and execute them; the ``LeaseK
 their claims and stops what may not go on; the guard kills what the worker cannot.
 
 Background tasks, each with a name: ``steps``, ``runs``, ``leases``, ``heartbeat``, ``control``,
-``guard``, ``reload``, ``steering``, ``steps-slots``, ``runs-slots`` and perhaps ``code-watch``.
+``guard``, ``reload``, ``steering``, ``steps-slots``, ``runs-slots``, ``history`` and perhaps
+``recent-code`` and ``code-watch``.
 When one of them fails the worker stops loudly. Stopping is one ordered list, ``_stop``.
 """
 
@@ -15,6 +16,7 @@ import logging
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dagster_taskiq.aio.loop_thread import end_tasks
@@ -39,9 +41,11 @@ from dagster_taskiq.worker.observer import (
     WorkerObserver,
 )
 from dagster_taskiq.worker.options import WorkerOptions
-from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, usual_parts
+from dagster_taskiq.worker.parts import SlotOptions, WorkerParts, slot_options, usual_parts
+from dagster_taskiq.worker.recent_code import RecentCode
 from dagster_taskiq.worker.run_ends import RunEnds
 from dagster_taskiq.worker.run_watch import RunWatch
+from dagster_taskiq.worker.slot_base import Slot
 from dagster_taskiq.worker.start_checks import warn_of_namesakes, warn_without_init
 from dagster_taskiq.worker.station import Station
 from dagster_taskiq.worker.steering import Steering
@@ -135,45 +139,31 @@ class Worker:
             yield Station(
                 kind,
                 self._parts.open_broker(kind, queues, admission),
-                lambda number, kind=kind: self._parts.make_slot(  # type: ignore[misc]
-                    self._slot_options(kind, number), self._observer
-                ),
+                partial(self._make_slot, kind),
                 count,
                 self._make_tools(),
             )
 
+    def _make_slot(self, kind: QueueKind, number: int) -> Slot:
+        is_signed = self._servers.signer.is_active
+        options = slot_options(self._options, kind, number, is_signed=is_signed)
+        return self._parts.make_slot(options, self._observer)
+
+    def _make_watch(self, *, is_warm: bool = False) -> RunWatch:
+        child = ChildOptions((), self._options.log_level, slot=0)
+        return RunWatch(self._parts.make_slot(SlotOptions(child, is_warm), self._observer))
+
     def _make_tools(self) -> Tools:
         options = self._options
-        slot_of_watch = SlotOptions(ChildOptions((), options.log_level, 0), is_warm=False)
         return Tools(
             self._backend,
             self._leases,
-            RunWatch(self._parts.make_slot(slot_of_watch, self._observer)),
+            self._make_watch(),
             self._place,
             options.result_expires_seconds,
             options.limits,
             self._servers.signer,
             self._observer,
-        )
-
-    def _slot_options(self, kind: QueueKind, number: int) -> SlotOptions:
-        options, is_step = self._options, kind is QueueKind.STEPS
-        return SlotOptions(
-            ChildOptions(
-                options.include,
-                options.log_level,
-                number,
-                options.database_idle_seconds,
-                options.server_patience_seconds,
-                refuses_copies=self._servers.signer.is_active,
-                code_max_age_seconds=options.code_max_age_seconds,
-                tracing=options.tracing,
-                # a run signs its steps
-                environment={} if is_step else options.secrets,
-            ),
-            # a run gets a fresh process, as from Dagster's other launchers
-            max_tasks=options.max_tasks_per_child if is_step else 1,
-            max_memory_kib=options.max_memory_per_child_kib if is_step else 0,
         )
 
     # --- what there is to see; any thread may ask ---
@@ -310,6 +300,12 @@ class Worker:
             ),
             asyncio.create_task(self._history.run(), name="history"),
         ]
+        if self._parts.templates:
+            watch = self._make_watch(is_warm=True)
+            recent = RecentCode(self._backend, self._parts.templates, watch).run(
+                self.slots, self._options.queues
+            )
+            others.append(asyncio.create_task(recent, name="recent-code"))
         if self._code_watch:
             others.append(asyncio.create_task(self._code_watch.run(), name="code-watch"))
         draining = asyncio.create_task(self._drain.wait(), name="drain")

@@ -20,7 +20,7 @@ from dagster._core.definitions.reconstruct import (
     initialize_repository_def_from_pointer,
 )
 
-from dagster_taskiq_tests.acceptance.harness import Stack
+from dagster_taskiq_tests.acceptance.harness import Stack, until
 from dagster_taskiq_tests.acceptance.launched import (
     LEASE_SECONDS,
     LaunchedRun,
@@ -135,3 +135,25 @@ def test_runs_have_the_state_that_they_were_launched_with(
         assert len(set(steps)) == 2
         assert location.times("fetched") == 0
         assert location.times("made") == 2
+
+
+def test_a_worker_that_starts_loads_the_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it finds it in what the workers before it have executed, so runs need not wait for it."""
+    with open_launching_stack("redis", tmp_path) as stack:
+        location = Location(stack, monkeypatch, is_file=False)
+        jobs = [location.reload() for _ in range(2)]
+        worker = stack.worker(slots=1).await_ready()
+        for job in jobs:
+            run = location.launch(job).wait()
+            assert run.is_success
+        until(lambda: stack.ended(run.run_id), "the end of the last run is known")
+        assert location.times("made") == 2
+        worker.terminate()
+        assert worker.wait() == 0
+        stack.worker(slots=1).await_log("Loaded from stateful")
+        assert location.times("made") == 3
+        assert location.launch(jobs[1]).wait().is_success
+        assert location.times("made") == 3
+        assert location.times("fetched") == 0

@@ -21,9 +21,9 @@ from dagster._core.definitions.metadata.metadata_value import (
 from dagster._core.definitions.reconstruct import ReconstructableJob, ReconstructableRepository
 from dagster._core.definitions.repository_definition import RepositoryLoadData
 
+from dagster_taskiq.execution import run_payloads
 from dagster_taskiq.execution.code_locations import EXECUTABLE_KEY, code_location
-from dagster_taskiq.launch import run_payloads
-from dagster_taskiq.launch.run_payloads import payload_of
+from dagster_taskiq.execution.run_payloads import payload_of, payloads_of
 from dagster_taskiq.worker.slot_pool import SlotPool
 
 
@@ -126,6 +126,16 @@ def test_the_plan_of_a_run_is_read_where_it_has_to_be(
     first, second = [payload_of(instance, it)[1] for it in stateful]
     assert first == second
     assert len(read) == 1
+
+
+def test_the_code_of_runs_is_found_by_their_ids(instance: DagsterInstance) -> None:
+    """The state of the first one; not of a run that is gone, or that does not say."""
+    runs = [create(instance, load_data(it)) for it in ("1", "2")]
+    lost = instance.create_run_for_job(it)
+    payload, location = payload_of(instance, runs[1])
+    asked = ["no such run", lost.run_id, runs[1].run_id, runs[0].run_id]
+    assert payloads_of(instance, asked) == {location: payload}
+    assert payloads_of(instance, ["no such run"]) == {}
 
 
 @pytest.mark.parametrize(

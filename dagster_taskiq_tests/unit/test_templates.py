@@ -34,7 +34,7 @@ from dagster._core.execution.retries import RetryMode
 from dagster._grpc.types import ExecuteStepArgs
 from dagster._serdes import pack_value
 
-from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY
+from dagster_taskiq.execution.code_locations import ARGS_KEY, EXECUTABLE_KEY, code_location
 from dagster_taskiq.messages.results import TaskResult
 from dagster_taskiq.worker import forked_process
 from dagster_taskiq.worker import template as template_module
@@ -211,6 +211,10 @@ class Part:
         assert result.reason, result
         return Found(**json.loads(result.reason))
 
+    async def load_ahead(self, location: Location) -> None:
+        payload = location.payload("earlier")
+        await self.templates.load_ahead(code_location(payload), json.dumps(payload))
+
     def reason(self, location: Location) -> str:
         """Why a location's children load it themselves."""
         (state,) = [it for it in self.templates.states if location.name in it.title]
@@ -343,6 +347,66 @@ def test_a_plan_that_cannot_be_made_is_no_reason_to_have_no_template(bench: Benc
         async with bench.part() as part:
             found = await part.found(code, run_id=run.run_id)
             assert (found.found, found.plans) == (True, [])
+
+    play(scenario())
+
+
+def test_code_that_is_loaded_ahead_waits_for_its_tasks(bench: Bench) -> None:
+    """One that comes while it is loaded waits for that, and for no second load."""
+
+    async def scenario() -> None:
+        one, other = bench.location("ahead_a"), bench.location("ahead_b")
+        async with bench.part(slots=2) as part:
+            await part.load_ahead(one)
+            assert (one.loads, part.reason(one)) == (1, "")
+            loading = asyncio.create_task(part.load_ahead(other))
+            found = await asyncio.gather(part.found(one), part.found(other, slot=1))
+            await loading
+            assert all(it.found for it in found)
+            assert (one.loads, other.loads) == (1, 1)
+            await part.load_ahead(one)
+            assert one.loads == 1
+
+    play(scenario())
+
+
+def test_code_that_cannot_be_loaded_ahead_is_left_to_its_first_task(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be there no more since the last deployment: nobody is warned, and nothing listed."""
+    caplog.set_level("INFO")
+
+    async def scenario() -> None:
+        code = bench.location("ahead_of_time")
+        code.write("1", "raise LookupError('no such table')")
+        async with bench.part() as part:
+            before = list(part.templates.states)
+            await part.load_ahead(code)
+            assert part.templates.states == before
+            assert "no such table" in caplog.text
+            assert not [it for it in caplog.records if it.levelname == "WARNING"]
+            code.write("22")
+            assert (await part.found(code)).version == "22"
+            assert part.reason(code) == ""
+
+    play(scenario())
+
+
+def test_code_that_is_loaded_ahead_makes_room_first(bench: Bench) -> None:
+    """Also while it is still being loaded, and it takes the place of nothing."""
+
+    async def scenario() -> None:
+        one, other, third = (bench.location(f"ahead_{it}") for it in "cde")
+        async with bench.part(most=1) as part:
+            loading = asyncio.create_task(part.load_ahead(one))
+            await until(lambda: part.templates._locations)
+            assert (await part.found(other)).found
+            await loading
+            await part.load_ahead(third)
+            assert third.loads == 0
+            assert len(part.templates.states) == 2
+            assert (await part.found(other)).found
+            assert other.loads == 1
 
     play(scenario())
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
-from dagster import DagsterInstance, DagsterRun
+from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from dagster_taskiq._dagster.names import ExecuteRunArgs, pack_value
+from dagster_taskiq._dagster.names import ExecuteRunArgs, JobPythonOrigin, pack_value
 from dagster_taskiq._dagster.storage import is_own_instance
 from dagster_taskiq.errors import UnloadableCodeError
 from dagster_taskiq.execution.code_locations import RUN_ARGS_KEY, digest_of, location_of
@@ -34,9 +35,33 @@ def payload_of(instance: DagsterInstance, run: DagsterRun) -> tuple[str, str]:
         instance_ref=None if is_own_instance(instance) else instance.get_ref(),
         set_exit_code_on_failure=True,
     )
-    pointer = cast("Any", run.job_code_origin.repository_origin.code_pointer)
-    location = location_of(pack_value(pointer), _load_data_digest(instance, run))
+    location = location_of(_pointer_to(run.job_code_origin), _load_data_digest(instance, run))
     return json.dumps({RUN_ARGS_KEY: pack_value(arguments)}), location
+
+
+def payloads_of(instance: DagsterInstance, run_ids: Sequence[str]) -> dict[str, str]:
+    """The code locations of runs, with a payload of each.
+
+    Of a location with several states it is that of the first run in the given order. Runs that
+    were deleted, or do not say where their code is, are left out.
+    """
+    runs = {run.run_id: run for run in instance.get_runs(RunsFilter(run_ids=list(run_ids)))}
+    payloads: dict[str, str] = {}
+    known: set[str] = set()
+    for run in (runs[run_id] for run_id in run_ids if run_id in runs):
+        if run.job_code_origin is None:
+            continue
+        of_any_state = location_of(_pointer_to(run.job_code_origin))
+        if of_any_state not in known:
+            known.add(of_any_state)
+            payload, location = payload_of(instance, run)
+            payloads[location] = payload
+    return payloads
+
+
+def _pointer_to(origin: JobPythonOrigin) -> Any:
+    """Dagster's pointer to the code of a job, packed."""
+    return pack_value(cast("Any", origin.repository_origin.code_pointer))
 
 
 def _load_data_digest(instance: DagsterInstance, run: DagsterRun) -> str:
