@@ -23,6 +23,9 @@ SECONDS = 120.0
 #: How long what a killed command leaves may take to see that.
 GONE_SECONDS = 15.0
 
+#: Pause between two looks, each of which may be at all processes of the machine.
+PAUSE_SECONDS = 0.1
+
 _VARIABLE = "DAGSTER_TASKIQ_TEST_COMMAND"
 
 #: What would make a command use a server or a home of its tester.
@@ -69,7 +72,10 @@ class Command:
         return any(all(part in command for part in parts) for command in self.processes())
 
     def wait_until(
-        self, condition: Callable[[], bool], seconds: float = SECONDS, pause_seconds: float = 0.02
+        self,
+        condition: Callable[[], bool],
+        seconds: float = SECONDS,
+        pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         deadline = time.monotonic() + seconds
         while not condition():

@@ -42,8 +42,6 @@ def any_stack(
 @pytest.mark.parametrize(
     ("job", "ops", "step", "value"),
     [
-        ("diamond", {}, "plus", 4),
-        ("parallel", {}, "total", 40),
         ("dynamic", SPREAD_3, "total", 0 + 1 + 2 + 3 * 2),
         ("fan_in_with_skip", {}, "total", 2),
     ],
@@ -103,6 +101,8 @@ def check_like_in_process(stack: Stack, job: str, **arguments: Any) -> Run:
     ("job", "ops", "step", "value"),
     [
         ("simple", {}, "one", 1),
+        ("diamond", {}, "plus", 4),
+        ("parallel", {}, "total", 40),
         ("serial", {}, "add_3", 5),
         ("composite", {}, "add_four.outer_second.second", 5),
         ("optional_outputs", {}, "after_taken", 2),
