@@ -6,6 +6,7 @@ process's output. Objects that are costly to make and the same for many steps ar
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -296,8 +297,12 @@ class TaskRunner:
             instance.report_run_failed(run, f"The run could not start: {reason}")
 
     def find_code(self, run_ids: Sequence[str]) -> dict[str, str]:
-        """Where the code of runs of this process's own instance is, see ``payloads_of``."""
-        return payloads_of(self._instance(None), run_ids)
+        """Where the code of runs of this process's own instance is, see ``payloads_of``.
+
+        Returns:
+            nothing where it has none, and gets that of each task by its message.
+        """
+        return payloads_of(self._instance(None), run_ids) if os.getenv("DAGSTER_HOME") else {}
 
     def _instance(self, ref: InstanceRef | None) -> DagsterInstance:
         """The instance of the message, or this process's own where it was sent by reference."""

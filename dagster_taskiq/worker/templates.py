@@ -299,7 +299,7 @@ class Templates:
 
     def _note_failure(self, place: _Place, reason: str, seconds: float) -> None:
         place.leave_to_children(reason, seconds)
-        if place.is_ahead:
+        if place.is_ahead and seconds < math.inf:
             logger.info("%s, which was executed lately, is not loaded: %s.", place.title, reason)
         else:
             logger.warning("Each child loads %s itself: %s.", place.title, reason)

@@ -392,6 +392,24 @@ def test_code_that_cannot_be_loaded_ahead_is_left_to_its_first_task(
     play(scenario())
 
 
+def test_that_code_cannot_be_forked_is_known_ahead(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said as loudly as when a task waits for it, since nobody will try it again."""
+
+    async def scenario() -> None:
+        code = bench.location("ahead_with_a_thread")
+        code.write("1", HAZARDS["thread"])
+        async with bench.part() as part:
+            await part.load_ahead(code)
+            assert "thread" in part.reason(code)
+            assert "Each child loads" in caplog.text
+            assert (await part.found(code)).version == "1"
+            assert code.loads == 2
+
+    play(scenario())
+
+
 def test_code_that_is_loaded_ahead_makes_room_first(bench: Bench) -> None:
     """Also while it is still being loaded, and it takes the place of nothing."""
 
