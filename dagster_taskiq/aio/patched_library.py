@@ -11,7 +11,8 @@ import threading
 from _queue import Empty, SimpleQueue
 from _thread import get_ident
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from dagster_taskiq.errors import PatchedLibraryError
 
@@ -21,8 +22,29 @@ __all__ = [
     "get_ident",
     "has_real_threads",
     "make_executor",
+    "next_of",
     "require_real_threads",
 ]
+
+_T = TypeVar("_T")
+
+
+def next_of(queue: SimpleQueue[_T], seconds: float | None) -> _T:
+    """The next item of a queue that no other thread takes from.
+
+    Until Python 3.12 ``SimpleQueue.get`` waits for ever where its time is over before it waits at
+    all: it finds its lock free, takes that, and goes on to wait for less than no time, which means
+    any time. A look before leaves the lock taken, unless there is an item.
+
+    Args:
+        seconds: how long one is waited for; None is for ever.
+
+    Raises:
+        Empty: there is none.
+    """
+    with suppress(Empty):
+        return queue.get_nowait()
+    return queue.get(timeout=seconds)
 
 
 def has_real_threads() -> bool:

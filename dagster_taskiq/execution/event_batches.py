@@ -25,7 +25,13 @@ from sqlalchemy.engine import Connection, Engine
 
 from dagster_taskiq._dagster.names import DagsterEventType, EventLogEntry
 from dagster_taskiq._dagster.storage import sql_event_log, storage_engines
-from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, get_ident, has_real_threads
+from dagster_taskiq.aio.patched_library import (
+    Empty,
+    SimpleQueue,
+    get_ident,
+    has_real_threads,
+    next_of,
+)
 from dagster_taskiq.errors import EventsNotWrittenError
 from dagster_taskiq.execution.event_storing import EventStore, Row
 from dagster_taskiq.execution.storage_patience import DatabasePatience
@@ -287,7 +293,7 @@ class _Written:
 def _take(queue: SimpleQueue[T], seconds: float) -> list[T]:
     """The next item, if one comes in time."""
     try:
-        return [queue.get(timeout=seconds)]
+        return [next_of(queue, seconds)]
     except Empty:
         return []
 

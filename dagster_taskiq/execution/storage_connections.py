@@ -25,7 +25,7 @@ from sqlalchemy.pool import NullPool, Pool, QueuePool
 
 from dagster_taskiq._dagster.known_schema import remember_schema
 from dagster_taskiq._dagster.storage import has_server, storage_engines
-from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, has_real_threads
+from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, has_real_threads, next_of
 from dagster_taskiq.defaults import DATABASE_IDLE_SECONDS
 
 #: How old a connection may be that is used again. Load balancers drop an idle one without a word
@@ -163,7 +163,7 @@ class IdleCloser:
         seconds: float | None = None
         while True:
             with suppress(Empty):
-                self._words.get(timeout=seconds)
+                next_of(self._words, seconds)
             if self._is_over:
                 # an interrupt of its start leaves a thread that nobody knows, and a second one
                 self._words.put(None)

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from dagster_taskiq.aio.patched_library import Empty, SimpleQueue, next_of
+
 SECONDS = 60.0
 
 #: A queue as gevent's: what one thread puts into it wakes no other.
@@ -86,3 +88,17 @@ def test_other_threads_are_an_error_with_the_reason() -> None:
     assert process.returncode == 1
     assert "PatchedLibraryError" in process.stderr
     assert "'greenery'" in process.stderr
+
+
+def test_a_wait_for_a_moment_ends() -> None:
+    """Also where the moment is over before the wait begins, with which Python's own goes on."""
+    for number in range(20_000):
+        queue: SimpleQueue[int] = SimpleQueue()
+        with pytest.raises(Empty):
+            next_of(queue, 1e-6)
+        queue.put(number)
+        assert next_of(queue, 1e-6) == number
+        with pytest.raises(Empty):
+            next_of(queue, 1e-7)
+        queue.put(number)
+        assert next_of(queue, None) == number
