@@ -26,6 +26,8 @@ from dagster_taskiq.messages.attempt_ends import (
 from dagster_taskiq.messages.envelope import QueueKind
 from dagster_taskiq.messages.signing import Purpose, Signer
 
+pytestmark = pytest.mark.once
+
 KEY, OTHER, NONE = Signer(["k" * 32]), Signer(["o" * 32]), Signer()
 
 #: When a test reads.

@@ -15,6 +15,8 @@ from dagster_taskiq.cli import main
 from dagster_taskiq.cli.later import Later
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 
+pytestmark = pytest.mark.once
+
 #: Runs the command line and then says which of some packages have been imported.
 _PROBE = """
 import atexit, os, sys

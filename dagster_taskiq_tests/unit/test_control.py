@@ -21,6 +21,8 @@ from dagster_taskiq.messages.control import (
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
+pytestmark = pytest.mark.once
+
 KEY, OTHER = Signer(["k" * 32]), Signer(["o" * 32])
 
 W = WorkerRecord("w", "w@h", "h", 1, ("q",))

@@ -21,6 +21,8 @@ from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.unit.dashboard_client import Browser, Page, read_events
 from dagster_taskiq_tests.unit.overview_scene import Scene, step, worker
 
+pytestmark = pytest.mark.once
+
 EVIL = "<script>alert('x')</script>"
 
 #: A broker and a backend that are two servers.

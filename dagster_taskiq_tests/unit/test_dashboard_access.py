@@ -18,6 +18,8 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq_tests.unit.dashboard_client import Browser, Page, fields_of, text_of
 from dagster_taskiq_tests.unit.overview_scene import SERVERS, Scene, worker
 
+pytestmark = pytest.mark.once
+
 TOKEN = "correct-horse-battery"
 BASIC = "ann:pass:word"
 ACTING = Face(may_act=True)

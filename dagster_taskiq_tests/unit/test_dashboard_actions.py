@@ -21,6 +21,8 @@ from dagster_taskiq.messages.worker_records import PAUSED
 from dagster_taskiq_tests.unit.dashboard_client import Browser, Page, fields_of
 from dagster_taskiq_tests.unit.overview_scene import RUN, Scene, step, worker
 
+pytestmark = pytest.mark.once
+
 ACTING = Face(may_act=True)
 
 #: Of a page with a login, which knows who orders.

@@ -32,6 +32,8 @@ from dagster_taskiq.servers.embedded.server import (
 from dagster_taskiq_tests.server_processes import temporary_directory
 from dagster_taskiq_tests.server_sources import missing
 
+pytestmark = pytest.mark.once
+
 SECONDS = 15.0
 
 #: A process that uses the server of argv[1] when told to, then runs argv[2], then waits. It goes

@@ -27,6 +27,8 @@ from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.messages.time_limits import TimeLimits
 from dagster_taskiq_tests.messages import STEP_TASK
 
+pytestmark = pytest.mark.once
+
 UNSIGNED, KEY = Signer(), Signer(["k" * 32])
 
 # Python's JSON turns lone surrogates into themselves, but no server takes them

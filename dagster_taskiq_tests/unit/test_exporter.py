@@ -29,6 +29,8 @@ from dagster_taskiq.servers.kinds import ServerOptions
 from dagster_taskiq_tests.unit.overview_scene import RUN, Scene, step, worker
 from dagster_taskiq_tests.unit.test_worker_metrics import get
 
+pytestmark = pytest.mark.once
+
 STEPS = {"queue": "dagster", "kind": "steps"}
 Values = Mapping[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -12,6 +12,8 @@ import pytest
 
 import dagster_taskiq
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(dagster_taskiq.__file__).parent
 
 #: The rooms from the bottom to the top; a module may import from rooms in the lines above its own,

@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
@@ -23,6 +24,8 @@ from dagster_taskiq.defaults import (
 )
 from dagster_taskiq.worker.leases import Lease, StopReason
 from dagster_taskiq_tests.unit.test_leases import LEASE, TINY, FakeBackend, Scene, VirtualLoop
+
+pytestmark = pytest.mark.once
 
 #: How long it takes at most until the keeper hears of something, with the server well.
 SOON = LEASE / RENEWALS_PER_LEASE + 0.5

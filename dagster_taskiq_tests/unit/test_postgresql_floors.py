@@ -17,6 +17,8 @@ from dagster_taskiq.brokers import postgresql_floors
 from dagster_taskiq.brokers.postgresql_floors import Floors, Row
 from dagster_taskiq.defaults import MAX_PRIORITY
 
+pytestmark = pytest.mark.once
+
 T = TypeVar("T")
 
 PRIORITIES = st.sampled_from([0, 5, 10])

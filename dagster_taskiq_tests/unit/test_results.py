@@ -15,6 +15,8 @@ from dagster_taskiq.messages.refusals import Refusals
 from dagster_taskiq.messages.results import NOWHERE, Outcome, Place, TaskResult, read_result
 from dagster_taskiq.messages.signing import Signer
 
+pytestmark = pytest.mark.once
+
 PLACE = Place("w@h", "id", "h", 7, 1)
 
 JSON = st.recursive(

@@ -38,6 +38,8 @@ from dagster_taskiq.servers.redis_client import server_errors
 from dagster_taskiq.servers.tls import Tls
 from dagster_taskiq.servers.urls import normalize_amqp, redact, split_url
 
+pytestmark = pytest.mark.once
+
 SCHEMES = st.sampled_from(["amqp", "amqps", "pyamqp", "redis", "rediss", "unix", "REDIS"])
 USERS = st.text("abc.@-_/%40", max_size=8)
 PASSWORDS = st.text(min_size=1)

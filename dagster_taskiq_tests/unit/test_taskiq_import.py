@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 #: Where a process begins that launches, executes or steers; of those that begin with our brokers
 #: each is alone, since these know other packages that import Taskiq.
 ENTRIES = [
