@@ -55,6 +55,9 @@ logger = logging.getLogger(__name__)
 #: Exit code of a worker that had to cancel steps in order to stop.
 EXIT_CUT_SHORT = 3
 
+#: Each of them tells a worker to stop.
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
 _SECONDS = click.FloatRange(min=0, max=LONGEST_TIME_LIMIT_SECONDS)
 
 
@@ -173,11 +176,16 @@ def start(background: bool, **given: Any) -> None:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """End with all clean-up if a SIGTERM comes before the worker listens to signals itself."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    def end(*_: object) -> None:
+        sys.exit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, before)
 
 
 @say_errors
@@ -295,7 +303,7 @@ async def _run_worker(
     if pages is not None:
         pages.watch(this)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         loop.add_signal_handler(number, this.drain)
     # under nohup the worker is meant to outlive its terminal
     ends_with_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
@@ -305,6 +313,10 @@ async def _run_worker(
     finally:
         if pages is not None:
             pages.unwatch()
+        # the process only ends from here on, and what it removes then is not to be left behind
+        for number in _STOPPING:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
     if not is_complete:
         logger.warning("Stopped; steps that were still running have been cancelled.")
     return 0 if is_complete else EXIT_CUT_SHORT

@@ -25,6 +25,7 @@ from dagster_taskiq_tests.acceptance.harness import (
     open_stack,
     until,
 )
+from dagster_taskiq_tests.server_processes import temporary_directory
 from dagster_taskiq_tests.servers import private_redis
 
 # --- start --------------------------------------------------------------------------------------
@@ -113,6 +114,38 @@ def test_a_signal_before_it_listens_to_any(stack: Stack, tmp_path: Path) -> None
     worker.terminate()
     assert worker.wait() == 0
     assert list(files.iterdir()) == []
+
+
+#: A module that keeps the end of the worker up, once that has closed all that it had open.
+ENDS_SLOWLY = """
+import atexit, multiprocessing, os, pathlib, time
+directory = pathlib.Path(os.environ["DAGSTER_TASKIQ_TEST_DIRECTORY"])
+
+def wait():
+    (directory / "ending").touch()
+    while not (directory / "go").exists():
+        time.sleep(0.01)
+
+if multiprocessing.parent_process() is None:
+    atexit.register(wait)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_ends(stack: Stack, number: int) -> None:
+    """What it does at its very end is not cut short: it leaves no file then, either."""
+    (stack.directory / "slow_end.py").write_text(ENDS_SLOWLY)
+    with temporary_directory() as files:  # of a short name, since sockets are made there
+        environment = {"TMPDIR": str(files)}
+        options = ("-A", "slow_end:any")
+        worker = stack.worker(*options, slots=1, environment=environment, is_fresh=True)
+        worker.await_ready().terminate()
+        until((stack.directory / "ending").exists, "it ends")
+        worker.process.send_signal(number)
+        (stack.directory / "go").touch()
+        assert worker.wait() == 0
+        assert list(files.iterdir()) == []
+        assert "Traceback" not in worker.log
 
 
 @pytest.mark.parametrize("key", ["config", "celery"])
