@@ -15,8 +15,6 @@ from dagster_taskiq.cli import main
 from dagster_taskiq.cli.later import Later
 from dagster_taskiq.defaults import BACKEND_URL_VARIABLE, BROKER_URL_VARIABLE
 
-pytestmark = pytest.mark.once
-
 #: Runs the command line and then says which of some packages have been imported.
 _PROBE = """
 import atexit, os, sys
@@ -54,6 +52,7 @@ def imported(home: Path, *arguments: str, **variables: str) -> set[str]:
         ("lease_seconds: 10", None),
     ],
 )
+@pytest.mark.once
 def test_a_ping_imports_neither_dagster_nor_taskiq(
     config: str, backend: str | None, tmp_path: Path
 ) -> None:
@@ -75,12 +74,14 @@ def test_a_ping_asks_dagster_where_the_instance_has_a_storage(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["worker", "--help"], ["--version"]])
+@pytest.mark.once
 def test_help_imports_no_command(arguments: list[str], tmp_path: Path) -> None:
     """A listing of commands has their first sentences."""
     assert imported(tmp_path, *arguments) == set()
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["worker", "list"], ["queue", "list"]])
+@pytest.mark.once
 def test_listings_do_without_dagster(arguments: list[str], tmp_path: Path) -> None:
     """They read broker and backend."""
     found = imported(tmp_path, *arguments, **{BROKER_URL_VARIABLE: "redis://127.0.0.1:1"})

@@ -14,8 +14,6 @@ from dagster_taskiq.config.setting import settings_of
 from dagster_taskiq.config.settings import Settings, check_config
 from dagster_taskiq.errors import ConfigError
 
-pytestmark = pytest.mark.once
-
 SHAPES = {row.name: row for row in settings_of(Settings)}
 
 #: Texts that mean something somewhere, and one that means nothing.
