@@ -32,9 +32,9 @@ _T = TypeVar("_T")
 def next_of(queue: SimpleQueue[_T], seconds: float | None) -> _T:
     """The next item of a queue that no other thread takes from.
 
-    Until Python 3.12 ``SimpleQueue.get`` waits for ever where its time is over before it waits at
-    all: it finds its lock free, takes that, and goes on to wait for less than no time, which means
-    any time. A look before leaves the lock taken, unless there is an item.
+    Until Python 3.12 ``SimpleQueue.get`` waits for ever where its time is over before it begins to
+    wait. It finds its lock free and takes it, then waits for it again for the rest of the time, and
+    a negative rest means no limit. A look before leaves the lock taken, unless there is an item.
 
     Args:
         seconds: how long one is waited for; None is for ever.

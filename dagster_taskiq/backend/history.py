@@ -1,7 +1,8 @@
 """The fourth role of a backend: the attempts that ended last, and counters of all.
 
-It is for people and metrics: no decision depends on it, so it is outside the epoch. What is stored
-here is lost with the server's data, and nothing is written again.
+It is for people and metrics, and says which code a new worker loads ahead. What becomes of a task
+does not depend on it, so it is outside the epoch. What is stored here is lost with the server's
+data, and nothing is written again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How attempts of steps, and runs, have ended: signed, where there is a key.
 
 The backend keeps the last of them, with counters of all, for those who ask what failed in the
-night. Nothing is decided by it.
+night, and for workers that start, which load the code of the last ones. It decides about no task.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class FindCode:
     run_ids: Sequence[str]
 
 
-#: What a child can ask and tell Dagster about runs without a process.
+#: What a worker asks and tells Dagster about runs, through a child.
 RunOrder = LookAtRun | FailRun | FindCode
 
 Order = Execute | RunOrder

@@ -3,9 +3,10 @@
 Steps of a run that may be resumed go on without its process. When it is not resumed after all (the
 resume failed, somebody marked the run as failed or deleted it), nobody tells the worker, so it asks
 Dagster. And it tells Dagster of a launched run that could not start (its process died before, or a
-child for it did not come up), which nobody else would notice before its start timeout.
+child for it did not come up), which nobody else would notice before its start timeout. And it asks
+where the code of earlier runs is.
 
-Both through a child process, as the worker itself has no Dagster instance.
+All through a child process, as the worker itself has no Dagster instance.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ class Templates:
         loading = None
         # a reload may have put another load in its place meanwhile
         while place.loading is not loading or loading is None:
-            if place.usable or self._is_stopped or not self._has_room_for(place):
+            if place.usable or self._is_stopped or not self._keeps(place):
                 return
             if place.loading is None or place.loading.done():
                 if time.monotonic() < place.cold_until:
@@ -267,7 +267,8 @@ class Templates:
             # several wait for it, of whom one may be cancelled
             await asyncio.wait({loading})
 
-    def _has_room_for(self, place: _Place) -> bool:
+    def _keeps(self, place: _Place) -> bool:
+        """Whether no other location has taken its place meanwhile."""
         return place is self._base or self._locations.get(place.location) is place
 
     async def _load(self, place: _Place) -> None:
