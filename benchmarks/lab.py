@@ -266,14 +266,12 @@ class Lab:
 
     def start_run(self, job: str, plan: Plan) -> int:
         """Start a run of one step and wait until its step is executed; its process's id."""
-        filters = RunsFilter(job_name=job)
-        former = set(self.instance.get_run_ids(filters))  # those of other samples
         driver = self._drive(job, plan)
 
         def is_started() -> bool:
             if driver.has_ended:
                 raise FailedError(f"The process of {job} ended: {_last_line(driver.log)}")
-            run_ids = set(self.instance.get_run_ids(filters)) - former
+            run_ids = self.instance.get_run_ids(RunsFilter(job_name=job))
             return any(self.events(it, DagsterEventType.STEP_START) for it in run_ids)
 
         wait_for(is_started, f"{job} did not start", START_SECONDS, LOOK_AT_STORAGE_SECONDS)
@@ -390,7 +388,8 @@ def open_lab(
         resources.callback(shutil.rmtree, directory, ignore_errors=True)
         try:
             with closing(Lab(contender, space, directory, jobs)) as lab:
-                lab.instance.wipe()  # a worker loads the code of runs that it finds when it starts
+                # of other samples' runs, whose code a worker would load when it starts
+                lab.instance.wipe()
                 yield lab
         except Exception:
             if keep:

@@ -81,9 +81,12 @@ def test_every_step_is_in_the_table(demo: Callable[[], Command]) -> None:
 #: A moment of the demo, as something that can be seen from outside.
 MOMENTS: dict[str, Callable[[Command], bool]] = {
     "importing": lambda demo: demo.runs("dagster_taskiq", "demo"),
+    "server starting": lambda demo: "Starting the server" in demo.output,
     "workers starting": lambda demo: demo.runs("worker start", "long-queue"),
+    "slots starting": lambda demo: demo.runs("resource_tracker"),  # multiprocessing's, for slots
     "run starting": lambda demo: demo.runs("job execute"),
     "first step running": lambda demo: ": running (" in demo.output,
+    "fan-out running": lambda demo: "price[north]: running" in demo.output,
 }
 
 
@@ -113,7 +116,7 @@ def test_ctrl_c_leaves_nothing(demo: Callable[[], Command], moment: str) -> None
 def test_sigterm_leaves_nothing(demo: Callable[[], Command]) -> None:
     """The same for a plain kill."""
     this = demo()
-    this.wait_until(lambda: "price[north]: running" in this.output)
+    this.wait_until(lambda: MOMENTS["first step running"](this))
     this.process.terminate()
     assert this.end() == 128 + signal.SIGTERM, this.output
     assert this.processes() == []
@@ -122,10 +125,11 @@ def test_sigterm_leaves_nothing(demo: Callable[[], Command]) -> None:
 
 
 @pytest.mark.usefixtures("_server")
-def test_a_killed_demo_leaves_no_process(demo: Callable[[], Command]) -> None:
+@pytest.mark.parametrize("moment", ["slots starting", "first step running"])
+def test_a_killed_demo_leaves_no_process(demo: Callable[[], Command], moment: str) -> None:
     """The guards kill workers, run and children, and the embedded server misses its users."""
     this = demo()
-    this.wait_until(lambda: MOMENTS["first step running"](this))
+    this.wait_until(lambda: MOMENTS[moment](this))
     this.process.kill()
     this.end()
     this.wait_until_gone()

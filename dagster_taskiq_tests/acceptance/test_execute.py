@@ -42,6 +42,7 @@ def any_stack(
 @pytest.mark.parametrize(
     ("job", "ops", "step", "value"),
     [
+        ("parallel", {}, "total", 40),
         ("dynamic", SPREAD_3, "total", 0 + 1 + 2 + 3 * 2),
         ("fan_in_with_skip", {}, "total", 2),
     ],
@@ -102,7 +103,6 @@ def check_like_in_process(stack: Stack, job: str, **arguments: Any) -> Run:
     [
         ("simple", {}, "one", 1),
         ("diamond", {}, "plus", 4),
-        ("parallel", {}, "total", 40),
         ("serial", {}, "add_3", 5),
         ("composite", {}, "add_four.outer_second.second", 5),
         ("optional_outputs", {}, "after_taken", 2),

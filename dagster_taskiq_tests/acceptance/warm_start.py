@@ -229,29 +229,21 @@ def _become(request: tuple[str, list[str], dict[str, str], str], mark: str, *out
     sys.path[0] = multiprocessing.process.ORIGINAL_DIR = directory
     sys.argv[1:] = arguments
     gc.enable()
-    code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        code = _exit_code(end)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+        if end.code is not None and not isinstance(end.code, int):
+            raise  # Python says it
+        code = end.code or 0
+    else:
+        code = 0
     # What an interpreter does for its program when that ends. What it does then for itself, freeing
     # each object of all modules, would copy all memory of the template.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
-
-
-def _exit_code(end: SystemExit) -> int:
-    """The code of a process that ends so; says why, where it is told to."""
-    if end.code is None or isinstance(end.code, int):
-        return (end.code or 0) & 0xFF
-    sys.stderr.write(f"{end.code}\n")
-    return 1
+    os._exit(code & 0xFF)
 
 
 def _overwrite(name: str, value: str) -> None:
