@@ -193,6 +193,10 @@ class Schema:
         numbers = (zlib.crc32(text.encode()) - 2**31 for text in (KEY_PREFIX, self.name))
         return ", ".join(map(str, numbers))
 
+    @property
+    def _enter_name(self) -> str:
+        return f'{self._quoted}."{self._part.enter}{self._suffix}"'
+
     # --- a new connection ---
 
     async def greet(self, connection: psycopg.AsyncConnection[Any], address: str) -> None:
@@ -229,7 +233,7 @@ class Schema:
         found = await connection.execute(
             "SELECT pg_backend_pid(), current_setting('default_transaction_isolation'), "
             "current_setting('server_version_num')::int, to_regproc(%s) IS NOT NULL",
-            [f'{self._quoted}."{self._part.enter}{self._suffix}"'],
+            [self._enter_name],
         )
         pid, isolation, version, is_there = await found.fetchone() or (0, "", 0, False)
         if version < _OLDEST_SERVER:
@@ -252,8 +256,14 @@ class Schema:
         return None if oldest is None else int(oldest)
 
     async def _make(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Make the part, or wait for who is making it: on a new deployment all start at once."""
         async with connection.transaction():
-            await connection.execute(self.setup())
+            await connection.execute(f"SELECT pg_advisory_xact_lock({self.lock})")
+            found = await connection.execute(
+                "SELECT to_regprocedure(%s) IS NOT NULL", [f"{self._enter_name}()"]
+            )
+            if await found.fetchone() != (True,):
+                await connection.execute(self.setup())
 
     async def _lacks_rights(
         self, connection: psycopg.AsyncConnection[Any], address: str, error: psycopg.Error

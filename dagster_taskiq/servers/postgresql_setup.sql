@@ -3,12 +3,13 @@
 --
 -- - {name} is the schema's name as a text, {lock} its advisory lock; {version_table} has the part's
 --   version, {changes} are what has made it, each under its number.
+-- - Two that make the same at the same time fail, whatever IF NOT EXISTS says: hence the lock, for
+--   which one waits as long as the other takes.
 -- - A change waits 800 ms for a reader: whoever claims waits behind it meanwhile.
--- - Two that make the same at the same time fail, whatever IF NOT EXISTS says: hence the lock.
 -- - CREATE SCHEMA IF NOT EXISTS would ask for the right to make one where it is there too.
 
-SET LOCAL lock_timeout TO '800ms';
 SELECT pg_advisory_xact_lock({lock});
+SET LOCAL lock_timeout TO '800ms';
 DO $setup$
 DECLARE
   v_made int := 0;

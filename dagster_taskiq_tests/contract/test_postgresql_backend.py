@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 
 from dagster_taskiq.backend import Claim, ClaimAnswer, TaskState, open_backend
@@ -109,6 +110,34 @@ def test_many_start_at_once_where_there_is_no_schema() -> None:
         assert len(set(epochs)) == 1
         for backend in backends:
             await backend.shutdown()
+
+    with postgres_options() as options:
+        run(test(options))
+
+
+def test_who_makes_the_schema_is_waited_for() -> None:
+    """For longer than a change of its tables may wait for who reads them."""
+
+    async def test(options: ServerOptions) -> None:
+        lock = Schema(options.key_prefix, PART).lock
+        with psycopg.connect(options.url, autocommit=True) as maker:
+            maker.execute(f"SELECT pg_advisory_lock({lock})")
+            backend = backend_of(options)
+            starting = asyncio.create_task(backend.startup())
+
+            def has_waited() -> bool:
+                found = maker.execute(
+                    "SELECT FROM pg_stat_activity WHERE application_name = %s "
+                    "AND wait_event_type = 'Lock' "
+                    "AND clock_timestamp() - query_start > interval '1 s'",
+                    [options.key_prefix],
+                )
+                return found.rowcount == 1
+
+            await until(lambda: starting.done() or has_waited())
+            assert not starting.done()
+        await starting
+        await backend.shutdown()
 
     with postgres_options() as options:
         run(test(options))
