@@ -71,6 +71,10 @@ class Command:
         """Whether it has a process with these words in its command."""
         return any(all(part in command for part in parts) for command in self.processes())
 
+    def has_loaded(self, library: str) -> bool:
+        """Whether its own process has loaded a native library with this in its path."""
+        return any(library in found.path for found in psutil.Process(self.process.pid).memory_maps())
+
     def wait_until(
         self,
         condition: Callable[[], bool],
