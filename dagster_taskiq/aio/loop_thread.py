@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Coroutine, Iterable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from dagster_taskiq.aio.patched_library import make_executor, require_real_threads
@@ -50,6 +51,15 @@ async def to_its_end(work: Awaitable[None]) -> None:
         if not task.cancelled():
             task.exception()
         raise
+
+
+async def finished(task: asyncio.Future[Any]) -> None:
+    """Wait for a task's end, however often who waits is cancelled; its errors are not raised."""
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 class LoopThread:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from dagster_taskiq.aio.loop_thread import finished
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
@@ -73,7 +74,9 @@ class ForkedProcess:
         *arguments: Any,
         address: str = "",
     ) -> ForkedProcess:
-        """Fork one.
+        """Fork one. Who is cancelled meanwhile waits until it is there, and has ended.
+
+        Else the request would break off, and with it what it is forked from would end.
 
         Args:
             forking: see there.
@@ -85,6 +88,22 @@ class ForkedProcess:
         Raises:
             NoProcessError: none can be started now.
         """
+        starting = asyncio.ensure_future(cls._start(forking, name, target, arguments, address))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await finished(asyncio.ensure_future(_end_unwanted(starting)))
+            raise
+
+    @classmethod
+    async def _start(
+        cls,
+        forking: Forking,
+        name: str,
+        target: Callable[..., None],
+        arguments: tuple[Any, ...],
+        address: str,
+    ) -> ForkedProcess:
         process, ours = await _fork(forking.context, name, target, arguments, address)
         guard = forking.guard
         guard.watch(process.pid or 0)
@@ -126,6 +145,11 @@ class ForkedProcess:
         await self.exit_code()
         self.writer.close()
         self._process.close()
+
+
+async def _end_unwanted(starting: asyncio.Future[ForkedProcess]) -> None:
+    with suppress(NoProcessError):
+        await (await starting).stop()
 
 
 async def _fork(

@@ -51,9 +51,6 @@ _READY_TIMEOUT_SECONDS = 300.0
 #: How long the exit code of a child that hung up may be on its way.
 _EXIT_TIMEOUT_SECONDS = 5.0
 
-#: How long a template may take to fork a child, before it is taken for one that hangs.
-_FORK_TIMEOUT_SECONDS = 30.0
-
 #: A child that dies before it has begun to execute is replaced and the task given to the new one,
 #: so often.
 _STARTS_PER_TASK = 3
@@ -163,19 +160,17 @@ class ChildSlot(Slot):
         """A child of a template; of the fork server where that fails, or for None."""
         name = f"slot-{self.number}"
         if template is not None:
-            hanging = asyncio.get_running_loop().call_later(_FORK_TIMEOUT_SECONDS, template.kill)
             try:
-                child = await ForkedProcess.start(
-                    self._forking, name, child_main, self._options, address=template.address
-                )
+                with template.forking():
+                    child = await ForkedProcess.start(
+                        self._forking, name, child_main, self._options, address=template.address
+                    )
             except NoProcessError as error:
                 logger.warning("%s; it is tried without the code of %s.", error, template.title)
             else:
                 template.keep_for(child)
                 self._template, self.location = template, template.location
                 return child
-            finally:
-                hanging.cancel()
         self._template, self.location = None, ""
         return await ForkedProcess.start(self._forking, name, child_main, self._options)
 

@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import socket
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 from dagster_taskiq.errors import NoProcessError, UnusableTemplateError
 from dagster_taskiq.messages.plain_text import plain_name
@@ -20,6 +21,9 @@ from dagster_taskiq.worker.template_process import TemplateOptions, template_mai
 
 #: How long a template may take to load its code; a child may take as long.
 LOAD_TIMEOUT_SECONDS = 300.0
+
+#: How long a template may take to fork a process, before it is taken for one that hangs.
+_FORK_TIMEOUT_SECONDS = 30.0
 
 
 class Template:
@@ -67,14 +71,15 @@ class Template:
             # no space for it, no descriptor, or the path is too long
             except OSError as error:
                 raise NoProcessError(f"template: cannot listen: {error!r}") from error
-            process = await ForkedProcess.start(
-                forking,
-                "template",
-                template_main,
-                listener,
-                options,
-                address=base.address if base else "",
-            )
+            with base.forking() if base else nullcontext():
+                process = await ForkedProcess.start(
+                    forking,
+                    "template",
+                    template_main,
+                    listener,
+                    options,
+                    address=base.address if base else "",
+                )
             after.close()  # else who calls a template that has died would wait
             template = cls(process, options.location, address)
             try:
@@ -123,6 +128,15 @@ class Template:
     def exited(self) -> asyncio.Future[int]:
         """See ``ForkedProcess``."""
         return self._process.exited
+
+    @contextmanager
+    def forking(self) -> Iterator[None]:
+        """A process is forked from it meanwhile; if it hangs in that it is killed."""
+        hanging = asyncio.get_running_loop().call_later(_FORK_TIMEOUT_SECONDS, self.kill)
+        try:
+            yield
+        finally:
+            hanging.cancel()
 
     def keep_for(self, child: ForkedProcess) -> None:
         """A child was forked from it, whose exit code nobody else will know."""

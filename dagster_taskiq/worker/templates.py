@@ -138,6 +138,8 @@ class Templates:
         self._locations: OrderedDict[str, _Place] = OrderedDict()
         #: Those that have not ended; a retired one lives on with its children.
         self._alive: set[Template] = set()
+        #: That are under way, also of what was forgotten meanwhile.
+        self._loads: set[asyncio.Task[None]] = set()
         self._is_stopped = False
 
     async def ready(self, location: str) -> Template | None:
@@ -222,9 +224,7 @@ class Templates:
     async def stop(self) -> None:
         """End all of them, when no child is forked any more."""
         self._is_stopped = True
-        for place in (self._base, *self._locations.values()):
-            if place.loading is not None:
-                await end_tasks([place.loading])
+        await end_tasks(self._loads)
         for template in list(self._alive):
             await template.stop()
 
@@ -263,6 +263,8 @@ class Templates:
                 if time.monotonic() < place.cold_until:
                     return
                 place.loading = asyncio.create_task(self._load(place), name="template")
+                self._loads.add(place.loading)
+                place.loading.add_done_callback(self._loads.discard)
             loading = place.loading
             # several wait for it, of whom one may be cancelled
             await asyncio.wait({loading})

@@ -73,7 +73,9 @@ class Command:
 
     def has_loaded(self, library: str) -> bool:
         """Whether its own process has loaded a native library with this in its path."""
-        return any(library in found.path for found in psutil.Process(self.process.pid).memory_maps())
+        return any(
+            library in found.path for found in psutil.Process(self.process.pid).memory_maps()
+        )
 
     def wait_until(
         self,

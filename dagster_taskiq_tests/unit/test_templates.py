@@ -13,10 +13,11 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from multiprocessing import util
+from multiprocessing import reduction, util
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from dagster_taskiq.worker.log_tails import LogTails
 from dagster_taskiq.worker.slot import ChildSlot
 from dagster_taskiq.worker.slot_base import ChildDied
 from dagster_taskiq.worker.templates import CodeState, Templates
-from dagster_taskiq_tests.unit.slot_scenarios import play, result_of, until
+from dagster_taskiq_tests.unit.slot_scenarios import SECONDS, play, result_of, until
 
 #: What a worker includes: it names the instance, and has a child tell what it finds.
 ACTOR = """
@@ -425,6 +426,36 @@ def test_code_that_is_loaded_ahead_makes_room_first(bench: Bench) -> None:
             assert len(part.templates.states) == 2
             assert (await part.found(other)).found
             assert other.loads == 1
+
+    play(scenario())
+
+
+def test_a_load_that_is_given_up_while_its_process_is_forked_harms_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is forked from has been called, and waits for what it is to fork."""
+    has_called, may_tell = threading.Event(), threading.Event()
+    tell = reduction.sendfds
+
+    def tell_late(*what: Any) -> None:
+        has_called.set()
+        assert may_tell.wait(SECONDS)
+        tell(*what)
+
+    async def scenario() -> None:
+        one, other = (bench.location(f"given_up_{it}") for it in "ab")
+        async with bench.part(most=1) as part:
+            (base,) = part.templates.pids
+            monkeypatch.setattr(reduction, "sendfds", tell_late)
+            loading = asyncio.create_task(part.load_ahead(one))
+            await until(has_called.is_set)
+            finding = asyncio.create_task(part.found(other))
+            await until(lambda: [*part.templates._locations] == [code_location(other.payload(""))])
+            may_tell.set()
+            found = await finding
+            assert found.found
+            await loading
+            assert part.templates.pids == {base, found.parent}
 
     play(scenario())
 
