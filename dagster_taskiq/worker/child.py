@@ -14,7 +14,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,12 +153,18 @@ def _serve(channel: Channel, options: ChildOptions) -> None:
                 channel.say(CodeIsOld(old.reason, old.is_own, old.is_by_age))
                 continue
             known_runs.append(order.run_id)
-        channel.say(OrderTaken())
         if isinstance(order, Execute):
-            answer = _execute(runner, order, options, lambda: mention(RunStartLogged()))
+            answer = _execute(
+                runner,
+                order,
+                options,
+                lambda: channel.say(OrderTaken()),
+                lambda: mention(RunStartLogged()),
+            )
             tracing.flush()  # before the worker may kill this process
             channel.say(answer)
         else:
+            channel.say(OrderTaken())
             channel.say(_look_after_run(runner, order))
 
 
@@ -166,24 +172,27 @@ def _execute(
     runner: TaskRunner,
     order: Execute,
     options: ChildOptions,
+    take_order: Callable[[], None],
     on_run_start_logged: Callable[[], None],
 ) -> Executed:
     leftovers, step_end = Leftovers(), ""
+    is_step = order.name is TaskName.EXECUTE_PLAN
     place = replace(order.place, pid=os.getpid())  # the claim may name the child before this one
-    try:
-        payload = _payload(order.payload)
-    except ValueError as error:
-        reason = f"Its payload cannot be read: {error}."
-        result = TaskResult(Outcome.ERROR, place, reason=reason)
-    else:
-        if order.name is TaskName.EXECUTE_PLAN:
-            with soft_time_limit(order.soft_timeout_seconds):
+    with soft_time_limit(order.soft_timeout_seconds) if is_step else nullcontext():
+        take_order()  # from here on the worker looks at the clock, and its signal may come
+        try:
+            payload = _payload(order.payload)
+        except ValueError as error:
+            reason = f"Its payload cannot be read: {error}."
+            result = TaskResult(Outcome.ERROR, place, reason=reason)
+        else:
+            if is_step:
                 result = runner.execute_plan(payload, place, order.arrival, leftovers.look)
                 step_end = runner.step_end
-        else:
-            result = runner.execute_run(
-                order.name, payload, place, order.arrival, on_run_start_logged
-            )
+            else:
+                result = runner.execute_run(
+                    order.name, payload, place, order.arrival, on_run_start_logged
+                )
     sys.stdout.flush()
     sys.stderr.flush()
     left_behind = ", ".join(leftovers.put_back())

@@ -112,6 +112,35 @@ def interrupt(number, frame):
 TaskRunner.execute_plan = act
 """
 
+#: Sends its own child the soft limit's signal as soon as its worker's clock runs.
+HASTY_LIMIT = """
+import os, signal, time
+from dagster._utils.interrupts import raise_interrupts_as
+from dagster_taskiq import SoftTimeLimitError
+from dagster_taskiq.execution.tasks import TaskRunner
+from dagster_taskiq.messages.results import Outcome, TaskResult
+from dagster_taskiq.worker import channel, child_messages
+
+say = channel.Channel.say
+
+def say_and_send(self, word):
+    say(self, word)
+    if isinstance(word, child_messages.OrderTaken):
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+def act(runner, payload, place, queue, on_loaded):
+    reason = "no limit"
+    try:
+        with raise_interrupts_as(KeyboardInterrupt):
+            time.sleep(5)
+    except SoftTimeLimitError as error:
+        reason = str(error)
+    return TaskResult(Outcome.FINISHED, place, reason=reason)
+
+channel.Channel.say = say_and_send
+TaskRunner.execute_plan = act
+"""
+
 #: Definitions that need a module of their own directory.
 LOCATION = """
 from dagster import job
@@ -418,6 +447,20 @@ def test_signals_between_tasks_mean_nothing() -> None:
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
             assert await pid_of(slot) == pid
+
+    play(scenario())
+
+
+def test_a_soft_limit_that_is_over_at_once_is_not_lost(tmp_path: Path) -> None:
+    """Its signal waits for the step's own code."""
+    (tmp_path / "hasty_limit.py").write_text(HASTY_LIMIT)
+
+    async def scenario() -> None:
+        async with a_slot("hasty_limit") as slot:
+            limited = replace(order({}), soft_timeout_seconds=0.25)
+            answer = await slot.run(limited, lambda _: None)
+            assert isinstance(answer, Executed)
+            assert "limit of 0.25 s" in TaskResult.from_bytes(answer.result.encode()).reason
 
     play(scenario())
 
