@@ -25,8 +25,8 @@ from dagster_taskiq.servers.kinds import ServerOptions
 RedisKind = Literal["redis", "valkey"]
 
 #: How long a server of ours may take to answer, and to stop before it is killed.
-START_SECONDS = 60.0
-STOP_SECONDS = 20.0
+START_SECONDS = 150.0
+STOP_SECONDS = 60.0
 
 
 class UnavailableError(Exception):

@@ -9,6 +9,7 @@ from typing import TypeVar
 from dagster_taskiq.backend import Backend, open_backend
 from dagster_taskiq.config.settings import Settings
 from dagster_taskiq.connections import Servers, find_running_servers
+from dagster_taskiq.errors import UnreachableServerError
 from dagster_taskiq.messages.worker_records import WorkerRecord
 
 T = TypeVar("T")
@@ -21,7 +22,14 @@ def ask_backend(settings: Settings, ask: Callable[[Backend], Awaitable[T]]) -> T
         ServerError: the backend is away or refuses.
     """
     servers = find_running_servers(settings)
-    return None if servers is None else ask_servers(servers, ask)
+    if servers is None:
+        return None
+    try:
+        return ask_servers(servers, ask)
+    except UnreachableServerError:
+        if find_running_servers(settings) is None:  # it has stopped meanwhile, with its last user
+            return None
+        raise
 
 
 def ask_servers(servers: Servers, ask: Callable[[Backend], Awaitable[T]]) -> T:

@@ -27,7 +27,7 @@ from dagster_taskiq_tests.unit.dashboard_client import fields_of, text_of
 #: Redis is that of the test in the browser.
 KINDS: tuple[BrokerKind, ...] = ("rabbitmq", "embedded", "postgres")
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 5.0
 
 
 @dataclass

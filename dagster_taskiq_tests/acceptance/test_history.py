@@ -12,7 +12,7 @@ import pytest
 
 from dagster_taskiq_tests.acceptance.harness import BrokerKind, Stack, open_stack
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 5.0
 
 
 @pytest.fixture(params=["redis", "postgres"])

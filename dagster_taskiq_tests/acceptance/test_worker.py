@@ -20,7 +20,7 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq_tests.acceptance.harness import (
     BrokerKind,
     Stack,
-    has_forked,
+    forks,
     is_running,
     open_stack,
     until,
@@ -51,11 +51,11 @@ def test_dagster_is_imported_once(stack: Stack) -> None:
     worker = stack.worker(slots=3, environment={"PYTHONPATH": path}, is_fresh=True).await_ready()
     run = stack.run("serial")
     assert run.is_success
-    (server,) = [it for it in psutil.Process(worker.pid).children() if has_forked(it)]
+    (server,) = [it for it in psutil.Process(worker.pid).children() if forks(it)]
     below = server.children(recursive=True)
     assert {note.pid for note in run.notes("ran")} <= {it.pid for it in below}
     # of each slot, for steps and for runs
-    assert len([it for it in below if not has_forked(it)]) == 2 * 3
+    assert len([it for it in below if not forks(it)]) == 2 * 3
     assert (stack.directory / "imports").read_text().split() == [str(worker.pid)]
 
 

@@ -15,7 +15,7 @@ import psutil
 from dagster import DagsterEventType, DagsterRun, DagsterRunStatus, RunsFilter
 
 from dagster_taskiq.messages.envelope import QueueKind
-from dagster_taskiq_tests.acceptance.harness import Note, has_forked, until
+from dagster_taskiq_tests.acceptance.harness import Note, forks, until
 from dagster_taskiq_tests.soak.director import CHILDREN, WORKERS, Director, descriptors
 from dagster_taskiq_tests.soak.jobs import NUMBER_TAG, POOL
 from dagster_taskiq_tests.soak.runs import SoakRun
@@ -265,7 +265,7 @@ def _look_for_leftovers(director: Director, verdict: Verdict) -> None:
         helpers = sum("guard.py" in name or "resource_tracker" in name for name in names)
         # each slot has one child, or none where that was killed while it was idle: a slot whose
         # child is gone gets another one with its next task
-        forking = sum(map(has_forked, children))  # the fork server and templates
+        forking = sum(map(forks, children))  # the fork server and templates
         extra = len(children) - helpers - CHILDREN - forking
         if extra > 0:
             verdict.left["child processes"] += extra

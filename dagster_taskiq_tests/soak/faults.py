@@ -22,7 +22,7 @@ from dagster_taskiq.errors import ServerError
 from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
-from dagster_taskiq_tests.acceptance.harness import has_forked, is_running
+from dagster_taskiq_tests.acceptance.harness import forks, is_running
 from dagster_taskiq_tests.acceptance.launched import LaunchedRun, metadata
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.proxy import Mode
@@ -111,7 +111,7 @@ def _signal_idle(director: Director, number: signal.Signals) -> str | None:
         return None
     busy = set(director.busy_pids())
     # a run's process does not tell that it is one; it may be hit as well
-    idle = [it.pid for it in _forked(worker) if not has_forked(it) and it.pid not in busy]
+    idle = [it.pid for it in _forked(worker) if not forks(it) and it.pid not in busy]
     if not idle:
         return None
     pid = director.random.choice(idle)
@@ -194,7 +194,7 @@ def _kill_fork_server(director: Director) -> str | None:
 
 def _kill_template(director: Director) -> str | None:
     worker = _some_worker(director)
-    templates = [it for it in _forked(worker) if has_forked(it)] if worker else []
+    templates = [it for it in _forked(worker) if forks(it)] if worker else []
     if worker is None or not templates:
         return None
     template = director.random.choice(templates)

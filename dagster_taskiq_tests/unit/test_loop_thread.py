@@ -10,7 +10,7 @@ import pytest
 
 from dagster_taskiq.aio.loop_thread import LoopThread, to_its_end
 
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @pytest.fixture
