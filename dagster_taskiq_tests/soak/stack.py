@@ -228,8 +228,8 @@ def refuse_broker_connections(stack: Stack) -> None:
 
 
 def accept_broker_connections(stack: Stack) -> None:
-    """Have RabbitMQ take connections again."""
-    rabbitmqctl("clear_vhost_limits", "--vhost", _vhost(stack))
+    """Have RabbitMQ take connections again; also where it does already, after faults in a row."""
+    rabbitmqctl("set_vhost_limits", "--vhost", _vhost(stack), '{"max-connections": -1}')
 
 
 def _vhost(stack: Stack) -> str:
