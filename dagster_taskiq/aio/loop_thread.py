@@ -37,29 +37,22 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
         await asyncio.gather(*done, return_exceptions=True)
 
 
-async def to_its_end(work: Awaitable[None]) -> None:
-    """Do something that must not be cancelled halfway; who is cancelled meanwhile is so afterwards.
+async def to_its_end(work: Awaitable[T]) -> T:
+    """Do something that must not be cancelled halfway, and return what it brings.
 
-    Nor can the cancellation be lost in it: ``asyncio.wait_for`` of Python 3.11 drops one that
-    meets the end of what it waits for.
+    Who is cancelled meanwhile, however often, is so afterwards. Nor can the cancellation be lost in
+    it: ``asyncio.wait_for`` of Python 3.11 drops one that meets the end of what it waits for.
     """
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.shield(task)
+        return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait({task})
+        while not task.done():
+            with suppress(asyncio.CancelledError):  # as of ``end_tasks``, which cancels again
+                await asyncio.wait({task})
         if not task.cancelled():
             task.exception()
         raise
-
-
-async def finished(task: asyncio.Future[Any]) -> None:
-    """Wait for a task's end, however often who waits is cancelled; its errors are not raised."""
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
 
 
 class LoopThread:

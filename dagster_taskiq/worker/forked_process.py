@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from dagster_taskiq.aio.loop_thread import finished
+from dagster_taskiq.aio.loop_thread import to_its_end
 from dagster_taskiq.errors import NoProcessError
 from dagster_taskiq.worker.fork_server import start_deaf
 from dagster_taskiq.worker.guard import kill_group
@@ -90,9 +90,10 @@ class ForkedProcess:
         """
         starting = asyncio.ensure_future(cls._start(forking, name, target, arguments, address))
         try:
-            return await asyncio.shield(starting)
+            return await to_its_end(starting)
         except asyncio.CancelledError:
-            await finished(asyncio.ensure_future(_end_unwanted(starting)))
+            with suppress(NoProcessError):
+                await to_its_end(starting.result().stop())
             raise
 
     @classmethod
@@ -145,11 +146,6 @@ class ForkedProcess:
         await self.exit_code()
         self.writer.close()
         self._process.close()
-
-
-async def _end_unwanted(starting: asyncio.Future[ForkedProcess]) -> None:
-    with suppress(NoProcessError):
-        await (await starting).stop()
 
 
 async def _fork(
