@@ -32,7 +32,7 @@ from dagster_taskiq_tests.servers import (
 SESSION_VARIABLE = "DAGSTER_TASKIQ_TEST_SESSION"
 
 #: How long a process may take to see that its session is over: an embedded server, a guard.
-LEFTOVER_SECONDS = 60.0
+LEFTOVER_SECONDS = 15.0
 
 _OPTIONS = {
     "redis": redis_options,

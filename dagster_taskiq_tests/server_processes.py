@@ -24,9 +24,10 @@ from dagster_taskiq.servers.kinds import ServerOptions
 
 RedisKind = Literal["redis", "valkey"]
 
-#: How long a server of ours may take to answer, and to stop before it is killed.
+#: How long a server of ours may take to answer, and to stop before it is killed. Beside a busy
+#: machine RabbitMQ takes more than a minute for its start.
 START_SECONDS = 150.0
-STOP_SECONDS = 60.0
+STOP_SECONDS = 20.0
 
 
 class UnavailableError(Exception):

@@ -92,13 +92,13 @@ PAIRS: tuple[BrokerKind, ...] = ("redis+postgres", "rabbitmq+postgres")
 WORKER_OPTIONS_VARIABLE = "DAGSTER_TASKIQ_TEST_WORKER_OPTIONS"
 
 #: How long something may take that takes a moment on an idle machine.
-PATIENCE_SECONDS = 150.0
+PATIENCE_SECONDS = 60.0
 
 #: Between two looks whether something has happened; most of them read a database.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.2
 
 #: How long a process may take to end when what it served is over.
-LEFTOVER_SECONDS = 60.0
+LEFTOVER_SECONDS = 15.0
 
 ROOT = Path(__file__).parents[2]
 

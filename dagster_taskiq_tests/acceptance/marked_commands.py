@@ -21,7 +21,7 @@ from dagster_taskiq_tests.server_processes import temporary_directory
 SECONDS = 120.0
 
 #: How long what a killed command leaves may take to see that.
-GONE_SECONDS = 60.0
+GONE_SECONDS = 15.0
 
 #: Pause between two looks, each of which may be at all processes of the machine.
 PAUSE_SECONDS = 0.1

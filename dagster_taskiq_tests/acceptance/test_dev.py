@@ -48,7 +48,7 @@ run_coordinator: {module: dagster.core.run_coordinator, class: DefaultRunCoordin
 LOOK_SECONDS = 0.3
 
 #: How long an answer may take; a web server that has just begun to listen may lose a question.
-REQUEST_SECONDS = 60.0
+REQUEST_SECONDS = 20.0
 
 FILES = ["dagster.yaml", "output", "shop.py", "tmp"]
 

@@ -34,6 +34,7 @@ from dagster_taskiq.messages.envelope import QueueKind, physical_queue
 from dagster_taskiq.tags import QUEUE_TAG, RUN_PRIORITY_TAG, TASK_ID_TAG
 from dagster_taskiq_tests.acceptance import launcher_jobs
 from dagster_taskiq_tests.acceptance.harness import (
+    PATIENCE_SECONDS,
     Note,
     Stack,
     WorkerProcess,
@@ -137,7 +138,8 @@ def test_a_run_on_a_worker(final: Stack) -> None:
 @pytest.mark.parametrize("job", ["in_process", "multiprocess"])
 def test_dagster_s_own_executors(final: Stack, job: str) -> None:
     """A run whose steps run in or below its own process succeeds under the launcher too."""
-    run = launch(final, job).wait()
+    # each step of the multiprocess executor is a new interpreter, which imports Dagster
+    run = launch(final, job).wait(2 * PATIENCE_SECONDS)
     assert run.is_success
     assert run.output("add_one") == 2
     (started,) = run.starts()

@@ -341,6 +341,7 @@ def test_what_is_stored_is_json_or_plain_text(kind: BrokerKind, tmp_path: Path) 
 # --- TLS, end to end ---
 
 
+@pytest.mark.timeout(400)  # it may be the one that starts a RabbitMQ
 def test_a_job_over_tls(tmp_path: Path) -> None:
     """With RabbitMQ as broker and Redis as backend, both of which demand a client certificate."""
     files = certificates()

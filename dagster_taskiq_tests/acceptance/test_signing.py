@@ -40,7 +40,7 @@ from dagster_taskiq_tests.messages import STEP_TASK
 KEY, OTHER_KEY = "key-of-the-deployment-" + "k" * 32, "key-of-somebody-else--" + "o" * 32
 WITH_KEY = {SIGNING_KEY_VARIABLE: KEY}
 
-LEASE_SECONDS = 5.0
+LEASE_SECONDS = 3.0
 
 
 @contextmanager

@@ -52,7 +52,7 @@ Kind = Literal["memory", "redis", "valkey", "postgres"]
 KINDS: tuple[Kind, ...] = ("memory", "redis", "valkey", "postgres")
 
 #: For what must happen, on a loaded machine.
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 #: A lease that does not end while a test runs, and one that a test waits for the end of.
 LONG_LEASE = 600.0

@@ -67,7 +67,7 @@ _OPTIONS: Mapping[str, Callable[[], AbstractContextManager[ServerOptions]]] = {
 }
 
 #: For what must happen, on a loaded machine.
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 #: For what must happen by push, long before any slow look.
 AT_ONCE_SECONDS = 2.0

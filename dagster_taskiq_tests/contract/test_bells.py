@@ -24,7 +24,7 @@ from dagster_taskiq_tests.proxy import Mode, Proxy, proxied
 from dagster_taskiq_tests.servers import amqp_options, postgres_options, redis_options
 
 #: For what must happen, on a loaded machine.
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 #: More than a loop's pause between two looks that hears no hints, with room for a loaded machine.
 OFTEN_SECONDS = 2.0

@@ -22,7 +22,7 @@ from dagster_taskiq_tests.servers import redis_options
 
 TASK = StepTask("0c4d2a3e-5b7b-4b0e-8d3f-0d4c4d1f7a55", "step", 1, "queue", 5, dict)
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 
 class Bench:

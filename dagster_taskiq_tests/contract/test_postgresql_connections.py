@@ -29,7 +29,7 @@ from dagster_taskiq_tests.contract.broker_bench import PostgresHarness, task
 from dagster_taskiq_tests.servers import crashable_postgres, postgres_options
 
 #: For what must happen, on a loaded machine.
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 #: Calls at the same time: of a run or a launcher, and of a worker with its two listeners.
 MOST_OF_SENDERS, MOST_OF_A_WORKER = 2, 4

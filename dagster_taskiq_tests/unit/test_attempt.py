@@ -37,7 +37,7 @@ from dagster_taskiq_tests.unit.worker_stand_ins import (
     finished,
 )
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 #: A run that is launched, and one that is resumed.
 RUN_TASK = replace(STEP_TASK, name=TaskName.EXECUTE_JOB, step_key=None, attempt=0)

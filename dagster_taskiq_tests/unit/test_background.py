@@ -9,7 +9,7 @@ import pytest
 
 from dagster_taskiq.launch.background import Background
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from dagster_taskiq_tests.server_sources import missing
 
 pytestmark = pytest.mark.once
 
-SECONDS = 60.0
+SECONDS = 15.0
 
 #: A process that uses the server of argv[1] when told to, then runs argv[2], then waits. It goes
 #: past our __init__.py, which imports all of Dagster, so that many can start and really race.

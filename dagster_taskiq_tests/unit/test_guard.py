@@ -26,7 +26,7 @@ from dagster_taskiq.worker import guard_client
 from dagster_taskiq.worker.guard import clock
 from dagster_taskiq.worker.guard_client import GuardClient
 
-SECONDS = 60.0
+SECONDS = 20.0
 
 #: Ignores what can be ignored, starts a grandchild that does too, and never lets go of the GIL:
 #: it waits in C for a lock that it has itself, which takes no core from the tests.

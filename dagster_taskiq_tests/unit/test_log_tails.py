@@ -14,7 +14,7 @@ import pytest
 from dagster_taskiq.worker import log_tails
 from dagster_taskiq.worker.log_tails import LogTails
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 OWNER = 4711
 

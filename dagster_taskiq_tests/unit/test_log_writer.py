@@ -15,7 +15,7 @@ import pytest
 
 from dagster_taskiq.worker.log_writer import LogWriter
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 #: More than the writer keeps, and more than a pipe takes.
 MANY = 20_000

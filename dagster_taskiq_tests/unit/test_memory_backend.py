@@ -24,7 +24,7 @@ from dagster_taskiq.messages.worker_records import LOST, WorkerRecord
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 LEASE_SECONDS = 30.0
 
 

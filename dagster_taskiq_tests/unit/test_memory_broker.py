@@ -18,7 +18,7 @@ from dagster_taskiq.brokers import Delivery
 from dagster_taskiq.brokers.memory import MemoryBroker, MemoryQueues
 from dagster_taskiq.errors import ConfigError, UnreachableServerError
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from dagster_taskiq.worker import memory_gauge
 from dagster_taskiq.worker.memory_gauge import MemoryGauge, tree_bytes
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 
 def test_children_count() -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from dagster_taskiq.brokers.parking import Parking
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 def test_a_listener_that_is_cancelled_while_it_gives_back_ends_when_it_has() -> None:

@@ -14,7 +14,7 @@ from dagster_taskiq_tests.unit.overview_scene import RUNS, STEPS, Scene
 from dagster_taskiq_tests.unit.worker_stand_ins import PLACE
 
 #: Long enough for an answer on a loaded machine; and for what is meant to get none.
-PATIENCE_SECONDS, SHORT_SECONDS = 60.0, 0.2
+PATIENCE_SECONDS, SHORT_SECONDS = 20.0, 0.2
 
 Probing = Callable[[], Awaitable[list[Probe]]]
 

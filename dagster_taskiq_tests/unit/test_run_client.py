@@ -18,7 +18,7 @@ from dagster_taskiq.launch.run_client import RunClient
 from dagster_taskiq.messages.signing import Signer
 from dagster_taskiq.servers.kinds import ServerOptions
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 
 class FakeServer:

@@ -46,7 +46,7 @@ from dagster_taskiq_tests.unit.worker_stand_ins import (
     finished,
 )
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 UNSIGNED = Signer()
 

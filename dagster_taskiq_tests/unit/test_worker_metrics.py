@@ -44,7 +44,7 @@ from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import PLACE
 
-SECONDS = 60.0
+SECONDS = 20.0
 OPTIONS = WorkerOptions("w", ("dagster",), slots=2, run_slots=1)
 QUEUE = {"queue": "dagster", "kind": "steps"}
 AWAY = UnreachableServerError("redis://a", "Cannot reach redis://a: refused.")

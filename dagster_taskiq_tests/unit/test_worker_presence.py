@@ -36,7 +36,7 @@ PLACE = Place("w@h", "worker-id", "h", 0, 0)
 
 ME = WorkerRecord("worker-id", "w@h", "h", 1, ("q",))
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 
 
 class Scene:

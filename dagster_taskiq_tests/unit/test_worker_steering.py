@@ -31,7 +31,7 @@ from dagster_taskiq.worker.worker import Worker
 from dagster_taskiq_tests.messages import STEP_TASK
 from dagster_taskiq_tests.unit.worker_stand_ins import FakeGuard, FakeSlot, finished
 
-SECONDS = 60.0
+SECONDS = 30.0
 
 #: How long what does not happen is waited for.
 IN_VAIN_SECONDS = 0.3
